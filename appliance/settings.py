@@ -1,0 +1,196 @@
+"""One typed tree of settings: defaults < `holdfast.toml` < environment < flags.
+
+Rules:
+
+- A setting that is not known is an error that names it, never ignored.
+- The environment says `HOLDFAST_GATEWAY__PORT=8400`: section, two underscores, name. Values are TOML; what is not TOML is a string.
+- No secret is a setting: secrets come over a file descriptor or from a 0600 file that a setting names.
+- The tree is frozen: whoever wants another value builds another tree.
+"""
+
+import ipaddress
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from appliance.errors import Fault, HoldfastError
+
+ENVIRONMENT_PREFIX = "HOLDFAST_"
+_GIB = 1 << 30
+
+
+class SettingsError(HoldfastError, ValueError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+    code: ClassVar[str] = "settings_invalid"
+    fault: ClassVar[Fault] = Fault.CALLER
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GatewaySettings(_Section):
+    """The data listener and its bounds."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8321, ge=0, le=65535)
+    allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
+    tls_certificate: Path | None = None
+    tls_private_key: Path | None = None
+    max_body_bytes: int = Field(16 << 20, ge=1024)
+    max_header_bytes: int = Field(64 << 10, ge=4096)
+    max_messages: int = Field(20_000, ge=1)
+    max_streams: int = Field(1024, ge=1)
+    request_timeout_s: float = Field(600.0, gt=0)
+    drain_timeout_s: float = Field(30.0, ge=0)
+
+    @model_validator(mode="after")
+    def _tls_beyond_loopback(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_private_key is None):
+            raise ValueError("tls_certificate and tls_private_key go together")
+        if self.tls_certificate is None and not _is_loopback(self.host):
+            raise ValueError(f"{self.host} is not a loopback address: set tls_certificate and tls_private_key")
+        return self
+
+
+class VaultSettings(_Section):
+    """How the root key is sealed."""
+
+    seal: Literal["passphrase", "key-file"] = "passphrase"
+    plaintext_swap: Literal["warn", "refuse"] = "warn"
+
+
+class StoreSettings(_Section):
+    """Where rows are kept. No URL: SQLite in the state directory."""
+
+    url: str | None = None
+
+
+class EngineSettings(_Section):
+    """The engine that serves one model."""
+
+    python: Path | None = None  # the interpreter of the engine's environment; None: found beside the gateway's
+    model: Path | None = None  # a folder with config.json and weights; None: the demonstration model
+    served_name: str | None = None  # what clients call it; None: the folder's name
+    socket: Path | None = None  # an engine that somebody else runs, on this Unix socket; None: started and watched here
+    block_size: int = Field(32, ge=1)  # tokens; on a CPU a multiple of 32
+    kv_cache_bytes: int = Field(1 * _GIB, ge=1 << 20)
+    max_model_len: int | None = None  # tokens; None: what the model says
+    max_num_seqs: int = Field(16, ge=1)
+    isolation: Literal["required", "where-allowed"] = "where-allowed"  # namespaces of its own
+    eager: bool | None = None  # skip compilation: quicker to start, slower to run; None: on a CPU
+    ready_timeout_s: float = Field(600.0, gt=0)
+    restart_backoff_s: float = Field(1.0, gt=0)  # doubles up to a minute
+    lease_fraction: float = Field(0.5, ge=0, le=0.95)  # of the device's blocks, the most that leases may hold
+
+
+class SessionSettings(_Section):
+    """How long a session's KV is worth its room."""
+
+    idle_timeout_s: float = Field(15.0, ge=0, le=86_400)
+    idle_timeout_s_by_model: dict[str, float] = Field(default_factory=dict)
+
+
+class Settings(_Section):
+    """Every setting of one appliance."""
+
+    state_dir: Path
+    demo: bool = False
+    gateway: GatewaySettings = Field(default_factory=lambda: GatewaySettings.model_validate({}))
+    vault: VaultSettings = Field(default_factory=lambda: VaultSettings.model_validate({}))
+    store: StoreSettings = Field(default_factory=StoreSettings)
+    engine: EngineSettings = Field(default_factory=lambda: EngineSettings.model_validate({}))
+    sessions: SessionSettings = Field(default_factory=lambda: SessionSettings.model_validate({}))
+
+
+def default_state_dir(environment: Mapping[str, str]) -> Path:
+    """Where an appliance lives unless told otherwise: `$XDG_STATE_HOME/holdfast`, else `~/.local/state/holdfast`."""
+    base = environment.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "holdfast"
+
+
+def load_settings(
+    flags: Mapping[str, Any] | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    state_dir: Path | None = None,
+) -> Settings:
+    """Read the settings of the appliance in `state_dir`.
+
+    Args:
+        flags: a nested mapping of what was given on the command line; a `None` in it counts as not given.
+        environment: the process's environment by default.
+        state_dir: where `holdfast.toml` is looked for; by default `HOLDFAST_STATE_DIR`, else `default_state_dir`.
+
+    Raises:
+        SettingsError: names the file or variable, the setting and what is allowed.
+    """
+    environment = os.environ if environment is None else environment
+    named = environment.get(f"{ENVIRONMENT_PREFIX}STATE_DIR")
+    root = state_dir or (Path(named) if named else default_state_dir(environment))
+    tree: dict[str, Any] = {}
+    _merge(tree, _file_settings(root / "holdfast.toml"))
+    _merge(tree, _environment_settings(environment))
+    _merge(tree, flags or {})
+    tree["state_dir"] = root.expanduser().absolute()
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise SettingsError(
+            f"the setting {name or '(root)'} cannot be used",
+            cause=first["msg"],
+            remedy=f"Correct it in {root / 'holdfast.toml'}, in the environment or on the command line",
+        ) from None
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _file_settings(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read", cause=str(error), remedy="Mend the file, or move it away") from None
+
+
+def _environment_settings(environment: Mapping[str, str]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for variable, text in environment.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX) or "__" not in variable:
+            continue
+        section, _, name = variable.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
+        tree.setdefault(section, {})[name] = _value(text)
+    return tree
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _merge(into: dict[str, Any], over: Mapping[str, Any]) -> None:
+    for name, value in over.items():
+        if isinstance(value, Mapping) and isinstance(into.get(name), dict):
+            _merge(into[name], value)
+        elif isinstance(value, Mapping):
+            into[name] = {}
+            _merge(into[name], value)
+        elif value is not None:
+            into[name] = value
