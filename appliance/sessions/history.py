@@ -1,0 +1,72 @@
+"""A history as a chain of keyed hashes.
+
+Rules:
+
+- Two requests have the same link at position n exactly if their first n messages say the same thing.
+- What clients change when they send a history back is not part of a message: ids of tool calls, empty fields, names of
+  extra fields, a text given as one part instead of a string.
+- The key is the tenant's and the principal starts the chain, so that a link means nothing to anybody else.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic_core import to_json
+
+from appliance.sessions.turn import Message
+
+LinkMac = Callable[[bytes, bytes], bytes]
+"""Keyed hash of (previous link, canonical message) -> 32 bytes."""
+
+
+def canonical_message(message: Message) -> bytes:
+    """What a message says, independent of how a client happens to write it."""
+    calls = message.get("tool_calls") or ()
+    return to_json(
+        (
+            message.get("role"),
+            _canonical_content(message.get("content")),
+            [_canonical_call(call) for call in calls],
+        )
+    )
+
+
+def history_links(mac: LinkMac, principal_id: str, messages: Sequence[Message]) -> list[bytes]:
+    """The link after each message, in order; one of 32 bytes a message."""
+    link = principal_id.encode()
+    links: list[bytes] = []
+    for message in messages:
+        link = mac(link, canonical_message(message))
+        links.append(link)
+    return links
+
+
+def answered_positions(messages: Sequence[Message]) -> list[int]:
+    """Where a history may have been left by an answer of ours: the lengths of its prefixes that end with one, longest first."""
+    return [n for n in range(len(messages), 0, -1) if messages[n - 1].get("role") == "assistant"]
+
+
+def shared_length(left: Sequence[bytes], right: Sequence[bytes]) -> int:
+    """How many leading links two chains share. Chains that part never meet again, so bisection finds the place."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[middle - 1] == right[middle - 1]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _canonical_content(content: Any) -> Any:
+    if content is None:
+        return ""
+    if isinstance(content, list):
+        texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        return texts[0] if len(texts) == 1 else texts
+    return content
+
+
+def _canonical_call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    return (function.get("name"), function.get("arguments")) if isinstance(function, dict) else call

@@ -1,0 +1,775 @@
+"""Whose turn is this, what is its salt, and where does it go when it is over.
+
+Rules:
+
+- A session is found only within the tenant and the principal that own it. Anybody else's is as unknown as one that never
+  was.
+- An unknown session id makes a session; an unknown `previous_response_id` is an error.
+- Without any id, the longest history that this principal was answered before is continued; a second continuation of one
+  point is a branch: a session of its own in the same tree.
+- The salt is an HMAC of principal, tree and epoch under the tenant's key. Forgetting raises the epoch, so that whatever
+  is still resident cannot be reached again.
+- A turn is durable, whole and encrypted when `record` returns, and not there at all when it raises.
+- What is remembered between turns is bounded, and can be lost without losing anything but speed.
+
+One gateway owns a session at a time; the numbers of its turns are given out under the session's own lock.
+"""
+
+import asyncio
+import os
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pydantic_core import from_json, to_json
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
+from sqlalchemy.engine import RowMapping
+
+from appliance.errors import Fault, HoldfastError
+from appliance.identity import Caller, Permission, Role
+from appliance.sessions.deltas import Reader, Tip, encode_request, encode_token_ids, token_array
+from appliance.sessions.history import answered_positions, history_links, shared_length
+from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind, TurnState
+from appliance.settings import SessionSettings
+from appliance.store import Change, RowCipher, Store, tables
+from appliance.vault import KeyPurpose, KeyRecord, Vault
+
+_LIVE_SESSIONS = 4096
+_TIP_BYTES = 32 << 20
+_KNOWN_LINKS = 32_768
+_LOOKUP_LINKS = 512  # how far back from its end a history is searched for an answer of ours
+
+
+class UnknownSession(HoldfastError):
+    """There is no such session, or it is not this caller's to see."""
+
+    code: ClassVar[str] = "session_not_found"
+    fault: ClassVar[Fault] = Fault.MISSING
+
+
+class UnknownResponse(HoldfastError):
+    """`previous_response_id` names no answer of this principal's."""
+
+    code: ClassVar[str] = "previous_response_not_found"
+    fault: ClassVar[Fault] = Fault.MISSING
+
+
+class SessionForgotten(HoldfastError):
+    """The session was forgotten while one of its turns ran."""
+
+    code: ClassVar[str] = "session_forgotten"
+    fault: ClassVar[Fault] = Fault.CONFLICT
+
+
+class TranscriptForbidden(HoldfastError):
+    """The caller may know of the session but not read its text."""
+
+    code: ClassVar[str] = "transcript_forbidden"
+    fault: ClassVar[Fault] = Fault.DENIED
+
+
+@dataclass(eq=False, slots=True)
+class _Live:
+    """A session in memory, shared by its turns that run at once."""
+
+    session_id: str
+    tenant_id: str
+    principal_id: str
+    tree_id: str
+    client_id: str | None
+    epoch: int
+    turns: int
+    origin: Origin
+    parent_session_id: str | None = None
+    new_key: KeyRecord | None = None  # not yet in the store, as the session itself is not
+    stored: bool = True
+    forgotten: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    __weakref__: Any = field(init=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """The session that a turn belongs to.
+
+    Attributes:
+        visible_id: what the client knows it by: its own id, else ours.
+        salt: the engine's `cache_salt`; 64 hexadecimal digits.
+        lease_label: what the engine calls the session; says nothing about it.
+        idle_timeout_s: how long its KV outranks others' after a turn.
+        is_new: this is its first turn.
+    """
+
+    session_id: str
+    tenant_id: str
+    principal_id: str
+    visible_id: str
+    salt: str
+    lease_label: str
+    tenant_label: str
+    idle_timeout_s: float
+    origin: Origin
+    is_new: bool
+    _live: _Live = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSummary:
+    """What may be known of a session without reading it. Times in epoch seconds, counts in tokens."""
+
+    session_id: str
+    tenant_id: str
+    principal_id: str
+    tree_id: str
+    parent_session_id: str | None
+    model: str
+    origin: Origin
+    turns: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    created_at: float
+    last_used_at: float
+    lease_label: str
+
+
+@dataclass(frozen=True, slots=True)
+class TranscriptTurn:
+    """One turn as it was said. `new_messages` are those that the turn before did not have."""
+
+    number: int
+    response_id: str
+    model: str
+    state: TurnState
+    new_messages: list[Message]
+    answer: Message
+    parameters: dict[str, Any]
+    prompt_token_ids: list[int]
+    completion_token_ids: list[int]
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    finish_reason: str | None
+    started_at: float
+    ended_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """A session and everything said in it."""
+
+    session: SessionSummary
+    client_id: str | None
+    turns: list[TranscriptTurn]
+
+
+class Sessions:
+    """The sessions of one appliance.
+
+    Args:
+        settings: idle timeouts.
+        now: wall clock, epoch seconds.
+        random_bytes: source of identifiers.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        vault: Vault,
+        settings: SessionSettings,
+        *,
+        now: Callable[[], float] = time.time,
+        random_bytes: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        self._store = store
+        self._vault = vault
+        self._rows = RowCipher(vault)
+        self._settings = settings
+        self._now = now
+        self._random_bytes = random_bytes
+        self._live: weakref.WeakValueDictionary[str, _Live] = weakref.WeakValueDictionary()
+        self._recent: OrderedDict[str, _Live] = OrderedDict()
+        self._by_client_id: OrderedDict[bytes, str] = OrderedDict()
+        self._by_link: OrderedDict[bytes, tuple[str, int]] = OrderedDict()
+        self._tips = _Tips(_TIP_BYTES)
+
+    # Finding the session of a turn
+
+    async def resolve(self, caller: Caller, turn: Turn) -> Session:
+        """The session that `turn` continues or begins.
+
+        Raises:
+            UnknownResponse: `previous_response_id` is not an answer of this principal's.
+            VaultSealed: the vault is sealed.
+        """
+        tenant_id, principal_id = _owner(caller)
+        hints = turn.hints
+        if hints.previous_response_id is not None:
+            live = await self._of_response(tenant_id, principal_id, hints.previous_response_id)
+        elif hints.client_id is not None:
+            live = await self._of_client_id(tenant_id, principal_id, hints)
+        else:
+            live = await self._of_history(tenant_id, principal_id, turn.messages)
+        self._remember(live)
+        return self._session(caller, turn.model, live)
+
+    async def _of_response(self, tenant_id: str, principal_id: str, response_id: str) -> _Live:
+        turns, sessions = tables.turns, tables.sessions
+        row = await self._store.read(
+            lambda db: db.execute(
+                select(sessions)
+                .join(turns, turns.c.session_id == sessions.c.session_id)
+                .where(turns.c.response_id == response_id)
+                .where(sessions.c.tenant_id == tenant_id, sessions.c.principal_id == principal_id)
+            )
+            .mappings()
+            .first()
+        )
+        if row is None:
+            raise UnknownResponse(
+                "previous_response_id names no response",
+                cause="no response of this principal has that id, or its session was forgotten",
+                remedy="Send the whole conversation without previous_response_id",
+            )
+        return await self._load(row)
+
+    async def _of_client_id(self, tenant_id: str, principal_id: str, hints: SessionHints) -> _Live:
+        assert hints.client_id is not None
+        lookup = self._client_id_lookup(tenant_id, principal_id, hints.client_id)
+        found = await self._by_lookup(tenant_id, principal_id, lookup)
+        if found is not None:
+            return found
+        parent: _Live | None = None
+        if hints.parent_client_id is not None:
+            parent_lookup = self._client_id_lookup(tenant_id, principal_id, hints.parent_client_id)
+            parent = await self._by_lookup(tenant_id, principal_id, parent_lookup)
+        # Another turn may have made it while this one asked the store: no await between this look and the making.
+        known = self._live.get(self._by_client_id.get(lookup, ""))
+        if known is not None and not known.forgotten:
+            return known
+        live = self._begin(tenant_id, principal_id, hints.origin, client_id=hints.client_id, parent=parent)
+        _keep(self._by_client_id, lookup, live.session_id, _LIVE_SESSIONS)
+        return live
+
+    async def _by_lookup(self, tenant_id: str, principal_id: str, lookup: bytes) -> _Live | None:
+        known = self._live.get(self._by_client_id.get(lookup, ""))
+        if known is not None and not known.forgotten:
+            return known
+        sessions = tables.sessions
+        row = await self._store.read(
+            lambda db: db.execute(
+                select(sessions).where(
+                    sessions.c.tenant_id == tenant_id,
+                    sessions.c.principal_id == principal_id,
+                    sessions.c.client_id_lookup == lookup,
+                )
+            )
+            .mappings()
+            .first()
+        )
+        if row is None:
+            return None
+        live = await self._load(row)
+        _keep(self._by_client_id, lookup, live.session_id, _LIVE_SESSIONS)
+        return live
+
+    async def _of_history(self, tenant_id: str, principal_id: str, messages: Sequence[Message]) -> _Live:
+        positions = answered_positions(messages)[:_LOOKUP_LINKS]
+        if positions:
+            links = self._links(tenant_id, principal_id, messages)
+            candidates = [links[position - 1] for position in positions]
+            known = await self._known_link(tenant_id, candidates)
+            if known is not None:
+                live, at_turn = known
+                if live.turns == at_turn:
+                    return live
+                return self._begin(tenant_id, principal_id, Origin.INFERRED, parent=live)
+        return self._begin(tenant_id, principal_id, Origin.NEW)
+
+    async def _known_link(self, tenant_id: str, candidates: Sequence[bytes]) -> tuple[_Live, int] | None:
+        """The session and turn of the first candidate that was an answer of ours."""
+        for link in candidates:
+            session_id, at_turn = self._by_link.get(link, ("", 0))
+            live = self._live.get(session_id)
+            if live is not None and not live.forgotten:
+                return live, at_turn
+        chain, sessions = tables.chain, tables.sessions
+
+        def query(db: Connection) -> RowMapping | None:
+            rows = db.execute(
+                select(sessions, chain.c.link.label("link"), chain.c.turn_number.label("turn_number"))
+                .join(sessions, chain.c.session_id == sessions.c.session_id)
+                .where(chain.c.tenant_id == tenant_id, chain.c.link.in_(candidates))
+            ).mappings()
+            by_link = {bytes(row["link"]): row for row in rows}
+            return next((by_link[link] for link in candidates if link in by_link), None)
+
+        row = await self._store.read(query)
+        return None if row is None else (await self._load(row), row["turn_number"])
+
+    async def _load(self, row: RowMapping) -> _Live:
+        session_id = row["session_id"]
+        known = self._live.get(session_id)
+        if known is not None:
+            return known
+        opened = self._rows.open(tables.sessions, row)
+        tree_id = row["tree_id"]
+        epoch = await self._epoch(tree_id)
+        known = self._live.get(session_id)
+        if known is not None:
+            return known
+        client_id = opened["client_id"]
+        live = _Live(
+            session_id=session_id,
+            tenant_id=row["tenant_id"],
+            principal_id=row["principal_id"],
+            tree_id=tree_id,
+            client_id=_text(client_id),
+            epoch=epoch,
+            turns=row["turns"],
+            origin=Origin(row["origin"]),
+            parent_session_id=row["parent_session_id"],
+        )
+        self._live[session_id] = live
+        return live
+
+    async def _epoch(self, tree_id: str) -> int:
+        trees = tables.trees
+        return await self._store.read(
+            lambda db: db.execute(select(trees.c.epoch).where(trees.c.tree_id == tree_id)).scalar_one()
+        )
+
+    def _begin(
+        self,
+        tenant_id: str,
+        principal_id: str,
+        origin: Origin,
+        *,
+        client_id: str | None = None,
+        parent: _Live | None = None,
+    ) -> _Live:
+        session_id = self._new_id("ses")
+        live = _Live(
+            session_id=session_id,
+            tenant_id=tenant_id,
+            principal_id=principal_id,
+            tree_id=parent.tree_id if parent is not None else self._new_id("tre"),
+            client_id=client_id,
+            epoch=parent.epoch if parent is not None else 0,
+            turns=0,
+            origin=origin,
+            parent_session_id=parent.session_id if parent is not None else None,
+            new_key=self._vault.new_session_key(tenant_id, session_id),
+            stored=False,
+        )
+        self._live[session_id] = live
+        return live
+
+    def _session(self, caller: Caller, model: str, live: _Live) -> Session:
+        mac = self._vault.mac
+        tenant_id = live.tenant_id
+        salt = mac(
+            tenant_id,
+            KeyPurpose.SALT,
+            "cache-salt",
+            live.principal_id.encode(),
+            live.tree_id.encode(),
+            str(live.epoch).encode(),
+        )
+        return Session(
+            session_id=live.session_id,
+            tenant_id=tenant_id,
+            principal_id=live.principal_id,
+            visible_id=live.client_id or live.session_id,
+            salt=salt.hex(),
+            lease_label=self._lease_label(tenant_id, live.session_id),
+            tenant_label=mac(tenant_id, KeyPurpose.SALT, "tenant-label").hex()[:32],
+            idle_timeout_s=self._idle_timeout_s(caller, model),
+            origin=live.origin,
+            is_new=not live.stored,
+            _live=live,
+        )
+
+    def _idle_timeout_s(self, caller: Caller, model: str) -> float:
+        if caller.tenant is not None and caller.tenant.idle_timeout_s is not None:
+            return caller.tenant.idle_timeout_s
+        return self._settings.idle_timeout_s_by_model.get(model, self._settings.idle_timeout_s)
+
+    # Writing a turn down
+
+    async def record(self, session: Session, turn: Turn, outcome: Outcome, also: Sequence[Change] = ()) -> None:
+        """Commit a turn, and `also` with it, in one transaction.
+
+        Raises:
+            SessionForgotten: the session was forgotten while the turn ran; `also` is not written either.
+            StoreFull, StoreUnavailable: nothing of the turn was written.
+        """
+        live = session._live  # noqa: SLF001
+        async with live.lock:
+            if live.forgotten:
+                raise SessionForgotten(
+                    "the turn cannot be kept",
+                    cause="its session was forgotten while it ran",
+                    remedy="Begin a new session",
+                )
+            number = live.turns + 1
+            links = self._turn_links(live, turn, outcome)
+            tip = self._tips.get(live.session_id)
+            changes, new_tip = self._turn_changes(live, turn, outcome, number, links, tip)
+            await self._store.write([*self._session_changes(live, turn, outcome, number), *changes, *also])
+            live.turns, live.stored, live.new_key = number, True, None
+            self._tips.put(live.session_id, new_tip)
+            if links:
+                _keep(self._by_link, links[-1], (live.session_id, number), _KNOWN_LINKS)
+
+    def _turn_links(self, live: _Live, turn: Turn, outcome: Outcome) -> list[bytes]:
+        if turn.kind is not TurnKind.CHAT:
+            return []
+        return self._links(live.tenant_id, live.principal_id, [*turn.messages, outcome.answer])
+
+    def _session_changes(self, live: _Live, turn: Turn, outcome: Outcome, number: int) -> list[Change]:
+        totals = {
+            "turns": number,
+            "prompt_tokens": outcome.prompt_tokens,
+            "cached_tokens": outcome.cached_tokens,
+            "completion_tokens": outcome.completion_tokens,
+            "last_used_at": outcome.ended_at,
+        }
+        if live.stored:
+            named = {f"b_{name}": value for name, value in totals.items()}
+            return [Change(_UPDATE_SESSION, {"b_session_id": live.session_id, **named})]
+        assert live.new_key is not None
+        changes = [Change(_INSERT_KEY, _key_values(live.new_key))]
+        if live.parent_session_id is None:
+            changes.append(Change(_INSERT_TREE, {"tree_id": live.tree_id, "tenant_id": live.tenant_id, "epoch": 0}))
+        lookup = None
+        if live.client_id is not None:
+            lookup = self._client_id_lookup(live.tenant_id, live.principal_id, live.client_id)
+        row = {
+            "session_id": live.session_id,
+            "tenant_id": live.tenant_id,
+            "principal_id": live.principal_id,
+            "tree_id": live.tree_id,
+            "parent_session_id": live.parent_session_id,
+            "client_id_lookup": lookup,
+            "client_id": live.client_id,
+            "epoch": live.epoch,
+            "model": turn.model,
+            "origin": live.origin.value,
+            "created_at": outcome.started_at,
+            "closed_at": None,
+            "row_version": 1,
+            **totals,
+        }
+        sealed = self._rows.seal(tables.sessions, row, scope=live.session_id, purpose=KeyPurpose.SESSION)
+        return [*changes, Change(_INSERT_SESSION, sealed)]
+
+    def _turn_changes(
+        self, live: _Live, turn: Turn, outcome: Outcome, number: int, links: list[bytes], tip: Tip | None
+    ) -> tuple[list[Change], Tip]:
+        parameters = to_json(turn.parameters)
+        ids = token_array(outcome.prompt_token_ids, outcome.completion_token_ids)
+        shared = min(shared_length(tip.links, links), len(turn.messages)) if tip is not None else 0
+        row = {
+            "turn_id": self._new_id("trn"),
+            "session_id": live.session_id,
+            "tenant_id": live.tenant_id,
+            "number": number,
+            "response_id": outcome.response_id,
+            "model": turn.model,
+            "state": outcome.state.value,
+            "request": encode_request(tip, shared, turn.messages, parameters),
+            "response": to_json(outcome.answer),
+            "token_ids": encode_token_ids(tip, ids, len(outcome.prompt_token_ids)),
+            "prompt_tokens": outcome.prompt_tokens,
+            "cached_tokens": outcome.cached_tokens,
+            "completion_tokens": outcome.completion_tokens,
+            "finish_reason": outcome.finish_reason,
+            "started_at": outcome.started_at,
+            "ended_at": outcome.ended_at,
+            "row_version": 1,
+        }
+        changes = [
+            Change(
+                _INSERT_TURN, self._rows.seal(tables.turns, row, scope=live.session_id, purpose=KeyPurpose.SESSION)
+            )
+        ]
+        if links:
+            at = {"tenant_id": live.tenant_id, "link": links[-1]}
+            changes.append(Change(_DELETE_LINK, {f"b_{name}": value for name, value in at.items()}))
+            changes.append(Change(_INSERT_LINK, {**at, "session_id": live.session_id, "turn_number": number}))
+        return changes, Tip(number, len(turn.messages), links, parameters, ids)
+
+    # Reading, listing, forgetting
+
+    async def summaries(self, caller: Caller, *, tenant_id: str | None = None, limit: int = 200) -> list[SessionSummary]:
+        """The sessions that `caller` may know of, last used first, at most `limit`.
+
+        A client sees its own; an operator, an auditor or an administrator of a tenant sees the tenant's; one of the
+        appliance sees all.
+        """
+        sessions = tables.sessions
+        query = select(sessions).order_by(sessions.c.last_used_at.desc()).limit(limit)
+        if caller.principal.tenant_id is not None:
+            query = query.where(sessions.c.tenant_id == caller.principal.tenant_id)
+        elif tenant_id is not None:
+            query = query.where(sessions.c.tenant_id == tenant_id)
+        if caller.principal.role is Role.CLIENT:
+            query = query.where(sessions.c.principal_id == caller.principal.principal_id)
+        rows = await self._store.read(lambda db: db.execute(query).mappings().all())
+        return [self._summary(row) for row in rows]
+
+    async def summary(self, caller: Caller, session_id: str) -> SessionSummary:
+        """What may be known of one session.
+
+        Raises:
+            UnknownSession: there is none, or it is not this caller's to know of.
+        """
+        return self._summary(await self._visible_row(caller, session_id))
+
+    async def transcript(self, caller: Caller, session_id: str) -> Transcript:
+        """Everything said in a session.
+
+        Raises:
+            UnknownSession: there is none, or it is not this caller's to know of.
+            TranscriptForbidden: it is another principal's, and the caller lacks `transcript:read`.
+            TamperedValue: a row was changed outside the appliance; it is named.
+        """
+        row = await self._visible_row(caller, session_id)
+        if row["principal_id"] != caller.principal.principal_id and not _may_read_transcripts(caller):
+            raise TranscriptForbidden(
+                f"the transcript of {session_id} may not be read",
+                cause="it belongs to another principal, and reading it needs the scope transcript:read",
+                remedy="Ask an administrator for a key with that scope",
+            )
+        turns = tables.turns
+        query = select(turns).where(turns.c.session_id == session_id).order_by(turns.c.number)
+        rows = await self._store.read(lambda db: db.execute(query).mappings().all())
+        return await asyncio.to_thread(self._read_transcript, row, rows)
+
+    async def forget(self, caller: Caller, session_id: str) -> SessionSummary:
+        """Shred a session: its key, its turns and its place in the index; what is resident of it becomes unreachable.
+
+        The session's own principal may, and an administrator or operator who may know of it.
+
+        Raises:
+            UnknownSession: there is none, or it is not this caller's to forget.
+        """
+        row = await self._visible_row(caller, session_id)
+        owns = row["principal_id"] == caller.principal.principal_id
+        if not owns and caller.principal.role not in (Role.ADMIN, Role.OPERATOR):
+            raise _unknown_session(session_id)
+        live = await self._load(row)
+        async with live.lock:
+            await self._store.transact(lambda db: _shred(db, session_id, live.tree_id))
+            live.forgotten = True
+        for other in list(self._live.values()):
+            if other.tree_id == live.tree_id:
+                other.epoch += 1
+        self._recent.pop(session_id, None)
+        self._live.pop(session_id, None)
+        self._tips.drop(session_id)
+        self._vault.forget(session_id)
+        await self._store.erase()
+        return self._summary(row)
+
+    async def _visible_row(self, caller: Caller, session_id: str) -> RowMapping:
+        sessions = tables.sessions
+        query = select(sessions).where(sessions.c.session_id == session_id)
+        principal = caller.principal
+        if principal.tenant_id is not None:
+            query = query.where(sessions.c.tenant_id == principal.tenant_id)
+        if principal.role is Role.CLIENT and not _may_read_transcripts(caller):
+            query = query.where(sessions.c.principal_id == principal.principal_id)
+        row = await self._store.read(lambda db: db.execute(query).mappings().first())
+        if row is None:
+            raise _unknown_session(session_id)
+        return row
+
+    def _read_transcript(self, row: RowMapping, rows: Sequence[RowMapping]) -> Transcript:
+        reader = Reader()
+        turns = []
+        for stored in rows:
+            opened = self._rows.open(tables.turns, stored)
+            answer = from_json(_bytes(opened["response"]))
+            read = reader.add(stored["number"], _bytes(opened["request"]), answer, _bytes(opened["token_ids"]))
+            turns.append(
+                TranscriptTurn(
+                    number=stored["number"],
+                    response_id=stored["response_id"],
+                    model=stored["model"],
+                    state=TurnState(stored["state"]),
+                    new_messages=read.messages[read.shared :],
+                    answer=answer,
+                    parameters=read.parameters,
+                    prompt_token_ids=read.prompt_token_ids,
+                    completion_token_ids=read.completion_token_ids,
+                    prompt_tokens=stored["prompt_tokens"],
+                    cached_tokens=stored["cached_tokens"],
+                    completion_tokens=stored["completion_tokens"],
+                    finish_reason=stored["finish_reason"],
+                    started_at=stored["started_at"],
+                    ended_at=stored["ended_at"],
+                )
+            )
+        client_id = self._rows.open(tables.sessions, row)["client_id"]
+        return Transcript(self._summary(row), _text(client_id), turns)
+
+    def _summary(self, row: RowMapping) -> SessionSummary:
+        return SessionSummary(
+            session_id=row["session_id"],
+            tenant_id=row["tenant_id"],
+            principal_id=row["principal_id"],
+            tree_id=row["tree_id"],
+            parent_session_id=row["parent_session_id"],
+            model=row["model"],
+            origin=Origin(row["origin"]),
+            turns=row["turns"],
+            prompt_tokens=row["prompt_tokens"],
+            cached_tokens=row["cached_tokens"],
+            completion_tokens=row["completion_tokens"],
+            created_at=row["created_at"],
+            last_used_at=row["last_used_at"],
+            lease_label=self._lease_label(row["tenant_id"], row["session_id"]),
+        )
+
+    # Small things
+
+    def _links(self, tenant_id: str, principal_id: str, messages: Sequence[Message]) -> list[bytes]:
+        vault_mac = self._vault.mac
+        return history_links(
+            lambda link, message: vault_mac(tenant_id, KeyPurpose.LOOKUP, "history", link, message),
+            principal_id,
+            messages,
+        )
+
+    def _client_id_lookup(self, tenant_id: str, principal_id: str, client_id: str) -> bytes:
+        return self._vault.mac(
+            tenant_id, KeyPurpose.LOOKUP, "client-session-id", principal_id.encode(), client_id.encode()
+        )
+
+    def _lease_label(self, tenant_id: str, session_id: str) -> str:
+        return self._vault.mac(tenant_id, KeyPurpose.SALT, "lease-label", session_id.encode()).hex()[:32]
+
+    def _new_id(self, prefix: str) -> str:
+        return f"{prefix}_{self._random_bytes(16).hex()}"
+
+    def _remember(self, live: _Live) -> None:
+        _keep(self._recent, live.session_id, live, _LIVE_SESSIONS)
+
+
+class _Tips:
+    """The latest turn of sessions in use, the least recently used dropped first; bounded in bytes."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self._capacity = capacity_bytes
+        self._held = 0
+        self._tips: OrderedDict[str, Tip] = OrderedDict()
+
+    def get(self, session_id: str) -> Tip | None:
+        return self._tips.get(session_id)
+
+    def put(self, session_id: str, tip: Tip) -> None:
+        self.drop(session_id)
+        if tip.size() > self._capacity:
+            return
+        self._tips[session_id] = tip
+        self._held += tip.size()
+        while self._held > self._capacity:
+            _, oldest = self._tips.popitem(last=False)
+            self._held -= oldest.size()
+
+    def drop(self, session_id: str) -> None:
+        tip = self._tips.pop(session_id, None)
+        if tip is not None:
+            self._held -= tip.size()
+
+
+def _owner(caller: Caller) -> tuple[str, str]:
+    tenant_id = caller.principal.tenant_id
+    if tenant_id is None:
+        raise TranscriptForbidden(
+            "an administrator of the appliance holds no sessions",
+            cause="sessions belong to a tenant's principals",
+            remedy="Use an API key of a tenant: `holdfast key create`",
+        )
+    return tenant_id, caller.principal.principal_id
+
+
+def _may_read_transcripts(caller: Caller) -> bool:
+    granted = caller.principal.permissions | (caller.key.scopes.permissions if caller.key is not None else frozenset())
+    return Permission.TRANSCRIPT_READ in granted
+
+
+def _unknown_session(session_id: str) -> UnknownSession:
+    return UnknownSession(
+        f"there is no session {session_id}",
+        cause="no session has that id, or it was forgotten, or it is not yours to see",
+        remedy="`holdfast session list` names the sessions that you may see",
+    )
+
+
+def _shred(db: Connection, session_id: str, tree_id: str) -> None:
+    db.execute(delete(tables.chain).where(tables.chain.c.session_id == session_id))
+    db.execute(delete(tables.turns).where(tables.turns.c.session_id == session_id))
+    db.execute(
+        update(tables.sessions).where(tables.sessions.c.parent_session_id == session_id).values(parent_session_id=None)
+    )
+    db.execute(delete(tables.sessions).where(tables.sessions.c.session_id == session_id))
+    db.execute(delete(tables.keys).where(tables.keys.c.scope == session_id))
+    db.execute(update(tables.trees).where(tables.trees.c.tree_id == tree_id).values(epoch=tables.trees.c.epoch + 1))
+
+
+def _keep(kept: "OrderedDict[Any, Any]", key: Any, value: Any, bound: int) -> None:
+    kept[key] = value
+    kept.move_to_end(key)
+    if len(kept) > bound:
+        kept.popitem(last=False)
+
+
+def _bytes(value: object) -> bytes:
+    assert isinstance(value, bytes)
+    return value
+
+
+def _text(value: object) -> str | None:
+    return value.decode() if isinstance(value, bytes) else None
+
+
+def _key_values(record: KeyRecord) -> dict[str, object]:
+    return {
+        "key_id": record.key_id,
+        "scope": record.scope,
+        "purpose": record.purpose.value,
+        "parent_id": record.parent_id,
+        "version": record.version,
+        "wrapped": record.wrapped,
+        "uses_reserved": record.uses_reserved,
+        "root_id": record.root_id,
+        "created_at": record.created_at,
+        "retired": record.retired,
+    }
+
+
+_INSERT_KEY = insert(tables.keys)
+_INSERT_TREE = insert(tables.trees)
+_INSERT_SESSION = insert(tables.sessions)
+_INSERT_TURN = insert(tables.turns)
+_INSERT_LINK = insert(tables.chain)
+_DELETE_LINK = delete(tables.chain).where(
+    tables.chain.c.tenant_id == bindparam("b_tenant_id"), tables.chain.c.link == bindparam("b_link")
+)
+_UPDATE_SESSION = (
+    update(tables.sessions)
+    .where(tables.sessions.c.session_id == bindparam("b_session_id"))
+    .values(
+        turns=bindparam("b_turns"),
+        prompt_tokens=tables.sessions.c.prompt_tokens + bindparam("b_prompt_tokens"),
+        cached_tokens=tables.sessions.c.cached_tokens + bindparam("b_cached_tokens"),
+        completion_tokens=tables.sessions.c.completion_tokens + bindparam("b_completion_tokens"),
+        last_used_at=bindparam("b_last_used_at"),
+    )
+)
