@@ -4,7 +4,8 @@ Rules:
 
 - Each error lives in the room that raises it and derives from `HoldfastError`.
 - `code` is stable and unique: scripts branch on it, the documentation is indexed by it.
-- `message` says what failed, `cause` why, `remedy` what to do next. None of the three holds a secret or a person's text.
+- `message` says what failed, `cause` why, `remedy` what to do next. None of the three holds a secret or a person's
+  text.
 - `fault` says whose fault it was. The API derives its HTTP status from it and the command line its exit status, so
   that a room names neither.
 """

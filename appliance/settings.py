@@ -3,7 +3,8 @@
 Rules:
 
 - A setting that is not known is an error that names it, never ignored.
-- The environment says `HOLDFAST_GATEWAY__PORT=8400`: section, two underscores, name. Values are TOML; what is not TOML is a string.
+- The environment says `HOLDFAST_GATEWAY__PORT=8400`: section, two underscores, name. Values are TOML; what is
+  not TOML is a string.
 - No secret is a setting: secrets come over a file descriptor or from a 0600 file that a setting names.
 - The tree is frozen: whoever wants another value builds another tree.
 """
@@ -165,7 +166,9 @@ def _file_settings(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError(f"{path} cannot be read", cause=str(error), remedy="Mend the file, or move it away") from None
+        raise SettingsError(
+            f"{path} cannot be read", cause=str(error), remedy="Mend the file, or move it away"
+        ) from None
 
 
 def _environment_settings(environment: Mapping[str, str]) -> dict[str, Any]:

@@ -1,20 +1,19 @@
 """Whose turn is this: identification, salts and transcripts."""
 
-from appliance.sessions.deltas import TranscriptBroken
-from appliance.sessions.registry import (
-    Session,
-    SessionForgotten,
-    Sessions,
+from appliance.sessions.archive import (
+    Archive,
     SessionSummary,
     Transcript,
     TranscriptForbidden,
     TranscriptTurn,
-    UnknownResponse,
     UnknownSession,
 )
+from appliance.sessions.deltas import TranscriptBroken
+from appliance.sessions.registry import Session, SessionForgotten, Sessions, UnknownResponse
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind, TurnState
 
 __all__ = [
+    "Archive",
     "Message",
     "Origin",
     "Outcome",

@@ -36,7 +36,6 @@ class Tip:
     """What is remembered of a session's latest turn, to write the next one as a difference."""
 
     number: int
-    messages: int  # of the request, without the answer
     links: Sequence[bytes]  # of the request's messages, then of the answer
     parameters: bytes
     token_ids: "array[int]"  # prompt, then completion

@@ -42,7 +42,7 @@ def history_links(mac: LinkMac, principal_id: str, messages: Sequence[Message]) 
 
 
 def answered_positions(messages: Sequence[Message]) -> list[int]:
-    """Where a history may have been left by an answer of ours: the lengths of its prefixes that end with one, longest first."""
+    """The lengths of the prefixes that end with an answer, perhaps one of ours; longest first."""
     return [n for n in range(len(messages), 0, -1) if messages[n - 1].get("role") == "assistant"]
 
 

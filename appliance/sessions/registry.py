@@ -2,8 +2,8 @@
 
 Rules:
 
-- A session is found only within the tenant and the principal that own it. Anybody else's is as unknown as one that never
-  was.
+- A session is found only within the tenant and the principal that own it. Anybody else's is as unknown as one that
+  never was.
 - An unknown session id makes a session; an unknown `previous_response_id` is an error.
 - Without any id, the longest history that this principal was answered before is continued; a second continuation of one
   point is a branch: a session of its own in the same tree.
@@ -24,30 +24,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from pydantic_core import from_json, to_json
-from sqlalchemy import Connection, bindparam, delete, insert, select, update
+from pydantic_core import to_json
+from sqlalchemy import Connection, Text, bindparam, delete, exists, insert, literal, select, update
 from sqlalchemy.engine import RowMapping
 
 from appliance.errors import Fault, HoldfastError
-from appliance.identity import Caller, Permission, Role
-from appliance.sessions.deltas import Reader, Tip, encode_request, encode_token_ids, token_array
+from appliance.identity import Caller, Role
+from appliance.sessions.archive import Archive, SessionSummary, TranscriptForbidden, text_or_none, unknown_session
+from appliance.sessions.deltas import Tip, encode_request, encode_token_ids, token_array
 from appliance.sessions.history import answered_positions, history_links, shared_length
-from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind, TurnState
+from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind
 from appliance.settings import SessionSettings
-from appliance.store import Change, RowCipher, Store, tables
+from appliance.store import Change, Store, tables
 from appliance.vault import KeyPurpose, KeyRecord, Vault
 
 _LIVE_SESSIONS = 4096
 _TIP_BYTES = 32 << 20
 _KNOWN_LINKS = 32_768
 _LOOKUP_LINKS = 512  # how far back from its end a history is searched for an answer of ours
-
-
-class UnknownSession(HoldfastError):
-    """There is no such session, or it is not this caller's to see."""
-
-    code: ClassVar[str] = "session_not_found"
-    fault: ClassVar[Fault] = Fault.MISSING
 
 
 class UnknownResponse(HoldfastError):
@@ -64,13 +58,6 @@ class SessionForgotten(HoldfastError):
     fault: ClassVar[Fault] = Fault.CONFLICT
 
 
-class TranscriptForbidden(HoldfastError):
-    """The caller may know of the session but not read its text."""
-
-    code: ClassVar[str] = "transcript_forbidden"
-    fault: ClassVar[Fault] = Fault.DENIED
-
-
 @dataclass(eq=False, slots=True)
 class _Live:
     """A session in memory, shared by its turns that run at once."""
@@ -85,7 +72,6 @@ class _Live:
     origin: Origin
     parent_session_id: str | None = None
     new_key: KeyRecord | None = None  # not yet in the store, as the session itself is not
-    stored: bool = True
     forgotten: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     __weakref__: Any = field(init=False, repr=False)
@@ -116,58 +102,8 @@ class Session:
     _live: _Live = field(repr=False, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
-class SessionSummary:
-    """What may be known of a session without reading it. Times in epoch seconds, counts in tokens."""
-
-    session_id: str
-    tenant_id: str
-    principal_id: str
-    tree_id: str
-    parent_session_id: str | None
-    model: str
-    origin: Origin
-    turns: int
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    created_at: float
-    last_used_at: float
-    lease_label: str
-
-
-@dataclass(frozen=True, slots=True)
-class TranscriptTurn:
-    """One turn as it was said. `new_messages` are those that the turn before did not have."""
-
-    number: int
-    response_id: str
-    model: str
-    state: TurnState
-    new_messages: list[Message]
-    answer: Message
-    parameters: dict[str, Any]
-    prompt_token_ids: list[int]
-    completion_token_ids: list[int]
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    finish_reason: str | None
-    started_at: float
-    ended_at: float
-
-
-@dataclass(frozen=True, slots=True)
-class Transcript:
-    """A session and everything said in it."""
-
-    session: SessionSummary
-    client_id: str | None
-    turns: list[TranscriptTurn]
-
-
-class Sessions:
-    """The sessions of one appliance.
+class Sessions(Archive):
+    """The sessions of one appliance: an archive that also finds and writes them.
 
     Args:
         settings: idle timeouts.
@@ -184,9 +120,7 @@ class Sessions:
         now: Callable[[], float] = time.time,
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
-        self._store = store
-        self._vault = vault
-        self._rows = RowCipher(vault)
+        super().__init__(store, vault)
         self._settings = settings
         self._now = now
         self._random_bytes = random_bytes
@@ -210,7 +144,7 @@ class Sessions:
         if hints.previous_response_id is not None:
             live = await self._of_response(tenant_id, principal_id, hints.previous_response_id)
         elif hints.client_id is not None:
-            live = await self._of_client_id(tenant_id, principal_id, hints)
+            live = await self._of_client_id(tenant_id, principal_id, hints.client_id, hints)
         else:
             live = await self._of_history(tenant_id, principal_id, turn.messages)
         self._remember(live)
@@ -219,14 +153,16 @@ class Sessions:
     async def _of_response(self, tenant_id: str, principal_id: str, response_id: str) -> _Live:
         turns, sessions = tables.turns, tables.sessions
         row = await self._store.read(
-            lambda db: db.execute(
-                select(sessions)
-                .join(turns, turns.c.session_id == sessions.c.session_id)
-                .where(turns.c.response_id == response_id)
-                .where(sessions.c.tenant_id == tenant_id, sessions.c.principal_id == principal_id)
+            lambda db: (
+                db.execute(
+                    select(sessions)
+                    .join(turns, turns.c.session_id == sessions.c.session_id)
+                    .where(turns.c.response_id == response_id)
+                    .where(sessions.c.tenant_id == tenant_id, sessions.c.principal_id == principal_id)
+                )
+                .mappings()
+                .first()
             )
-            .mappings()
-            .first()
         )
         if row is None:
             raise UnknownResponse(
@@ -236,9 +172,8 @@ class Sessions:
             )
         return await self._load(row)
 
-    async def _of_client_id(self, tenant_id: str, principal_id: str, hints: SessionHints) -> _Live:
-        assert hints.client_id is not None
-        lookup = self._client_id_lookup(tenant_id, principal_id, hints.client_id)
+    async def _of_client_id(self, tenant_id: str, principal_id: str, client_id: str, hints: SessionHints) -> _Live:
+        lookup = self._client_id_lookup(tenant_id, principal_id, client_id)
         found = await self._by_lookup(tenant_id, principal_id, lookup)
         if found is not None:
             return found
@@ -250,7 +185,7 @@ class Sessions:
         known = self._live.get(self._by_client_id.get(lookup, ""))
         if known is not None and not known.forgotten:
             return known
-        live = self._begin(tenant_id, principal_id, hints.origin, client_id=hints.client_id, parent=parent)
+        live = self._begin(tenant_id, principal_id, hints.origin, client_id=client_id, parent=parent)
         _keep(self._by_client_id, lookup, live.session_id, _LIVE_SESSIONS)
         return live
 
@@ -260,15 +195,17 @@ class Sessions:
             return known
         sessions = tables.sessions
         row = await self._store.read(
-            lambda db: db.execute(
-                select(sessions).where(
-                    sessions.c.tenant_id == tenant_id,
-                    sessions.c.principal_id == principal_id,
-                    sessions.c.client_id_lookup == lookup,
+            lambda db: (
+                db.execute(
+                    select(sessions).where(
+                        sessions.c.tenant_id == tenant_id,
+                        sessions.c.principal_id == principal_id,
+                        sessions.c.client_id_lookup == lookup,
+                    )
                 )
+                .mappings()
+                .first()
             )
-            .mappings()
-            .first()
         )
         if row is None:
             return None
@@ -321,13 +258,12 @@ class Sessions:
         known = self._live.get(session_id)
         if known is not None:
             return known
-        client_id = opened["client_id"]
         live = _Live(
             session_id=session_id,
             tenant_id=row["tenant_id"],
             principal_id=row["principal_id"],
             tree_id=tree_id,
-            client_id=_text(client_id),
+            client_id=text_or_none(opened["client_id"]),
             epoch=epoch,
             turns=row["turns"],
             origin=Origin(row["origin"]),
@@ -363,7 +299,6 @@ class Sessions:
             origin=origin,
             parent_session_id=parent.session_id if parent is not None else None,
             new_key=self._vault.new_session_key(tenant_id, session_id),
-            stored=False,
         )
         self._live[session_id] = live
         return live
@@ -385,11 +320,11 @@ class Sessions:
             principal_id=live.principal_id,
             visible_id=live.client_id or live.session_id,
             salt=salt.hex(),
-            lease_label=self._lease_label(tenant_id, live.session_id),
+            lease_label=self.lease_label(tenant_id, live.session_id),
             tenant_label=mac(tenant_id, KeyPurpose.SALT, "tenant-label").hex()[:32],
             idle_timeout_s=self._idle_timeout_s(caller, model),
             origin=live.origin,
-            is_new=not live.stored,
+            is_new=live.new_key is not None,
             _live=live,
         )
 
@@ -407,7 +342,7 @@ class Sessions:
             SessionForgotten: the session was forgotten while the turn ran; `also` is not written either.
             StoreFull, StoreUnavailable: nothing of the turn was written.
         """
-        live = session._live  # noqa: SLF001
+        live = session._live
         async with live.lock:
             if live.forgotten:
                 raise SessionForgotten(
@@ -420,7 +355,7 @@ class Sessions:
             tip = self._tips.get(live.session_id)
             changes, new_tip = self._turn_changes(live, turn, outcome, number, links, tip)
             await self._store.write([*self._session_changes(live, turn, outcome, number), *changes, *also])
-            live.turns, live.stored, live.new_key = number, True, None
+            live.turns, live.new_key = number, None
             self._tips.put(live.session_id, new_tip)
             if links:
                 _keep(self._by_link, links[-1], (live.session_id, number), _KNOWN_LINKS)
@@ -438,13 +373,13 @@ class Sessions:
             "completion_tokens": outcome.completion_tokens,
             "last_used_at": outcome.ended_at,
         }
-        if live.stored:
+        if live.new_key is None:
             named = {f"b_{name}": value for name, value in totals.items()}
             return [Change(_UPDATE_SESSION, {"b_session_id": live.session_id, **named})]
-        assert live.new_key is not None
-        changes = [Change(_INSERT_KEY, _key_values(live.new_key))]
-        if live.parent_session_id is None:
-            changes.append(Change(_INSERT_TREE, {"tree_id": live.tree_id, "tenant_id": live.tenant_id, "epoch": 0}))
+        changes = [
+            Change(_INSERT_KEY, _key_values(live.new_key)),
+            Change(_INSERT_TREE, {"b_tree_id": live.tree_id, "b_tenant_id": live.tenant_id}),
+        ]
         lookup = None
         if live.client_id is not None:
             lookup = self._client_id_lookup(live.tenant_id, live.principal_id, live.client_id)
@@ -493,62 +428,15 @@ class Sessions:
             "row_version": 1,
         }
         changes = [
-            Change(
-                _INSERT_TURN, self._rows.seal(tables.turns, row, scope=live.session_id, purpose=KeyPurpose.SESSION)
-            )
+            Change(_INSERT_TURN, self._rows.seal(tables.turns, row, scope=live.session_id, purpose=KeyPurpose.SESSION))
         ]
         if links:
             at = {"tenant_id": live.tenant_id, "link": links[-1]}
             changes.append(Change(_DELETE_LINK, {f"b_{name}": value for name, value in at.items()}))
             changes.append(Change(_INSERT_LINK, {**at, "session_id": live.session_id, "turn_number": number}))
-        return changes, Tip(number, len(turn.messages), links, parameters, ids)
+        return changes, Tip(number, links, parameters, ids)
 
-    # Reading, listing, forgetting
-
-    async def summaries(self, caller: Caller, *, tenant_id: str | None = None, limit: int = 200) -> list[SessionSummary]:
-        """The sessions that `caller` may know of, last used first, at most `limit`.
-
-        A client sees its own; an operator, an auditor or an administrator of a tenant sees the tenant's; one of the
-        appliance sees all.
-        """
-        sessions = tables.sessions
-        query = select(sessions).order_by(sessions.c.last_used_at.desc()).limit(limit)
-        if caller.principal.tenant_id is not None:
-            query = query.where(sessions.c.tenant_id == caller.principal.tenant_id)
-        elif tenant_id is not None:
-            query = query.where(sessions.c.tenant_id == tenant_id)
-        if caller.principal.role is Role.CLIENT:
-            query = query.where(sessions.c.principal_id == caller.principal.principal_id)
-        rows = await self._store.read(lambda db: db.execute(query).mappings().all())
-        return [self._summary(row) for row in rows]
-
-    async def summary(self, caller: Caller, session_id: str) -> SessionSummary:
-        """What may be known of one session.
-
-        Raises:
-            UnknownSession: there is none, or it is not this caller's to know of.
-        """
-        return self._summary(await self._visible_row(caller, session_id))
-
-    async def transcript(self, caller: Caller, session_id: str) -> Transcript:
-        """Everything said in a session.
-
-        Raises:
-            UnknownSession: there is none, or it is not this caller's to know of.
-            TranscriptForbidden: it is another principal's, and the caller lacks `transcript:read`.
-            TamperedValue: a row was changed outside the appliance; it is named.
-        """
-        row = await self._visible_row(caller, session_id)
-        if row["principal_id"] != caller.principal.principal_id and not _may_read_transcripts(caller):
-            raise TranscriptForbidden(
-                f"the transcript of {session_id} may not be read",
-                cause="it belongs to another principal, and reading it needs the scope transcript:read",
-                remedy="Ask an administrator for a key with that scope",
-            )
-        turns = tables.turns
-        query = select(turns).where(turns.c.session_id == session_id).order_by(turns.c.number)
-        rows = await self._store.read(lambda db: db.execute(query).mappings().all())
-        return await asyncio.to_thread(self._read_transcript, row, rows)
+    # Forgetting
 
     async def forget(self, caller: Caller, session_id: str) -> SessionSummary:
         """Shred a session: its key, its turns and its place in the index; what is resident of it becomes unreachable.
@@ -558,10 +446,10 @@ class Sessions:
         Raises:
             UnknownSession: there is none, or it is not this caller's to forget.
         """
-        row = await self._visible_row(caller, session_id)
+        row = await self.visible_row(caller, session_id)
         owns = row["principal_id"] == caller.principal.principal_id
         if not owns and caller.principal.role not in (Role.ADMIN, Role.OPERATOR):
-            raise _unknown_session(session_id)
+            raise unknown_session(session_id)
         live = await self._load(row)
         async with live.lock:
             await self._store.transact(lambda db: _shred(db, session_id, live.tree_id))
@@ -575,66 +463,6 @@ class Sessions:
         self._vault.forget(session_id)
         await self._store.erase()
         return self._summary(row)
-
-    async def _visible_row(self, caller: Caller, session_id: str) -> RowMapping:
-        sessions = tables.sessions
-        query = select(sessions).where(sessions.c.session_id == session_id)
-        principal = caller.principal
-        if principal.tenant_id is not None:
-            query = query.where(sessions.c.tenant_id == principal.tenant_id)
-        if principal.role is Role.CLIENT and not _may_read_transcripts(caller):
-            query = query.where(sessions.c.principal_id == principal.principal_id)
-        row = await self._store.read(lambda db: db.execute(query).mappings().first())
-        if row is None:
-            raise _unknown_session(session_id)
-        return row
-
-    def _read_transcript(self, row: RowMapping, rows: Sequence[RowMapping]) -> Transcript:
-        reader = Reader()
-        turns = []
-        for stored in rows:
-            opened = self._rows.open(tables.turns, stored)
-            answer = from_json(_bytes(opened["response"]))
-            read = reader.add(stored["number"], _bytes(opened["request"]), answer, _bytes(opened["token_ids"]))
-            turns.append(
-                TranscriptTurn(
-                    number=stored["number"],
-                    response_id=stored["response_id"],
-                    model=stored["model"],
-                    state=TurnState(stored["state"]),
-                    new_messages=read.messages[read.shared :],
-                    answer=answer,
-                    parameters=read.parameters,
-                    prompt_token_ids=read.prompt_token_ids,
-                    completion_token_ids=read.completion_token_ids,
-                    prompt_tokens=stored["prompt_tokens"],
-                    cached_tokens=stored["cached_tokens"],
-                    completion_tokens=stored["completion_tokens"],
-                    finish_reason=stored["finish_reason"],
-                    started_at=stored["started_at"],
-                    ended_at=stored["ended_at"],
-                )
-            )
-        client_id = self._rows.open(tables.sessions, row)["client_id"]
-        return Transcript(self._summary(row), _text(client_id), turns)
-
-    def _summary(self, row: RowMapping) -> SessionSummary:
-        return SessionSummary(
-            session_id=row["session_id"],
-            tenant_id=row["tenant_id"],
-            principal_id=row["principal_id"],
-            tree_id=row["tree_id"],
-            parent_session_id=row["parent_session_id"],
-            model=row["model"],
-            origin=Origin(row["origin"]),
-            turns=row["turns"],
-            prompt_tokens=row["prompt_tokens"],
-            cached_tokens=row["cached_tokens"],
-            completion_tokens=row["completion_tokens"],
-            created_at=row["created_at"],
-            last_used_at=row["last_used_at"],
-            lease_label=self._lease_label(row["tenant_id"], row["session_id"]),
-        )
 
     # Small things
 
@@ -650,9 +478,6 @@ class Sessions:
         return self._vault.mac(
             tenant_id, KeyPurpose.LOOKUP, "client-session-id", principal_id.encode(), client_id.encode()
         )
-
-    def _lease_label(self, tenant_id: str, session_id: str) -> str:
-        return self._vault.mac(tenant_id, KeyPurpose.SALT, "lease-label", session_id.encode()).hex()[:32]
 
     def _new_id(self, prefix: str) -> str:
         return f"{prefix}_{self._random_bytes(16).hex()}"
@@ -699,19 +524,6 @@ def _owner(caller: Caller) -> tuple[str, str]:
     return tenant_id, caller.principal.principal_id
 
 
-def _may_read_transcripts(caller: Caller) -> bool:
-    granted = caller.principal.permissions | (caller.key.scopes.permissions if caller.key is not None else frozenset())
-    return Permission.TRANSCRIPT_READ in granted
-
-
-def _unknown_session(session_id: str) -> UnknownSession:
-    return UnknownSession(
-        f"there is no session {session_id}",
-        cause="no session has that id, or it was forgotten, or it is not yours to see",
-        remedy="`holdfast session list` names the sessions that you may see",
-    )
-
-
 def _shred(db: Connection, session_id: str, tree_id: str) -> None:
     db.execute(delete(tables.chain).where(tables.chain.c.session_id == session_id))
     db.execute(delete(tables.turns).where(tables.turns.c.session_id == session_id))
@@ -730,15 +542,6 @@ def _keep(kept: "OrderedDict[Any, Any]", key: Any, value: Any, bound: int) -> No
         kept.popitem(last=False)
 
 
-def _bytes(value: object) -> bytes:
-    assert isinstance(value, bytes)
-    return value
-
-
-def _text(value: object) -> str | None:
-    return value.decode() if isinstance(value, bytes) else None
-
-
 def _key_values(record: KeyRecord) -> dict[str, object]:
     return {
         "key_id": record.key_id,
@@ -755,7 +558,12 @@ def _key_values(record: KeyRecord) -> dict[str, object]:
 
 
 _INSERT_KEY = insert(tables.keys)
-_INSERT_TREE = insert(tables.trees)
+_INSERT_TREE = insert(tables.trees).from_select(
+    ["tree_id", "tenant_id", "epoch"],
+    select(bindparam("b_tree_id", type_=Text), bindparam("b_tenant_id", type_=Text), literal(0)).where(
+        ~exists().where(tables.trees.c.tree_id == bindparam("b_tree_id", type_=Text))
+    ),
+)  # a child's first turn may be over before its parent's
 _INSERT_SESSION = insert(tables.sessions)
 _INSERT_TURN = insert(tables.turns)
 _INSERT_LINK = insert(tables.chain)

@@ -37,7 +37,7 @@ class Origin(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SessionHints:
-    """What a request says of the session it belongs to. Every name is the client's own and is scoped to its principal."""
+    """What a request says of its session. Every name is the client's own and is scoped to its principal."""
 
     client_id: str | None = None
     parent_client_id: str | None = None

@@ -1,0 +1,230 @@
+"""What was written down of sessions: who may know of one, who may read it, and how it reads.
+
+Rules:
+
+- A client sees its own sessions; whoever watches over a tenant sees the tenant's; one of the appliance sees all.
+- To know of a session is not to read it: another principal's text needs the scope `transcript:read`.
+- A session that may not be known of is as missing as one that never was.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic_core import from_json
+from sqlalchemy import select
+from sqlalchemy.engine import RowMapping
+
+from appliance.errors import Fault, HoldfastError
+from appliance.identity import Caller, Permission, Role
+from appliance.sessions.deltas import Reader
+from appliance.sessions.turn import Message, Origin, TurnState
+from appliance.store import RowCipher, Store, tables
+from appliance.vault import KeyPurpose, Vault
+
+
+class UnknownSession(HoldfastError):
+    """There is no such session, or it is not this caller's to see."""
+
+    code: ClassVar[str] = "session_not_found"
+    fault: ClassVar[Fault] = Fault.MISSING
+
+
+class TranscriptForbidden(HoldfastError):
+    """The caller may know of the session but not read its text."""
+
+    code: ClassVar[str] = "transcript_forbidden"
+    fault: ClassVar[Fault] = Fault.DENIED
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSummary:
+    """What may be known of a session without reading it. Times in epoch seconds, counts in tokens."""
+
+    session_id: str
+    tenant_id: str
+    principal_id: str
+    tree_id: str
+    parent_session_id: str | None
+    model: str
+    origin: Origin
+    turns: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    created_at: float
+    last_used_at: float
+    lease_label: str
+
+
+@dataclass(frozen=True, slots=True)
+class TranscriptTurn:
+    """One turn as it was said. `new_messages` are those that the turn before did not have."""
+
+    number: int
+    response_id: str
+    model: str
+    state: TurnState
+    new_messages: list[Message]
+    answer: Message
+    parameters: dict[str, Any]
+    prompt_token_ids: list[int]
+    completion_token_ids: list[int]
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    finish_reason: str | None
+    started_at: float
+    ended_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """A session and everything said in it."""
+
+    session: SessionSummary
+    client_id: str | None
+    turns: list[TranscriptTurn]
+
+
+class Archive:
+    """The sessions that the store holds, for whoever may see them."""
+
+    def __init__(self, store: Store, vault: Vault) -> None:
+        self._store = store
+        self._vault = vault
+        self._rows = RowCipher(vault)
+
+    async def summaries(
+        self, caller: Caller, *, tenant_id: str | None = None, limit: int = 200
+    ) -> list[SessionSummary]:
+        """The sessions that `caller` may know of, last used first, at most `limit`.
+
+        A client sees its own; an operator, an auditor or an administrator of a tenant sees the tenant's; one of the
+        appliance sees all.
+        """
+        sessions = tables.sessions
+        query = select(sessions).order_by(sessions.c.last_used_at.desc()).limit(limit)
+        if caller.principal.tenant_id is not None:
+            query = query.where(sessions.c.tenant_id == caller.principal.tenant_id)
+        elif tenant_id is not None:
+            query = query.where(sessions.c.tenant_id == tenant_id)
+        if caller.principal.role is Role.CLIENT:
+            query = query.where(sessions.c.principal_id == caller.principal.principal_id)
+        rows = await self._store.read(lambda db: db.execute(query).mappings().all())
+        return [self._summary(row) for row in rows]
+
+    async def summary(self, caller: Caller, session_id: str) -> SessionSummary:
+        """What may be known of one session.
+
+        Raises:
+            UnknownSession: there is none, or it is not this caller's to know of.
+        """
+        return self._summary(await self.visible_row(caller, session_id))
+
+    async def transcript(self, caller: Caller, session_id: str) -> Transcript:
+        """Everything said in a session.
+
+        Raises:
+            UnknownSession: there is none, or it is not this caller's to know of.
+            TranscriptForbidden: it is another principal's, and the caller lacks `transcript:read`.
+            TamperedValue: a row was changed outside the appliance; it is named.
+        """
+        row = await self.visible_row(caller, session_id)
+        if row["principal_id"] != caller.principal.principal_id and not may_read_transcripts(caller):
+            raise TranscriptForbidden(
+                f"the transcript of {session_id} may not be read",
+                cause="it belongs to another principal, and reading it needs the scope transcript:read",
+                remedy="Ask an administrator for a key with that scope",
+            )
+        turns = tables.turns
+        query = select(turns).where(turns.c.session_id == session_id).order_by(turns.c.number)
+        rows = await self._store.read(lambda db: db.execute(query).mappings().all())
+        return await asyncio.to_thread(self._read_transcript, row, rows)
+
+    async def visible_row(self, caller: Caller, session_id: str) -> RowMapping:
+        sessions = tables.sessions
+        query = select(sessions).where(sessions.c.session_id == session_id)
+        principal = caller.principal
+        if principal.tenant_id is not None:
+            query = query.where(sessions.c.tenant_id == principal.tenant_id)
+        if principal.role is Role.CLIENT and not may_read_transcripts(caller):
+            query = query.where(sessions.c.principal_id == principal.principal_id)
+        row = await self._store.read(lambda db: db.execute(query).mappings().first())
+        if row is None:
+            raise unknown_session(session_id)
+        return row
+
+    def _read_transcript(self, row: RowMapping, rows: Sequence[RowMapping]) -> Transcript:
+        reader = Reader()
+        turns = []
+        for stored in rows:
+            opened = self._rows.open(tables.turns, stored)
+            answer = from_json(_bytes(opened["response"]))
+            read = reader.add(stored["number"], _bytes(opened["request"]), answer, _bytes(opened["token_ids"]))
+            turns.append(
+                TranscriptTurn(
+                    number=stored["number"],
+                    response_id=stored["response_id"],
+                    model=stored["model"],
+                    state=TurnState(stored["state"]),
+                    new_messages=read.messages[read.shared :],
+                    answer=answer,
+                    parameters=read.parameters,
+                    prompt_token_ids=read.prompt_token_ids,
+                    completion_token_ids=read.completion_token_ids,
+                    prompt_tokens=stored["prompt_tokens"],
+                    cached_tokens=stored["cached_tokens"],
+                    completion_tokens=stored["completion_tokens"],
+                    finish_reason=stored["finish_reason"],
+                    started_at=stored["started_at"],
+                    ended_at=stored["ended_at"],
+                )
+            )
+        client_id = self._rows.open(tables.sessions, row)["client_id"]
+        return Transcript(self._summary(row), text_or_none(client_id), turns)
+
+    def _summary(self, row: RowMapping) -> SessionSummary:
+        return SessionSummary(
+            session_id=row["session_id"],
+            tenant_id=row["tenant_id"],
+            principal_id=row["principal_id"],
+            tree_id=row["tree_id"],
+            parent_session_id=row["parent_session_id"],
+            model=row["model"],
+            origin=Origin(row["origin"]),
+            turns=row["turns"],
+            prompt_tokens=row["prompt_tokens"],
+            cached_tokens=row["cached_tokens"],
+            completion_tokens=row["completion_tokens"],
+            created_at=row["created_at"],
+            last_used_at=row["last_used_at"],
+            lease_label=self.lease_label(row["tenant_id"], row["session_id"]),
+        )
+
+    def lease_label(self, tenant_id: str, session_id: str) -> str:
+        return self._vault.mac(tenant_id, KeyPurpose.SALT, "lease-label", session_id.encode()).hex()[:32]
+
+
+def may_read_transcripts(caller: Caller) -> bool:
+    granted = caller.principal.permissions | (caller.key.scopes.permissions if caller.key is not None else frozenset())
+    return Permission.TRANSCRIPT_READ in granted
+
+
+def unknown_session(session_id: str) -> UnknownSession:
+    return UnknownSession(
+        f"there is no session {session_id}",
+        cause="no session has that id, or it was forgotten, or it is not yours to see",
+        remedy="`holdfast session list` names the sessions that you may see",
+    )
+
+
+def _bytes(value: object) -> bytes:
+    if not isinstance(value, bytes):
+        raise TypeError(f"an encrypted column opened as {type(value).__name__}")
+    return value
+
+
+def text_or_none(value: object) -> str | None:
+    return value.decode() if isinstance(value, bytes) else None

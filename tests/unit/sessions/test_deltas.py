@@ -1,0 +1,61 @@
+"""A turn written as a difference reads back whole."""
+
+from array import array
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic_core import to_json
+
+from appliance.sessions.deltas import Reader, Tip, TranscriptBroken, encode_request, encode_token_ids, token_array
+
+_message = st.builds(lambda role, text: {"role": role, "content": text}, st.sampled_from(["user", "tool"]), st.text())
+_ids = st.lists(st.integers(0, 2**32 - 1), max_size=40)
+
+
+@given(st.lists(st.tuples(st.lists(_message, max_size=6), _ids, _ids, st.booleans(), st.booleans()), max_size=6))
+def test_every_turn_reads_back_whole_whatever_it_shared(
+    turns: list[tuple[list[dict[str, str]], list[int], list[int], bool, bool]],
+) -> None:
+    reader, tip, previous = Reader(), None, list[dict[str, str]]()
+    for number, (added, prompt, completion, keeps_history, tip_is_lost) in enumerate(turns, start=1):
+        messages = [*previous, *added] if keeps_history else added
+        answer = {"role": "assistant", "content": f"answer {number}"}
+        parameters = {"temperature": len(added) % 2}
+        ids = token_array([*(tip.token_ids if tip else ()), *prompt] if keeps_history else prompt, completion)
+        base = None if tip_is_lost else tip
+        shared = len(previous) if keeps_history and base is not None else 0
+        request = encode_request(base, shared, messages, to_json(parameters))
+        blob = encode_token_ids(base, ids, len(ids) - len(completion))
+
+        read = reader.add(number, request, answer, blob)
+
+        assert read.messages == messages
+        assert read.parameters == parameters
+        assert [*read.prompt_token_ids, *read.completion_token_ids] == list(ids)
+        assert read.completion_token_ids == completion
+        tip = Tip(number, (), to_json(parameters), ids)
+        previous = [*messages, answer]
+
+
+def test_an_extension_costs_what_it_adds_and_not_what_it_repeats() -> None:
+    history = [{"role": "user", "content": "x" * 100_000}]
+    ids = array("I", range(100_000))
+    tip = Tip(1, (), b"{}", ids)
+    longer = [*history, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+
+    assert len(encode_request(tip, 2, longer, b"{}")) < 200
+    assert len(encode_token_ids(tip, token_array([*ids, 7, 8], [9]), len(ids) + 2)) < 64
+
+
+def test_a_turn_whose_base_is_gone_is_refused_and_named() -> None:
+    blob = encode_token_ids(None, array("I"), 0)
+    request = encode_request(Tip(4, (), b"{}", array("I")), 1, [{"role": "user"}], b"[]")
+    with pytest.raises(TranscriptBroken, match="turn 5"):
+        Reader().add(5, request, {"role": "assistant"}, blob)
+
+
+def test_a_turn_with_token_ids_missing_is_refused() -> None:
+    blob = encode_token_ids(None, array("I", [1, 2, 3]), 2)
+    with pytest.raises(TranscriptBroken, match="2 token ids"):
+        Reader().add(1, encode_request(None, 0, [], b"{}"), {"role": "assistant"}, blob[:-4])
