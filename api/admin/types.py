@@ -1,0 +1,234 @@
+"""What the admin API says, as pydantic models: the schema of `--json` and of the screens.
+
+Rules:
+
+- Units are in the names; times are epoch seconds, UTC.
+- No model holds a secret, save `CreatedKey`, which is shown once, and `Transcript`, which its reader asked for.
+- Nothing here imports a web framework: clients use these types too.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+
+class Wire(BaseModel):
+    """The base of what crosses the admin socket."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ErrorBody(Wire):
+    """An error as the admin API answers it; `fault` is the name of an `appliance.errors.Fault`."""
+
+    code: str
+    message: str
+    cause: str
+    remedy: str
+    fault: str
+
+
+# Status
+
+
+PartState = Literal["ready", "starting", "sealed", "degraded", "failed", "stopped", "unknown"]
+
+
+class Part(Wire):
+    """One part of the appliance: what it is in, and why."""
+
+    name: Literal["vault", "store", "engine"]
+    state: PartState
+    detail: str
+
+
+class Leases(Wire):
+    """What the engine keeps on the device for sessions that are due to go on, `age_s` seconds ago."""
+
+    sessions: int
+    leased_blocks: int
+    free_blocks: int
+    total_blocks: int
+    block_size_tokens: int
+    next_expiry_in_s: float | None
+    expired_total: int
+    reclaimed_blocks_total: int
+    age_s: float
+
+
+class SessionCounts(Wire):
+    """How many sessions are kept, and how many of them had a turn within the last hour."""
+
+    total: int
+    active_last_hour: int
+
+
+class Status(Wire):
+    """The appliance at one moment, `observed_at`."""
+
+    ready: bool
+    endpoint: str
+    model: str | None
+    demo: bool
+    pid: int
+    started_at: float
+    observed_at: float
+    uptime_s: float
+    parts: list[Part]
+    engine_restarts: int | None
+    engine_isolated: bool | None
+    leases: Leases | None
+    sessions: SessionCounts | None
+    versions: dict[str, str]
+    state_dir: str
+
+
+class VaultState(Wire):
+    """Whether the vault is sealed now, and whether this request changed that."""
+
+    sealed: bool
+    changed: bool
+
+
+# Tenants and keys
+
+
+class NewTenant(Wire):
+    """A tenant to create."""
+
+    name: Name
+    idle_timeout_s: float | None = Field(default=None, ge=0, le=86_400)
+
+
+class Tenant(Wire):
+    """One tenant."""
+
+    tenant_id: str
+    name: str
+    idle_timeout_s: float | None
+    isolation: str
+    created_at: float
+
+
+class Tenants(Wire):
+    """Every tenant that the caller may know of."""
+
+    tenants: list[Tenant]
+
+
+class Limits(Wire):
+    """What a key may do. None: no limit; `models` None: every model."""
+
+    models: list[str] | None = None
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    concurrent_requests: int | None = Field(default=None, ge=1)
+    tokens_per_day: int | None = Field(default=None, ge=1)
+    permissions: list[str] = []
+
+
+class NewKey(Wire):
+    """A key to create for a principal of a tenant; the principal is made if the tenant has none of that name."""
+
+    tenant: Name
+    principal: Name
+    role: Literal["admin", "operator", "auditor", "client"] = "client"
+    label: Name | None = None
+    limits: Limits = Limits()
+    expires_in_s: float | None = Field(default=None, gt=0)
+
+
+class Key(Wire):
+    """One API key, without its secret, which is kept nowhere."""
+
+    key_id: str
+    tenant_id: str | None
+    principal_id: str
+    principal: str | None
+    label: str | None
+    limits: Limits
+    created_at: float
+    expires_at: float | None
+    revoked_at: float | None
+
+
+class Keys(Wire):
+    """Every key that the caller may know of."""
+
+    keys: list[Key]
+
+
+class CreatedKey(Wire):
+    """A new key with its secret, which is not shown again."""
+
+    key: Key
+    secret: str
+
+
+# Sessions
+
+
+class Session(Wire):
+    """What may be known of a session without reading it."""
+
+    session_id: str
+    tenant_id: str
+    principal_id: str
+    tree_id: str
+    parent_session_id: str | None
+    model: str
+    origin: str
+    turns: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    created_at: float
+    last_used_at: float
+
+
+class SessionPage(Wire):
+    """The sessions last used, latest first; `truncated` says that there are more than were asked for."""
+
+    sessions: list[Session]
+    truncated: bool
+
+
+class TranscriptTurn(Wire):
+    """One turn as it was said. `new_messages` are those that the turn before did not have."""
+
+    number: int
+    response_id: str
+    model: str
+    state: str
+    new_messages: list[dict[str, Any]]
+    answer: dict[str, Any]
+    parameters: dict[str, Any]
+    prompt_token_ids: list[int]
+    completion_token_ids: list[int]
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    finish_reason: str | None
+    started_at: float
+    ended_at: float
+
+
+class Transcript(Wire):
+    """A session and everything said in it."""
+
+    session: Session
+    client_id: str | None
+    turns: list[TranscriptTurn]
+
+
+class Forgotten(Wire):
+    """A session that is no more: its key is destroyed, its rows are erased on disk.
+
+    `lease_released`: the engine was told to let go of what it held; False when the engine could not be reached. What
+    it holds is out of reach either way, because the session's salt changed.
+    """
+
+    session_id: str
+    turns: int
+    lease_released: bool
