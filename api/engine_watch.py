@@ -1,0 +1,83 @@
+"""Whether the engine answers now, and what it serves: asked in the background, known to every request at once.
+
+Rules:
+
+- No request waits for the answer: what is known is what was seen last.
+- The engine is asked often until it answers, seldom afterwards, and at once when a request found it gone.
+- Each question has a deadline.
+"""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+
+from appliance.engine.client import EngineClient, ModelCard
+from appliance.errors import HoldfastError
+
+_WHILE_ABSENT_S = 0.25
+_WHILE_PRESENT_S = 5.0
+_DEADLINE_S = 5.0
+
+
+class EngineWatch:
+    """What was last seen of the engine.
+
+    Args:
+        client: how the engine is asked.
+        reason: why an engine that does not answer may not be answering, for people.
+
+    Attributes:
+        models: what the engine serves; empty while it does not answer.
+    """
+
+    def __init__(self, client: EngineClient, *, reason: Callable[[], str] = lambda: "") -> None:
+        self._client = client
+        self._reason = reason
+        self._ask_now = asyncio.Event()
+        self._seen = asyncio.Event()
+        self._failure = "it has not answered yet"
+        self.models: tuple[ModelCard, ...] = ()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the engine answered when it was last asked."""
+        return bool(self.models)
+
+    @property
+    def detail(self) -> str:
+        """One line for people: what is served, or why nothing is."""
+        if self.models:
+            return "serves " + ", ".join(model.id for model in self.models)
+        return self._reason() or self._failure
+
+    def model(self, name: str) -> ModelCard | None:
+        """The model of that name, if the engine serves it."""
+        return next((model for model in self.models if model.id == name), None)
+
+    def missed(self) -> None:
+        """A request found the engine gone: ask again at once."""
+        self.models = ()
+        self._seen.clear()
+        self._ask_now.set()
+
+    async def wait_ready(self) -> None:
+        """Return when the engine has answered."""
+        await self._seen.wait()
+
+    async def run(self) -> None:
+        """Ask until cancelled."""
+        while True:
+            self._ask_now.clear()
+            try:
+                async with asyncio.timeout(_DEADLINE_S):
+                    self.models = tuple(await self._client.models())
+            except (HoldfastError, TimeoutError) as error:
+                self.models = ()
+                self._failure = str(error) or f"it did not answer within {_DEADLINE_S:g} s"
+            if self.models:
+                self._seen.set()
+            else:
+                self._seen.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_WHILE_PRESENT_S if self.models else _WHILE_ABSENT_S):
+                    await self._ask_now.wait()

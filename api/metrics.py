@@ -1,0 +1,60 @@
+"""What the gateway counts, for Prometheus.
+
+Rules:
+
+- A label is one of a few words that we chose: never a token, a salt, a text, a name or an id.
+- Units are in the names (https://prometheus.io/docs/practices/naming/).
+"""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+class Metrics:
+    """The counters of one gateway, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry(auto_describe=True)
+        self.requests = Counter(
+            "holdfast_requests_total",
+            "Requests answered on the data listener, by route and class of status.",
+            ("route", "status"),
+            registry=self._registry,
+        )
+        self.turns = Counter(
+            "holdfast_turns_total", "Turns written down, by how they ended.", ("state",), registry=self._registry
+        )
+        tokens = Counter(
+            "holdfast_tokens_total",
+            "Tokens of turns written down: cached ones were found on the engine, computed ones were prefilled.",
+            ("kind",),
+            registry=self._registry,
+        )
+        self.tokens_cached = tokens.labels("prompt_cached")
+        self.tokens_computed = tokens.labels("prompt_computed")
+        self.tokens_generated = tokens.labels("generated")
+        self.first_token_s = Histogram(
+            "holdfast_first_token_seconds",
+            "From the request's last byte to the engine's first chunk.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=self._registry,
+        )
+        self.commit_s = Histogram(
+            "holdfast_commit_seconds",
+            "From a turn's end to its being durable.",
+            buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0),
+            registry=self._registry,
+        )
+
+    def observe(self, name: str, help_text: str, value: Callable[[], float]) -> None:
+        """Publish a gauge whose value is asked for when it is read."""
+        Gauge(name, help_text, registry=self._registry).set_function(value)
+
+    def exposition(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self._registry)

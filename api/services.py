@@ -1,0 +1,65 @@
+"""What a running gateway is made of: one value that every route is given.
+
+Rules:
+
+- `Services` is built once, by `api.server`, and never changes; what changes is in its parts.
+- A sealed vault is a part like any other: whoever needs keys asks `services.vault.sealed` first, or lets the vault raise.
+- The admin listener's application is `api.admin.routes.admin_app(services)`; health and metrics are added to it by
+  `api.server`.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from api.engine_watch import EngineWatch
+from api.metrics import Metrics
+from appliance.engine.client import EngineClient
+from appliance.engine.launcher import EngineProcess
+from appliance.identity import Identity, Quotas
+from appliance.sessions import Sessions
+from appliance.settings import Settings
+from appliance.store import Store
+from appliance.vault import Vault
+
+
+@dataclass(slots=True)
+class Lifecycle:
+    """Where the gateway is between its start and its end.
+
+    Attributes:
+        started_at: epoch seconds.
+        endpoint: the address that clients use, with the port that was really bound: `http://127.0.0.1:8321/v1`.
+        draining: no new request is admitted; those that run are let finish.
+        running: turns that are with the engine now.
+    """
+
+    started_at: float
+    endpoint: str = ""
+    draining: bool = False
+    running: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The parts of one gateway.
+
+    Attributes:
+        engine: how the engine is spoken to; it may not be up.
+        engine_process: the engine that this gateway started and watches; None when somebody else runs it.
+        watch: whether the engine answers, and what it serves.
+        now: wall clock, epoch seconds.
+    """
+
+    settings: Settings
+    vault: Vault
+    store: Store
+    identity: Identity
+    quotas: Quotas
+    sessions: Sessions
+    engine: EngineClient
+    engine_process: EngineProcess | None
+    watch: EngineWatch
+    metrics: Metrics
+    lifecycle: Lifecycle
+    now: Callable[[], float] = field(default=time.time)
