@@ -12,6 +12,7 @@ Rules:
 - Text from elsewhere (a model's, a tenant's) reaches the terminal without its control characters.
 """
 
+import dataclasses
 import json
 import os
 import shlex
@@ -28,6 +29,8 @@ import click
 from appliance.errors import Fault, HoldfastError
 
 if TYPE_CHECKING:
+    # Rooms name the admin API's types through here: only the command line looks up at the API.
+    from api.admin import types as admin_types
     from api.admin.client import AdminClient
     from appliance.settings import Settings
 
@@ -501,6 +504,8 @@ def _jsonable(value: object) -> object:
     dump = getattr(value, "model_dump", None)
     if dump is not None:
         return dump(mode="json")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")

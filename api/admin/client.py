@@ -99,17 +99,34 @@ class AdminClient:
         """Close the vault."""
         return self._call(types.VaultState, "POST", "/v1/vault/seal")
 
-    def create_tenant(self, tenant: types.NewTenant) -> types.Tenant:
-        """Create a tenant and its keys."""
-        return self._call(types.Tenant, "POST", "/v1/tenants", body=tenant)
+    def create_tenant(self, name: str, *, idle_timeout_s: float | None = None) -> types.Tenant:
+        """Create a tenant and its keys. The fields are those of `types.NewTenant`."""
+        return self._call(types.Tenant, "POST", "/v1/tenants", body={"name": name, "idle_timeout_s": idle_timeout_s})
 
     def tenants(self) -> types.Tenants:
         """The tenants that the caller may know of."""
         return self._call(types.Tenants, "GET", "/v1/tenants")
 
-    def create_key(self, key: types.NewKey) -> types.CreatedKey:
-        """Create an API key, and its principal where there is none of that name."""
-        return self._call(types.CreatedKey, "POST", "/v1/keys", body=key)
+    def create_key(
+        self,
+        *,
+        tenant: str,
+        principal: str,
+        role: str = "client",
+        label: str | None = None,
+        limits: Mapping[str, object] | None = None,
+        expires_in_s: float | None = None,
+    ) -> types.CreatedKey:
+        """Create an API key, and its principal where there is none of that name. The fields are `types.NewKey`'s."""
+        body = {
+            "tenant": tenant,
+            "principal": principal,
+            "role": role,
+            "label": label,
+            "limits": dict(limits or {}),
+            "expires_in_s": expires_in_s,
+        }
+        return self._call(types.CreatedKey, "POST", "/v1/keys", body=body)
 
     def keys(self, *, tenant: str | None = None) -> types.Keys:
         """The API keys that the caller may know of."""
@@ -147,7 +164,7 @@ class AdminClient:
         method: str,
         path: str,
         *,
-        body: types.Wire | None = None,
+        body: Mapping[str, object] | None = None,
         raw: bytes | bytearray | None = None,
         query: Mapping[str, str | int | None] | None = None,
     ) -> _Answer:
@@ -160,7 +177,7 @@ class AdminClient:
         method: str,
         path: str,
         *,
-        body: types.Wire | None = None,
+        body: Mapping[str, object] | None = None,
         raw: bytes | bytearray | None = None,
         query: Mapping[str, str | int | None] | None = None,
     ) -> Iterator[http.client.HTTPResponse]:
@@ -169,7 +186,7 @@ class AdminClient:
         headers = {"Host": "localhost", "Connection": "close"}
         payload: bytes | bytearray | None = raw
         if body is not None:
-            payload = body.model_dump_json().encode()
+            payload = json.dumps(body).encode()
             headers["Content-Type"] = "application/json"
         if self._api_key is not None:
             headers["Authorization"] = f"Bearer {self._api_key}"

@@ -45,7 +45,7 @@ class Part(Wire):
 
 
 class Leases(Wire):
-    """What the engine keeps on the device for sessions that are due to go on, `age_s` seconds ago."""
+    """What the engine keeps on the device for sessions that are due to go on, at the moment of the status."""
 
     sessions: int
     leased_blocks: int
@@ -55,7 +55,6 @@ class Leases(Wire):
     next_expiry_in_s: float | None
     expired_total: int
     reclaimed_blocks_total: int
-    age_s: float
 
 
 class SessionCounts(Wire):
@@ -76,6 +75,8 @@ class Status(Wire):
     started_at: float
     observed_at: float
     uptime_s: float
+    draining: bool
+    running_turns: int
     parts: list[Part]
     engine_restarts: int | None
     engine_isolated: bool | None
@@ -83,6 +84,11 @@ class Status(Wire):
     sessions: SessionCounts | None
     versions: dict[str, str]
     state_dir: str
+
+    @property
+    def vault_sealed(self) -> bool:
+        """Whether nothing is served because the vault is sealed."""
+        return any(part.name == "vault" and part.state == "sealed" for part in self.parts)
 
 
 class VaultState(Wire):

@@ -1,0 +1,553 @@
+"""The admin API's application: who may do what to the appliance, and the doing.
+
+Rules:
+
+- Who may is said in one table, `RULES`. A route that is not in it is refused, and the application is not made when the
+  table and the routes differ.
+- Who asks is told by the kernel (the peer's uid) or by an API key. A key that is offered and does not hold is refused,
+  whatever the uid.
+- While the vault is sealed nobody's name can be read: only what `RULES` opens then is open, and only to the user whose
+  process this is. Unsealing needs the passphrase besides.
+- Whose session is it, and may it be read: `appliance.sessions` decides, not the routes.
+- No answer repeats what a request contained.
+"""
+
+import asyncio
+import dataclasses
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from http import HTTPStatus
+from typing import Annotated, Any, ClassVar
+
+from fastapi import Depends, FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.admin import status, types
+from api.admin.peers import uid_of
+from api.backups import stream_backup
+from api.services import Services
+from appliance.errors import Fault, HoldfastError
+from appliance.identity import ApiKey, Caller, Permission, Principal, Role, Scopes, Tenant
+from appliance.sessions import SessionSummary, Transcript
+from appliance.vault import VaultSealed
+
+MAX_BODY_BYTES = 64 << 10
+_ENGINE_DEADLINE_S = 5.0
+
+_PEOPLE = frozenset({Role.ADMIN, Role.OPERATOR, Role.AUDITOR})
+_EVERYBODY = frozenset(Role)
+_MASTERS = frozenset({Role.ADMIN, Role.OPERATOR})
+_ADMINS = frozenset({Role.ADMIN})
+
+HTTP_STATUS: Mapping[Fault, HTTPStatus] = {
+    Fault.CALLER: HTTPStatus.BAD_REQUEST,
+    Fault.UNAUTHENTICATED: HTTPStatus.UNAUTHORIZED,
+    Fault.DENIED: HTTPStatus.FORBIDDEN,
+    Fault.MISSING: HTTPStatus.NOT_FOUND,
+    Fault.CONFLICT: HTTPStatus.CONFLICT,
+    Fault.LIMIT: HTTPStatus.TOO_MANY_REQUESTS,
+    Fault.UNAVAILABLE: HTTPStatus.SERVICE_UNAVAILABLE,
+    Fault.ENVIRONMENT: HTTPStatus.INSUFFICIENT_STORAGE,
+    Fault.INTERNAL: HTTPStatus.INTERNAL_SERVER_ERROR,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rule:
+    """Who may call a route.
+
+    Attributes:
+        appliance_wide: only principals of the appliance, not those of one tenant.
+        while_sealed: open to the gateway's own user while the vault is sealed.
+    """
+
+    roles: frozenset[Role]
+    appliance_wide: bool = False
+    while_sealed: bool = False
+
+
+RULES: Mapping[tuple[str, str], Rule] = {
+    ("GET", "/v1/status"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True),
+    ("POST", "/v1/vault/unseal"): Rule(_MASTERS, appliance_wide=True, while_sealed=True),
+    ("POST", "/v1/vault/seal"): Rule(_MASTERS, appliance_wide=True, while_sealed=True),
+    ("GET", "/v1/tenants"): Rule(_PEOPLE),
+    ("POST", "/v1/tenants"): Rule(_ADMINS, appliance_wide=True),
+    ("GET", "/v1/keys"): Rule(_PEOPLE),
+    ("POST", "/v1/keys"): Rule(_ADMINS),
+    ("POST", "/v1/keys/{key_id}/revoke"): Rule(_MASTERS),
+    ("GET", "/v1/sessions"): Rule(_EVERYBODY),
+    ("GET", "/v1/sessions/{session_id}"): Rule(_EVERYBODY),
+    ("GET", "/v1/sessions/{session_id}/transcript"): Rule(_EVERYBODY),
+    ("POST", "/v1/sessions/{session_id}/forget"): Rule(frozenset({Role.ADMIN, Role.OPERATOR, Role.CLIENT})),
+    ("POST", "/v1/backup"): Rule(_ADMINS, appliance_wide=True),
+}
+
+
+class AdminDenied(HoldfastError, PermissionError):
+    """Who asks is known and may not do this."""
+
+    code: ClassVar[str] = "admin_denied"
+    fault: ClassVar[Fault] = Fault.DENIED
+
+
+class PeerUnknown(HoldfastError, PermissionError):
+    """Nobody vouches for who asks."""
+
+    code: ClassVar[str] = "admin_peer_unknown"
+    fault: ClassVar[Fault] = Fault.UNAUTHENTICATED
+
+
+class AdminRequestInvalid(HoldfastError, ValueError):
+    """A request that does not fit the admin API's schema."""
+
+    code: ClassVar[str] = "admin_request_invalid"
+    fault: ClassVar[Fault] = Fault.CALLER
+
+
+class NoSuchThing(HoldfastError, LookupError):
+    """A tenant or a key that does not exist, or that the caller may not know of."""
+
+    code: ClassVar[str] = "admin_not_found"
+    fault: ClassVar[Fault] = Fault.MISSING
+
+
+class NoSuchAdminRoute(HoldfastError, LookupError):
+    """A path or a method that the admin API does not have."""
+
+    code: ClassVar[str] = "admin_route_unknown"
+    fault: ClassVar[Fault] = Fault.MISSING
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Asker:
+    """Who a request is made for. `caller` is None while the vault is sealed: the gateway's own user, nameless."""
+
+    caller: Caller | None
+
+    @property
+    def named(self) -> Caller:
+        """The caller.
+
+        Raises:
+            VaultSealed: nobody has a name now.
+        """
+        if self.caller is None:
+            raise _sealed()
+        return self.caller
+
+
+def admin_app(services: Services) -> FastAPI:
+    """The application of the admin listener.
+
+    Raises:
+        RuntimeError: a route is not in `RULES`, or the other way round.
+    """
+    app = FastAPI(
+        title="Holdfast admin API",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        dependencies=[Depends(_authorise)],
+    )
+    app.state.services = services
+    app.state.unsealing = asyncio.Lock()
+    for (method, path), (endpoint, answer) in _ENDPOINTS.items():
+        app.add_api_route(path, endpoint, methods=[method], response_model=answer)
+    routes = {(method, route.path) for route in app.routes if isinstance(route, APIRoute) for method in route.methods}
+    if routes != RULES.keys():
+        raise RuntimeError(f"routes without a rule, or rules without a route: {sorted(routes ^ RULES.keys())}")
+    app.add_exception_handler(HoldfastError, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_error)
+    app.add_exception_handler(Exception, _answer_error)
+    app.add_middleware(_BoundedBodies)
+    return app
+
+
+# Who asks, and may they
+
+
+async def _authorise(request: Request) -> None:
+    services: Services = request.app.state.services
+    rule = RULES.get((request.method, request.scope["route"].path))
+    if rule is None:
+        raise _denied("no rule names this route")
+    asker = await _asker(services, request)
+    if asker.caller is None:
+        if not rule.while_sealed:
+            raise _sealed()
+    else:
+        principal = asker.caller.principal
+        if principal.role not in rule.roles:
+            raise _denied(f"it is not open to the role {principal.role.value}")
+        if rule.appliance_wide and principal.tenant_id is not None:
+            raise _denied("it is open to principals of the appliance only, not to those of one tenant")
+    request.state.asker = asker
+
+
+async def _asker(services: Services, request: Request) -> Asker:
+    offered = request.headers.get("authorization")
+    if offered is not None:
+        scheme, _, secret = offered.partition(" ")
+        return Asker(await services.identity.authenticate(secret.strip() if scheme.lower() == "bearer" else ""))
+    client = request.client
+    uid = uid_of((client.host, client.port) if client is not None else None)
+    if uid is None:
+        raise PeerUnknown(
+            "who asks is not known",
+            cause="the connection did not come over the admin socket, and offers no API key",
+            remedy="Use the admin socket in the state directory, or an API key",
+        )
+    if services.vault.sealed:
+        if uid != os.geteuid():
+            raise _denied("while the vault is sealed it is open to the gateway's own user only")
+        return Asker(None)
+    return Asker(await services.identity.caller_of_uid(uid))
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+def _who(request: Request) -> Asker:
+    asker: Asker = request.state.asker
+    return asker
+
+
+ServicesOf = Annotated[Services, Depends(_services)]
+AskerOf = Annotated[Asker, Depends(_who)]
+
+
+# The vault
+
+
+async def _status(services: ServicesOf) -> types.Status:
+    return await status.observe(services)
+
+
+async def _unseal(request: Request, services: ServicesOf) -> types.VaultState:
+    passphrase = bytearray(await request.body())
+    try:
+        async with request.app.state.unsealing:
+            if not services.vault.sealed:
+                return types.VaultState(sealed=False, changed=False)
+            root = await asyncio.to_thread(open_root, services.settings.state_dir, bytes(passphrase))
+            services.vault.open(root)
+    finally:
+        passphrase[:] = bytes(len(passphrase))
+    return types.VaultState(sealed=False, changed=True)
+
+
+async def _seal(services: ServicesOf) -> types.VaultState:
+    changed = not services.vault.sealed
+    services.vault.seal()
+    return types.VaultState(sealed=True, changed=changed)
+
+
+# Tenants and keys
+
+
+async def _tenants(services: ServicesOf, asker: AskerOf) -> types.Tenants:
+    own = asker.named.tenant
+    tenants = [own] if own is not None else await services.identity.tenants()
+    return types.Tenants(tenants=[_tenant_view(tenant) for tenant in tenants])
+
+
+async def _create_tenant(new: types.NewTenant, services: ServicesOf) -> types.Tenant:
+    return _tenant_view(await services.identity.create_tenant(new.name, idle_timeout_s=new.idle_timeout_s))
+
+
+async def _keys(services: ServicesOf, asker: AskerOf, tenant: str | None = None) -> types.Keys:
+    chosen = await _chosen_tenant(services, asker.named, tenant)
+    keys = await services.identity.keys(chosen)
+    names = await _principal_names(services, chosen)
+    return types.Keys(keys=[_key_view(key, names.get(key.principal_id)) for key in keys])
+
+
+async def _create_key(new: types.NewKey, services: ServicesOf, asker: AskerOf) -> types.CreatedKey:
+    tenant = await _chosen_tenant(services, asker.named, new.tenant)
+    principals = await services.identity.principals(tenant)
+    principal = next((each for each in principals if each.name == new.principal), None)
+    if principal is None:
+        principal = await services.identity.create_principal(tenant, new.principal, Role(new.role))
+    expires_at = None if new.expires_in_s is None else services.now() + new.expires_in_s
+    key, secret = await services.identity.create_key(
+        principal, _scopes(new.limits), label=new.label, expires_at=expires_at
+    )
+    return types.CreatedKey(key=_key_view(key, principal.name), secret=secret)
+
+
+async def _revoke_key(key_id: str, services: ServicesOf, asker: AskerOf) -> types.Key:
+    known = await services.identity.keys(asker.named.tenant)
+    if all(key.key_id != key_id for key in known):
+        raise _unknown("key", key_id, "key list")
+    revoked = await services.identity.revoke_key(key_id)
+    names = await _principal_names(services, asker.named.tenant)
+    return _key_view(revoked, names.get(revoked.principal_id))
+
+
+# Sessions
+
+
+async def _sessions(
+    services: ServicesOf,
+    asker: AskerOf,
+    tenant: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+) -> types.SessionPage:
+    chosen = await _chosen_tenant(services, asker.named, tenant)
+    found = await services.sessions.summaries(
+        asker.named, tenant_id=None if chosen is None else chosen.tenant_id, limit=limit + 1
+    )
+    return types.SessionPage(sessions=[_session_view(each) for each in found[:limit]], truncated=len(found) > limit)
+
+
+async def _session(session_id: str, services: ServicesOf, asker: AskerOf) -> types.Session:
+    return _session_view(await services.sessions.summary(asker.named, session_id))
+
+
+async def _transcript(session_id: str, services: ServicesOf, asker: AskerOf) -> types.Transcript:
+    return _transcript_view(await services.sessions.transcript(asker.named, session_id))
+
+
+async def _forget(session_id: str, services: ServicesOf, asker: AskerOf) -> types.Forgotten:
+    forgotten = await services.sessions.forget(asker.named, session_id)
+    return types.Forgotten(
+        session_id=session_id,
+        turns=forgotten.turns,
+        lease_released=await _released(services, forgotten.lease_label),
+    )
+
+
+async def _released(services: Services, lease_label: str) -> bool:
+    """Have the engine let go of a lease; whether it could be told in time."""
+    try:
+        async with asyncio.timeout(_ENGINE_DEADLINE_S):
+            await services.engine.leases(release=[lease_label])
+    except (HoldfastError, TimeoutError):
+        return False
+    return True
+
+
+# Backups
+
+
+async def _backup(services: ServicesOf) -> StreamingResponse:
+    pieces = stream_backup(services.store, services.settings, now=services.now)
+    # The first piece is made before the answer begins, so that what fails is an error and not half a file.
+    first = await anext(pieces)
+    return StreamingResponse(_with_first(first, pieces), media_type="application/x-tar")
+
+
+async def _with_first(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    async with aclosing(rest):
+        yield first
+        async for piece in rest:
+            yield piece
+
+
+_ENDPOINTS: Mapping[tuple[str, str], tuple[Callable[..., Awaitable[Any]], type[types.Wire] | None]] = {
+    ("GET", "/v1/status"): (_status, types.Status),
+    ("POST", "/v1/vault/unseal"): (_unseal, types.VaultState),
+    ("POST", "/v1/vault/seal"): (_seal, types.VaultState),
+    ("GET", "/v1/tenants"): (_tenants, types.Tenants),
+    ("POST", "/v1/tenants"): (_create_tenant, types.Tenant),
+    ("GET", "/v1/keys"): (_keys, types.Keys),
+    ("POST", "/v1/keys"): (_create_key, types.CreatedKey),
+    ("POST", "/v1/keys/{key_id}/revoke"): (_revoke_key, types.Key),
+    ("GET", "/v1/sessions"): (_sessions, types.SessionPage),
+    ("GET", "/v1/sessions/{session_id}"): (_session, types.Session),
+    ("GET", "/v1/sessions/{session_id}/transcript"): (_transcript, types.Transcript),
+    ("POST", "/v1/sessions/{session_id}/forget"): (_forget, types.Forgotten),
+    ("POST", "/v1/backup"): (_backup, None),
+}
+
+
+# What the rooms' values look like from outside
+
+
+async def _chosen_tenant(services: Services, caller: Caller, named: str | None) -> Tenant | None:
+    """The tenant that a request speaks of; None: all of them. Another tenant's is as unknown as one that never was."""
+    if named is None:
+        return caller.tenant
+    try:
+        tenant = await services.identity.tenant(named)
+    except HoldfastError as error:
+        if error.fault is not Fault.MISSING:
+            raise
+        raise _unknown("tenant", named, "tenant list") from None
+    if caller.tenant is not None and caller.tenant.tenant_id != tenant.tenant_id:
+        raise _unknown("tenant", named, "tenant list")
+    return tenant
+
+
+async def _principal_names(services: Services, tenant: Tenant | None) -> dict[str, str]:
+    tenants: list[Tenant | None] = [tenant] if tenant is not None else [None, *await services.identity.tenants()]
+    principals: list[Principal] = []
+    for each in tenants:
+        principals += await services.identity.principals(each)
+    return {principal.principal_id: principal.name for principal in principals}
+
+
+def _tenant_view(tenant: Tenant) -> types.Tenant:
+    return types.Tenant(
+        tenant_id=tenant.tenant_id,
+        name=tenant.name,
+        idle_timeout_s=tenant.idle_timeout_s,
+        isolation=tenant.isolation,
+        created_at=tenant.created_at,
+    )
+
+
+def _key_view(key: ApiKey, principal: str | None) -> types.Key:
+    scopes = key.scopes
+    return types.Key(
+        key_id=key.key_id,
+        tenant_id=key.tenant_id,
+        principal_id=key.principal_id,
+        principal=principal,
+        label=key.label,
+        limits=types.Limits(
+            models=None if scopes.models is None else sorted(scopes.models),
+            requests_per_minute=scopes.requests_per_minute,
+            concurrent_requests=scopes.concurrent_requests,
+            tokens_per_day=scopes.tokens_per_day,
+            permissions=sorted(permission.value for permission in scopes.permissions),
+        ),
+        created_at=key.created_at,
+        expires_at=key.expires_at,
+        revoked_at=key.revoked_at,
+    )
+
+
+def _scopes(limits: types.Limits) -> Scopes:
+    return Scopes(
+        models=None if limits.models is None else frozenset(limits.models),
+        requests_per_minute=limits.requests_per_minute,
+        concurrent_requests=limits.concurrent_requests,
+        tokens_per_day=limits.tokens_per_day,
+        permissions=frozenset(Permission(permission) for permission in limits.permissions),
+    )
+
+
+def _session_view(summary: SessionSummary) -> types.Session:
+    return types.Session(
+        session_id=summary.session_id,
+        tenant_id=summary.tenant_id,
+        principal_id=summary.principal_id,
+        tree_id=summary.tree_id,
+        parent_session_id=summary.parent_session_id,
+        model=summary.model,
+        origin=summary.origin.value,
+        turns=summary.turns,
+        prompt_tokens=summary.prompt_tokens,
+        cached_tokens=summary.cached_tokens,
+        completion_tokens=summary.completion_tokens,
+        created_at=summary.created_at,
+        last_used_at=summary.last_used_at,
+    )
+
+
+def _transcript_view(transcript: Transcript) -> types.Transcript:
+    return types.Transcript(
+        session=_session_view(transcript.session),
+        client_id=transcript.client_id,
+        turns=[
+            types.TranscriptTurn(
+                number=turn.number,
+                response_id=turn.response_id,
+                model=turn.model,
+                state=turn.state.value,
+                new_messages=turn.new_messages,
+                answer=turn.answer,
+                parameters=turn.parameters,
+                prompt_token_ids=turn.prompt_token_ids,
+                completion_token_ids=turn.completion_token_ids,
+                prompt_tokens=turn.prompt_tokens,
+                cached_tokens=turn.cached_tokens,
+                completion_tokens=turn.completion_tokens,
+                finish_reason=turn.finish_reason,
+                started_at=turn.started_at,
+                ended_at=turn.ended_at,
+            )
+            for turn in transcript.turns
+        ],
+    )
+
+
+# Answers that are errors
+
+
+def _denied(cause: str) -> AdminDenied:
+    return AdminDenied("this may not be done", cause=cause, remedy="Ask an administrator of the appliance")
+
+
+def _sealed() -> VaultSealed:
+    return VaultSealed(
+        "the vault is sealed",
+        cause="nobody has given the passphrase since the appliance started, or it was sealed",
+        remedy="`holdfast unseal`",
+    )
+
+
+def _unknown(what: str, name: str, command: str) -> NoSuchThing:
+    return NoSuchThing(
+        f"there is no {what} {name!r}",
+        cause=f"no {what} has that name or id, or it is not yours to know of",
+        remedy=f"`holdfast {command}` names those that there are",
+    )
+
+
+async def _answer_error(_: Request, error: Exception) -> JSONResponse:
+    told = _as_holdfast_error(error)
+    body = types.ErrorBody(**told.record(), fault=told.fault.value)
+    return JSONResponse({"error": body.model_dump()}, status_code=HTTP_STATUS[told.fault])
+
+
+def _as_holdfast_error(error: Exception) -> HoldfastError:
+    if isinstance(error, HoldfastError):
+        return error
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"] if part != "body")
+        return AdminRequestInvalid(
+            f"{name or 'the request'} cannot be used", cause=str(first["msg"]), remedy="Correct it and ask again"
+        )
+    if isinstance(error, HTTPException):
+        return NoSuchAdminRoute(
+            "the admin API has no such route", cause=f"HTTP {error.status_code}", remedy="docs/cli.md lists the commands"
+        )
+    return HoldfastError(
+        "the gateway failed", cause=type(error).__name__, remedy="`holdfast logs gateway` has the trace"
+    )
+
+
+class _BoundedBodies:
+    """Refuses a body longer than `MAX_BODY_BYTES`, counted as it comes."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        taken = 0
+
+        async def bounded() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > MAX_BODY_BYTES:
+                raise AdminRequestInvalid(
+                    "the request is too long",
+                    cause=f"its body has more than {MAX_BODY_BYTES} bytes",
+                    remedy="Send less at once",
+                )
+            return message
+
+        await self._app(scope, bounded, send)

@@ -1,0 +1,108 @@
+"""The appliance at one moment: each part, what it is in and why.
+
+Rules:
+
+- What cannot be asked in time is unknown, never taken for well.
+- Asking changes nothing and waits for nothing longer than `_DEADLINE_S`.
+"""
+
+import asyncio
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+
+from sqlalchemy import func, select
+
+from api.admin import types
+from api.services import Services
+from appliance.engine.launcher import EngineState
+from appliance.errors import HoldfastError
+from appliance.store import tables
+
+_DEADLINE_S = 3.0
+_ACTIVE_S = 3600.0
+
+_ENGINE_STATES: Mapping[EngineState, types.PartState] = {
+    EngineState.STOPPED: "stopped",
+    EngineState.STARTING: "starting",
+    EngineState.READY: "starting",  # the process says so, and the watch has not seen it answer yet
+    EngineState.RESTARTING: "degraded",
+    EngineState.FAILED: "failed",
+}
+
+
+async def observe(services: Services) -> types.Status:
+    """Look at every part now."""
+    now = services.now()
+    vault, engine = _vault(services), _engine(services)
+    store, sessions = await _store(services, now)
+    process = services.engine_process
+    models = services.watch.models
+    return types.Status(
+        ready=all(part.state == "ready" for part in (vault, store, engine)) and not services.lifecycle.draining,
+        endpoint=services.lifecycle.endpoint,
+        model=models[0].id if models else None,
+        demo=services.settings.demo,
+        pid=os.getpid(),
+        started_at=services.lifecycle.started_at,
+        observed_at=now,
+        uptime_s=now - services.lifecycle.started_at,
+        draining=services.lifecycle.draining,
+        running_turns=services.lifecycle.running,
+        parts=[vault, store, engine],
+        engine_restarts=None if process is None else process.restarts,
+        engine_isolated=None if process is None else process.isolated,
+        leases=await _leases(services),
+        sessions=sessions,
+        versions={"holdfast": version("holdfast"), "python": platform.python_version()},
+        state_dir=str(services.settings.state_dir),
+    )
+
+
+def _vault(services: Services) -> types.Part:
+    if services.vault.sealed:
+        return types.Part(name="vault", state="sealed", detail="requests get 503 until `holdfast unseal`")
+    return types.Part(name="vault", state="ready", detail=f"open; root key sealed by {services.settings.vault.seal}")
+
+
+async def _store(services: Services, now: float) -> tuple[types.Part, types.SessionCounts | None]:
+    sessions = tables.sessions
+    active_now = func.count().filter(sessions.c.last_used_at > now - _ACTIVE_S)
+    query = select(func.count(), active_now).select_from(sessions)
+    try:
+        async with asyncio.timeout(_DEADLINE_S):
+            total, active = await services.store.read(lambda db: db.execute(query).one())
+    except (HoldfastError, TimeoutError) as error:
+        told = str(error) or f"it did not answer within {_DEADLINE_S:g} s"
+        return types.Part(name="store", state="failed", detail=told), None
+    part = types.Part(name="store", state="ready", detail=services.store.dialect)
+    return part, types.SessionCounts(total=total, active_last_hour=active)
+
+
+def _engine(services: Services) -> types.Part:
+    if services.watch.ready:
+        return types.Part(name="engine", state="ready", detail=services.watch.detail)
+    process = services.engine_process
+    state: types.PartState = "unknown" if process is None else _ENGINE_STATES[process.state]
+    return types.Part(name="engine", state=state, detail=services.watch.detail)
+
+
+async def _leases(services: Services) -> types.Leases | None:
+    if not services.watch.ready:
+        return None
+    try:
+        async with asyncio.timeout(_DEADLINE_S):
+            report = await services.engine.leases()
+    except (HoldfastError, TimeoutError):
+        return None
+    return types.Leases(
+        sessions=len(report.leases),
+        leased_blocks=report.leased_blocks,
+        free_blocks=report.free_blocks,
+        total_blocks=report.total_blocks,
+        block_size_tokens=report.block_size,
+        next_expiry_in_s=report.next_expiry_in_s,
+        expired_total=report.expired_total,
+        reclaimed_blocks_total=report.reclaimed_blocks_total,
+    )

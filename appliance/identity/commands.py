@@ -1,0 +1,195 @@
+"""`holdfast tenant` and `holdfast key`.
+
+Rule: the secret of a new key is the only thing that `key create` prints to stdout, so that it can go straight to where
+it is kept; it is not shown again.
+"""
+
+import re
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from appliance.cli import Command, Console, Group, ago, in_words, moment, pass_console, table
+
+if TYPE_CHECKING:
+    from appliance.cli import admin_types
+
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+class _Duration(click.ParamType[float]):
+    """`90s`, `30m`, `12h`, `30d`, `4w`; in seconds."""
+
+    name = "duration"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d{1,6})([smhdw])", str(value))
+        if match is None or not int(match[1]):
+            self.fail(f"{value!r} is no duration: give a number with its unit, such as 12h or 30d", param, ctx)
+        return float(int(match[1]) * _UNITS_S[match[2]])
+
+
+@click.group(cls=Group)
+def tenant() -> None:
+    """Create and list tenants."""
+
+
+@tenant.command("create")
+@click.argument("name")
+@click.option(
+    "--idle-timeout",
+    "idle_timeout_s",
+    type=_Duration(),
+    metavar="DURATION",
+    help="How long a session's KV outranks others' after a turn, such as 15s.  [default: the setting sessions.idle_timeout_s]",
+)
+@pass_console
+def create_tenant(console: Console, name: str, idle_timeout_s: float | None) -> None:
+    """Create a tenant with keys of its own."""
+    created = console.admin().create_tenant(name, idle_timeout_s=idle_timeout_s)
+    console.result(created, f"Created the tenant {created.name} ({created.tenant_id}).")
+    console.say(f"Next: {console.suggest(f'key create --tenant {created.name} NAME')}")
+
+
+@tenant.command("list")
+@pass_console
+def list_tenants(console: Console) -> None:
+    """List tenants."""
+    listed = console.admin().tenants()
+    rows = [
+        (
+            each.name,
+            each.tenant_id,
+            "default" if each.idle_timeout_s is None else in_words(each.idle_timeout_s),
+            each.isolation,
+            moment(each.created_at),
+        )
+        for each in listed.tenants
+    ]
+    console.result(
+        listed, table(("name", "id", "idle timeout", "isolation", "created (UTC)"), rows, empty="There are no tenants.")
+    )
+
+
+@click.group(cls=Group)
+def key() -> None:
+    """Create, list and revoke API keys."""
+
+
+@key.command("create")
+@click.argument("principal", metavar="NAME")
+@click.option("--tenant", "tenant_name", default="default", show_default=True, help="Whose key it is: a name or an id.")
+@click.option(
+    "--role",
+    type=click.Choice(["client", "auditor", "operator", "admin"]),
+    default="client",
+    show_default=True,
+    help="What a new principal may do; one that exists keeps its role.",
+)
+@click.option("--label", help="A note on what the key is for.")
+@click.option("--model", "models", multiple=True, metavar="MODEL", help="Allow this model; again for more. [default: every model]")
+@click.option("--requests-per-minute", type=click.IntRange(min=1), metavar="N")
+@click.option("--concurrent-requests", type=click.IntRange(min=1), metavar="N")
+@click.option("--tokens-per-day", type=click.IntRange(min=1), metavar="N", help="Prompt and answer, per UTC day.")
+@click.option(
+    "--grant",
+    "permissions",
+    multiple=True,
+    type=click.Choice(["transcript:read"]),
+    help="transcript:read allows reading what other principals of the tenant said.",
+)
+@click.option("--expires", "expires_in_s", type=_Duration(), metavar="DURATION", help="Such as 30d. [default: never]")
+@pass_console
+def create_key(
+    console: Console,
+    principal: str,
+    tenant_name: str,
+    role: str,
+    label: str | None,
+    models: tuple[str, ...],
+    requests_per_minute: int | None,
+    concurrent_requests: int | None,
+    tokens_per_day: int | None,
+    permissions: tuple[str, ...],
+    expires_in_s: float | None,
+) -> None:
+    """Create an API key for the principal NAME, who is made if the tenant has none of that name.
+
+    The key is printed to stdout, once: it is kept nowhere.
+    """
+    created = console.admin().create_key(
+        tenant=tenant_name,
+        principal=principal,
+        role=role,
+        label=label,
+        limits={
+            "models": list(models) or None,
+            "requests_per_minute": requests_per_minute,
+            "concurrent_requests": concurrent_requests,
+            "tokens_per_day": tokens_per_day,
+            "permissions": list(permissions),
+        },
+        expires_in_s=expires_in_s,
+    )
+    console.say(f"Created {created.key.key_id} for {principal}. This is the key; it is not shown again:")
+    console.result(created, created.secret)
+
+
+@key.command("list")
+@click.option("--tenant", "tenant_name", help="Only this tenant's: a name or an id.")
+@pass_console
+def list_keys(console: Console, tenant_name: str | None) -> None:
+    """List API keys. Their secrets are kept nowhere."""
+    listed = console.admin().keys(tenant=tenant_name)
+    now = time.time()
+    rows = [
+        (
+            each.key_id,
+            each.principal or each.principal_id,
+            each.tenant_id or "-",
+            each.label or "-",
+            _limits_in_words(each.limits),
+            _key_state(each, now),
+            ago(each.created_at, now),
+        )
+        for each in listed.keys
+    ]
+    console.result(
+        listed,
+        table(
+            ("id", "principal", "tenant", "label", "limits", "state", "created"), rows, empty="There are no API keys."
+        ),
+    )
+
+
+@key.command("revoke")
+@click.argument("key_id")
+@pass_console
+def revoke_key(console: Console, key_id: str) -> None:
+    """Revoke an API key; it holds for the very next request."""
+    revoked = console.admin().revoke_key(key_id)
+    console.result(revoked, f"Revoked {revoked.key_id}; requests with it are refused from now on.")
+
+
+def _key_state(each: "admin_types.Key", now: float) -> str:
+    if each.revoked_at is not None:
+        return f"revoked {ago(each.revoked_at, now)}"
+    if each.expires_at is None:
+        return "valid"
+    if each.expires_at <= now:
+        return f"expired {ago(each.expires_at, now)}"
+    return f"valid for {in_words(each.expires_at - now)}"
+
+
+def _limits_in_words(limits: "admin_types.Limits") -> str:
+    parts = [
+        f"models {', '.join(limits.models)}" if limits.models is not None else "",
+        f"{limits.requests_per_minute} requests/min" if limits.requests_per_minute is not None else "",
+        f"{limits.concurrent_requests} at once" if limits.concurrent_requests is not None else "",
+        f"{limits.tokens_per_day} tokens/day" if limits.tokens_per_day is not None else "",
+        *limits.permissions,
+    ]
+    return "; ".join(part for part in parts if part) or "none"

@@ -1,0 +1,150 @@
+"""`holdfast session`: what sessions there are, what was said in one, and making one be no more.
+
+Rules:
+
+- What was said is shown only by `session show`, to a principal that may read it.
+- What a model or a client wrote reaches the terminal without its control characters.
+- Forgetting asks for the session's id again.
+"""
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from appliance.cli import (
+    Command,
+    Console,
+    Group,
+    ago,
+    api_key_option,
+    in_words,
+    moment,
+    pass_console,
+    printable,
+    table,
+)
+
+if TYPE_CHECKING:
+    from api.admin.client import AdminClient
+    from appliance.cli import admin_types
+
+
+@click.group(cls=Group)
+def session() -> None:
+    """List, read and forget sessions."""
+
+
+@session.command("list")
+@click.option("--tenant", "tenant_name", help="Only this tenant's: a name or an id.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="At most so many, last used first.")
+@api_key_option
+@pass_console
+def list_sessions(console: Console, tenant_name: str | None, limit: int, api_key_fd: int | None) -> None:
+    """List sessions, last used first. Shows nothing of what was said."""
+    page = _client(console, api_key_fd).sessions(tenant=tenant_name, limit=limit)
+    now = time.time()
+    rows = [
+        (
+            each.session_id,
+            each.model,
+            each.turns,
+            each.prompt_tokens,
+            each.cached_tokens,
+            each.completion_tokens,
+            ago(each.last_used_at, now),
+        )
+        for each in page.sessions
+    ]
+    headings = ("id", "model", "turns", "prompt tokens", "of them cached", "answer tokens", "last used")
+    console.result(page, table(headings, rows, empty="There are no sessions."))
+    if page.truncated:
+        console.say(f"There are more: these are the {limit} last used (--limit).")
+
+
+@session.command("show")
+@click.argument("session_id")
+@api_key_option
+@pass_console
+def show_session(console: Console, session_id: str, api_key_fd: int | None) -> None:
+    """Decrypt and print what was said in a session.
+
+    The local administrator needs the permission transcript:read (`holdfast init --grant transcript:read`); a client's
+    key reads its own sessions, and others' with that scope.
+    """
+    transcript = _client(console, api_key_fd).transcript(session_id)
+    console.result(transcript, _transcript_text(transcript))
+
+
+@session.command("forget")
+@click.argument("session_id")
+@click.option("--yes", metavar="ID", help="The session's id again, instead of being asked for it.")
+@api_key_option
+@pass_console
+def forget_session(console: Console, session_id: str, yes: str | None, api_key_fd: int | None) -> None:
+    """Destroy a session's key and rows, for good. Backups that were made before still hold it."""
+    client = _client(console, api_key_fd)
+    found = client.session(session_id)
+    turns = "1 turn" if found.turns == 1 else f"{found.turns} turns"
+    console.confirm_name(
+        f"{session_id}: {turns}, last used {ago(found.last_used_at)}. Nothing brings it back.", session_id, yes
+    )
+    forgotten = client.forget(session_id)
+    console.result(
+        forgotten, f"Forgot {session_id}: its key is destroyed and its {turns} are erased from the database files."
+    )
+    if not forgotten.lease_released:
+        console.say("The engine could not be told; what it still holds cannot be reached any more and is overwritten in use.")
+
+
+def _client(console: Console, api_key_fd: int | None) -> "AdminClient":
+    api_key = None
+    if api_key_fd is not None:
+        api_key = console.secret("API key", api_key_fd, option="--api-key-fd").decode("utf-8", "replace").strip()
+    return console.admin(api_key=api_key, deadline_s=120)
+
+
+def _transcript_text(transcript: "admin_types.Transcript") -> str:
+    about = transcript.session
+    lines = [
+        f"Session     {about.session_id}",
+        f"Client's id {printable(transcript.client_id) if transcript.client_id is not None else '-'}",
+        f"Model       {printable(about.model)}",
+        f"Began       {moment(about.created_at)} ({ago(about.created_at)}), last used {ago(about.last_used_at)}",
+        f"Tokens      {about.prompt_tokens} prompt ({about.cached_tokens} of them cached), "
+        f"{about.completion_tokens} answered, in {about.turns} turns",
+    ]
+    for turn in transcript.turns:
+        lines += ["", _turn_heading(turn)]
+        for message in turn.new_messages:
+            lines += _message_lines(message)
+        lines += _message_lines(turn.answer)
+    return "\n".join(lines)
+
+
+def _turn_heading(turn: "admin_types.TranscriptTurn") -> str:
+    ended = turn.finish_reason or turn.state
+    return (
+        f"── turn {turn.number} ── {moment(turn.started_at)} ── {in_words(turn.ended_at - turn.started_at)} ── "
+        f"{turn.prompt_tokens} prompt tokens, {turn.cached_tokens} cached, {turn.completion_tokens} answered ── "
+        f"{printable(ended)}"
+    )
+
+
+def _message_lines(message: dict[str, Any]) -> list[str]:
+    """One message, its role at the margin and what it says indented."""
+    lines = [f"{printable(str(message.get('role', 'text')))}:"]
+    said = message.get("content")
+    if isinstance(said, str) and said:
+        lines += _indented(said)
+    elif said:
+        lines += _indented(json.dumps(said, ensure_ascii=False))
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", {}) if isinstance(call, dict) else {}
+        lines += _indented(f"calls {function.get('name')}({function.get('arguments', '')})")
+    return lines
+
+
+def _indented(text: str) -> list[str]:
+    return [f"  {line}" for line in printable(text).splitlines()]
