@@ -15,7 +15,7 @@ class VaultSealed(HoldfastError):
     def __init__(self) -> None:
         super().__init__(
             "the vault is sealed",
-            cause="the root key is not in memory: the appliance started, or was sealed, and nobody has unsealed it since",
+            cause="the root key is not in memory: nobody has unsealed the vault since it started or was sealed",
             remedy="An administrator runs `holdfast unseal`",
         )
 
@@ -44,7 +44,7 @@ class ForeignRootKey(HoldfastError):
         super().__init__(
             "the root key does not belong to this database",
             cause=f"the database was made under {database_root}; the sealed root key at hand is {root}",
-            remedy="Put back the root.sealed that the database was made with, or restore database and seal from one backup",
+            remedy="Put back the root.sealed that the database was made with, or restore both from one backup",
         )
 
 

@@ -1,7 +1,7 @@
 """What a key is and where it comes from, without a secret in sight.
 
-The hierarchy: root ▸ one WRAPPING key a tenant and one for the system ▸ every other key. Data is encrypted under the leaves
-only, so that a WRAPPING key is rotated by wrapping its children again and no data is touched.
+The hierarchy: root ▸ one WRAPPING key a tenant and one for the system ▸ every other key. Data is encrypted under the
+leaves only, so that a WRAPPING key is rotated by wrapping its children again and no data is touched.
 """
 
 import enum

@@ -5,7 +5,8 @@ Rules:
 - A root key has no text form: not in a repr, not in a pickle, not in an error.
 - A passphrase is stretched by Argon2id (RFC 9106) in a child process, whose memory goes with it. It gets the passphrase
   over a pipe, never as an argument or in the environment; one at a time.
-- A key file is for demonstrations: whoever can read it can open the seal. It must be a plain file, ours, and closed to others.
+- A key file is for demonstrations: whoever can read it can open the seal. It must be a plain file, ours, and closed to
+  others.
 - A seal says its format, and which root key it holds.
 """
 

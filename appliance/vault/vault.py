@@ -4,8 +4,8 @@ Rules:
 
 - Sealed until a root key opens it; sealed again, it knows no key.
 - Keys come out of here as wrapped records only. A caller stores the records that it is given, in its own transaction.
-- Every encryption takes a random 96-bit nonce and is counted; uses are reserved in the store before they are made, so that
-  a crash never loses count (NIST SP 800-38D, 8.3: at most 2^32 a key).
+- Every encryption takes a random 96-bit nonce and is counted; uses are reserved in the store before they are made, so
+  that a crash never loses count (NIST SP 800-38D, 8.3: at most 2^32 a key).
 - What is cached is bounded, and found again in the store.
 
 Safe to call from several threads. A call blocks on the store when a key is not cached or its reserved uses are spent.
