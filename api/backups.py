@@ -8,7 +8,8 @@ Rules:
   logs are never in it.
 - A backup is read completely and every hash is compared before anything is written. Unknown members, links, and names
   with a folder in them are refused.
-- A state directory changes hands in one rename: there is the old one or the new one, never a mixture. The old one is kept.
+- A state directory changes hands in one rename: there is the old one or the new one, never a mixture. The old one is
+  kept.
 - Hashes tell damage, not forgery: what was forged is refused by the vault when it is opened.
 - A session that was forgotten after a backup is in that backup still.
 """
@@ -191,9 +192,7 @@ def verify_backup(path: Path) -> Manifest:
     return manifest
 
 
-def restore_backup(
-    path: Path, state_dir: Path, *, replace: bool, now: Callable[[], float] = time.time
-) -> Restored:
+def restore_backup(path: Path, state_dir: Path, *, replace: bool, now: Callable[[], float] = time.time) -> Restored:
     """Put the appliance in the backup at `path` into `state_dir`; the caller holds the appliance's lock.
 
     Args:
@@ -345,7 +344,11 @@ def _rename_exchange(one: Path, other: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
         number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number) if number != errno.EINVAL else "this file system cannot swap folders", str(other))
+        raise OSError(
+            number,
+            os.strerror(number) if number != errno.EINVAL else "this file system cannot swap folders",
+            str(other),
+        )
 
 
 def _private(path: str, flags: int) -> int:
@@ -361,6 +364,4 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _damaged(path: Path, cause: str) -> BackupDamaged:
-    return BackupDamaged(
-        f"{path} is not a whole backup", cause=cause, remedy="Use another copy; nothing was written"
-    )
+    return BackupDamaged(f"{path} is not a whole backup", cause=cause, remedy="Use another copy; nothing was written")

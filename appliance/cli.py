@@ -30,7 +30,6 @@ from appliance.errors import Fault, HoldfastError
 
 if TYPE_CHECKING:
     # Rooms name the admin API's types through here: only the command line looks up at the API.
-    from api.admin import types as admin_types
     from api.admin.client import AdminClient
     from appliance.settings import Settings
 

@@ -75,7 +75,7 @@ def examine(subject: Subject) -> Iterator[Finding]:
     for name, check in CHECKS:
         try:
             yield check(subject)
-        except Exception as error:  # noqa: BLE001 - a check that breaks must not hide the others
+        except Exception as error:
             yield Finding(
                 name,
                 Verdict.UNKNOWN,
@@ -317,7 +317,8 @@ def check_swap(subject: Subject) -> Finding:
     from appliance.vault.process import plaintext_swap_devices
 
     return judge_swap(
-        plaintext_swap_devices(), refused=subject.settings is not None and subject.settings.vault.plaintext_swap == "refuse"
+        plaintext_swap_devices(),
+        refused=subject.settings is not None and subject.settings.vault.plaintext_swap == "refuse",
     )
 
 

@@ -17,7 +17,6 @@ import dataclasses
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from http import HTTPStatus
 from typing import Annotated, Any, ClassVar
 
 from fastapi import Depends, FastAPI, Query, Request
@@ -30,6 +29,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.admin import status, types
 from api.admin.peers import uid_of
 from api.backups import stream_backup
+from api.openai.errors import status_of
+from api.roots import open_root
 from api.services import Services
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import ApiKey, Caller, Permission, Principal, Role, Scopes, Tenant
@@ -43,18 +44,6 @@ _PEOPLE = frozenset({Role.ADMIN, Role.OPERATOR, Role.AUDITOR})
 _EVERYBODY = frozenset(Role)
 _MASTERS = frozenset({Role.ADMIN, Role.OPERATOR})
 _ADMINS = frozenset({Role.ADMIN})
-
-HTTP_STATUS: Mapping[Fault, HTTPStatus] = {
-    Fault.CALLER: HTTPStatus.BAD_REQUEST,
-    Fault.UNAUTHENTICATED: HTTPStatus.UNAUTHORIZED,
-    Fault.DENIED: HTTPStatus.FORBIDDEN,
-    Fault.MISSING: HTTPStatus.NOT_FOUND,
-    Fault.CONFLICT: HTTPStatus.CONFLICT,
-    Fault.LIMIT: HTTPStatus.TOO_MANY_REQUESTS,
-    Fault.UNAVAILABLE: HTTPStatus.SERVICE_UNAVAILABLE,
-    Fault.ENVIRONMENT: HTTPStatus.INSUFFICIENT_STORAGE,
-    Fault.INTERNAL: HTTPStatus.INTERNAL_SERVER_ERROR,
-}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -137,7 +126,7 @@ class Asker:
             VaultSealed: nobody has a name now.
         """
         if self.caller is None:
-            raise _sealed()
+            raise VaultSealed
         return self.caller
 
 
@@ -159,7 +148,9 @@ def admin_app(services: Services) -> FastAPI:
     app.state.unsealing = asyncio.Lock()
     for (method, path), (endpoint, answer) in _ENDPOINTS.items():
         app.add_api_route(path, endpoint, methods=[method], response_model=answer)
-    routes = {(method, route.path) for route in app.routes if isinstance(route, APIRoute) for method in route.methods}
+    routes = {
+        (method, route.path) for route in app.routes if isinstance(route, APIRoute) for method in route.methods or ()
+    }
     if routes != RULES.keys():
         raise RuntimeError(f"routes without a rule, or rules without a route: {sorted(routes ^ RULES.keys())}")
     app.add_exception_handler(HoldfastError, _answer_error)
@@ -181,7 +172,7 @@ async def _authorise(request: Request) -> None:
     asker = await _asker(services, request)
     if asker.caller is None:
         if not rule.while_sealed:
-            raise _sealed()
+            raise VaultSealed
     else:
         principal = asker.caller.principal
         if principal.role not in rule.roles:
@@ -238,7 +229,7 @@ async def _unseal(request: Request, services: ServicesOf) -> types.VaultState:
         async with request.app.state.unsealing:
             if not services.vault.sealed:
                 return types.VaultState(sealed=False, changed=False)
-            root = await asyncio.to_thread(open_root, services.settings.state_dir, bytes(passphrase))
+            root = await asyncio.to_thread(open_root, services.settings.state_dir, passphrase)
             services.vault.open(root)
     finally:
         passphrase[:] = bytes(len(passphrase))
@@ -419,7 +410,7 @@ def _key_view(key: ApiKey, principal: str | None) -> types.Key:
             requests_per_minute=scopes.requests_per_minute,
             concurrent_requests=scopes.concurrent_requests,
             tokens_per_day=scopes.tokens_per_day,
-            permissions=sorted(permission.value for permission in scopes.permissions),
+            permissions=[permission.value for permission in scopes.permissions],
         ),
         created_at=key.created_at,
         expires_at=key.expires_at,
@@ -465,8 +456,8 @@ def _transcript_view(transcript: Transcript) -> types.Transcript:
                 response_id=turn.response_id,
                 model=turn.model,
                 state=turn.state.value,
-                new_messages=turn.new_messages,
-                answer=turn.answer,
+                new_messages=[dict(message) for message in turn.new_messages],
+                answer=dict(turn.answer),
                 parameters=turn.parameters,
                 prompt_token_ids=turn.prompt_token_ids,
                 completion_token_ids=turn.completion_token_ids,
@@ -489,14 +480,6 @@ def _denied(cause: str) -> AdminDenied:
     return AdminDenied("this may not be done", cause=cause, remedy="Ask an administrator of the appliance")
 
 
-def _sealed() -> VaultSealed:
-    return VaultSealed(
-        "the vault is sealed",
-        cause="nobody has given the passphrase since the appliance started, or it was sealed",
-        remedy="`holdfast unseal`",
-    )
-
-
 def _unknown(what: str, name: str, command: str) -> NoSuchThing:
     return NoSuchThing(
         f"there is no {what} {name!r}",
@@ -508,7 +491,7 @@ def _unknown(what: str, name: str, command: str) -> NoSuchThing:
 async def _answer_error(_: Request, error: Exception) -> JSONResponse:
     told = _as_holdfast_error(error)
     body = types.ErrorBody(**told.record(), fault=told.fault.value)
-    return JSONResponse({"error": body.model_dump()}, status_code=HTTP_STATUS[told.fault])
+    return JSONResponse({"error": body.model_dump()}, status_code=status_of(told))
 
 
 def _as_holdfast_error(error: Exception) -> HoldfastError:
@@ -520,9 +503,13 @@ def _as_holdfast_error(error: Exception) -> HoldfastError:
         return AdminRequestInvalid(
             f"{name or 'the request'} cannot be used", cause=str(first["msg"]), remedy="Correct it and ask again"
         )
+    if isinstance(error.__cause__, HoldfastError):
+        return error.__cause__  # what our own reading of the body raised, wrapped by the framework
     if isinstance(error, HTTPException):
         return NoSuchAdminRoute(
-            "the admin API has no such route", cause=f"HTTP {error.status_code}", remedy="docs/cli.md lists the commands"
+            "the admin API has no such route",
+            cause=f"HTTP {error.status_code}",
+            remedy="docs/cli.md lists the commands",
         )
     return HoldfastError(
         "the gateway failed", cause=type(error).__name__, remedy="`holdfast logs gateway` has the trace"

@@ -12,13 +12,15 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import version
 
+from appliance.engine.launcher import EngineState
 from sqlalchemy import func, select
 
 from api.admin import types
+from api.roots import read_seal
 from api.services import Services
-from appliance.engine.launcher import EngineState
 from appliance.errors import HoldfastError
 from appliance.store import tables
+from appliance.vault import SealUnusable, seal_kind
 
 _DEADLINE_S = 3.0
 _ACTIVE_S = 3600.0
@@ -35,7 +37,8 @@ _ENGINE_STATES: Mapping[EngineState, types.PartState] = {
 async def observe(services: Services) -> types.Status:
     """Look at every part now."""
     now = services.now()
-    vault, engine = _vault(services), _engine(services)
+    seal = _seal_kind(services)
+    vault, engine = _vault(services, seal), _engine(services)
     store, sessions = await _store(services, now)
     process = services.engine_process
     models = services.watch.models
@@ -44,6 +47,7 @@ async def observe(services: Services) -> types.Status:
         endpoint=services.lifecycle.endpoint,
         model=models[0].id if models else None,
         demo=services.settings.demo,
+        seal=seal,
         pid=os.getpid(),
         started_at=services.lifecycle.started_at,
         observed_at=now,
@@ -60,10 +64,17 @@ async def observe(services: Services) -> types.Status:
     )
 
 
-def _vault(services: Services) -> types.Part:
+def _seal_kind(services: Services) -> str:
+    try:
+        return seal_kind(read_seal(services.settings.state_dir))
+    except SealUnusable:
+        return "unknown"
+
+
+def _vault(services: Services, seal: str) -> types.Part:
     if services.vault.sealed:
         return types.Part(name="vault", state="sealed", detail="requests get 503 until `holdfast unseal`")
-    return types.Part(name="vault", state="ready", detail=f"open; root key sealed by {services.settings.vault.seal}")
+    return types.Part(name="vault", state="ready", detail=f"open; its root key is sealed by a {seal}")
 
 
 async def _store(services: Services, now: float) -> tuple[types.Part, types.SessionCounts | None]:

@@ -71,6 +71,7 @@ class Status(Wire):
     endpoint: str
     model: str | None
     demo: bool
+    seal: str
     pid: int
     started_at: float
     observed_at: float
@@ -131,7 +132,7 @@ class Limits(Wire):
     requests_per_minute: int | None = Field(default=None, ge=1)
     concurrent_requests: int | None = Field(default=None, ge=1)
     tokens_per_day: int | None = Field(default=None, ge=1)
-    permissions: list[str] = []
+    permissions: list[Literal["transcript:read"]] = []
 
 
 class NewKey(Wire):

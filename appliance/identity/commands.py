@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from appliance.cli import Command, Console, Group, ago, in_words, moment, pass_console, table
+from appliance.cli import Console, Group, ago, in_words, moment, pass_console, table
 
 if TYPE_CHECKING:
     from appliance.cli import admin_types
@@ -44,7 +44,7 @@ def tenant() -> None:
     "idle_timeout_s",
     type=_Duration(),
     metavar="DURATION",
-    help="How long a session's KV outranks others' after a turn, such as 15s.  [default: the setting sessions.idle_timeout_s]",
+    help="How long a session's KV outranks others' after a turn, such as 15s.  [default: what the settings say]",
 )
 @pass_console
 def create_tenant(console: Console, name: str, idle_timeout_s: float | None) -> None:
@@ -90,7 +90,9 @@ def key() -> None:
     help="What a new principal may do; one that exists keeps its role.",
 )
 @click.option("--label", help="A note on what the key is for.")
-@click.option("--model", "models", multiple=True, metavar="MODEL", help="Allow this model; again for more. [default: every model]")
+@click.option(
+    "--model", "models", multiple=True, metavar="MODEL", help="Allow this model; again for more. [default: every model]"
+)
 @click.option("--requests-per-minute", type=click.IntRange(min=1), metavar="N")
 @click.option("--concurrent-requests", type=click.IntRange(min=1), metavar="N")
 @click.option("--tokens-per-day", type=click.IntRange(min=1), metavar="N", help="Prompt and answer, per UTC day.")

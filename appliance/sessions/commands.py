@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from appliance.cli import (
-    Command,
     Console,
     Group,
     ago,
@@ -38,7 +37,9 @@ def session() -> None:
 
 @session.command("list")
 @click.option("--tenant", "tenant_name", help="Only this tenant's: a name or an id.")
-@click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="At most so many, last used first.")
+@click.option(
+    "--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="At most so many, last used first."
+)
 @api_key_option
 @pass_console
 def list_sessions(console: Console, tenant_name: str | None, limit: int, api_key_fd: int | None) -> None:
@@ -95,7 +96,9 @@ def forget_session(console: Console, session_id: str, yes: str | None, api_key_f
         forgotten, f"Forgot {session_id}: its key is destroyed and its {turns} are erased from the database files."
     )
     if not forgotten.lease_released:
-        console.say("The engine could not be told; what it still holds cannot be reached any more and is overwritten in use.")
+        console.say(
+            "The engine could not be told; what it still holds cannot be reached any more and is overwritten in use."
+        )
 
 
 def _client(console: Console, api_key_fd: int | None) -> "AdminClient":
@@ -112,8 +115,8 @@ def _transcript_text(transcript: "admin_types.Transcript") -> str:
         f"Client's id {printable(transcript.client_id) if transcript.client_id is not None else '-'}",
         f"Model       {printable(about.model)}",
         f"Began       {moment(about.created_at)} ({ago(about.created_at)}), last used {ago(about.last_used_at)}",
-        f"Tokens      {about.prompt_tokens} prompt ({about.cached_tokens} of them cached), "
-        f"{about.completion_tokens} answered, in {about.turns} turns",
+        f"Turns       {about.turns}",
+        f"Tokens      {about.prompt_tokens} prompt ({about.cached_tokens} cached), {about.completion_tokens} answered",
     ]
     for turn in transcript.turns:
         lines += ["", _turn_heading(turn)]

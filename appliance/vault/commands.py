@@ -14,15 +14,19 @@ from appliance.cli import Command, Console, pass_console, passphrase_option
 def unseal(console: Console, passphrase_fd: int | None) -> None:
     """Open the vault with its passphrase."""
     client = console.admin(deadline_s=60)
-    if not client.status().vault_sealed:
+    before = client.status()
+    if not before.vault_sealed:
         console.result({"sealed": False, "changed": False}, "The vault is open already.")
         return
-    passphrase = console.secret("Passphrase", passphrase_fd, option="--passphrase-fd")
+    passphrase = bytearray()
+    if before.seal != "key-file":
+        passphrase = console.secret("Passphrase", passphrase_fd, option="--passphrase-fd")
     try:
         state = client.unseal(passphrase)
     finally:
         passphrase[:] = bytes(len(passphrase))
-    console.result(state, "The vault is open. `" + console.suggest("status") + "` tells when everything is ready.")
+    console.result(state, "The vault is open.")
+    console.say(f"When everything is ready: {console.suggest('status')}")
 
 
 @click.command(cls=Command)

@@ -1,0 +1,297 @@
+"""The gateway as a process, seen by the command that starts it and the one that stops it.
+
+Rules:
+
+- The gateway is a child in a session of its own: Ctrl-C reaches it once, through whoever started it, as a request to
+  finish. Started in the foreground it does not outlive that command.
+- Whether a gateway runs, and which process it is, is told by the kernel at the admin socket, never by a file.
+- Everything that waits has a deadline and says what it waits for.
+"""
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import ClassVar
+
+from api.admin import types
+from api.admin.client import AdminClient, ApplianceDown, ApplianceSilent
+from appliance.errors import Fault, HoldfastError
+
+GATEWAY_LOG = Path("log") / "gateway.log"
+_LOG_BOUND_BYTES = 16 << 20  # a longer log is set aside when the gateway starts
+_TOLD_LINES = 12
+_ASK_EVERY_S = 0.2
+_HEARTBEAT_S = 10.0
+_PR_SET_PDEATHSIG = 1
+
+
+class AlreadyRunning(HoldfastError):
+    """A gateway serves this state directory already."""
+
+    code: ClassVar[str] = "already_running"
+    fault: ClassVar[Fault] = Fault.CONFLICT
+
+
+class GatewayDied(HoldfastError):
+    """The gateway ended by itself."""
+
+    code: ClassVar[str] = "gateway_died"
+    fault: ClassVar[Fault] = Fault.INTERNAL
+
+
+class NotReadyInTime(HoldfastError, TimeoutError):
+    """The appliance was not ready at the deadline."""
+
+    code: ClassVar[str] = "not_ready_in_time"
+    fault: ClassVar[Fault] = Fault.UNAVAILABLE
+
+
+class EngineGaveUp(HoldfastError):
+    """The engine will not start."""
+
+    code: ClassVar[str] = "engine_failed"
+    fault: ClassVar[Fault] = Fault.ENVIRONMENT
+
+
+class StillRunning(HoldfastError, TimeoutError):
+    """The gateway had not ended at the deadline."""
+
+    code: ClassVar[str] = "still_running"
+    fault: ClassVar[Fault] = Fault.UNAVAILABLE
+
+
+class StopRequested(Exception):
+    """A signal asked this command to end what it started."""
+
+
+class Gateway:
+    """A gateway that this command started.
+
+    Args:
+        outlives: whether it goes on when this command ends.
+        environment: settings for it, besides this process's own environment.
+    """
+
+    def __init__(self, state_dir: Path, environment: Mapping[str, str], *, outlives: bool) -> None:
+        self._client = AdminClient(state_dir, deadline_s=10.0)
+        self._log = state_dir / GATEWAY_LOG
+        self._log.parent.mkdir(mode=0o700, exist_ok=True)
+        if self._log.exists() and self._log.stat().st_size > _LOG_BOUND_BYTES:
+            self._log.replace(self._log.with_suffix(".log.1"))
+        descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            self._began_at = os.fstat(descriptor).st_size
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "api"],
+                stdin=subprocess.DEVNULL,
+                stdout=descriptor,
+                stderr=descriptor,
+                env={**os.environ, **environment, "HOLDFAST_STATE_DIR": str(state_dir)},
+                cwd="/",
+                start_new_session=True,
+                preexec_fn=None if outlives else _end_with_parent,
+            )
+        finally:
+            os.close(descriptor)
+
+    @property
+    def pid(self) -> int:
+        """The gateway's process."""
+        return self._child.pid
+
+    def wait_until_ready(self, say: Callable[[str], None], timeout_s: float) -> types.Status:
+        """Wait until everything serves, or until only the passphrase is missing; says what it waits for.
+
+        Raises:
+            GatewayDied: the gateway ended.
+            AlreadyRunning: another one has the state directory.
+            EngineGaveUp: the engine will not start.
+            NotReadyInTime: after `timeout_s` something was still missing.
+        """
+        deadline = time.monotonic() + timeout_s
+        waiting = _Waiting(say)
+        status: types.Status | None = None
+        while time.monotonic() < deadline:
+            status = self.ask()
+            if status is not None:
+                if status.ready or status.vault_sealed:
+                    return status
+                engine = next(part for part in status.parts if part.name == "engine")
+                if engine.state == "failed":
+                    raise EngineGaveUp(
+                        "the engine does not start",
+                        cause=engine.detail,
+                        remedy="`holdfast logs engine` has what it said; `holdfast doctor` checks this machine",
+                    )
+            waiting.for_parts(status)
+            time.sleep(_ASK_EVERY_S)
+        raise NotReadyInTime(
+            f"the appliance is not ready after {timeout_s:g} s",
+            cause="; ".join(_unready(status)) or "the gateway does not answer",
+            remedy="`holdfast logs` tells what it is busy with; --timeout waits longer",
+        )
+
+    def ask(self) -> types.Status | None:
+        """The gateway's status now; None while it does not answer.
+
+        Raises:
+            GatewayDied, AlreadyRunning: it ended.
+        """
+        if self._child.poll() is not None:
+            raise self._death()
+        try:
+            if self._client.gateway_pid() != self._child.pid:
+                return None  # another one: this one finds the directory locked, and ends
+            return self._client.status()
+        except (ApplianceDown, ApplianceSilent):
+            return None
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether the gateway ended within `timeout_s`."""
+        try:
+            self._child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def stop(self, timeout_s: float) -> bool:
+        """Ask the gateway to finish and end; whether it did so in time. Killed when it did not."""
+        if self._child.poll() is not None:
+            return True
+        self._child.terminate()
+        try:
+            if self.wait(timeout_s):
+                return True
+        except StopRequested:
+            pass
+        self._child.kill()
+        self._child.wait()
+        return False
+
+    def _death(self) -> HoldfastError:
+        try:
+            other = self._client.gateway_pid()
+        except HoldfastError:
+            said = "\n        ".join(self._last_words()) or "it wrote nothing"
+            status = self._child.returncode
+            how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+            return GatewayDied(
+                "the gateway ended",
+                cause=f"{how}; the end of its log:\n        {said}",
+                remedy="`holdfast logs gateway` has the rest; `holdfast doctor` checks this machine",
+            )
+        return already_running(other)
+
+    def _last_words(self) -> list[str]:
+        with self._log.open("rb") as log:
+            end = log.seek(0, os.SEEK_END)
+            log.seek(max(self._began_at, end - (64 << 10)))
+            return log.read().decode("utf-8", "replace").splitlines()[-_TOLD_LINES:]
+
+
+def already_running(pid: int) -> AlreadyRunning:
+    """The error that names a gateway which is there already."""
+    return AlreadyRunning(
+        f"the appliance is running already, as process {pid}",
+        cause="one gateway at a time serves a state directory",
+        remedy="`holdfast status` tells how it is, `holdfast down` stops it; --state-dir names another appliance",
+    )
+
+
+def refuse_if_running(state_dir: Path) -> None:
+    """Raises `AlreadyRunning` when a gateway serves `state_dir`."""
+    try:
+        pid = AdminClient(state_dir, deadline_s=5.0).gateway_pid()
+    except ApplianceDown:
+        return
+    raise already_running(pid)
+
+
+def stop_running(state_dir: Path, *, timeout_s: float, at_once: bool) -> int | None:
+    """Stop the gateway that serves `state_dir`; its pid, or None when there was none.
+
+    Args:
+        at_once: kill it: turns that run are lost, nothing that was answered is.
+
+    Raises:
+        StillRunning: it had not ended after `timeout_s`.
+    """
+    client = AdminClient(state_dir, deadline_s=5.0)
+    try:
+        pid = client.gateway_pid()
+        process = os.pidfd_open(pid)
+    except (ApplianceDown, ProcessLookupError):
+        return None
+    try:
+        # The pid may have been given to another process between the two calls above.
+        if client.gateway_pid() != pid:
+            return None
+        signal.pidfd_send_signal(process, signal.SIGKILL if at_once else signal.SIGTERM)
+        ended, _, _ = select.select([process], [], [], timeout_s)
+    except (ApplianceDown, ProcessLookupError):
+        return pid
+    finally:
+        os.close(process)
+    if not ended:
+        raise StillRunning(
+            f"the gateway (process {pid}) has not ended after {timeout_s:g} s",
+            cause="it was asked to, and lets the turns that run finish first",
+            remedy="Wait and run `holdfast down` again; `holdfast down --now` ends it without waiting",
+        )
+    return pid
+
+
+@contextmanager
+def signals_as_requests() -> Iterator[None]:
+    """Within it, SIGINT, SIGTERM and SIGHUP raise `StopRequested` in the main thread."""
+
+    def request(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        raise StopRequested
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    former = {number: signal.signal(number, request) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+class _Waiting:
+    """Says what is waited for: at once when it changes, and now and then while it does not."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._began = time.monotonic()
+        self._told: str | None = None
+        self._told_at = self._began
+
+    def for_parts(self, status: types.Status | None) -> None:
+        now = time.monotonic()
+        waiting_for = "; ".join(_unready(status)) if status is not None else "the gateway starts"
+        if waiting_for != self._told:
+            self._say(f"  {now - self._began:4.0f} s  {waiting_for}")
+        elif now - self._told_at > _HEARTBEAT_S:
+            self._say(f"  {now - self._began:4.0f} s  still: {waiting_for}")
+        else:
+            return
+        self._told, self._told_at = waiting_for, now
+
+
+def _unready(status: types.Status | None) -> list[str]:
+    if status is None:
+        return []
+    return [f"{part.name} {part.state}: {part.detail}" for part in status.parts if part.state != "ready"]
+
+
+def _end_with_parent() -> None:
+    """In the child: be asked to finish when the parent dies (prctl(2), PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
