@@ -454,9 +454,9 @@ def _turns(count: int) -> str:
 )
 @pass_console
 def logs(console: Console, which: str | None, follow: bool, lines: int) -> None:
-    """Show what the gateway and the engine wrote down. Neither log holds what was said.
+    """Show what the gateway and the engine wrote down.
 
-    With --json one object a line: {"log", "line"}.
+    Neither log holds what was said. With --json one object a line: {"log", "line"}.
     """
     chosen = [which] if which is not None else list(_LOGS)
     tails = {name: _Tail(console.state_dir / "log" / f"{name}.log") for name in chosen}
