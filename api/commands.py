@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NoReturn
+from typing import TYPE_CHECKING, ClassVar
 
 import click
 
@@ -334,17 +334,17 @@ def _announce(console: Console, settings: "Settings", status: "types.Status", *,
     console.say(tail)
 
 
-def _stay(console: Console, gateway: "Gateway", status: "types.Status") -> NoReturn:
-    """Watch the gateway until a signal comes (raised as `StopRequested`) or it dies; tell what changes meanwhile."""
+def _stay(console: Console, gateway: "Gateway", status: "types.Status") -> None:
+    """Watch the gateway until a signal comes (raised as `StopRequested`) or it ends; tell what changes meanwhile."""
     known = _part_states(status)
-    while True:
-        gateway.wait(_LOOK_EVERY_S)
+    while not (gateway.wait(_LOOK_EVERY_S) and gateway.ended_well):
         seen = gateway.ask()
         states = _part_states(seen) if seen is not None else {"gateway": "does not answer"}
         if states != known:
             for name in [name for name in states if states[name] != known.get(name)]:
                 console.say(f"{moment(time.time())}  {name}: {printable(states[name])}")
             known = states
+    console.say("Stopped, from elsewhere.")
 
 
 def _part_states(status: "types.Status") -> dict[str, str]:

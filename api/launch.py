@@ -90,7 +90,7 @@ class Gateway:
         try:
             self._began_at = os.fstat(descriptor).st_size
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "api"],
+                [sys.executable, "-P", "-m", "api"],
                 stdin=subprocess.DEVNULL,
                 stdout=descriptor,
                 stderr=descriptor,
@@ -153,6 +153,11 @@ class Gateway:
             return self._client.status()
         except (ApplianceDown, ApplianceSilent):
             return None
+
+    @property
+    def ended_well(self) -> bool:
+        """Whether the gateway ended because it was asked to."""
+        return self._child.poll() == 0
 
     def wait(self, timeout_s: float) -> bool:
         """Whether the gateway ended within `timeout_s`."""

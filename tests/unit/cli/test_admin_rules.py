@@ -1,0 +1,202 @@
+"""Who may do what on the admin API: every route for every role, from every side."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+from api.admin import routes
+from api.admin.routes import MAX_BODY_BYTES, RULES, admin_app
+from appliance.errors import Fault, HoldfastError
+from appliance.identity import Caller, Principal, Role, Tenant
+
+OWN_UID = 1000
+TENANT = Tenant(tenant_id="ten_1", name="treasury", idle_timeout_s=None, isolation="session", created_at=0.0)
+
+
+class Reached(HoldfastError):
+    """The request passed every rule and reached what does the work."""
+
+    code = "test_reached"
+    fault = Fault.LIMIT
+
+
+class KeyRefused(HoldfastError):
+    """What identity says of a key that does not hold."""
+
+    code = "test_key_refused"
+    fault = Fault.UNAUTHENTICATED
+
+
+def caller(role: Role, tenant: Tenant | None) -> Caller:
+    principal = Principal(
+        principal_id="prn_1",
+        tenant_id=None if tenant is None else tenant.tenant_id,
+        name="somebody",
+        role=role,
+        permissions=frozenset(),
+    )
+    return Caller(principal=principal, tenant=tenant, key=None)
+
+
+class FakeIdentity:
+    """Knows keys named for a role and a side, `admin@tenant`, and one uid."""
+
+    async def authenticate(self, secret: str) -> Caller:
+        role, _, side = secret.partition("@")
+        if role not in set(Role):
+            raise KeyRefused("no", cause="", remedy="")
+        return caller(Role(role), TENANT if side == "tenant" else None)
+
+    async def caller_of_uid(self, uid: int) -> Caller:
+        if uid != OWN_UID:
+            raise KeyRefused("no", cause="", remedy="")
+        return caller(Role.ADMIN, None)
+
+
+@pytest.fixture
+def services(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A gateway whose every endpoint answers that it was reached."""
+
+    async def reached() -> None:
+        raise Reached("reached", cause="", remedy="")
+
+    endpoints = dict.fromkeys(routes._ENDPOINTS, (reached, None))
+    monkeypatch.setattr(routes, "_ENDPOINTS", endpoints)
+    monkeypatch.setattr(routes.os, "geteuid", lambda: OWN_UID)
+    return SimpleNamespace(identity=FakeIdentity(), vault=SimpleNamespace(sealed=False))
+
+
+async def ask(
+    services: Any, route: tuple[str, str], *, key: str | None = None, uid: int | None = None, **request: Any
+) -> tuple[int, str]:
+    """The status and the error's code that a request is answered with."""
+    peer = (f"uid={uid}" if uid is not None else "127.0.0.1", 1)
+    transport = httpx.ASGITransport(admin_app(services), client=peer, raise_app_exceptions=False)
+    headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
+    method, path = route
+    path = path.replace("{key_id}", "ak_1").replace("{session_id}", "ses_1")
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        answer = await client.request(method, path, headers=headers, **request)
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+@pytest.mark.parametrize("side", ["appliance", "tenant"])
+@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("route", RULES)
+async def test_a_route_is_open_to_the_roles_that_the_table_names_and_to_no_other(
+    route: tuple[str, str], role: Role, side: str, services: Any
+) -> None:
+    rule = RULES[route]
+    may = role in rule.roles and not (rule.appliance_wide and side == "tenant")
+    _, code = await ask(services, route, key=f"{role.value}@{side}")
+    assert code == ("test_reached" if may else "admin_denied")
+
+
+@pytest.mark.parametrize("route", RULES)
+async def test_a_client_may_do_nothing_but_with_sessions(route: tuple[str, str], services: Any) -> None:
+    _, code = await ask(services, route, key="client@tenant")
+    assert (code == "test_reached") == route[1].startswith("/v1/sessions")
+
+
+@pytest.mark.parametrize("role", [Role.AUDITOR, Role.OPERATOR, Role.CLIENT])
+async def test_only_an_administrator_makes_tenants_keys_and_backups(role: Role, services: Any) -> None:
+    for route in (("POST", "/v1/tenants"), ("POST", "/v1/keys"), ("POST", "/v1/backup")):
+        assert (await ask(services, route, key=f"{role.value}@appliance"))[1] == "admin_denied"
+
+
+async def test_the_kernel_vouches_for_the_local_administrator(services: Any) -> None:
+    assert (await ask(services, ("GET", "/v1/status"), uid=OWN_UID))[1] == "test_reached"
+    assert (await ask(services, ("GET", "/v1/status"), uid=OWN_UID + 1))[1] == "test_key_refused"
+
+
+@pytest.mark.parametrize("route", RULES)
+async def test_nobody_is_nobody(route: tuple[str, str], services: Any) -> None:
+    assert await ask(services, route) == (401, "admin_peer_unknown")
+
+
+@pytest.mark.parametrize("header", ["Bearer", "Bearer nonsense", "Basic YWRtaW46", "admin@appliance", ""])
+async def test_a_key_that_does_not_hold_is_refused_whatever_the_uid(header: str, services: Any) -> None:
+    assert (await ask(services, ("GET", "/v1/status"), uid=OWN_UID))[1] == "test_reached"
+    transport = httpx.ASGITransport(admin_app(services), client=(f"uid={OWN_UID}", 1))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        answer = await client.get("/v1/status", headers={"Authorization": header})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "test_key_refused")
+
+
+@pytest.mark.parametrize("route", RULES)
+async def test_while_sealed_only_what_the_table_opens_is_open_and_to_our_own_user_only(
+    route: tuple[str, str], services: Any
+) -> None:
+    services.vault.sealed = True
+    expected = "test_reached" if RULES[route].while_sealed else "vault_sealed"
+    assert (await ask(services, route, uid=OWN_UID))[1] == expected
+    assert (await ask(services, route, uid=OWN_UID + 1))[1] == "admin_denied"
+    assert (await ask(services, route, uid=0))[1] == "admin_denied"
+
+
+def test_what_is_open_while_sealed_shows_and_changes_nothing_that_is_stored() -> None:
+    assert {path for (_, path), rule in RULES.items() if rule.while_sealed} == {
+        "/v1/status",
+        "/v1/vault/unseal",
+        "/v1/vault/seal",
+    }
+
+
+def test_a_route_without_a_rule_stops_the_gateway_from_being_made(
+    services: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routes, "RULES", {route: rule for route, rule in RULES.items() if route[0] == "GET"})
+    with pytest.raises(RuntimeError, match="/v1/backup"):
+        admin_app(services)
+
+
+async def test_a_rule_is_read_at_each_request_and_its_absence_refuses(
+    services: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = admin_app(services)
+    monkeypatch.setattr(routes, "RULES", {})
+    transport = httpx.ASGITransport(app, client=(f"uid={OWN_UID}", 1))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        answer = await client.get("/v1/status")
+    assert answer.json()["error"]["code"] == "admin_denied"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/"), ("GET", "/v1/status/"), ("PUT", "/v1/status"), ("GET", "/docs"), ("GET", "/openapi.json")],
+)
+async def test_what_is_no_route_is_missing(method: str, path: str, services: Any) -> None:
+    status, code = await ask(services, (method, path), uid=OWN_UID)
+    assert (status, code) == (404, "admin_route_unknown")
+
+
+@dataclasses.dataclass
+class Upload:
+    """A body without a length, in pieces."""
+
+    size: int
+
+    async def __aiter__(self) -> Any:
+        for _ in range(self.size // 1024):
+            yield b"x" * 1024
+
+
+async def test_a_body_that_is_too_long_is_refused_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    services = SimpleNamespace(identity=FakeIdentity(), vault=SimpleNamespace(sealed=True))
+    monkeypatch.setattr(routes.os, "geteuid", lambda: OWN_UID)
+    upload = Upload(MAX_BODY_BYTES + 2048)
+    status, code = await ask(services, ("POST", "/v1/vault/unseal"), uid=OWN_UID, content=upload)
+    assert (status, code) == (400, "admin_request_invalid")
+
+
+async def test_an_answer_repeats_nothing_of_a_request_that_cannot_be_used() -> None:
+    services = SimpleNamespace(identity=FakeIdentity(), vault=SimpleNamespace(sealed=False))
+    transport = httpx.ASGITransport(admin_app(services), client=(f"uid={OWN_UID}", 1))  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        answer = await client.post("/v1/tenants", json={"name": "tre\x1basury", "secret": "hf_x"})
+    assert answer.status_code == 400
+    assert "asury" not in answer.text
+    assert "hf_x" not in answer.text
