@@ -1,0 +1,158 @@
+"""What vLLM loads from this distribution by its entry points.
+
+- `register` (group `vllm.general_plugins`) runs in each of vLLM's processes and adds to EngineCore what the front end
+  asks it.
+- `LeaseEndpoints` (group `vllm.endpoint_plugins`) runs in the front-end process: it serves `LEASES_PATH`, and its timer
+  ends leases on time while the engine sleeps. It needs no gateway for that.
+
+Rules:
+
+- vLLM's internals are left to `inside/connector.py`.
+- Without leases, and without requests, the timer waits for an event and uses no CPU.
+- The endpoint stands on the engine's private socket: whoever can open that may release a lease.
+"""
+
+import asyncio
+import logging
+from argparse import Namespace
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from appliance.engine import protocol
+
+_logger = logging.getLogger(f"vllm.{__name__}")
+_MAX_BODY_BYTES = 1 << 20
+_Message = dict[str, Any]
+
+
+def register() -> None:
+    """The general plugin.
+
+    Raises:
+        UnsupportedEngine: when this is another version of vLLM; vLLM then does not start.
+    """
+    # vLLM's modules are imported when vLLM asks for the plugin, never by whoever reads the names in this module.
+    from appliance.engine.inside import connector
+
+    connector.install()
+
+
+class ExpiryTimer:
+    """Calls `tick` when a lease is due, and soon after a request has ended, to learn of the lease that it left.
+
+    Args:
+        tick: expires what is due; returns seconds to the next deadline, or `None` without leases.
+        settle_s: how long after a request's end to ask, so that a burst of ends costs one call.
+        recheck_s: when to ask once more after that, for the lease of a request whose end took longer in the engine.
+        retry_s: how long to wait when a call failed.
+    """
+
+    def __init__(
+        self,
+        tick: Callable[[], Awaitable[float | None]],
+        *,
+        settle_s: float = 0.05,
+        recheck_s: float = 1.0,
+        retry_s: float = 1.0,
+    ) -> None:
+        self._tick = tick
+        self._settle_s = settle_s
+        self._recheck_s = recheck_s
+        self._retry_s = retry_s
+        self._ended = asyncio.Event()
+
+    def request_ended(self) -> None:
+        """Say that a request has ended, however it did."""
+        self._ended.set()
+
+    async def run(self) -> None:
+        """Run until cancelled."""
+        wait_s: float | None = None
+        while True:
+            ended = await self._wait(wait_s)
+            if ended:
+                await asyncio.sleep(self._settle_s)
+                self._ended.clear()
+            due_in_s = await self._ask()
+            wait_s = due_in_s if not ended else min(self._recheck_s, self._recheck_s if due_in_s is None else due_in_s)
+
+    async def _wait(self, wait_s: float | None) -> bool:
+        try:
+            await asyncio.wait_for(self._ended.wait(), None if wait_s is None else max(wait_s, 0.0))
+        except TimeoutError:
+            return False
+        return True
+
+    async def _ask(self) -> float | None:
+        try:
+            return await self._tick()
+        except Exception as error:
+            # vLLM watches its engine and ends the server when it died; until then there is nothing better to do.
+            _logger.warning("The engine did not answer the lease timer: %s", type(error).__name__)
+            return self._retry_s
+
+
+class LeaseEndpoints:
+    """The endpoint plugin."""
+
+    name = protocol.PLUGIN_NAME
+    required_tasks: tuple[str, ...] | None = ("generate",)
+
+    def __init__(self) -> None:
+        self._engine_client: Any = None
+        self._timer: ExpiryTimer | None = None
+        self._running: asyncio.Task[None] | None = None
+
+    def attach_router(self, app: Any) -> None:
+        """Serve `LEASES_PATH`, and watch requests end."""
+        app.add_route(protocol.LEASES_PATH, self._leases, methods=["POST"], include_in_schema=False)
+        app.add_middleware(_EndOfRequests, ended=self._request_ended)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:  # noqa: ARG002
+        """Start the timer."""
+        from appliance.engine.inside import connector
+
+        self._engine_client = engine_client
+        self._timer = ExpiryTimer(lambda: connector.lease_tick(engine_client))
+        self._running = asyncio.create_task(self._timer.run(), name="holdfast-lease-expiry")
+
+    def _request_ended(self) -> None:
+        if self._timer is not None:
+            self._timer.request_ended()
+
+    async def _leases(self, request: Any) -> Any:
+        from starlette.responses import JSONResponse
+
+        from appliance.engine.inside import connector
+
+        body = bytearray()
+        async for piece in request.stream():
+            body += piece
+            if len(body) > _MAX_BODY_BYTES:
+                return JSONResponse({"error": f"at most {_MAX_BODY_BYTES} bytes"}, status_code=413)
+        try:
+            release = protocol.read_release_request(bytes(body))
+        except protocol.MalformedMessage as error:
+            return JSONResponse({"error": error.record()}, status_code=400)
+        report = await connector.lease_report(self._engine_client, release)
+        return JSONResponse(report.to_wire())
+
+
+class _EndOfRequests:
+    """ASGI middleware that says when a request that may have left a lease has ended."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]], ended: Callable[[], None]) -> None:
+        self._app = app
+        self._ended = ended
+
+    async def __call__(
+        self,
+        scope: _Message,
+        receive: Callable[[], Awaitable[_Message]],
+        send: Callable[[_Message], Awaitable[None]],
+    ) -> None:
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] != protocol.LEASES_PATH:
+                self._ended()
