@@ -1,0 +1,38 @@
+"""Who is asking, and how much they may ask for."""
+
+from appliance.identity.directory import Identity
+from appliance.identity.errors import (
+    DailyTokensSpent,
+    InvalidApiKey,
+    ModelNotAllowed,
+    NameTaken,
+    NotAnAdministrator,
+    QuotaReached,
+    RateLimited,
+    TooManyConcurrent,
+    UnknownIdentity,
+)
+from appliance.identity.quotas import Admission, Quotas
+from appliance.identity.types import ApiKey, Caller, Permission, Principal, Role, Scopes, Tenant
+
+__all__ = [
+    "Admission",
+    "ApiKey",
+    "Caller",
+    "DailyTokensSpent",
+    "Identity",
+    "InvalidApiKey",
+    "ModelNotAllowed",
+    "NameTaken",
+    "NotAnAdministrator",
+    "Permission",
+    "Principal",
+    "QuotaReached",
+    "Quotas",
+    "RateLimited",
+    "Role",
+    "Scopes",
+    "Tenant",
+    "TooManyConcurrent",
+    "UnknownIdentity",
+]

@@ -1,0 +1,405 @@
+"""Tenants, principals and API keys: made, found, revoked.
+
+Rules:
+
+- An API key is 256 random bits, shown once. The store holds a keyed hash of it; nothing here logs or returns it again.
+- Names and labels are encrypted; they are found by keyed hash.
+- A revoked key is refused at the very next request: whatever is remembered of keys is dropped by every change, and a look
+  at the store that a change overtook is not remembered.
+- A store that others write to is asked every time.
+"""
+
+import base64
+import json
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy.engine import RowMapping
+
+from appliance.identity.errors import InvalidApiKey, NameTaken, NotAnAdministrator, UnknownIdentity
+from appliance.identity.types import ApiKey, Caller, Permission, Principal, Role, Scopes, Tenant
+from appliance.store import RowCipher, Store, StoreConflict, tables
+from appliance.vault import SYSTEM_SCOPE, KeyPurpose, KeyRecord, Vault
+
+T = TypeVar("T")
+
+SECRET_PREFIX = "hf_"
+_SECRET_BYTES = 32
+_KNOWN_CALLERS = 10_000
+
+
+class Identity:
+    """Who there is.
+
+    Args:
+        now: wall clock, epoch seconds.
+        random_bytes: source of identifiers and keys.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        vault: Vault,
+        *,
+        now: Callable[[], float] = time.time,
+        random_bytes: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        self._store = store
+        self._vault = vault
+        self._rows = RowCipher(vault)
+        self._now = now
+        self._random_bytes = random_bytes
+        self._callers: OrderedDict[bytes, Caller] = OrderedDict()
+        self._changes = 0
+
+    # Asking
+
+    async def authenticate(self, secret: str) -> Caller:
+        """Who brought this API key.
+
+        Raises:
+            InvalidApiKey: it is unknown, revoked or expired.
+            VaultSealed: nobody can be told from anybody.
+        """
+        lookup = self._secret_lookup(secret)
+        caller = self._callers.get(lookup)
+        if caller is None:
+            changes = self._changes
+            caller = await self._caller_of_secret(lookup)
+            if self._store.exclusive and changes == self._changes:
+                self._callers[lookup] = caller
+                if len(self._callers) > _KNOWN_CALLERS:
+                    self._callers.popitem(last=False)
+        self._check(caller)
+        return caller
+
+    async def caller_of_uid(self, uid: int) -> Caller:
+        """The administrator that this user of the machine is.
+
+        Raises:
+            NotAnAdministrator: nobody made them one.
+        """
+        principals = tables.principals
+        row = await self._store.read(
+            lambda db: db.execute(select(principals).where(principals.c.uid == uid)).mappings().first()
+        )
+        if row is None:
+            raise NotAnAdministrator(
+                f"the user with uid {uid} may not administer this appliance",
+                cause="the administrator is the user who ran `holdfast init`",
+                remedy="Run the command as that user, or bring an administrator's API key with --api-key-fd",
+            )
+        return Caller(self._principal(row))
+
+    # Keys of the appliance and of its tenants
+
+    async def establish(self) -> None:
+        """Make the system's own keys: the first thing that a new database holds."""
+        rows = [_key_row(record) for record in self._vault.new_system_keys()]
+        await self._change(lambda db: db.execute(insert(tables.keys), rows), "a system key", "holdfast status")
+
+    async def rotate_keys(self, tenant: Tenant | None) -> int:
+        """Replace the key that wraps a tenant's keys, or the system's. What was encrypted stays as it is.
+
+        Returns:
+            How many keys the new one wraps.
+        """
+        rotation = self._vault.rotate(SYSTEM_SCOPE if tenant is None else tenant.tenant_id)
+        keys = tables.keys
+
+        def work(db: Connection) -> None:
+            db.execute(insert(keys), _key_row(rotation.created))
+            db.execute(update(keys).where(keys.c.key_id == rotation.retired.key_id).values(retired=True))
+            for record in rotation.rewrapped:
+                rewrapped = {"parent_id": record.parent_id, "wrapped": record.wrapped}
+                db.execute(update(keys).where(keys.c.key_id == record.key_id).values(**rewrapped))
+            db.execute(delete(keys).where(keys.c.key_id.in_(rotation.destroyed)))
+
+        await self._change(work, "that key", "holdfast status")
+        await self._store.erase()
+        return len(rotation.rewrapped)
+
+    # Tenants
+
+    async def create_tenant(self, name: str, *, idle_timeout_s: float | None = None) -> Tenant:
+        """A new tenant with keys of its own.
+
+        Raises:
+            NameTaken: there is one of that name.
+        """
+        tenant = Tenant(self._new_id("ten"), name, idle_timeout_s, "session", self._now())
+        records = self._vault.new_tenant_keys(tenant.tenant_id)
+        row = {
+            "tenant_id": tenant.tenant_id,
+            "name_lookup": self._name_lookup("tenant", "", name),
+            "name": name,
+            "idle_timeout_s": idle_timeout_s,
+            "isolation": tenant.isolation,
+            "created_at": tenant.created_at,
+            "row_version": 1,
+        }
+        sealed = self._rows.seal(tables.tenants, row, scope=tenant.tenant_id, purpose=KeyPurpose.RECORDS)
+
+        def work(db: Connection) -> None:
+            db.execute(insert(tables.keys), [_key_row(record) for record in records])
+            db.execute(insert(tables.tenants), sealed)
+
+        await self._change(work, f"a tenant named {name!r}", "holdfast tenant list")
+        return tenant
+
+    async def tenants(self) -> list[Tenant]:
+        """Every tenant, oldest first."""
+        query = select(tables.tenants).order_by(tables.tenants.c.created_at)
+        rows = await self._store.read(lambda db: db.execute(query).mappings().all())
+        return [self._tenant(row) for row in rows]
+
+    async def tenant(self, name_or_id: str) -> Tenant:
+        """The tenant of a name or an id.
+
+        Raises:
+            UnknownIdentity: there is none.
+        """
+        tenants = tables.tenants
+        lookup = self._name_lookup("tenant", "", name_or_id)
+        query = select(tenants).where((tenants.c.tenant_id == name_or_id) | (tenants.c.name_lookup == lookup))
+        row = await self._store.read(lambda db: db.execute(query).mappings().first())
+        if row is None:
+            raise UnknownIdentity(
+                f"there is no tenant {name_or_id!r}",
+                cause="no tenant has that name or id",
+                remedy="`holdfast tenant list` names them",
+            )
+        return self._tenant(row)
+
+    # Principals
+
+    async def create_principal(
+        self,
+        tenant: Tenant | None,
+        name: str,
+        role: Role,
+        *,
+        uid: int | None = None,
+        permissions: frozenset[Permission] = frozenset(),
+    ) -> Principal:
+        """A new principal of a tenant, or of the appliance.
+
+        Raises:
+            NameTaken: its tenant has one of that name, or the uid is somebody's.
+        """
+        tenant_id = None if tenant is None else tenant.tenant_id
+        principal = Principal(self._new_id("prn"), tenant_id, name, role, permissions)
+        row = {
+            "principal_id": principal.principal_id,
+            "tenant_id": tenant_id,
+            "name_lookup": self._name_lookup("principal", tenant_id or SYSTEM_SCOPE, name),
+            "name": name,
+            "role": role.value,
+            "uid": uid,
+            "permissions": json.dumps(sorted(permissions)),
+            "created_at": self._now(),
+            "row_version": 1,
+        }
+        sealed = self._seal(tables.principals, row)
+        await self._change(
+            lambda db: db.execute(insert(tables.principals), sealed),
+            f"a principal named {name!r}",
+            "holdfast key list",
+        )
+        return principal
+
+    async def principals(self, tenant: Tenant | None) -> list[Principal]:
+        """The principals of a tenant, or of the appliance; oldest first."""
+        principals = tables.principals
+        tenant_id = None if tenant is None else tenant.tenant_id
+        query = select(principals).where(principals.c.tenant_id.is_not_distinct_from(tenant_id))
+        ordered = query.order_by(principals.c.created_at)
+        rows = await self._store.read(lambda db: db.execute(ordered).mappings().all())
+        return [self._principal(row) for row in rows]
+
+    # API keys
+
+    async def create_key(
+        self, principal: Principal, scopes: Scopes, *, label: str | None = None, expires_at: float | None = None
+    ) -> tuple[ApiKey, str]:
+        """A new API key, and its secret: the only time that it is shown."""
+        secret = SECRET_PREFIX + base64.urlsafe_b64encode(self._random_bytes(_SECRET_BYTES)).rstrip(b"=").decode()
+        key = ApiKey(
+            key_id=self._new_id("ak"),
+            tenant_id=principal.tenant_id,
+            principal_id=principal.principal_id,
+            label=label,
+            scopes=scopes,
+            created_at=self._now(),
+            expires_at=expires_at,
+            revoked_at=None,
+        )
+        row = {
+            "key_id": key.key_id,
+            "principal_id": key.principal_id,
+            "tenant_id": key.tenant_id,
+            "secret_lookup": self._secret_lookup(secret),
+            "label": label,
+            "scopes": _scopes_text(scopes),
+            "created_at": key.created_at,
+            "expires_at": expires_at,
+            "revoked_at": None,
+            "row_version": 1,
+        }
+        sealed = self._seal(tables.api_keys, row)
+        await self._change(lambda db: db.execute(insert(tables.api_keys), sealed), "that key", "holdfast key list")
+        return key, secret
+
+    async def keys(self, tenant: Tenant | None = None) -> list[ApiKey]:
+        """The API keys of a tenant, or all; oldest first."""
+        api_keys = tables.api_keys
+        query = select(api_keys).order_by(api_keys.c.created_at)
+        if tenant is not None:
+            query = query.where(api_keys.c.tenant_id == tenant.tenant_id)
+        rows = await self._store.read(lambda db: db.execute(query).mappings().all())
+        return [self._api_key(row) for row in rows]
+
+    async def revoke_key(self, key_id: str) -> ApiKey:
+        """Revoke an API key. Durable, and in force for the next request, when this returns; again, it changes nothing.
+
+        Raises:
+            UnknownIdentity: there is no such key.
+        """
+        api_keys = tables.api_keys
+        revoked_at = self._now()
+
+        def work(db: Connection) -> RowMapping | None:
+            db.execute(
+                update(api_keys)
+                .where(api_keys.c.key_id == key_id, api_keys.c.revoked_at.is_(None))
+                .values(revoked_at=revoked_at)
+            )
+            return db.execute(select(api_keys).where(api_keys.c.key_id == key_id)).mappings().first()
+
+        row = await self._change(work, "that key", "holdfast key list")
+        if row is None:
+            raise UnknownIdentity(
+                f"there is no API key {key_id}", cause="no key has that id", remedy="`holdfast key list` names them"
+            )
+        return self._api_key(row)
+
+    # Private
+
+    async def _caller_of_secret(self, lookup: bytes) -> Caller:
+        api_keys, principals, tenants = tables.api_keys, tables.principals, tables.tenants
+
+        def query(db: Connection) -> tuple[RowMapping, RowMapping, RowMapping | None] | None:
+            key = db.execute(select(api_keys).where(api_keys.c.secret_lookup == lookup)).mappings().first()
+            if key is None:
+                return None
+            who = select(principals).where(principals.c.principal_id == key["principal_id"])
+            principal = db.execute(who).mappings().one()
+            whose = select(tenants).where(tenants.c.tenant_id == key["tenant_id"])
+            return key, principal, db.execute(whose).mappings().first()
+
+        rows = await self._store.read(query)
+        if rows is None:
+            raise _invalid("it is not a key of this appliance")
+        key, principal, tenant = rows
+        return Caller(
+            principal=self._principal(principal),
+            tenant=None if tenant is None else self._tenant(tenant),
+            key=self._api_key(key),
+        )
+
+    def _check(self, caller: Caller) -> None:
+        key = caller.key
+        if key is None or key.revoked_at is not None:
+            raise _invalid("it was revoked")
+        if key.expires_at is not None and key.expires_at <= self._now():
+            raise _invalid("it has expired")
+
+    async def _change(self, work: Callable[[Connection], T], what: str, listed_by: str) -> T:
+        self._forget_callers()
+        try:
+            return await self._store.transact(work)
+        except StoreConflict:
+            raise NameTaken(
+                f"there is {what} already", cause="names are unique", remedy=f"Choose another; `{listed_by}` shows them"
+            ) from None
+        finally:
+            self._forget_callers()
+
+    def _forget_callers(self) -> None:
+        self._changes += 1
+        self._callers.clear()
+
+    def _seal(self, table: Any, row: Mapping[str, object]) -> dict[str, object]:
+        scope = row["tenant_id"] or SYSTEM_SCOPE
+        return self._rows.seal(table, row, scope=str(scope), purpose=KeyPurpose.RECORDS)
+
+    def _tenant(self, row: RowMapping) -> Tenant:
+        name = _text(self._rows.open(tables.tenants, row)["name"])
+        return Tenant(row["tenant_id"], name or "", row["idle_timeout_s"], row["isolation"], row["created_at"])
+
+    def _principal(self, row: RowMapping) -> Principal:
+        name = _text(self._rows.open(tables.principals, row)["name"])
+        permissions = frozenset(Permission(permission) for permission in json.loads(row["permissions"]))
+        return Principal(row["principal_id"], row["tenant_id"], name or "", Role(row["role"]), permissions)
+
+    def _api_key(self, row: RowMapping) -> ApiKey:
+        return ApiKey(
+            key_id=row["key_id"],
+            tenant_id=row["tenant_id"],
+            principal_id=row["principal_id"],
+            label=_text(self._rows.open(tables.api_keys, row)["label"]),
+            scopes=_scopes(row["scopes"]),
+            created_at=row["created_at"],
+            expires_at=row["expires_at"],
+            revoked_at=row["revoked_at"],
+        )
+
+    def _secret_lookup(self, secret: str) -> bytes:
+        return self._vault.mac(SYSTEM_SCOPE, KeyPurpose.LOOKUP, "api-key", secret.encode())
+
+    def _name_lookup(self, kind: str, scope: str, name: str) -> bytes:
+        return self._vault.mac(SYSTEM_SCOPE, KeyPurpose.LOOKUP, f"{kind}-name", scope.encode(), name.encode())
+
+    def _new_id(self, prefix: str) -> str:
+        return f"{prefix}_{self._random_bytes(16).hex()}"
+
+
+def _scopes_text(scopes: Scopes) -> str:
+    return json.dumps(
+        {
+            "models": None if scopes.models is None else sorted(scopes.models),
+            "requests_per_minute": scopes.requests_per_minute,
+            "concurrent_requests": scopes.concurrent_requests,
+            "tokens_per_day": scopes.tokens_per_day,
+            "permissions": sorted(scopes.permissions),
+        }
+    )
+
+
+def _scopes(text: str) -> Scopes:
+    record = json.loads(text)
+    return Scopes(
+        models=None if record["models"] is None else frozenset(record["models"]),
+        requests_per_minute=record["requests_per_minute"],
+        concurrent_requests=record["concurrent_requests"],
+        tokens_per_day=record["tokens_per_day"],
+        permissions=frozenset(Permission(permission) for permission in record["permissions"]),
+    )
+
+
+def _key_row(record: KeyRecord) -> dict[str, object]:
+    return {name: getattr(record, name) for name in KeyRecord.__slots__}
+
+
+def _text(value: object) -> str | None:
+    return value.decode() if isinstance(value, bytes) else None
+
+
+def _invalid(cause: str) -> InvalidApiKey:
+    return InvalidApiKey(
+        "the API key is not accepted", cause=cause, remedy="Ask an administrator for a key: `holdfast key create`"
+    )

@@ -1,0 +1,91 @@
+"""Who may ask for what: frozen values, without a secret in them."""
+
+import enum
+from dataclasses import dataclass, field
+
+
+class Role(enum.StrEnum):
+    """What a principal is there for. What each may do is decided where it is done."""
+
+    ADMIN = "admin"
+    OPERATOR = "operator"
+    AUDITOR = "auditor"
+    CLIENT = "client"
+
+
+class Permission(enum.StrEnum):
+    """What no role brings by itself."""
+
+    TRANSCRIPT_READ = "transcript:read"
+
+
+@dataclass(frozen=True, slots=True)
+class Scopes:
+    """What an API key may do; None: without limit.
+
+    Attributes:
+        models: the names that it may ask for.
+        tokens_per_day: prompt and completion together, in a UTC day.
+    """
+
+    models: frozenset[str] | None = None
+    requests_per_minute: int | None = None
+    concurrent_requests: int | None = None
+    tokens_per_day: int | None = None
+    permissions: frozenset[Permission] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name in ("requests_per_minute", "concurrent_requests", "tokens_per_day"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 0:
+                raise ValueError(f"{name} must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Whose sessions, principals and keys belong together.
+
+    Attributes:
+        idle_timeout_s: overrides the appliance's; None: does not.
+        isolation: `session`: nothing is shared outside a session tree.
+    """
+
+    tenant_id: str
+    name: str
+    idle_timeout_s: float | None
+    isolation: str
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Somebody or something that asks. `tenant_id` None: of the appliance, not of a tenant."""
+
+    principal_id: str
+    tenant_id: str | None
+    name: str
+    role: Role
+    permissions: frozenset[Permission] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """An API key without its secret. Times in epoch seconds."""
+
+    key_id: str
+    tenant_id: str | None
+    principal_id: str
+    label: str | None
+    scopes: Scopes
+    created_at: float
+    expires_at: float | None
+    revoked_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who is asking now: a principal, its tenant, and the key that it brought; None: it came over the admin socket."""
+
+    principal: Principal
+    tenant: Tenant | None = field(default=None)
+    key: ApiKey | None = field(default=None)
