@@ -4,8 +4,8 @@ Rules:
 
 - An API key is 256 random bits, shown once. The store holds a keyed hash of it; nothing here logs or returns it again.
 - Names and labels are encrypted; they are found by keyed hash.
-- A revoked key is refused at the very next request: whatever is remembered of keys is dropped by every change, and a look
-  at the store that a change overtook is not remembered.
+- A revoked key is refused at the very next request: whatever is remembered of keys is dropped by every change, and a
+  look at the store that a change overtook is not remembered.
 - A store that others write to is asked every time.
 """
 
@@ -27,7 +27,7 @@ from appliance.vault import SYSTEM_SCOPE, KeyPurpose, KeyRecord, Vault
 
 T = TypeVar("T")
 
-SECRET_PREFIX = "hf_"
+SECRET_PREFIX = "hf_"  # noqa: S105 (says what a secret begins with)
 _SECRET_BYTES = 32
 _KNOWN_CALLERS = 10_000
 

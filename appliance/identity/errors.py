@@ -6,7 +6,7 @@ from appliance.errors import Fault, HoldfastError
 
 
 class InvalidApiKey(HoldfastError):
-    """The key is unknown, revoked or expired. Which of the three is told to whoever holds the key, and to nobody else."""
+    """The key is unknown, revoked or expired."""
 
     code: ClassVar[str] = "invalid_api_key"
     fault: ClassVar[Fault] = Fault.UNAUTHENTICATED
