@@ -30,6 +30,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, ClassVar
 
+from api.private_files import new_private_file, sync_folder
 from appliance.errors import Fault, HoldfastError
 from appliance.settings import Settings
 from appliance.store import Store
@@ -311,22 +312,20 @@ def _unpack(path: Path, folder: Path) -> None:
     with _archive(path) as archive:
         for member, content in _members(path, archive, _read_manifest(path, archive)):
             # The file may have changed since it was verified: hashes are compared again while it is written.
-            with (folder / member.name).open("xb", opener=_private) as into:
+            with new_private_file(folder / member.name) as into:
                 _copy(path, member, content, into)
-                into.flush()
-                os.fsync(into.fileno())
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _exchange(staged: Path, state_dir: Path, occupied: bool, now: Callable[[], float]) -> Path | None:
     """Make `staged` the state directory; where the former one is kept, if there was one."""
     if not occupied:
         staged.rename(state_dir)  # onto nothing, or onto an empty folder
-        _sync_folder(state_dir.parent)
+        sync_folder(state_dir.parent)
         return None
     for name in _CARRIED_OVER:
         if (state_dir / name).exists():
-            with (staged / name).open("xb", opener=_private) as into:
+            with new_private_file(staged / name) as into:
                 into.write((state_dir / name).read_bytes())
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now()))
     kept = state_dir.with_name(f"{state_dir.name}.before-restore-{stamp}")
@@ -335,7 +334,7 @@ def _exchange(staged: Path, state_dir: Path, occupied: bool, now: Callable[[], f
     for name in _MOVED_OVER:
         if (kept / name).exists():
             (kept / name).rename(state_dir / name)
-    _sync_folder(state_dir.parent)
+    sync_folder(state_dir.parent)
     return kept
 
 
@@ -349,18 +348,6 @@ def _rename_exchange(one: Path, other: Path) -> None:
             os.strerror(number) if number != errno.EINVAL else "this file system cannot swap folders",
             str(other),
         )
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _damaged(path: Path, cause: str) -> BackupDamaged:

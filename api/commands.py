@@ -536,6 +536,7 @@ def backup(console: Console, file: Path) -> None:
     demonstration is never included.
     """
     from api.backups import verify_backup
+    from api.private_files import new_private_file
 
     target = file.expanduser().absolute()
     if target.exists():
@@ -545,8 +546,8 @@ def backup(console: Console, file: Path) -> None:
     console.say("Copying the database; the appliance goes on serving.")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with console.admin(deadline_s=_BACKUP_DEADLINE_S).backup() as pieces:
-            _write_private(partial, pieces)
+        with console.admin(deadline_s=_BACKUP_DEADLINE_S).backup() as pieces, new_private_file(partial) as into:
+            into.writelines(pieces)
         manifest = verify_backup(partial)
         os.link(partial, target)  # unlike a rename, refuses what has come to be there meanwhile
     except FileExistsError:
@@ -573,14 +574,6 @@ def backup(console: Console, file: Path) -> None:
         {"file": target, "manifest": manifest},
         f"Wrote {target}: {len(manifest.files)} files, {size_in_words(manifest.size)}, every hash verified.",
     )
-
-
-def _write_private(path: Path, pieces: Iterator[bytes]) -> None:
-    with path.open("xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as into:
-        for piece in pieces:
-            into.write(piece)
-        into.flush()
-        os.fsync(into.fileno())
 
 
 @click.command(cls=Command)

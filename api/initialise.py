@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from api.private_files import new_private_file, sync_folder
 from api.roots import KEY_FILE, SEALED_ROOT
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Identity, Permission, Role, Scopes
@@ -98,7 +99,9 @@ def initialise(
         staged = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.init-"))
         try:
             made = _build(settings, staged, passphrase, tenant_name, permissions, demo_key_file)
+            sync_folder(staged)
             staged.rename(place)
+            sync_folder(place.parent)
         finally:
             shutil.rmtree(staged, ignore_errors=True)  # gone already, unless something failed
     except HoldfastError:
@@ -126,8 +129,8 @@ def _build(
     else:
         seal = create_passphrase_seal(root, passphrase)
         passphrase[:] = bytes(len(passphrase))
-    _write_private(staged / SEALED_ROOT, seal)
-    _write_private(staged / SETTINGS_FILE, settings_text(settings).encode())
+    _write(staged / SEALED_ROOT, seal)
+    _write(staged / SETTINGS_FILE, settings_text(settings).encode())
     store = Store.open(database_url(settings, staged))
     try:
         vault = Vault(DatabaseKeys(store))
@@ -148,6 +151,8 @@ async def _people(
 ) -> Made:
     """The system's keys, the first tenant and the first administrator."""
     identity = Identity(store, vault)
+    await identity.establish()
+    await identity.establish()
     tenant = await identity.create_tenant(tenant_name)
     await identity.create_principal(
         None,
@@ -159,7 +164,7 @@ async def _people(
     if demo_key_file is not None:
         client = await identity.create_principal(tenant, _DEMO_PRINCIPAL, Role.CLIENT)
         _, secret = await identity.create_key(client, Scopes(), label="made by `holdfast up --demo`")
-        _write_private(staged / demo_key_file, f"{secret}\n".encode())
+        _write(staged / demo_key_file, f"{secret}\n".encode())
     return Made(
         state_dir=settings.state_dir,
         seal=settings.vault.seal,
@@ -175,11 +180,9 @@ def settings_text(settings: Settings) -> str:
     return _SETTINGS.format(demo="demo = true\n" if settings.demo else "# demo = false\n", seal=settings.vault.seal)
 
 
-def _write_private(path: Path, content: bytes) -> None:
-    with path.open("xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as into:
-        into.write(content)
-        into.flush()
-        os.fsync(into.fileno())
+def _write(path: Path, content: bytes) -> None:
+    with new_private_file(path) as file:
+        file.write(content)
 
 
 _SETTINGS = """\

@@ -57,7 +57,7 @@ class NotReadyInTime(HoldfastError, TimeoutError):
 class EngineGaveUp(HoldfastError):
     """The engine will not start."""
 
-    code: ClassVar[str] = "engine_failed"
+    code: ClassVar[str] = "engine_does_not_start"
     fault: ClassVar[Fault] = Fault.ENVIRONMENT
 
 

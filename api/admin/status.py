@@ -53,7 +53,7 @@ async def observe(services: Services) -> types.Status:
         observed_at=now,
         uptime_s=now - services.lifecycle.started_at,
         draining=services.lifecycle.draining,
-        running_turns=services.lifecycle.running,
+        running_turns=len(services.lifecycle.turns),
         parts=[vault, store, engine],
         engine_restarts=None if process is None else process.restarts,
         engine_isolated=None if process is None else process.isolated,
