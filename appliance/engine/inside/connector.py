@@ -17,7 +17,7 @@ Rules:
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import vllm
@@ -57,6 +57,8 @@ class UnsupportedEngine(RuntimeError):
 
 class LeaseRetention:
     """The hooks that keep leases. Stands before a connector class and passes every call on to it."""
+
+    clock: Callable[[], float] = staticmethod(time.monotonic)
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)  # type: ignore[call-arg]
@@ -98,6 +100,10 @@ class LeaseRetention:
         self._apply(self._table.expire())
         return self._table.next_expiry_in_s()
 
+    def leased_block_ids(self) -> tuple[int, ...]:
+        """The blocks that leases hold a reference on."""
+        return self._table.leased_block_ids()
+
     # What the scheduler calls.
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
@@ -106,7 +112,7 @@ class LeaseRetention:
         self._pool = kv_cache_manager.block_pool
         self._block_size = self._pool.hash_block_size
         bound = int(self._lease_fraction * (self._pool.num_gpu_blocks - 1))
-        self._table = LeaseTable(bound, time.monotonic)
+        self._table = LeaseTable(bound, self.clock)
         _release_leases_before_reset(kv_cache_manager, self)
 
     def on_new_request(self, request: Request) -> None:
@@ -183,7 +189,7 @@ class LeaseRetention:
         """The request's computed blocks that another request can hit, in the order of the tokens they complete."""
         groups: tuple[Sequence[KVCacheBlock], ...] = self._manager.get_blocks(request.request_id).blocks
         cached = [
-            LeasedBlock(block.block_id, block.block_hash_num_tokens)
+            LeasedBlock(block.block_id, block.block_hash_num_tokens, block.block_hash)
             for blocks, computed in zip(groups, block_ids, strict=True)
             for block in blocks[: len(computed)]
             if block.block_hash is not None and not block.is_null and block.pool is self._pool

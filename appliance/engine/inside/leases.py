@@ -16,7 +16,7 @@ Rules:
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,10 +24,11 @@ from appliance.engine.protocol import Lease, LeaseState
 
 
 class LeasedBlock(NamedTuple):
-    """A block, and how many of its session's tokens are cached once it is."""
+    """A block, how many of its session's tokens are cached once it is, and what tells its content from others'."""
 
     block_id: int
     end_token: int
+    content: Hashable
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,10 @@ class LeaseTable:
         """How many blocks the table holds a reference on."""
         return len(self._claims_on)
 
+    def leased_block_ids(self) -> tuple[int, ...]:
+        """The blocks that the table holds a reference on."""
+        return tuple(self._claims_on)
+
     def grant(self, lease: Lease, blocks: Sequence[LeasedBlock]) -> Change:
         """Lease `blocks`, head first, to a session whose turn has ended.
 
@@ -83,7 +88,7 @@ class LeaseTable:
         key = _key(lease)
         before = self._claims.pop(key, None)
         after = list(blocks[: self._bound])
-        if before is not None and after == before.blocks[: len(after)]:
+        if before is not None and _is_beginning(after, before.blocks):
             after = before.blocks
         taken = [block.block_id for block in after if self._claim(block.block_id)]
         freed = self._drop(before.blocks) if before is not None else []
@@ -207,6 +212,13 @@ class LeaseTable:
                 return due
             heapq.heappop(self._deadlines)
         return None
+
+
+def _is_beginning(blocks: Sequence[LeasedBlock], of: Sequence[LeasedBlock]) -> bool:
+    # By content: a block that was computed once more has another id.
+    return len(blocks) <= len(of) and all(
+        block.content == other.content for block, other in zip(blocks, of, strict=False)
+    )
 
 
 def _key(lease: Lease) -> _Key:

@@ -1,0 +1,183 @@
+"""A real engine in the test's own process, stepped by hand, its leases on a clock that the test moves."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM, SamplingParams
+from vllm.v1.core.block_pool import BlockPool
+
+from appliance.engine.inside.connector import StateConnector
+from appliance.engine.protocol import Lease, LeaseReport, connector_config, lease_params
+
+BLOCK = 32  # tokens
+POOL = 40  # blocks that can be handed out
+BOUND = 20  # blocks that leases may hold together
+MAX_MODEL_LEN = 1024
+STEP_TOKENS = 256
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now += seconds
+
+
+@dataclass
+class Answer:
+    """What came of a request."""
+
+    cached_tokens: int | None = None
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class EngineInProcess:
+    """See the module. `preemptions` counts requests thrown off the device since `start_anew`."""
+
+    def __init__(self, model: Path) -> None:
+        self.clock = Clock()
+        StateConnector.clock = staticmethod(self.clock)
+        self._llm = LLM(
+            model=str(model),
+            block_size=BLOCK,
+            num_gpu_blocks_override=POOL + 1,
+            max_model_len=MAX_MODEL_LEN,
+            max_num_batched_tokens=STEP_TOKENS,
+            max_num_seqs=8,
+            enforce_eager=True,
+            dtype="bfloat16",
+            seed=0,
+            kv_transfer_config=connector_config(BOUND / POOL),
+        )
+        self._front = self._llm.llm_engine
+        self.core: Any = self._front.engine_core.engine_core
+        self.scheduler: Any = self.core.scheduler
+        self.connector: StateConnector = self.scheduler.get_kv_connector()
+        self.pool: BlockPool = self.scheduler.kv_cache_manager.block_pool
+        self.answers: dict[str, Answer] = {}
+        self.preemptions = 0
+        self.steps = 0
+        self._reclaimed_before = 0
+        self._names = itertools.count()
+        self._preempt = self.scheduler._preempt_request
+        self.scheduler._preempt_request = self._count_preemption
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        *,
+        salt: str = "salt",
+        session: str | None = None,
+        tenant: str = "tenant",
+        idle_timeout_s: float = 15.0,
+        max_tokens: int = 1,
+        transfer: object = None,
+    ) -> str:
+        """Queue a request; `transfer` stands in for the `kv_transfer_params` that `session` would give it."""
+        name = f"request-{next(self._names)}"
+        if session is not None:
+            transfer = lease_params(Lease(session, tenant, idle_timeout_s))
+        self._front.add_request(
+            name,
+            {"prompt_token_ids": list(prompt), "cache_salt": salt},
+            SamplingParams(
+                temperature=0,
+                max_tokens=max_tokens,
+                ignore_eos=True,
+                extra_args=None if transfer is None else {"kv_transfer_params": transfer},
+            ),
+        )
+        self.answers[name] = Answer()
+        return name
+
+    def step(self, times: int = 1) -> None:
+        """Step the engine while there is something to do, at most so often."""
+        for _ in range(times):
+            if not self._front.has_unfinished_requests():
+                return
+            self.steps += 1
+            for output in self._front.step():
+                self.answers[output.request_id] = Answer(
+                    output.num_cached_tokens, list(output.outputs[0].token_ids), output.outputs[0].finish_reason
+                )
+
+    def drain(self) -> None:
+        """Step until nothing is left to do."""
+        while self._front.has_unfinished_requests():
+            self.step()
+
+    def turn(self, prompt: Sequence[int], **request: Any) -> Answer:
+        """Submit a request and run everything to its end."""
+        name = self.submit(prompt, **request)
+        self.drain()
+        return self.answers[name]
+
+    def cancel(self, name: str) -> None:
+        """Do what a client's disconnect does."""
+        self._front.abort_request([name])
+
+    def report(self, release: Iterable[str] = ()) -> LeaseReport:
+        """What `LEASES_PATH` would answer."""
+        return LeaseReport.from_wire(self.core.holdfast_lease_report(list(release)))
+
+    def reclaimed_blocks(self) -> int:
+        """How many leased blocks yielded to requests since `start_anew`."""
+        return self.report().reclaimed_blocks_total - self._reclaimed_before
+
+    def tick(self) -> float | None:
+        """What the front end's timer does."""
+        due_in_s: float | None = self.core.holdfast_lease_tick()
+        return due_in_s
+
+    def running(self) -> int:
+        """How many requests have been admitted and not ended."""
+        return len(self.scheduler.running)
+
+    def start_anew(self) -> None:
+        """Empty the prefix cache and the counters."""
+        assert self.core.reset_prefix_cache()
+        self.answers.clear()
+        self.preemptions = self.steps = 0
+        self._reclaimed_before = self.report().reclaimed_blocks_total
+
+    def assert_nothing_is_held(self) -> None:
+        """No lease, no reference, every block free."""
+        assert self.pool.get_num_free_blocks() == POOL
+        assert all(block.ref_cnt == 0 for block in self.pool.blocks if not block.is_null)
+        self.assert_references_add_up()
+
+    def assert_references_add_up(self) -> None:
+        """Each block is referenced once for each request that holds it, and once if it is leased."""
+        expected = Counter(self.connector.leased_block_ids())
+        for manager in self.scheduler.kv_cache_manager.coordinator.single_type_managers:
+            for blocks in manager.req_to_blocks.values():
+                expected.update(block.block_id for block in blocks if not block.is_null)
+        actual = {block.block_id: block.ref_cnt for block in self.pool.blocks if block.ref_cnt and not block.is_null}
+        assert actual == dict(expected)
+        free = [block.block_id for block in self.pool.free_block_queue.get_all_free_blocks()]
+        assert sorted(free) == [block.block_id for block in self.pool.blocks if not block.ref_cnt and not block.is_null]
+
+    def close(self) -> None:
+        """Shut the engine down."""
+        self.core.shutdown()
+
+    def _count_preemption(self, *arguments: Any, **named: Any) -> None:
+        self.preemptions += 1
+        self._preempt(*arguments, **named)
+
+
+def words(seed: int, length: int) -> list[int]:
+    """A prompt; different seeds differ from the first token on."""
+    return [(seed * 7919 + position * (37 + seed % 11) + 11) % 500 for position in range(length)]
