@@ -1,0 +1,405 @@
+"""Talk to the engine over its Unix socket.
+
+Rules:
+
+- Everything is bounded: the time to connect, the silence between two reads, the size of an answer and of one event.
+- Whoever leaves a stream early closes its connection; vLLM takes that as the order to stop generating.
+- A stream ends with `[DONE]`. One that stops earlier was lost, however politely its connection was closed.
+- No error text holds what a client sent or what the engine answered: the engine's own words travel in
+  `EngineRejected.body` alone.
+- The socket is reached through a descriptor of its directory, so that a deep home fits into the 108 bytes that a socket
+  address has (unix(7)).
+
+`stream` is the gateway's hot path: it hands out what the socket delivers, split into events, and decodes nothing.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Self
+
+import aiohttp
+
+from appliance.engine.protocol import LEASES_PATH, LeaseReport, MalformedMessage, release_request
+from appliance.errors import Fault, HoldfastError
+
+_JSON_HEADERS = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+_DONE = b"[DONE]"
+
+
+class EngineUnavailable(HoldfastError):
+    """Nothing answers on the engine's socket, or the engine says that it cannot take work."""
+
+    code: ClassVar[str] = "engine_unavailable"
+    fault: ClassVar[Fault] = Fault.UNAVAILABLE
+
+
+class EngineLost(HoldfastError):
+    """The engine had the request and did not finish it: it died, fell silent or answered what cannot be read."""
+
+    code: ClassVar[str] = "engine_lost"
+    fault: ClassVar[Fault] = Fault.UNAVAILABLE
+
+
+class EngineRejected(HoldfastError):
+    """The engine refused the request. `status` and `body` are its answer; the body may quote the request."""
+
+    code: ClassVar[str] = "engine_rejected"
+    fault: ClassVar[Fault] = Fault.CALLER
+
+    def __init__(self, status: int, body: bytes) -> None:
+        super().__init__(
+            "the engine refused the request",
+            cause=f"it answered with status {status}",
+            remedy="Correct the request: what the engine said is in the answer",
+        )
+        self.status = status
+        self.body = body
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """A model that the engine serves, and the longest context it takes, in tokens."""
+
+    id: str
+    max_model_len: int | None
+
+
+class EngineClient:
+    """One engine, over a pool of connections to its Unix socket.
+
+    Args:
+        socket: where the engine listens; neither it nor its directory need exist yet.
+        connections: the most that are open at a time; a request beyond them waits.
+        connect_timeout_s: for a connection, a free place in the pool included.
+        silence_timeout_s: the longest the engine may say nothing while it owes an answer. Prefill of a long prompt
+            behind a queue is silence too.
+        max_answer_bytes: of one whole answer; of a stream it bounds one event.
+    """
+
+    def __init__(
+        self,
+        socket: Path,
+        *,
+        connections: int = 1024,
+        connect_timeout_s: float = 5.0,
+        silence_timeout_s: float = 600.0,
+        max_answer_bytes: int = 32 << 20,
+    ) -> None:
+        self.socket = socket
+        self._connections = connections
+        self._max_answer_bytes = max_answer_bytes
+        self._timeout = aiohttp.ClientTimeout(
+            total=None, connect=connect_timeout_s, sock_connect=connect_timeout_s, sock_read=silence_timeout_s
+        )
+        self._directory_fd: int | None = None
+        self._session: aiohttp.ClientSession | None = None
+
+    async def health(self, *, deadline_s: float = 5.0) -> bool:
+        """Whether the engine answers and calls itself healthy."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._call("GET", "/health")
+        except (TimeoutError, HoldfastError):
+            return False
+        return True
+
+    async def models(self, *, deadline_s: float = 10.0) -> list[ModelCard]:
+        """What the engine serves."""
+        body = await self._within(deadline_s, "GET", "/v1/models")
+        try:
+            return [ModelCard(card["id"], card.get("max_model_len")) for card in json.loads(body)["data"]]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise _unreadable("its list of models") from None
+
+    async def call(
+        self,
+        path: str,
+        body: bytes,
+        *,
+        request_id: str,
+        headers: Mapping[str, str] | None = None,
+        deadline_s: float = 600.0,
+    ) -> tuple[int, bytes]:
+        """Post a JSON `body` and read the whole answer.
+
+        Cancelling the call closes its connection, and with that ends the work on the engine.
+
+        Raises:
+            EngineRejected: the answer was a 4xx.
+            EngineUnavailable: nothing listens, or the engine turns work away.
+            EngineLost: no whole answer came, or none within `deadline_s`.
+        """
+        sent = {**_JSON_HEADERS, "X-Request-Id": request_id, **(headers or {})}
+        return 200, await self._within(deadline_s, "POST", path, body, sent)
+
+    def stream(
+        self, path: str, body: bytes, *, request_id: str, headers: Mapping[str, str] | None = None
+    ) -> "EngineStream":
+        """Post a JSON `body` that asks for a stream: an async context manager that yields the payloads of its events.
+
+        Usage::
+
+            async with client.stream("/v1/chat/completions", body, request_id="req_1") as events:
+                async for payload in events:  # bytes, without "data: "; "[DONE]" ends the loop
+                    ...
+
+        Raises:
+            EngineRejected, EngineUnavailable, EngineLost: as `call`, on entering; EngineLost while iterating too.
+        """
+        return EngineStream(self, path, body, {**_JSON_HEADERS, "X-Request-Id": request_id, **(headers or {})})
+
+    async def leases(self, release: Sequence[str] = (), *, deadline_s: float = 5.0) -> LeaseReport:
+        """Release the leases named by their labels, let the others expire that are due, and say what is held.
+
+        Raises:
+            MalformedMessage: the engine's environment holds another version of holdfast.
+        """
+        body = await self._within(deadline_s, "POST", LEASES_PATH, release_request(release), _JSON_HEADERS)
+        try:
+            return LeaseReport.from_wire(json.loads(body))
+        except MalformedMessage:
+            raise
+        except (ValueError, RecursionError):
+            raise _unreadable("its report of leases") from None
+
+    async def metrics(self, *, deadline_s: float = 10.0) -> str:
+        """The engine's metrics, in Prometheus' text format."""
+        return (await self._within(deadline_s, "GET", "/metrics")).decode("utf-8", "replace")
+
+    async def close(self) -> None:
+        """Close every connection."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+        descriptor, self._directory_fd = self._directory_fd, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _within(
+        self,
+        deadline_s: float,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> bytes:
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await self._call(method, path, body, headers)
+        except TimeoutError:
+            raise _lost(f"it did not finish its answer within {deadline_s:g} s") from None
+
+    async def _call(
+        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> bytes:
+        response = await self._open(method, path, body, headers)
+        try:
+            async with response:
+                answer = await _bounded(response, self._max_answer_bytes)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _lost(_reason(error)) from None
+        if response.status != 200:
+            raise _refusal(response.status, answer)
+        return answer
+
+    async def _open(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str] | None
+    ) -> aiohttp.ClientResponse:
+        """Send the request; the answer's status and headers are there when this returns."""
+        try:
+            session = self._connected()
+        except OSError:
+            raise self._unavailable() from None
+        try:
+            return await session.request(method, f"http://engine{path}", data=body, headers=headers)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+            self._forget_directory()
+            raise self._unavailable() from None
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _lost(_reason(error)) from None
+
+    def _unavailable(self) -> EngineUnavailable:
+        return EngineUnavailable(
+            "the engine cannot be reached",
+            cause=f"nothing answers on {self.socket}",
+            remedy="Wait for it to start: `holdfast status` says how far it is, `holdfast logs` why not",
+        )
+
+    def _connected(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._directory_fd = os.open(self.socket.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.UnixConnector(
+                    f"/proc/self/fd/{self._directory_fd}/{self.socket.name}",
+                    limit=self._connections,
+                    keepalive_timeout=30.0,  # the engine keeps one open for longer: see launcher.environment
+                ),
+                timeout=self._timeout,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                skip_auto_headers=("User-Agent", "Accept-Encoding"),
+            )
+        return self._session
+
+    def _forget_directory(self) -> None:
+        """The directory may have been made anew: the next request opens it again."""
+        session = self._session
+        if session is None or session.connector is None or self._directory_fd is None:
+            return
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._directory_fd), self.socket.parent.stat()):
+                return
+        self._session = None
+        connector, descriptor, self._directory_fd = session.connector, self._directory_fd, None
+        session.detach()
+        connector.close()
+        os.close(descriptor)
+
+
+class EngineStream:
+    """The events of one answer while it is generated. Made by `EngineClient.stream`."""
+
+    def __init__(self, client: EngineClient, path: str, body: bytes, headers: Mapping[str, str]) -> None:
+        self._client = client
+        self._path = path
+        self._body = body
+        self._headers = headers
+        self._response: aiohttp.ClientResponse | None = None
+        self._generator: AsyncGenerator[bytes] | None = None
+        self._complete = False
+
+    async def __aenter__(self) -> AsyncIterator[bytes]:
+        response = await self._client._open("POST", self._path, self._body, self._headers)
+        if response.status != 200:
+            try:
+                async with response:
+                    answer = await _bounded(response, self._client._max_answer_bytes)
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                raise _lost(_reason(error)) from None
+            raise _refusal(response.status, answer)
+        self._response = response
+        self._generator = self._events(response)
+        return self._generator
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        response = self._response
+        if response is None or self._generator is None:
+            return
+        await self._generator.aclose()
+        if self._complete:
+            # Behind [DONE] comes the end of the body, often in the same read: waited for, the connection is used again.
+            with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
+                async with asyncio.timeout(1.0):
+                    await _bounded(response, 1024)
+                    response.release()
+                    return
+        response.close()
+
+    async def _events(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes]:
+        limit = self._client._max_answer_bytes
+        read = response.content.readany
+        parts: list[bytes] = []  # of an event whose end has not come
+        parts_bytes = 0
+        while True:
+            try:
+                received = await read()
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                raise _lost(_reason(error)) from None
+            if not received:
+                raise _lost("its answer ended in the middle")
+            if parts:
+                if b"\n\n" not in received and not (received[:1] == b"\n" and parts[-1][-1:] == b"\n"):
+                    parts.append(received)
+                    parts_bytes += len(received)
+                    if parts_bytes > limit:
+                        raise _lost(f"one event of its answer is larger than {limit} bytes")
+                    continue
+                received = b"".join([*parts, received])
+                parts.clear()
+            *events, rest = received.split(b"\n\n")
+            if rest:
+                parts.append(rest)
+            parts_bytes = len(rest)
+            for event in events:
+                if event.startswith(b"data: ") and b"\n" not in event:
+                    payload = event[6:]
+                else:
+                    payload = _payload(event)
+                    if not payload:
+                        continue
+                if payload == _DONE:
+                    self._complete = True
+                    return
+                yield payload
+
+
+def _payload(event: bytes) -> bytes:
+    """The data of an event that is not one plain line (WHATWG HTML, 9.2.6); empty for comments and other fields."""
+    data = []
+    for line in event.splitlines():
+        name, _, value = line.partition(b":")
+        if name == b"data":
+            data.append(value.removeprefix(b" "))
+        elif name not in (b"", b"event", b"id", b"retry"):
+            raise _unreadable("its stream")
+    return b"\n".join(data)
+
+
+async def _bounded(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    parts = bytearray()
+    while received := await response.content.readany():
+        parts += received
+        if len(parts) > limit:
+            response.close()
+            raise _lost(f"its answer is larger than {limit} bytes")
+    return bytes(parts)
+
+
+def _refusal(status: int, body: bytes) -> HoldfastError:
+    if status == 503:
+        return EngineUnavailable(
+            "the engine takes no work",
+            cause="it answered with status 503",
+            remedy="Repeat the request later: `holdfast status` says whether the engine is being restarted",
+        )
+    if 400 <= status < 500:
+        return EngineRejected(status, body)
+    return _lost(f"it answered with status {status}")
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, TimeoutError):
+        return "it said nothing for too long"
+    return "its connection broke" if isinstance(error, (aiohttp.ClientOSError, OSError)) else "its answer broke off"
+
+
+def _lost(cause: str) -> EngineLost:
+    return EngineLost(
+        "the engine did not finish the request",
+        cause=cause,
+        remedy="Repeat the request: the session is kept, and the engine is restarted if it died",
+    )
+
+
+def _unreadable(what: str) -> EngineLost:
+    return EngineLost(
+        "the engine's answer cannot be read",
+        cause=f"{what} is not in the form that vLLM 0.32 documents",
+        remedy="Check with `holdfast doctor` that the engine's environment holds the version that was locked",
+    )
