@@ -391,11 +391,9 @@ class Sessions(Archive):
             "parent_session_id": live.parent_session_id,
             "client_id_lookup": lookup,
             "client_id": live.client_id,
-            "epoch": live.epoch,
             "model": turn.model,
             "origin": live.origin.value,
             "created_at": outcome.started_at,
-            "closed_at": None,
             "row_version": 1,
             **totals,
         }

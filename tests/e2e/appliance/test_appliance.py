@@ -1,0 +1,233 @@
+"""The product as its users meet it: the openai SDK on a real appliance with real vLLM."""
+
+import http.client
+import os
+import signal
+import urllib.parse
+from pathlib import Path
+
+import openai
+import pytest
+from openai.types.chat import ChatCompletionMessageParam
+
+from tests.e2e.appliance.conftest import IDLE_TIMEOUT_S, Appliance
+
+BLOCK = 32
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+pytestmark = pytest.mark.timeout(120)
+
+
+def _model(appliance: Appliance) -> str:
+    (model,) = appliance.client().models.list().data
+    return model.id
+
+
+def test_an_unmodified_client_is_stateful_and_only_new_tokens_are_prefilled(appliance: Appliance) -> None:
+    client, model = appliance.client(), _model(appliance)
+    messages: list[ChatCompletionMessageParam] = [
+        {"role": "system", "content": "You are a helpful assistant. " * 12},
+        {"role": "user", "content": "Hello! My name is Anna."},
+    ]
+    known = 0
+    for turn in range(4):
+        answer = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=24)
+        usage = answer.usage
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        cached = usage.prompt_tokens_details.cached_tokens
+        assert cached is not None
+        if turn:
+            # All that was computed before is there, but for the block that was not full.
+            assert cached >= (known // BLOCK) * BLOCK - BLOCK
+        known = usage.prompt_tokens
+        text = answer.choices[0].message.content
+        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "Thank you. What is my name?"}]
+    assert "Anna" in (messages[-2].get("content") or "")
+
+
+def test_a_stream_says_the_same_as_an_answer_in_one_piece(appliance: Appliance) -> None:
+    client, model = appliance.client(), _model(appliance)
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hello!"}]
+    whole = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=24)
+    chunks = client.chat.completions.create(
+        model=model,
+        messages=messages,
+        temperature=0,
+        max_tokens=24,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    text, usage = "", None
+    for chunk in chunks:
+        usage = chunk.usage or usage
+        text += "".join(choice.delta.content or "" for choice in chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert usage is not None
+    assert usage.completion_tokens == whole.usage.completion_tokens if whole.usage else 0
+
+
+def test_a_tool_is_called_and_its_result_used(appliance: Appliance) -> None:
+    client, model = appliance.client(), _model(appliance)
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the weather in Paris?"}]
+    asked = client.chat.completions.create(model=model, messages=messages, tools=[TOOL], temperature=0, max_tokens=64)  # type: ignore[list-item]
+    choice = asked.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.tool_calls
+    call = choice.message.tool_calls[0]
+    assert call.type == "function"
+    assert call.function.name == "get_weather"
+    assert "Paris" in call.function.arguments
+    messages += [
+        {
+            "role": "assistant",
+            "tool_calls": [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": "get_weather", "arguments": call.function.arguments},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": call.id, "content": '{"temperature_c": 21, "sky": "sunny"}'},
+    ]
+    told = client.chat.completions.create(model=model, messages=messages, tools=[TOOL], temperature=0, max_tokens=64)  # type: ignore[list-item]
+    assert "21" in (told.choices[0].message.content or "")
+    sessions = appliance.run("session", "list")["sessions"]
+    assert sessions[0]["turns"] == 2
+
+
+def test_a_transcript_is_decrypted_for_who_may_and_no_word_of_it_is_in_the_database_files(appliance: Appliance) -> None:
+    client, model = appliance.client(), _model(appliance)
+    response = client.chat.completions.with_raw_response.create(
+        model=model,
+        messages=[{"role": "user", "content": "Remember the word Quetzalcoatlus, please."}],
+        max_tokens=8,
+        extra_headers={"X-Session-ID": "a-very-private-name"},
+    )
+    assert response.headers["x-session-id"] == "a-very-private-name"
+    assert response.headers["x-request-id"]
+    session_id = appliance.run("session", "list")["sessions"][0]["session_id"]
+    shown = appliance.run("session", "show", session_id)
+    assert shown["client_id"] == "a-very-private-name"
+    assert "Quetzalcoatlus" in shown["turns"][0]["new_messages"][0]["content"]
+    files = appliance.files()
+    for word in (b"Quetzalcoatlus", b"a-very-private-name", appliance.api_key.encode()):
+        assert word not in files
+
+
+def test_another_principal_with_the_same_prompt_hits_nothing(appliance: Appliance) -> None:
+    model = _model(appliance)
+    created = appliance.run("key", "create", "--tenant", "demo", "--principal", "stranger")
+    messages: list[ChatCompletionMessageParam] = [
+        {"role": "system", "content": "These are the words that nobody else may profit from. " * 10},
+        {"role": "user", "content": "Hello!"},
+    ]
+
+    def cached(client: openai.OpenAI) -> int:
+        usage = client.chat.completions.create(model=model, messages=messages, max_tokens=4).usage
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        assert usage.prompt_tokens > 3 * BLOCK
+        return usage.prompt_tokens_details.cached_tokens or 0
+
+    session = {"X-Session-ID": "shared-name"}
+    mine = appliance.client().with_options(default_headers=session)
+    theirs = appliance.client(created["secret"]).with_options(default_headers=session)
+    assert cached(mine) == 0
+    assert cached(mine) > 0
+    assert cached(theirs) == 0
+
+
+def test_a_session_is_leased_after_its_turn_and_loses_its_rank_at_the_timeout(appliance: Appliance) -> None:
+    client, model = appliance.client(), _model(appliance)
+    client.chat.completions.create(model=model, messages=[{"role": "user", "content": "Hello! " * 60}], max_tokens=4)
+    leases = appliance.run("status")["leases"]
+    assert leases["sessions"] >= 1
+    assert leases["leased_blocks"] >= 1
+    assert leases["next_expiry_in_s"] <= IDLE_TIMEOUT_S
+    appliance.wait_until(lambda status: status["leases"] and status["leases"]["leased_blocks"] == 0, 30)
+
+
+def test_a_forgotten_session_cannot_be_read_and_its_cache_not_be_reached(appliance: Appliance) -> None:
+    client, model = appliance.client(), _model(appliance)
+    ask = client.with_options(default_headers={"X-Session-ID": "to-forget"}).chat.completions.create
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hello! " * 80}]
+    ask(model=model, messages=messages, max_tokens=4)
+    session_id = appliance.run("session", "list")["sessions"][0]["session_id"]
+    assert appliance.run("session", "forget", session_id, "--yes", session_id)["session_id"] == session_id
+    assert appliance.run("session", "show", session_id, check=False)["code"] == "session_not_found"
+    usage = ask(model=model, messages=messages, max_tokens=4).usage
+    assert usage is not None
+    assert usage.prompt_tokens_details is not None
+    assert not usage.prompt_tokens_details.cached_tokens
+
+
+def test_the_sdk_raises_what_its_users_expect(appliance: Appliance) -> None:
+    client, model = appliance.client(), _model(appliance)
+    hello: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hello!"}]
+    with pytest.raises(openai.AuthenticationError):
+        appliance.client("hf_wrong").chat.completions.create(model=model, messages=hello)
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="no-such-model", messages=hello)
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=model, messages=[{"role": "user", "content": "word " * 40_000}])
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model=model, messages=hello, temperature=99)
+
+
+def test_the_engine_is_reached_by_its_socket_only(appliance: Appliance) -> None:
+    socket = next((appliance.state_dir / "run").rglob("engine.sock"))
+    assert socket.parent.stat().st_mode & 0o077 == 0
+    status = appliance.run("status")
+    assert status["engine_isolated"] is True
+    # Its metrics and its tokenizer are nowhere on the data listener.
+    for path in ("/metrics", "/tokenize", "/version", "/holdfast/leases", "/health"):
+        connection = http.client.HTTPConnection(urllib.parse.urlsplit(appliance.endpoint).netloc, timeout=10)
+        connection.request("GET", path)
+        assert connection.getresponse().status in (401, 404), path
+        connection.close()
+
+
+def test_an_engine_that_is_killed_ends_the_stream_well_and_the_session_survives(appliance: Appliance) -> None:
+    client, model = appliance.client(), _model(appliance)
+    headers = {"X-Session-ID": "survivor"}
+    hello: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hello! My name is Otto."}]
+    ask = client.with_options(default_headers=headers).chat.completions.create
+    ask(model=model, messages=hello, max_tokens=8)
+    stream = ask(model=model, messages=hello, max_tokens=2000, stream=True, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    for pid in _engine_processes(appliance):
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="engine"):
+        for _ in stream:
+            pass
+    appliance.wait_until(lambda status: status.get("ready") and (status["engine_restarts"] or 0) >= 1, 100)
+    assert ask(model=model, messages=hello, max_tokens=8).choices[0].message.content
+    session_id = appliance.run("session", "list")["sessions"][0]["session_id"]
+    states = [turn["state"] for turn in appliance.run("session", "show", session_id)["turns"]]
+    assert states == ["complete", "interrupted", "complete"]
+
+
+def _engine_processes(appliance: Appliance) -> list[int]:
+    """The processes of vLLM under this appliance's gateway."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            command = process.joinpath("cmdline").read_bytes()
+            engine = process.joinpath("cwd").readlink() == appliance.state_dir / "run" / "engine"
+        except OSError:
+            continue
+        if engine and b"vllm" in command and b"cage" not in command:
+            found.append(int(process.name))
+    assert found, "no engine process"
+    return found

@@ -1,0 +1,313 @@
+"""Sessions over a real store and vault: recognised, isolated, written down whole, forgotten for good."""
+
+import asyncio
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import insert, select, update
+
+from appliance.identity import Caller, Permission, Principal, Role, Scopes, Tenant
+from appliance.identity.types import ApiKey
+from appliance.sessions import (
+    Origin,
+    Outcome,
+    Session,
+    SessionForgotten,
+    SessionHints,
+    Sessions,
+    TranscriptForbidden,
+    Turn,
+    TurnKind,
+    TurnState,
+    UnknownResponse,
+    UnknownSession,
+)
+from appliance.settings import SessionSettings
+from appliance.store import Change, DatabaseKeys, Store, tables
+from appliance.vault import Binding, KeyMissing, KeyPurpose, KeyRecord, RootKey, TamperedValue, Vault
+
+pytestmark = pytest.mark.anyio
+
+SYSTEM = {"role": "system", "content": "You are terse."}
+HELLO = {"role": "user", "content": "My name is Zanzibarra."}
+
+
+class World:
+    """A store, a vault and the sessions over them; two tenants with their keys."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.store = Store.open(f"sqlite:///{folder / 'holdfast.db'}")
+        self.vault = Vault(DatabaseKeys(self.store))
+        self.vault.open(RootKey(b"r" * 32))
+        for tenant in ("ten_1", "ten_2"):
+            self.add_keys(self.vault.new_tenant_keys(tenant))
+        self.clock = 1_000.0
+        self.sessions = self.reopened()
+
+    def reopened(self) -> Sessions:
+        """The sessions as another process would find them."""
+        return Sessions(self.store, self.vault, SessionSettings(idle_timeout_s=15.0), now=lambda: self.clock)
+
+    def add_keys(self, records: list[KeyRecord]) -> None:
+        rows = [{name: getattr(record, name) for name in KeyRecord.__slots__} for record in records]
+        self.store.write_blocking([Change(insert(tables.keys), row) for row in rows])
+
+    def files(self) -> bytes:
+        return b"".join(path.read_bytes() for path in sorted(self.folder.iterdir()))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    world.store.close()
+
+
+def caller(
+    principal_id: str = "prn_1", tenant_id: str = "ten_1", *, role: Role = Role.CLIENT, reads: bool = False
+) -> Caller:
+    permissions = frozenset({Permission.TRANSCRIPT_READ}) if reads else frozenset[Permission]()
+    tenant = Tenant(tenant_id=tenant_id, name=tenant_id, idle_timeout_s=None, isolation="session", created_at=0.0)
+    principal = Principal(
+        principal_id=principal_id, tenant_id=tenant_id, name=principal_id, role=role, permissions=frozenset()
+    )
+    key = ApiKey(
+        key_id="ak_1",
+        tenant_id=tenant_id,
+        principal_id=principal_id,
+        label=None,
+        scopes=Scopes(permissions=permissions),
+        created_at=0.0,
+        expires_at=None,
+        revoked_at=None,
+    )
+    return Caller(principal=principal, tenant=tenant, key=key)
+
+
+def chat(*messages: dict[str, Any], **hints: Any) -> Turn:
+    return Turn(TurnKind.CHAT, "demo", messages, {"temperature": 0}, SessionHints(**hints))
+
+
+def outcome(text: str, *, ids: tuple[list[int], list[int]] = ([1, 2, 3], [4]), response: str = "chatcmpl-1") -> Outcome:
+    return Outcome(
+        response_id=response,
+        state=TurnState.COMPLETE,
+        answer={"role": "assistant", "content": text},
+        prompt_token_ids=ids[0],
+        completion_token_ids=ids[1],
+        prompt_tokens=len(ids[0]),
+        cached_tokens=0,
+        completion_tokens=len(ids[1]),
+        finish_reason="stop",
+        started_at=1.0,
+        ended_at=2.0,
+    )
+
+
+async def say(sessions: Sessions, who: Caller, turn: Turn, answer: str, response: str = "chatcmpl-1") -> Session:
+    session = await sessions.resolve(who, turn)
+    await sessions.record(session, turn, outcome(answer, response=response))
+    return session
+
+
+async def test_a_client_that_resends_everything_is_recognised_by_it(world: World) -> None:
+    first = await say(world.sessions, caller(), chat(SYSTEM, HELLO), "Hello.")
+    answer = {"role": "assistant", "content": "Hello.", "refusal": None}
+    second = await world.sessions.resolve(caller(), chat(SYSTEM, HELLO, answer, HELLO))
+    assert second.session_id == first.session_id
+    assert second.salt == first.salt
+    assert (first.is_new, second.is_new) == (True, False)
+
+
+async def test_it_is_recognised_after_a_restart_too(world: World) -> None:
+    first = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    answer = {"role": "assistant", "content": "Hello."}
+    second = await world.reopened().resolve(caller(), chat(HELLO, answer, HELLO))
+    assert (second.session_id, second.salt) == (first.session_id, first.salt)
+
+
+async def test_a_second_continuation_of_one_point_is_a_branch_of_the_same_tree(world: World) -> None:
+    first = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    answer = {"role": "assistant", "content": "Hello."}
+    await say(world.sessions, caller(), chat(HELLO, answer, {"role": "user", "content": "left"}), "L")
+    branch = await say(world.sessions, caller(), chat(HELLO, answer, {"role": "user", "content": "right"}), "R")
+    assert branch.session_id != first.session_id
+    assert branch.salt == first.salt
+    assert branch.lease_label != first.lease_label
+
+
+async def test_the_same_words_from_another_principal_are_another_session(world: World) -> None:
+    first = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    answer = {"role": "assistant", "content": "Hello."}
+    for other in (caller("prn_2"), caller("prn_1", "ten_2")):
+        session = await world.sessions.resolve(other, chat(HELLO, answer, HELLO))
+        assert session.session_id != first.session_id
+        assert session.salt != first.salt
+
+
+async def test_a_session_id_is_scoped_to_its_principal_and_an_unknown_one_begins_a_session(world: World) -> None:
+    mine = await say(world.sessions, caller(), chat(HELLO, client_id="job-7", origin=Origin.HEADER), "Hello.")
+    again = await world.reopened().resolve(caller(), chat(SYSTEM, client_id="job-7", origin=Origin.HEADER))
+    theirs = await world.sessions.resolve(caller("prn_1", "ten_2"), chat(HELLO, client_id="job-7"))
+    unknown = await world.sessions.resolve(caller("prn_1", "ten_2"), chat(HELLO, client_id="job-8"))
+    assert again.session_id == mine.session_id
+    assert mine.visible_id == again.visible_id == theirs.visible_id == "job-7"
+    assert theirs.session_id != mine.session_id
+    assert theirs.salt != mine.salt
+    assert theirs.is_new
+    assert unknown.is_new
+
+
+async def test_a_child_agent_shares_its_parents_tree(world: World) -> None:
+    parent = await world.sessions.resolve(caller(), chat(HELLO, client_id="parent"))
+    child_turn = chat(HELLO, client_id="child", parent_client_id="parent")
+    child = await world.sessions.resolve(caller(), child_turn)
+    assert child.session_id != parent.session_id
+    assert child.salt == parent.salt
+    # The child may be done first.
+    await world.sessions.record(child, child_turn, outcome("done"))
+    await world.sessions.record(parent, chat(HELLO, client_id="parent"), outcome("done"))
+    assert (await world.reopened().resolve(caller(), child_turn)).salt == parent.salt
+
+
+async def test_two_first_turns_at_once_begin_one_session(world: World) -> None:
+    turn = chat(HELLO, client_id="job-7")
+    found = await asyncio.gather(*(world.sessions.resolve(caller(), turn) for _ in range(8)))
+    assert len({session.session_id for session in found}) == 1
+    await asyncio.gather(*(world.sessions.record(session, turn, outcome("ok")) for session in found))
+    transcript = await world.sessions.transcript(caller(), found[0].session_id)
+    assert [turn.number for turn in transcript.turns] == list(range(1, 9))
+
+
+async def test_a_previous_response_finds_its_session_for_its_principal_only(world: World) -> None:
+    first = await say(world.sessions, caller(), chat(HELLO), "Hello.", response="chatcmpl-7")
+    again = await world.sessions.resolve(caller(), chat(HELLO, previous_response_id="chatcmpl-7"))
+    assert again.session_id == first.session_id
+    for who, response in ((caller("prn_2"), "chatcmpl-7"), (caller(), "chatcmpl-8")):
+        with pytest.raises(UnknownResponse):
+            await world.sessions.resolve(who, chat(HELLO, previous_response_id=response))
+
+
+async def test_a_transcript_reads_back_as_it_was_said(world: World) -> None:
+    answer = {"role": "assistant", "content": "Hello."}
+    first = await say(world.sessions, caller(), chat(SYSTEM, HELLO), "Hello.")
+    longer = chat(SYSTEM, HELLO, answer, {"role": "user", "content": "And?"})
+    session = await world.sessions.resolve(caller(), longer)
+    await world.sessions.record(session, longer, outcome("Yes.", ids=([1, 2, 3, 4, 5, 6], [7, 8])))
+
+    transcript = await world.reopened().transcript(caller(), first.session_id)
+
+    assert [turn.new_messages for turn in transcript.turns] == [[SYSTEM, HELLO], [{"role": "user", "content": "And?"}]]
+    assert [turn.answer["content"] for turn in transcript.turns] == ["Hello.", "Yes."]
+    assert transcript.turns[1].prompt_token_ids == [1, 2, 3, 4, 5, 6]
+    assert transcript.turns[1].completion_token_ids == [7, 8]
+    assert transcript.turns[1].parameters == {"temperature": 0}
+    assert (transcript.session.turns, transcript.session.prompt_tokens) == (2, 9)
+
+
+async def test_no_word_of_a_transcript_is_in_the_database_files(world: World) -> None:
+    await say(world.sessions, caller(), chat(HELLO, client_id="secret-job-name"), "Pleased, Zanzibarra.")
+    files = world.files()
+    for word in (b"Zanzibarra", b"secret-job-name", b"Pleased", b"temperature"):
+        assert word not in files
+
+
+async def test_reading_another_principals_transcript_needs_the_scope(world: World) -> None:
+    mine = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    auditor = caller("prn_2", role=Role.AUDITOR)
+    assert [summary.session_id for summary in await world.sessions.summaries(auditor)] == [mine.session_id]
+    with pytest.raises(TranscriptForbidden):
+        await world.sessions.transcript(auditor, mine.session_id)
+    reader = caller("prn_2", role=Role.AUDITOR, reads=True)
+    assert (await world.sessions.transcript(reader, mine.session_id)).turns[0].answer["content"] == "Hello."
+
+
+@pytest.mark.parametrize("stranger", [caller("prn_2"), caller("prn_1", "ten_2"), caller("p", "ten_2", reads=True)])
+async def test_a_strangers_session_is_as_unknown_as_one_that_never_was(world: World, stranger: Caller) -> None:
+    mine = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    raised = []
+    for session_id in (mine.session_id, "ses_" + "0" * 32):
+        with pytest.raises(UnknownSession) as caught:
+            await world.sessions.transcript(stranger, session_id)
+        with pytest.raises(UnknownSession):
+            await world.sessions.forget(stranger, session_id)
+        raised.append(str(caught.value).replace(session_id, "ID"))
+    assert raised[0] == raised[1]
+
+
+async def test_a_forgotten_session_is_gone_from_the_files_and_its_salt_is_never_used_again(world: World) -> None:
+    turn = chat(HELLO, client_id="job-7")
+    mine = await say(world.sessions, caller(), turn, "Hello.")
+    key = DatabaseKeys(world.store).active(mine.session_id, KeyPurpose.SESSION)
+    assert key is not None
+    branch_turn = chat(HELLO, {"role": "assistant", "content": "Hello."}, HELLO, client_id="child", parent_client_id="job-7")
+    branch = await world.sessions.resolve(caller(), branch_turn)
+    assert branch.salt == mine.salt
+    await world.sessions.record(branch, branch_turn, outcome("x"))
+    assert key.wrapped in world.files()
+
+    await world.sessions.forget(caller(), mine.session_id)
+
+    assert key.wrapped not in world.files()
+    with pytest.raises(UnknownSession):
+        await world.sessions.transcript(caller(), mine.session_id)
+    for sessions in (world.sessions, world.reopened()):
+        assert (await sessions.resolve(caller(), turn)).salt != mine.salt
+        assert (await sessions.resolve(caller(), branch_turn)).salt != mine.salt
+    with pytest.raises(KeyMissing):
+        world.vault.encrypt(mine.session_id, KeyPurpose.SESSION, b"", Binding("t", "c", "r", "ten_1", 1))
+
+
+async def test_a_turn_that_ends_after_its_session_was_forgotten_is_not_written(world: World) -> None:
+    turn = chat(HELLO, client_id="job-7")
+    await say(world.sessions, caller(), turn, "Hello.")
+    running = await world.sessions.resolve(caller(), turn)
+    await world.sessions.forget(caller(), running.session_id)
+    with pytest.raises(SessionForgotten):
+        await world.sessions.record(running, turn, outcome("late"))
+    assert await world.sessions.summaries(caller()) == []
+
+
+async def test_a_turn_moved_to_another_place_is_refused_and_named(world: World) -> None:
+    mine = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    turns = tables.turns
+    row = (await world.store.read(lambda db: db.execute(select(turns)).mappings().one()))["turn_id"]
+    await world.store.transact(lambda db: db.execute(update(turns).values(turn_id="trn_elsewhere")))
+    with pytest.raises(TamperedValue, match="trn_elsewhere"):
+        await world.sessions.transcript(caller(), mine.session_id)
+    await world.store.transact(lambda db: db.execute(update(turns).values(turn_id=row)))
+    assert await world.sessions.transcript(caller(), mine.session_id)
+
+
+async def test_a_turn_that_could_not_be_written_leaves_no_trace_and_the_next_one_takes_its_number(world: World) -> None:
+    turn = chat(HELLO, client_id="job-7")
+    session = await world.sessions.resolve(caller(), turn)
+    broken = [Change(insert(tables.meta), {"name": "x", "value": None})]
+    with pytest.raises(Exception, match=r"."):
+        await world.sessions.record(session, turn, outcome("lost"), broken)
+    await world.sessions.record(session, turn, outcome("kept"))
+    transcript = await world.sessions.transcript(caller(), session.session_id)
+    assert [(turn.number, turn.answer["content"]) for turn in transcript.turns] == [(1, "kept")]
+
+
+async def test_the_idle_timeout_is_the_tenants_else_the_models_else_the_default(world: World) -> None:
+    settings = SessionSettings(idle_timeout_s=15.0, idle_timeout_s_by_model={"big": 60.0})
+    sessions = Sessions(world.store, world.vault, settings)
+    who = caller()
+    assert who.tenant is not None
+    own = dataclasses.replace(who, tenant=dataclasses.replace(who.tenant, idle_timeout_s=5.0))
+    big = dataclasses.replace(chat(HELLO), model="big")
+    timeouts = [(await sessions.resolve(*asked)).idle_timeout_s for asked in ((who, chat(HELLO)), (who, big), (own, big))]
+    assert timeouts == [15.0, 60.0, 5.0]
+
+
+async def test_salts_and_labels_say_nothing_of_what_they_are_made_from(world: World) -> None:
+    session = await world.sessions.resolve(caller(), chat(HELLO, client_id="job-7"))
+    shown = session.salt + session.lease_label + session.tenant_label
+    assert len(session.salt) == 64
+    assert session.session_id[4:] not in shown
+    assert "ten_1" not in shown
