@@ -1,0 +1,37 @@
+"""Rows: tables, migrations, encrypted columns, and one writer that commits in groups."""
+
+from appliance.store import tables
+from appliance.store.encrypted import Encrypted, Envelope, RowCipher
+from appliance.store.errors import (
+    BackupFailed,
+    BackupUnsupported,
+    SchemaTooNew,
+    StoreBusy,
+    StoreConflict,
+    StoreFull,
+    StoreInUse,
+    StoreUnavailable,
+)
+from appliance.store.keys import DatabaseKeys, key_changes, rotation_changes
+from appliance.store.store import Store
+from appliance.store.writer import Change
+
+__all__ = [
+    "BackupFailed",
+    "BackupUnsupported",
+    "Change",
+    "DatabaseKeys",
+    "Encrypted",
+    "Envelope",
+    "RowCipher",
+    "SchemaTooNew",
+    "Store",
+    "StoreBusy",
+    "StoreConflict",
+    "StoreFull",
+    "StoreInUse",
+    "StoreUnavailable",
+    "key_changes",
+    "rotation_changes",
+    "tables",
+]
