@@ -97,7 +97,10 @@ class LeaseRetention:
 
     def tick(self) -> float | None:
         """Expire what is due; seconds to the next deadline, or `None` without leases."""
-        self._apply(self._table.expire())
+        change = self._table.expire()
+        if change.freed:
+            self._apply(change)
+            logger.debug("Leases ended: %d blocks may be evicted.", len(change.freed))
         return self._table.next_expiry_in_s()
 
     def leased_block_ids(self) -> tuple[int, ...]:

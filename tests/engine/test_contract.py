@@ -1,0 +1,190 @@
+"""What `inside/connector.py` relies on in vLLM's internals. A failure here means: read the new version before using it.
+
+`StateConnector` was written against vLLM 0.32.0, whose scheduler
+
+- asks `get_num_new_matched_tokens` of each waiting request that has computed nothing, after it has looked up its hits
+  and before it allocates;
+- asks `has_pending_block_frees` when a running request finds no block, before it preempts, and then tries again in the
+  next step;
+- calls `build_connector_meta` at the end of each step, before that step's tokens count as computed;
+- calls `request_finished_all_groups` once for each request that ends, however it does, while it still holds its blocks.
+
+The tests in test_leases_on_the_device.py hold that order.
+"""
+
+import dataclasses
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import vllm
+from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA
+from vllm.plugins import ENDPOINT_PLUGINS_GROUP, PLATFORM_PLUGINS_GROUP
+from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core import EngineCore, EngineCoreProc
+from vllm.v1.engine.core_client import AsyncMPClient
+from vllm.v1.request import Request, RequestStatus
+
+from appliance.engine import plugin
+from appliance.engine.inside.connector import StateConnector, UnsupportedEngine, check_version
+from appliance.engine.protocol import CONNECTOR_MODULE, CONNECTOR_NAME, PLUGIN_NAME, VLLM_VERSION
+from tests.engine.in_process import EngineInProcess
+
+
+def test_this_is_the_version_that_the_connector_was_written_for() -> None:
+    assert VLLM_VERSION == "0.32.0"
+    assert vllm.__version__.partition("+")[0] == VLLM_VERSION
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.32.1", "0.33.0", "0.32.0rc1", "0.32.0.dev3", "1.0", ""])
+def test_the_plugin_refuses_any_other_version(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", version)
+    with pytest.raises(UnsupportedEngine, match="written for vLLM"):
+        plugin.register()
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.0+cu130"])
+def test_a_local_build_of_the_version_is_accepted(version: str) -> None:
+    check_version(version)
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (KVConnectorBase_V1.__init__, ["self", "vllm_config", "role", "kv_cache_config"]),
+        (KVConnectorBase_V1.bind_kv_cache_manager, ["self", "kv_cache_manager"]),
+        (KVConnectorBase_V1.on_new_request, ["self", "request"]),
+        (KVConnectorBase_V1.get_num_new_matched_tokens, ["self", "request", "num_computed_tokens"]),
+        (KVConnectorBase_V1.has_pending_block_frees, ["self"]),
+        (KVConnectorBase_V1.build_connector_meta, ["self", "scheduler_output"]),
+        (KVConnectorBase_V1.update_state_after_alloc, ["self", "request", "blocks", "num_external_tokens"]),
+        (KVConnectorBase_V1.reset_cache, ["self"]),
+        (KVConnectorBase_V1.start_load_kv, ["self", "forward_context", "kwargs"]),
+        (KVConnectorBase_V1.wait_for_layer_load, ["self", "layer_name"]),
+        (KVConnectorBase_V1.save_kv_layer, ["self", "layer_name", "kv_layer", "attn_metadata", "kwargs"]),
+        (KVConnectorBase_V1.wait_for_save, ["self"]),
+        (SupportsHMA.request_finished_all_groups, ["self", "request", "block_ids"]),
+        (BlockPool.touch, ["self", "blocks"]),
+        (BlockPool.free_blocks, ["self", "ordered_blocks"]),
+        (BlockPool.evict_blocks, ["self", "block_ids"]),
+        (BlockPool.get_num_free_blocks, ["self"]),
+        (KVCacheManager.get_blocks, ["self", "request_id"]),
+        (KVCacheManager.get_computed_blocks, ["self", "request"]),
+        (KVCacheManager.reset_prefix_cache, ["self"]),
+        (
+            KVCacheCoordinator.get_num_blocks_to_allocate,
+            [
+                "self",
+                "request_id",
+                "num_tokens",
+                "new_computed_blocks",
+                "num_encoder_tokens",
+                "total_computed_tokens",
+                "num_local_computed_tokens",
+                "num_tokens_main_model",
+                "apply_admission_cap",
+                "prefill_end",
+            ],
+        ),
+        (Scheduler.get_kv_connector, ["self"]),
+        (AsyncMPClient.call_utility_async, ["self", "method", "args"]),
+    ],
+    ids=lambda value: value.__qualname__ if callable(value) else "",
+)
+def test_a_function_takes_what_it_took(function: Callable[..., Any], parameters: list[str]) -> None:
+    assert list(inspect.signature(function).parameters) == parameters
+
+
+def test_every_abstract_method_of_a_connector_is_ours() -> None:
+    assert not inspect.isabstract(StateConnector)
+
+
+def test_the_objects_have_what_is_read_of_them(engine: EngineInProcess) -> None:
+    manager = engine.scheduler.kv_cache_manager
+    assert isinstance(manager, KVCacheManager)
+    assert manager.block_pool is engine.pool
+    assert isinstance(engine.pool, BlockPool)
+    assert isinstance(manager.coordinator, KVCacheCoordinator)
+    for name in ("watermark_blocks", "num_kv_cache_groups", "empty_kv_cache_blocks"):
+        assert hasattr(manager, name), name
+    for name in ("blocks", "num_gpu_blocks", "hash_block_size"):
+        assert hasattr(engine.pool, name), name
+    for name in ("block_id", "ref_cnt", "block_hash", "block_hash_num_tokens", "is_null", "pool"):
+        assert hasattr(engine.pool.blocks[1], name), name
+    assert engine.pool.null_block is engine.pool.blocks[0]
+
+
+def test_a_request_has_what_is_read_of_it(engine: EngineInProcess) -> None:
+    engine.submit([1, 2, 3], session="session")
+    (request,) = engine.scheduler.requests.values()
+    assert isinstance(request, Request)
+    assert (request.num_tokens, request.num_prompt_tokens, request.num_computed_tokens) == (3, 3, 0)
+    assert request.num_output_placeholders == 0
+    assert request.status == RequestStatus.WAITING
+    assert request.kv_transfer_params is not None
+    assert RequestStatus.RUNNING in RequestStatus
+
+
+def test_the_configuration_has_what_is_read_of_it() -> None:
+    assert {"max_num_scheduled_tokens", "max_num_batched_tokens", "scheduler_reserve_full_isl"} <= {
+        field.name for field in dataclasses.fields(SchedulerConfig)
+    }
+    assert "max_model_len" in {field.name for field in dataclasses.fields(ModelConfig)}
+    assert isinstance(inspect.getattr_static(VllmConfig, "num_lookahead_tokens"), property)
+    assert isinstance(inspect.getattr_static(VllmConfig, "num_speculative_tokens"), property)
+    assert "num_scheduled_tokens" in {field.name for field in dataclasses.fields(SchedulerOutput)}
+
+
+def test_a_block_that_is_freed_last_is_evicted_last_and_one_that_is_not_cached_first() -> None:
+    pool = BlockPool(num_gpu_blocks=5, enable_caching=True, hash_block_size=32)
+    blocks = pool.get_new_blocks(4)
+    for number, block in enumerate(blocks[:3]):
+        block.set_block_hash(bytes([number]) * 36, num_tokens=32)
+    pool.touch(blocks)
+    assert [block.ref_cnt for block in blocks] == [2, 2, 2, 2]
+    pool.free_blocks(reversed(blocks))
+    assert pool.get_num_free_blocks() == 0
+    pool.free_blocks(reversed(blocks))
+    assert pool.free_block_queue.get_all_free_blocks() == [blocks[3], blocks[2], blocks[1], blocks[0]]
+
+
+def test_only_one_pool_owns_a_block() -> None:
+    pool = BlockPool(num_gpu_blocks=2, enable_caching=True, hash_block_size=32)
+    assert isinstance(pool.blocks[1], KVCacheBlock)
+    assert pool.blocks[1].pool is pool
+
+
+def test_the_engine_core_answers_what_the_front_end_asks() -> None:
+    plugin.register()
+    plugin.register()
+    for name in ("holdfast_lease_report", "holdfast_lease_tick"):
+        assert callable(getattr(EngineCore, name))
+        assert callable(getattr(EngineCoreProc, name))
+    assert "engine_core" in inspect.getsource(AsyncLLM.__init__)
+
+
+def test_the_endpoint_plugin_is_what_vllm_expects() -> None:
+    (entry_point,) = importlib.metadata.entry_points(group=ENDPOINT_PLUGINS_GROUP, name=PLUGIN_NAME)
+    endpoint_plugin = entry_point.load()()
+    assert isinstance(endpoint_plugin, EndpointPlugin)
+    assert endpoint_plugin.name == PLUGIN_NAME
+
+
+def test_naming_our_plugin_alone_leaves_the_platforms_that_vllm_brings() -> None:
+    # VLLM_PLUGINS filters every group: a platform that came as a plugin would not be loaded.
+    assert not importlib.metadata.entry_points(group=PLATFORM_PLUGINS_GROUP)
+
+
+def test_the_connector_is_where_vllm_is_told_to_look() -> None:
+    assert StateConnector.__module__ == CONNECTOR_MODULE
+    assert StateConnector.__name__ == CONNECTOR_NAME

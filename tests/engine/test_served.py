@@ -1,0 +1,179 @@
+"""The plugin in a real `vllm serve` on a Unix socket: the endpoint, and the timer that needs nobody."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from appliance.engine.protocol import (
+    LEASES_PATH,
+    PLUGIN_ENVIRONMENT,
+    Lease,
+    LeaseReport,
+    connector_arguments,
+    lease_params,
+    release_request,
+)
+from tests.engine.in_process import BLOCK, words
+
+# The appliance's own bound is 0.1 s; a machine that runs other tests beside this one gets some more.
+LATENESS_S = 0.4
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("engine", timeout=60)
+        self._path = path
+
+    def connect(self) -> None:
+        """Reach the socket through its directory: a path may be longer than an address."""
+        directory = os.open(self._path.parent, os.O_PATH | os.O_DIRECTORY)
+        try:
+            self.sock = socket.socket(socket.AF_UNIX)
+            self.sock.settimeout(self.timeout)
+            self.sock.connect(f"/proc/self/fd/{directory}/{self._path.name}")
+        finally:
+            os.close(directory)
+
+
+class Server:
+    """A server, and the log that it writes."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self._socket = folder / "engine.sock"
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
+                *("--uds", self._socket.name, "--served-model-name", "tiny", "--enforce-eager"),
+                *("--block-size", str(BLOCK), "--num-gpu-blocks-override", "41", "--max-model-len", "1024"),
+                *connector_arguments(0.5),
+            ],
+            cwd=folder,
+            env=os.environ
+            | PLUGIN_ENVIRONMENT
+            | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "DEBUG", "TMPDIR": str(folder)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        assert self._process.stdout is not None
+        self._log: IO[str] = self._process.stdout
+        self.wait_for_line("Application startup complete")
+
+    def wait_for_line(self, pattern: str) -> float:
+        """Read the log until a line matches; when that line came. The test's own deadline is this one's."""
+        lines = []
+        for line in self._log:
+            lines.append(line)
+            if re.search(pattern, line):
+                return time.monotonic()
+        raise AssertionError(f"the server ended without saying {pattern!r}:\n{''.join(lines[-60:])}")
+
+    def post(self, path: str, body: bytes) -> tuple[int, Any]:
+        """One request and its JSON."""
+        connection = _Connection(self._socket)
+        connection.request("POST", path, body, {"content-type": "application/json"})
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+        response.close()
+        connection.close()
+        return response.status, answer
+
+    def report(self, release: tuple[str, ...] = ()) -> LeaseReport:
+        """POST to the endpoint."""
+        status, answer = self.post(LEASES_PATH, release_request(release))
+        assert status == 200
+        return LeaseReport.from_wire(answer)
+
+    def turn(self, seed: int, session: str, idle_timeout_s: float) -> None:
+        """A completion whose session leases its blocks."""
+        body = {
+            "model": "tiny",
+            "prompt": words(seed, 10 * BLOCK),
+            "max_tokens": 4,
+            "cache_salt": "ab" * 32,
+            "kv_transfer_params": lease_params(Lease(session, "tenant", idle_timeout_s)),
+        }
+        status, answer = self.post("/v1/completions", json.dumps(body).encode())
+        assert status == 200, answer
+
+    def hang_up_mid_stream(self, seed: int, session: str, idle_timeout_s: float) -> None:
+        """Begin a long streamed completion and close the connection after its first bytes."""
+        body = {
+            "model": "tiny",
+            "prompt": words(seed, 10 * BLOCK),
+            "max_tokens": 600,
+            "ignore_eos": True,
+            "stream": True,
+            "kv_transfer_params": lease_params(Lease(session, "tenant", idle_timeout_s)),
+        }
+        connection = _Connection(self._socket)
+        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+        response = connection.getresponse()
+        assert response.read(1)
+        response.close()
+        connection.close()
+
+    def close(self) -> None:
+        """Ask the server to end, and see that its whole session did."""
+        self._process.send_signal(signal.SIGTERM)
+        self._log.read()
+        self._process.wait(30)
+        self._log.close()
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for the tests of this module."""
+    server = Server(tiny_model, tmp_path_factory.mktemp("served"))
+    yield server
+    server.close()
+
+
+def test_a_lease_ends_on_time_though_nobody_asks(server: Server) -> None:
+    server.turn(1, "alone", idle_timeout_s=1.5)
+    granted = time.monotonic()
+    late_s = server.wait_for_line("Leases ended") - granted - 1.5
+    assert late_s < LATENESS_S
+    assert server.report().leases == ()
+
+
+def test_the_lease_of_a_client_that_hung_up_ends_on_time_too(server: Server) -> None:
+    server.hang_up_mid_stream(2, "hung-up", idle_timeout_s=2.0)
+    hung_up = time.monotonic()
+    late_s = server.wait_for_line("Leases ended") - hung_up - 2.0
+    assert late_s < LATENESS_S + 1.0  # the engine learns of the hang-up a little later
+
+
+def test_the_endpoint_reports_and_releases(server: Server) -> None:
+    server.turn(3, "kept", idle_timeout_s=60.0)
+    server.turn(4, "released", idle_timeout_s=60.0)
+    report = server.report(release=("released", "unknown"))
+    (lease,) = report.leases
+    assert (lease.session, lease.tenant, lease.tokens) == ("kept", "tenant", 10 * BLOCK)
+    assert 0 < lease.expires_in_s <= 60.0
+    assert (report.total_blocks, report.block_size) == (40, BLOCK)
+    assert server.report(release=("kept",)).leased_blocks == 0
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"release": "kept"}', b'{"release": [7]}', b'{"expire": []}', b"\xff"])
+def test_the_endpoint_refuses_what_the_protocol_does_not_write(server: Server, body: bytes) -> None:
+    status, answer = server.post(LEASES_PATH, body)
+    assert status == 400
+    assert answer["error"]["code"] == "engine_message_malformed"
+
+
+def test_the_endpoint_bounds_its_body(server: Server) -> None:
+    status, _ = server.post(LEASES_PATH, b" " * ((1 << 20) + 1))
+    assert status == 413
