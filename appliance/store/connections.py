@@ -141,6 +141,7 @@ def _prepare_writer(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> N
         "foreign_keys=ON",
         "secure_delete=ON",
         "temp_store=MEMORY",
+        "wal_autocheckpoint=0",  # Checkpoints does it
         f"journal_size_limit={_WAL_KEPT_BYTES}",
     )
 

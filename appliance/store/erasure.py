@@ -4,33 +4,25 @@ What must be gone is the wrapped key: without it, what it encrypted is noise. So
 every file that held the old one is cut, which takes time in proportion to the number of keys and not to that of
 transcripts.
 
-- SQLite overwrites what is deleted with zeros (`secure_delete`), but a page that was rearranged may keep a stale copy of
-  a row in its gap: every key is moved to pages that were zeroed, and the WAL is cut to nothing.
+- SQLite overwrites what is deleted with zeros (`secure_delete`), but a page that was rearranged may keep a stale copy
+  of a row in its gap: every key is moved to pages that were zeroed, and the WAL is cut to nothing.
 - PostgreSQL writes the table to a new file and cuts the old one (`VACUUM FULL`). Its own write-ahead log and its
   archives keep what was written until they are recycled: rotating the tenant's key makes that worthless too.
 """
 
 from sqlalchemy import Engine, text
 
-from appliance.store.errors import StoreUnavailable
+from appliance.store.checkpoints import Checkpoints
 
 _DEADLINE_S = 600
 
 
-def erase(engine: Engine) -> None:
-    """Rewrite the keys that are left. Runs in the writer's thread, outside of a transaction.
+def rewrite_sqlite_keys(checkpoints: Checkpoints, engine: Engine) -> None:
+    """Rewrite the keys that are left, and cut the log. Runs in the writer's thread, outside of a transaction.
 
     Raises:
-        StoreUnavailable: a reader kept the WAL from being cut within its time.
+        StoreUnavailable: a reader kept the log from being cut within its time.
     """
-    if engine.dialect.name == "postgresql":
-        _erase_postgresql(engine)
-    else:
-        _rewrite_sqlite_keys(engine)
-        _cut_sqlite_wal(engine)
-
-
-def _rewrite_sqlite_keys(engine: Engine) -> None:
     with engine.begin() as db:
         for statement in (
             "CREATE TEMP TABLE keys_left AS SELECT * FROM main.keys",  # in memory: temp_store
@@ -39,26 +31,11 @@ def _rewrite_sqlite_keys(engine: Engine) -> None:
             "DROP TABLE temp.keys_left",
         ):
             db.exec_driver_sql(statement)
+    checkpoints.cut()
 
 
-def _cut_sqlite_wal(engine: Engine) -> None:
-    connection = engine.raw_connection()
-    try:
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        row = cursor.fetchone()
-        cursor.close()
-    finally:
-        connection.close()
-    if row is None or row[0]:
-        raise StoreUnavailable(
-            "deleted keys may still be on the disk",
-            cause="a read held the write-ahead log for the longest time that a write waits",
-            remedy="Do it again when the reads that run now are over",
-        )
-
-
-def _erase_postgresql(engine: Engine) -> None:
+def rewrite_postgresql_keys(engine: Engine) -> None:
+    """Rewrite the keys that are left into a new file. Runs in the writer's thread, outside of a transaction."""
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as db:
         db.execute(text(f"SET statement_timeout = '{_DEADLINE_S}s'"))
         try:

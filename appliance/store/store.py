@@ -18,12 +18,14 @@ import os
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent import futures
+from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
 from sqlalchemy import Connection, Engine
 
 from appliance.store import connections, erasure, schema
+from appliance.store.checkpoints import Checkpoints
 from appliance.store.connections import Connections
 from appliance.store.errors import BackupFailed, BackupUnsupported, busy, closed, meaning
 from appliance.store.writer import Change, Waiting, Writer
@@ -38,7 +40,9 @@ class Store:
 
     def __init__(self, connected: Connections) -> None:
         self._connections = connected
-        self._writer = Writer(connected.writer, connected.place, self._meaning)
+        self._checkpoints = None if connected.path is None else Checkpoints(connected.path)
+        committed = _nothing if self._checkpoints is None else self._checkpoints.committed
+        self._writer = Writer(connected.writer, connected.place, self._meaning, committed)
         self._readers = futures.ThreadPoolExecutor(connections.READERS, thread_name_prefix="store-reader")
         self._reading = 0
         self._closed = False
@@ -59,13 +63,13 @@ class Store:
         connected = connections.connect(url)
         try:
             schema.upgrade(connected.writer, connected.place)
+            return cls(connected)
         except BaseException as error:
             connected.close()
             explained = meaning(error, connected.place, connected.path)
             if explained is error:
                 raise
             raise explained from None
-        return cls(connected)
 
     @property
     def exclusive(self) -> bool:
@@ -152,7 +156,10 @@ class Store:
         Raises:
             StoreFull, StoreUnavailable: deleted bytes may still be there; call it again.
         """
-        await self._alone(erasure.erase)
+        if self._checkpoints is None:
+            await self._alone(erasure.rewrite_postgresql_keys)
+        else:
+            await self._alone(partial(erasure.rewrite_sqlite_keys, self._checkpoints))
 
     async def backup(self, path: Path) -> None:
         """Write a consistent copy of the running SQLite database to the new file `path`, 0600.
@@ -177,6 +184,8 @@ class Store:
         self._writer.close()
         self._closed = True
         self._readers.shutdown()
+        if self._checkpoints is not None:
+            self._checkpoints.close()
         self._connections.close()
 
     async def _alone(self, work: Callable[[Engine], T]) -> T:
@@ -189,18 +198,22 @@ class Store:
         return meaning(error, self._connections.place, self._connections.path)
 
 
+def _nothing(change_sets: int) -> None:
+    """A server keeps its own log."""
+
+
 def _copy(source: Path, path: Path) -> None:
     """`VACUUM INTO`: one snapshot, without what was deleted; complete and on the disk when `path` appears."""
-    partial = path.with_name(f".{path.name}.partial")
+    staged = path.with_name(f".{path.name}.partial")
     try:
-        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
+        os.close(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
         connection = sqlite3.connect(source, isolation_level=None)
         try:
-            connection.execute("VACUUM INTO ?", (str(partial),))
+            connection.execute("VACUUM INTO ?", (str(staged),))
         finally:
             connection.close()
-        _sync(partial)
-        os.link(partial, path)  # unlike a rename, never replaces anything
+        _sync(staged)
+        os.link(staged, path)  # unlike a rename, never replaces anything
         _sync(path.parent)
     except (OSError, sqlite3.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -210,7 +223,7 @@ def _copy(source: Path, path: Path) -> None:
             remedy="Choose a new file in a directory with room for a copy of the database",
         ) from None
     finally:
-        partial.unlink(missing_ok=True)
+        staged.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

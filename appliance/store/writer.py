@@ -71,6 +71,7 @@ class Writer:
         engine: the one writing connection.
         place: what the database is called in messages.
         meaning: what a driver's error means to a person.
+        committed: told how many change sets a commit had, outside of a transaction.
         capacity: how many change sets may wait.
         most_together: how many go into one transaction at most.
     """
@@ -80,6 +81,7 @@ class Writer:
         engine: Engine,
         place: str,
         meaning: Callable[[BaseException], BaseException],
+        committed: Callable[[int], None],
         *,
         capacity: int = 4096,
         most_together: int = 256,
@@ -87,6 +89,7 @@ class Writer:
         self._engine = engine
         self._place = place
         self._meaning = meaning
+        self._committed = committed
         self._capacity = capacity
         self._most_together = most_together
         self._waiting: deque[Waiting] = deque()
@@ -131,6 +134,7 @@ class Writer:
             except BaseException as error:  # a defect of ours: whoever waits must not wait for ever
                 outcomes = [(waiting, None, error) for waiting in together]
             _deliver(outcomes)
+            self._committed(len(together))
 
     def _next(self) -> list[Waiting]:
         """What goes into the next transaction; empty: there is nothing left and the writer is closed."""
