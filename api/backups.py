@@ -17,6 +17,7 @@ Rules:
 import asyncio
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -81,6 +83,13 @@ class RestoreFailed(HoldfastError, OSError):
 
     code: ClassVar[str] = "restore_failed"
     fault: ClassVar[Fault] = Fault.ENVIRONMENT
+
+
+class ApplianceInUse(HoldfastError):
+    """A process has the database open that would be replaced."""
+
+    code: ClassVar[str] = "appliance_in_use"
+    fault: ClassVar[Fault] = Fault.CONFLICT
 
 
 class BackupNotEmbedded(HoldfastError):
@@ -194,7 +203,7 @@ def verify_backup(path: Path) -> Manifest:
 
 
 def restore_backup(path: Path, state_dir: Path, *, replace: bool, now: Callable[[], float] = time.time) -> Restored:
-    """Put the appliance in the backup at `path` into `state_dir`; the caller holds the appliance's lock.
+    """Put the appliance in the backup at `path` into `state_dir`.
 
     Args:
         replace: whether an appliance that is there is set aside.
@@ -216,7 +225,8 @@ def restore_backup(path: Path, state_dir: Path, *, replace: bool, now: Callable[
         staged = Path(tempfile.mkdtemp(dir=state_dir.parent, prefix=f".{state_dir.name}.restore-"))
         try:
             _unpack(path, staged)
-            kept = _exchange(staged, state_dir, occupied, now)
+            with _unused(state_dir):
+                kept = _exchange(staged, state_dir, occupied, now)
         finally:
             shutil.rmtree(staged, ignore_errors=True)  # gone already, unless something failed
     except HoldfastError:
@@ -229,6 +239,33 @@ def restore_backup(path: Path, state_dir: Path, *, replace: bool, now: Callable[
         ) from error
     missing = manifest.seal == "key-file" and not (state_dir / "root.key").exists()
     return Restored(manifest, state_dir, kept, missing)
+
+
+@contextmanager
+def _unused(state_dir: Path) -> Iterator[None]:
+    """Within it no gateway opens the database in `state_dir`.
+
+    The database itself is not opened: it may be what is damaged.
+
+    Raises:
+        ApplianceInUse: a process has it open.
+    """
+    try:
+        lock = os.open(state_dir / f"{DATABASE}-lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ApplianceInUse(
+            f"the appliance in {state_dir} runs",
+            cause="a process has its database open",
+            remedy="Stop it with `holdfast down`, then restore",
+        ) from None
+    finally:
+        os.close(lock)
 
 
 def _archive(path: Path) -> tarfile.TarFile:

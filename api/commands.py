@@ -143,19 +143,12 @@ def init(
         )
     else:
         console.say(f"For demonstrations only: whoever can read {made.state_dir / 'root.key'} can read everything.")
-    console.result(
-        made,
-        table(
-            ("what", "is"),
-            [
-                ("state", made.state_dir),
-                ("settings", made.state_dir / "holdfast.toml"),
-                ("tenant", f"{tenant_name} ({made.tenant_id})"),
-                ("administrator", f"uid {made.administrator_uid}{', may read transcripts' if permissions else ''}"),
-            ],
-            empty="",
-        ),
-    )
+    rows = [
+        ("settings", made.state_dir / "holdfast.toml"),
+        ("tenant", f"{tenant_name} ({made.tenant_id})"),
+        ("administrator", f"uid {made.administrator_uid}{', may read transcripts' if permissions else ''}"),
+    ]
+    console.result(made, "\n".join(f"  {name:<15}{value}" for name, value in rows))
     console.say(f"Next: {console.suggest('up')}")
 
 

@@ -26,6 +26,7 @@ from appliance.store import DatabaseKeys, Store
 from appliance.vault import RootKey, Vault, create_key_file_seal, create_passphrase_seal
 
 SETTINGS_FILE = "holdfast.toml"
+DATABASE = "holdfast.db"
 _ADMINISTRATOR = "local administrator"
 _DEMO_PRINCIPAL = "demonstration"
 
@@ -131,7 +132,7 @@ def _build(
         passphrase[:] = bytes(len(passphrase))
     _write(staged / SEALED_ROOT, seal)
     _write(staged / SETTINGS_FILE, settings_text(settings).encode())
-    store = Store.open(database_url(settings, staged))
+    store = Store.open(settings.store.url or f"sqlite:///{staged / DATABASE}")
     try:
         vault = Vault(DatabaseKeys(store))
         vault.open(root)

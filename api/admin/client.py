@@ -110,8 +110,8 @@ class AdminClient:
     def create_key(
         self,
         *,
-        tenant: str,
         principal: str,
+        tenant: str | None = None,
         role: str = "client",
         label: str | None = None,
         limits: Mapping[str, object] | None = None,

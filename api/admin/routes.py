@@ -263,7 +263,7 @@ async def _keys(services: ServicesOf, asker: AskerOf, tenant: str | None = None)
 
 
 async def _create_key(new: types.NewKey, services: ServicesOf, asker: AskerOf) -> types.CreatedKey:
-    tenant = await _chosen_tenant(services, asker.named, new.tenant)
+    tenant = await _chosen_tenant(services, asker.named, new.tenant) or await _only_tenant(services)
     principals = await services.identity.principals(tenant)
     principal = next((each for each in principals if each.name == new.principal), None)
     if principal is None:
@@ -377,6 +377,17 @@ async def _chosen_tenant(services: Services, caller: Caller, named: str | None) 
     if caller.tenant is not None and caller.tenant.tenant_id != tenant.tenant_id:
         raise _unknown("tenant", named, "tenant list")
     return tenant
+
+
+async def _only_tenant(services: Services) -> Tenant:
+    tenants = await services.identity.tenants()
+    if len(tenants) != 1:
+        raise AdminRequestInvalid(
+            "it is not said whose key it is",
+            cause=f"there are {len(tenants)} tenants",
+            remedy="Name one with --tenant; `holdfast tenant list` names them",
+        )
+    return tenants[0]
 
 
 async def _principal_names(services: Services, tenant: Tenant | None) -> dict[str, str]:

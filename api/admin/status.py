@@ -12,12 +12,12 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import version
 
-from appliance.engine.launcher import EngineState
 from sqlalchemy import func, select
 
 from api.admin import types
 from api.roots import read_seal
 from api.services import Services
+from appliance.engine.launcher import EngineState
 from appliance.errors import HoldfastError
 from appliance.store import tables
 from appliance.vault import SealUnusable, seal_kind

@@ -136,9 +136,12 @@ class Limits(Wire):
 
 
 class NewKey(Wire):
-    """A key to create for a principal of a tenant; the principal is made if the tenant has none of that name."""
+    """A key to create for a principal of a tenant; the principal is made if the tenant has none of that name.
 
-    tenant: Name
+    `tenant` may be left out where there is one only.
+    """
+
+    tenant: Name | None = None
     principal: Name
     role: Literal["admin", "operator", "auditor", "client"] = "client"
     label: Name | None = None

@@ -51,7 +51,7 @@ def create_tenant(console: Console, name: str, idle_timeout_s: float | None) -> 
     """Create a tenant with keys of its own."""
     created = console.admin().create_tenant(name, idle_timeout_s=idle_timeout_s)
     console.result(created, f"Created the tenant {created.name} ({created.tenant_id}).")
-    console.say(f"Next: {console.suggest(f'key create --tenant {created.name} NAME')}")
+    console.say(f"Next: {console.suggest(f'key create --tenant {created.name} --principal NAME')}")
 
 
 @tenant.command("list")
@@ -80,8 +80,10 @@ def key() -> None:
 
 
 @key.command("create")
-@click.argument("principal", metavar="NAME")
-@click.option("--tenant", "tenant_name", default="default", show_default=True, help="Whose key it is: a name or an id.")
+@click.option("--principal", required=True, metavar="NAME", help="Who uses it: a program, a team, a person.")
+@click.option(
+    "--tenant", "tenant_name", metavar="TENANT", help="A name or an id.  [default: the only one]"
+)
 @click.option(
     "--role",
     type=click.Choice(["client", "auditor", "operator", "admin"]),
@@ -108,7 +110,7 @@ def key() -> None:
 def create_key(
     console: Console,
     principal: str,
-    tenant_name: str,
+    tenant_name: str | None,
     role: str,
     label: str | None,
     models: tuple[str, ...],
@@ -118,7 +120,7 @@ def create_key(
     permissions: tuple[str, ...],
     expires_in_s: float | None,
 ) -> None:
-    """Create an API key for the principal NAME, who is made if the tenant has none of that name.
+    """Create an API key for a principal, who is made if the tenant has none of that name.
 
     The key is printed to stdout, once: it is kept nowhere.
     """
