@@ -4,8 +4,8 @@ Rules:
 
 - An API key is 256 random bits, shown once. The store holds a keyed hash of it; nothing here logs or returns it again.
 - Names and labels are encrypted; they are found by keyed hash.
-- A revoked key is refused at the very next request: whatever is remembered of keys is dropped by every change, and a
-  look at the store that a change overtook is not remembered.
+- A revoked key is refused at the very next request: whatever is remembered of keys is dropped by a revocation, and a
+  look at the store that one overtook is not remembered.
 - A store that others write to is asked every time.
 """
 
@@ -15,21 +15,21 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, Table, insert, select, update
 from sqlalchemy.engine import RowMapping
 
 from appliance.identity.errors import InvalidApiKey, NameTaken, NotAnAdministrator, UnknownIdentity
 from appliance.identity.types import ApiKey, Caller, Permission, Principal, Role, Scopes, Tenant
-from appliance.store import RowCipher, Store, StoreConflict, tables
-from appliance.vault import SYSTEM_SCOPE, KeyPurpose, KeyRecord, Vault
-
-T = TypeVar("T")
+from appliance.store import Change, RowCipher, Store, StoreConflict, key_changes, rotation_changes, tables
+from appliance.vault import SYSTEM_SCOPE, KeyPurpose, Vault
 
 SECRET_PREFIX = "hf_"  # noqa: S105 (says what a secret begins with)
 _SECRET_BYTES = 32
 _KNOWN_CALLERS = 10_000
+_INSERT_TENANT = insert(tables.tenants)
+_INSERT_PRINCIPAL = insert(tables.principals)
+_INSERT_API_KEY = insert(tables.api_keys)
 
 
 class Identity:
@@ -54,7 +54,7 @@ class Identity:
         self._now = now
         self._random_bytes = random_bytes
         self._callers: OrderedDict[bytes, Caller] = OrderedDict()
-        self._changes = 0
+        self._revocations = 0
 
     # Asking
 
@@ -68,9 +68,9 @@ class Identity:
         lookup = self._secret_lookup(secret)
         caller = self._callers.get(lookup)
         if caller is None:
-            changes = self._changes
+            revocations = self._revocations
             caller = await self._caller_of_secret(lookup)
-            if self._store.exclusive and changes == self._changes:
+            if self._store.exclusive and revocations == self._revocations:
                 self._callers[lookup] = caller
                 if len(self._callers) > _KNOWN_CALLERS:
                     self._callers.popitem(last=False)
@@ -99,8 +99,7 @@ class Identity:
 
     async def establish(self) -> None:
         """Make the system's own keys: the first thing that a new database holds."""
-        rows = [_key_row(record) for record in self._vault.new_system_keys()]
-        await self._change(lambda db: db.execute(insert(tables.keys), rows), "a system key", "holdfast status")
+        await self._store.write(key_changes(self._vault.new_system_keys()))
 
     async def rotate_keys(self, tenant: Tenant | None) -> int:
         """Replace the key that wraps a tenant's keys, or the system's. What was encrypted stays as it is.
@@ -109,17 +108,7 @@ class Identity:
             How many keys the new one wraps.
         """
         rotation = self._vault.rotate(SYSTEM_SCOPE if tenant is None else tenant.tenant_id)
-        keys = tables.keys
-
-        def work(db: Connection) -> None:
-            db.execute(insert(keys), _key_row(rotation.created))
-            db.execute(update(keys).where(keys.c.key_id == rotation.retired.key_id).values(retired=True))
-            for record in rotation.rewrapped:
-                rewrapped = {"parent_id": record.parent_id, "wrapped": record.wrapped}
-                db.execute(update(keys).where(keys.c.key_id == record.key_id).values(**rewrapped))
-            db.execute(delete(keys).where(keys.c.key_id.in_(rotation.destroyed)))
-
-        await self._change(work, "that key", "holdfast status")
+        await self._store.write(rotation_changes(rotation))
         await self._store.erase()
         return len(rotation.rewrapped)
 
@@ -144,11 +133,8 @@ class Identity:
         }
         sealed = self._rows.seal(tables.tenants, row, scope=tenant.tenant_id, purpose=KeyPurpose.RECORDS)
 
-        def work(db: Connection) -> None:
-            db.execute(insert(tables.keys), [_key_row(record) for record in records])
-            db.execute(insert(tables.tenants), sealed)
-
-        await self._change(work, f"a tenant named {name!r}", "holdfast tenant list")
+        changes = [*key_changes(records), Change(_INSERT_TENANT, sealed)]
+        await self._add(changes, f"a tenant named {name!r}", "holdfast tenant list")
         return tenant
 
     async def tenants(self) -> list[Tenant]:
@@ -205,11 +191,7 @@ class Identity:
             "row_version": 1,
         }
         sealed = self._seal(tables.principals, row)
-        await self._change(
-            lambda db: db.execute(insert(tables.principals), sealed),
-            f"a principal named {name!r}",
-            "holdfast key list",
-        )
+        await self._add([Change(_INSERT_PRINCIPAL, sealed)], f"a principal named {name!r}", "holdfast key list")
         return principal
 
     async def principals(self, tenant: Tenant | None) -> list[Principal]:
@@ -251,7 +233,7 @@ class Identity:
             "row_version": 1,
         }
         sealed = self._seal(tables.api_keys, row)
-        await self._change(lambda db: db.execute(insert(tables.api_keys), sealed), "that key", "holdfast key list")
+        await self._add([Change(_INSERT_API_KEY, sealed)], "that key", "holdfast key list")
         return key, secret
 
     async def keys(self, tenant: Tenant | None = None) -> list[ApiKey]:
@@ -280,7 +262,11 @@ class Identity:
             )
             return db.execute(select(api_keys).where(api_keys.c.key_id == key_id)).mappings().first()
 
-        row = await self._change(work, "that key", "holdfast key list")
+        self._forget_callers()
+        try:
+            row = await self._store.transact(work)
+        finally:
+            self._forget_callers()
         if row is None:
             raise UnknownIdentity(
                 f"there is no API key {key_id}", cause="no key has that id", remedy="`holdfast key list` names them"
@@ -318,22 +304,19 @@ class Identity:
         if key.expires_at is not None and key.expires_at <= self._now():
             raise _invalid("it has expired")
 
-    async def _change(self, work: Callable[[Connection], T], what: str, listed_by: str) -> T:
-        self._forget_callers()
+    async def _add(self, changes: list[Change], what: str, listed_by: str) -> None:
         try:
-            return await self._store.transact(work)
+            await self._store.write(changes)
         except StoreConflict:
             raise NameTaken(
                 f"there is {what} already", cause="names are unique", remedy=f"Choose another; `{listed_by}` shows them"
             ) from None
-        finally:
-            self._forget_callers()
 
     def _forget_callers(self) -> None:
-        self._changes += 1
+        self._revocations += 1
         self._callers.clear()
 
-    def _seal(self, table: Any, row: Mapping[str, object]) -> dict[str, object]:
+    def _seal(self, table: Table, row: Mapping[str, object]) -> dict[str, object]:
         scope = row["tenant_id"] or SYSTEM_SCOPE
         return self._rows.seal(table, row, scope=str(scope), purpose=KeyPurpose.RECORDS)
 
@@ -389,10 +372,6 @@ def _scopes(text: str) -> Scopes:
         tokens_per_day=record["tokens_per_day"],
         permissions=frozenset(Permission(permission) for permission in record["permissions"]),
     )
-
-
-def _key_row(record: KeyRecord) -> dict[str, object]:
-    return {name: getattr(record, name) for name in KeyRecord.__slots__}
 
 
 def _text(value: object) -> str | None:

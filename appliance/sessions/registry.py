@@ -35,7 +35,7 @@ from appliance.sessions.deltas import Tip, encode_request, encode_token_ids, tok
 from appliance.sessions.history import answered_positions, history_links, shared_length
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind
 from appliance.settings import SessionSettings
-from appliance.store import Change, Store, tables
+from appliance.store import Change, Store, key_changes, tables
 from appliance.vault import KeyPurpose, KeyRecord, Vault
 
 _LIVE_SESSIONS = 4096
@@ -377,7 +377,7 @@ class Sessions(Archive):
             named = {f"b_{name}": value for name, value in totals.items()}
             return [Change(_UPDATE_SESSION, {"b_session_id": live.session_id, **named})]
         changes = [
-            Change(_INSERT_KEY, _key_values(live.new_key)),
+            *key_changes([live.new_key]),
             Change(_INSERT_TREE, {"b_tree_id": live.tree_id, "b_tenant_id": live.tenant_id}),
         ]
         lookup = None
@@ -540,22 +540,6 @@ def _keep(kept: "OrderedDict[Any, Any]", key: Any, value: Any, bound: int) -> No
         kept.popitem(last=False)
 
 
-def _key_values(record: KeyRecord) -> dict[str, object]:
-    return {
-        "key_id": record.key_id,
-        "scope": record.scope,
-        "purpose": record.purpose.value,
-        "parent_id": record.parent_id,
-        "version": record.version,
-        "wrapped": record.wrapped,
-        "uses_reserved": record.uses_reserved,
-        "root_id": record.root_id,
-        "created_at": record.created_at,
-        "retired": record.retired,
-    }
-
-
-_INSERT_KEY = insert(tables.keys)
 _INSERT_TREE = insert(tables.trees).from_select(
     ["tree_id", "tenant_id", "epoch"],
     select(bindparam("b_tree_id", type_=Text), bindparam("b_tenant_id", type_=Text), literal(0)).where(

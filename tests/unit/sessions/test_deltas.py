@@ -17,7 +17,8 @@ _ids = st.lists(st.integers(0, 2**32 - 1), max_size=40)
 def test_every_turn_reads_back_whole_whatever_it_shared(
     turns: list[tuple[list[dict[str, str]], list[int], list[int], bool, bool]],
 ) -> None:
-    reader, tip, previous = Reader(), None, list[dict[str, str]]()
+    reader, previous = Reader(), list[dict[str, str]]()
+    tip: Tip | None = None
     for number, (added, prompt, completion, keeps_history, tip_is_lost) in enumerate(turns, start=1):
         messages = [*previous, *added] if keeps_history else added
         answer = {"role": "assistant", "content": f"answer {number}"}
