@@ -1,0 +1,217 @@
+"""Backups: what is in one, what is refused, and that a restore is whole or nothing."""
+
+import asyncio
+import fcntl
+import hashlib
+import io
+import json
+import os
+import sqlite3
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api.backups import (
+    ApplianceInUse,
+    BackupDamaged,
+    BackupTooNew,
+    BackupUnreadable,
+    RestoreFailed,
+    RestoreWouldReplace,
+    restore_backup,
+    stream_backup,
+    verify_backup,
+)
+from appliance.settings import Settings
+from appliance.store import Store
+
+MADE_AT = 1_800_000_000.0
+
+
+@pytest.fixture
+def state_dir(tmp_path: Path) -> Path:
+    """The state directory of an appliance that could be backed up: a real database, and stand-ins beside it."""
+    folder = tmp_path / "state"
+    (folder / "run").mkdir(parents=True, mode=0o700)
+    Store.open(f"sqlite:///{folder / 'holdfast.db'}").close()
+    (folder / "root.sealed").write_text("sealed")
+    (folder / "root.key").write_text("never in a backup")
+    (folder / "demo-api-key").write_text("hf_never in a backup")
+    (folder / "holdfast.toml").write_text("demo = true\n")
+    return folder
+
+
+@pytest.fixture
+def backup(state_dir: Path, tmp_path: Path) -> Path:
+    """A whole backup of it."""
+
+    async def write() -> None:
+        store = Store.open(f"sqlite:///{state_dir / 'holdfast.db'}")
+        settings = Settings.model_validate({"state_dir": state_dir, "vault": {"seal": "key-file"}})
+        with (tmp_path / "backup.tar").open("wb") as file:
+            async for piece in stream_backup(store, settings, now=lambda: MADE_AT):
+                file.write(piece)
+        store.close()
+
+    asyncio.run(write())
+    return tmp_path / "backup.tar"
+
+
+def members(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path) as archive:
+        found = {}
+        for about in archive:
+            content = archive.extractfile(about)
+            assert content is not None
+            found[about.name] = content.read()
+        return found
+
+
+def packed(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            archive.addfile(about, io.BytesIO(content))
+    return path
+
+
+def test_a_backup_holds_what_is_sealed_and_no_secret(backup: Path) -> None:
+    found = members(backup)
+    assert list(found) == ["manifest.json", "holdfast.db", "root.sealed", "holdfast.toml"]
+    assert b"never in a backup" not in backup.read_bytes()
+    manifest = verify_backup(backup)
+    assert (manifest.created_at, manifest.seal) == (MADE_AT, "key-file")
+    assert manifest.files[0].sha256 == hashlib.sha256(found["holdfast.db"]).hexdigest()
+
+
+def test_a_backup_leaves_no_copy_of_the_database_behind(backup: Path, state_dir: Path) -> None:
+    assert list((state_dir / "run").iterdir()) == []
+
+
+def test_a_restore_into_nothing_gives_the_same_files(backup: Path, tmp_path: Path) -> None:
+    restored = restore_backup(backup, tmp_path / "new" / "state", replace=False)
+    assert restored.kept is None
+    assert restored.key_file_missing
+    put_back = tmp_path / "new" / "state"
+    for name, content in members(backup).items():
+        if name != "manifest.json":
+            assert (put_back / name).read_bytes() == content
+            assert (put_back / name).stat().st_mode & 0o777 == 0o600
+    assert put_back.stat().st_mode & 0o777 == 0o700
+    with sqlite3.connect(put_back / "holdfast.db") as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    database.close()
+
+
+def test_an_appliance_is_set_aside_only_when_that_is_said_and_is_kept(backup: Path, state_dir: Path) -> None:
+    (state_dir / "models" / "mine").mkdir(parents=True)
+    with pytest.raises(RestoreWouldReplace, match="--replace state"):
+        restore_backup(backup, state_dir, replace=False)
+    restored = restore_backup(backup, state_dir, replace=True, now=lambda: MADE_AT)
+    assert restored.kept == state_dir.with_name("state.before-restore-20270115T080000Z")
+    assert (restored.kept / "holdfast.db").exists()
+    assert (state_dir / "root.key").read_text() == "never in a backup"
+    assert (state_dir / "demo-api-key").stat().st_mode & 0o777 == 0o600
+    assert (state_dir / "models" / "mine").is_dir()
+    assert not restored.key_file_missing
+
+
+def test_an_appliance_that_runs_is_not_replaced(backup: Path, state_dir: Path) -> None:
+    with (state_dir / "holdfast.db-lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ApplianceInUse, match="holdfast down"):
+            restore_backup(backup, state_dir, replace=True)
+    assert [path for path in state_dir.parent.iterdir() if path.name.startswith(".state")] == []
+
+
+Change = Callable[[dict[str, bytes]], None]
+
+
+def manifest_change(change: Callable[[Any], None]) -> Change:
+    def apply(files: dict[str, bytes]) -> None:
+        manifest = json.loads(files["manifest.json"])
+        change(manifest)
+        files["manifest.json"] = json.dumps(manifest).encode()
+
+    return apply
+
+
+def one_bit(files: dict[str, bytes]) -> None:
+    flipped = bytearray(files["holdfast.db"])
+    flipped[5000] ^= 1
+    files["holdfast.db"] = bytes(flipped)
+
+
+DAMAGES: dict[str, Change] = {
+    "one bit of the database": one_bit,
+    "the end of the database is missing": lambda files: files.update({"holdfast.db": files["holdfast.db"][:-1]}),
+    "the seal is missing": lambda files: files.pop("root.sealed") and None,
+    "there is something more": lambda files: files.update({"root.key": b"x"}),
+    "a name with a folder in it": lambda files: files.update({"../evil": b"x"}),
+    "no manifest": lambda files: files.pop("manifest.json") and None,
+    "a manifest that is no JSON": lambda files: files.update({"manifest.json": b"{"}),
+    "a manifest of something else": manifest_change(lambda manifest: manifest.update(format="zip")),
+    "a manifest without the seal": manifest_change(lambda manifest: manifest["files"].pop(1)),
+    "a manifest that lists what is never in one": manifest_change(
+        lambda manifest: manifest["files"].append({"name": "root.key", "size": 1, "sha256": ""})
+    ),
+    "a manifest that leads out": manifest_change(lambda manifest: manifest["files"][0].update(name="../holdfast.db")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_what_is_damaged_is_refused_before_anything_is_written(damage: Change, backup: Path, tmp_path: Path) -> None:
+    files = members(backup)
+    damage(files)
+    # The manifest comes first, as it is written.
+    first = {"manifest.json": files.pop("manifest.json")} if "manifest.json" in files else {}
+    damaged = packed(tmp_path / "damaged.tar", first | files)
+    with pytest.raises(BackupDamaged, match="not a whole backup"):
+        restore_backup(damaged, tmp_path / "new", replace=False)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 100, 600, 5000])
+def test_a_backup_that_was_cut_short_is_refused(kept: int, backup: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.tar").write_bytes(backup.read_bytes()[:kept])
+    with pytest.raises(BackupDamaged):
+        verify_backup(tmp_path / "short.tar")
+
+
+def test_a_link_in_place_of_a_file_is_refused(backup: Path, tmp_path: Path) -> None:
+    files = members(backup)
+    path = packed(tmp_path / "link.tar", {"manifest.json": files["manifest.json"]})
+    with tarfile.open(path, "a") as archive:
+        about = tarfile.TarInfo("holdfast.db")
+        about.type, about.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(about)
+    with pytest.raises(BackupDamaged):
+        verify_backup(path)
+
+
+def test_a_newer_format_says_which_version_wrote_it(backup: Path, tmp_path: Path) -> None:
+    files = members(backup)
+    manifest_change(lambda manifest: manifest.update(version=2, holdfast="9.9"))(files)
+    with pytest.raises(BackupTooNew, match=r"9\.9"):
+        verify_backup(packed(tmp_path / "new.tar", files))
+
+
+def test_a_backup_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BackupUnreadable, match="No such file"):
+        verify_backup(tmp_path / "none.tar")
+
+
+def test_a_restore_that_fails_changes_nothing(backup: Path, state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "holdfast.db")
+
+    before = {path.name: path.read_bytes() for path in state_dir.iterdir() if path.is_file()}
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RestoreFailed, match="nothing was changed"):
+        restore_backup(backup, state_dir, replace=True)
+    assert {path.name: path.read_bytes() for path in state_dir.iterdir() if path.is_file()} == before
+    assert [path for path in state_dir.parent.iterdir() if path.name.startswith(".state")] == []
