@@ -5,7 +5,8 @@ Rules:
 - What vLLM is told stands in `command_line` and `environment`; both are pure. The environment is an allow-list: nothing
   that the gateway was given reaches the engine by accident.
 - vLLM listens on a Unix socket in a directory that only the appliance's user may enter, and on nothing else that the
-  host can reach (`cage`). Where the system does not allow that, `EngineProcess.isolated` is false and `detail` says why.
+  host can reach (`cage`). Where the system does not allow that, `EngineProcess.isolated` is false, and
+  `isolation_detail` says why.
 - A start that can heal is repeated, after a pause that doubles up to a minute and is short again once the engine has
   been ready for a minute. One that cannot (a model that is not there, an option that vLLM refuses) fails at once, and
   so does an engine that was never ready after three starts: `EngineFailed` says what the engine said last.
@@ -23,7 +24,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -36,6 +37,10 @@ from appliance.settings import EngineSettings
 SOCKET_NAME = "engine.sock"
 _LOGGING_NAME = "logging.json"
 
+_LOG_BYTES = 8 << 20  # then it is turned over once
+_TAIL_LINES = 200
+_TAIL_LINE_CHARACTERS = 1000
+
 LONGEST_BACKOFF_S = 60.0
 STABLE_AFTER_S = 60.0  # ready for so long, a death counts as the first again
 FRUITLESS_STARTS = 3  # of an engine that was never ready
@@ -46,8 +51,6 @@ STOP_GRACE_S = 10.0
 
 # What the engine may know of the environment that the gateway was started in.
 _INHERITED = ("LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES")
-
-_UNIT_RANGE = (0.0, 0.95)
 
 
 class EngineFailed(HoldfastError):
@@ -71,9 +74,9 @@ class EngineState(enum.StrEnum):
 class EngineSpec:
     """Everything that decides how one engine is run.
 
-    `run_dir` is the engine's own directory: private, there for the socket. `cpu_threads` counts the threads that compute
-    on a CPU; None leaves it to vLLM. `max_model_len` is in tokens; None: what the model says. `tool_call_parser` names
-    one of vLLM's parsers, for a model that calls tools.
+    `run_dir` is the engine's own directory: private, with the socket in it. `cpu_threads` counts the threads that
+    compute on a CPU; None leaves it to vLLM. `max_model_len` is in tokens; None: what the model says.
+    `tool_call_parser` names one of vLLM's parsers, for a model that calls tools.
     """
 
     python: Path
@@ -218,3 +221,413 @@ def compute_threads() -> int:
         except OSError:
             cores.add(str(cpu))
     return len(cores) - 1 if len(cores) > 4 else len(cores)
+
+
+class EngineProcess:
+    """One engine: started, watched, started again.
+
+    Args:
+        client: asks whether the engine is ready; it speaks to `spec.socket`.
+        base_environment: what `environment` chooses from.
+        command: what runs in the cage.
+        now: a monotonic clock, in seconds.
+        sleep: waits for so many seconds.
+        on_change: called after each change of state, in the event loop; it must not block.
+
+    Attributes:
+        state: where the engine stands.
+        detail: why, in words for people; without anything that a client sent.
+        isolated: whether it runs in namespaces of its own; meaningful from the first `STARTING` on.
+        isolation_detail: why it does not.
+        restarts: how often it was started again.
+        started_at: when it was started last, by `now`.
+        failure: what ended it for good.
+    """
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        client: EngineClient,
+        *,
+        base_environment: Mapping[str, str] | None = None,
+        command: Callable[[EngineSpec], list[str]] = command_line,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+        on_change: Callable[["EngineProcess"], None] | None = None,
+    ) -> None:
+        # What stands in the environment must be what the cage keeps visible: no links on the way.
+        self.spec = replace(spec, model=spec.model.resolve(), run_dir=spec.run_dir.resolve())
+        self.state = EngineState.STOPPED
+        self.detail = "it was not started"
+        self.isolated = False
+        self.isolation_detail = ""
+        self.restarts = 0
+        self.started_at: float | None = None
+        self.failure: EngineFailed | None = None
+        self._client = client
+        self._base_environment = os.environ if base_environment is None else base_environment
+        self._command = command
+        self._now = now
+        self._sleep = sleep
+        self._on_change = on_change
+        self._changed = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = False
+
+    @property
+    def pid(self) -> int | None:
+        """The cage's process, while there is one."""
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> None:
+        """Start the engine and return at once; `wait_ready` waits.
+
+        Raises:
+            EngineFailed: the interpreter or the model is not there.
+        """
+        if self._keeper is not None and not self._keeper.done():
+            return
+        self._stopping = False
+        self.failure = _missing(self.spec)
+        if self.failure is not None:
+            self._become(EngineState.FAILED, self.failure.cause)
+            raise self.failure
+        self._become(EngineState.STARTING, "it is starting")
+        self._keeper = asyncio.create_task(self._keep_running(), name="engine")
+
+    async def wait_ready(self, timeout_s: float | None = None) -> None:
+        """Return when the engine is ready.
+
+        Raises:
+            EngineFailed: it will not be.
+            EngineUnavailable: it was not within `timeout_s`, or it was stopped.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.state is not EngineState.READY:
+                    if self.failure is not None:
+                        raise self.failure
+                    if self.state is EngineState.STOPPED:
+                        raise _not_ready(self.detail)
+                    await self._changed.wait()
+        except TimeoutError:
+            raise _not_ready(f"{timeout_s:g} s have passed, and {self.detail}") from None
+
+    async def stop(self, deadline_s: float = STOP_GRACE_S) -> None:
+        """Ask the engine to stop, kill it after `deadline_s`, and return when nothing of it is left."""
+        self._stopping = True
+        keeper = self._keeper
+        if keeper is None:
+            return
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError, RuntimeError):
+                self._process.stdin.write(b"\n")
+            await asyncio.wait({keeper}, timeout=deadline_s)
+        keeper.cancel()
+        await asyncio.wait({keeper})
+        self._keeper = None
+        if self.state is not EngineState.FAILED:
+            self._become(EngineState.STOPPED, "it was stopped")
+
+    def _become(self, state: EngineState, detail: str) -> None:
+        self.state, self.detail = state, detail
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+        if self._on_change is not None:
+            self._on_change(self)
+
+    async def _keep_running(self) -> None:
+        ever_ready, fruitless, backoff_s = False, 0, self.spec.restart_backoff_s
+        try:
+            while True:
+                death = await self._live()
+                if self._stopping:
+                    return
+                ever_ready = ever_ready or death.ready_for_s is not None
+                fruitless = 0 if death.ready_for_s is not None else fruitless + 1
+                if death.final or (not ever_ready and fruitless >= FRUITLESS_STARTS):
+                    self._fail(death)
+                    return
+                if death.ready_for_s is not None and death.ready_for_s >= STABLE_AFTER_S:
+                    backoff_s = self.spec.restart_backoff_s
+                self._become(EngineState.RESTARTING, f"{death.cause}; it is started again in {backoff_s:g} s")
+                await self._sleep(backoff_s)
+                backoff_s = min(LONGEST_BACKOFF_S, 2 * backoff_s)
+                self.restarts += 1
+                self._become(EngineState.STARTING, f"it is starting again: {death.cause}")
+        except OSError as error:
+            self._fail(_Death(str(error), final=True))
+
+    def _fail(self, death: "_Death") -> None:
+        self.failure = EngineFailed(
+            "the engine cannot be started",
+            cause=death.cause,
+            remedy=death.remedy or f"Read what it wrote last in {self.spec.log_path}, mend it, and start again",
+        )
+        self._become(EngineState.FAILED, death.cause)
+
+    async def _live(self) -> "_Death":
+        """One life of the engine, from its start to its end."""
+        spec = self.spec
+        _furnish(spec)
+        log = _Log(spec.log_path)
+        report_read, report_write = os.pipe()
+        self.started_at = self._now()
+        try:
+            self._process = process = await asyncio.create_subprocess_exec(
+                *_cage_line(spec, report_write, self._command(spec)),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                cwd=spec.run_dir,
+                env=environment(spec, self._base_environment),
+                pass_fds=(report_write,),
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(report_read)
+            log.close()
+            raise
+        finally:
+            os.close(report_write)
+        exited = asyncio.create_task(process.wait())
+        copying, heeding = asyncio.create_task(_copy(process, log)), asyncio.create_task(self._heed(report_read))
+        ready_at: float | None = None
+        silence = ""
+        try:
+            silence = await self._until_ready(exited)
+            if not exited.done() and not silence:
+                ready_at = self._now()
+                self._become(EngineState.READY, f"it serves {spec.served_name}")
+                silence = await self._until_silent(exited)
+        finally:
+            died_at = self._now()
+            await _end(process, exited)
+            await asyncio.wait({copying, heeding}, timeout=STOP_GRACE_S)
+            copying.cancel()
+            heeding.cancel()
+            log.close()
+            self._process = None
+            spec.socket.unlink(missing_ok=True)
+        outcome: Mapping[str, object] = {}
+        if heeding.done() and not heeding.cancelled() and heeding.exception() is None:
+            outcome = heeding.result()
+        return _death(log.tail, outcome, silence, None if ready_at is None else died_at - ready_at)
+
+    async def _until_ready(self, exited: "asyncio.Task[int]") -> str:
+        """Wait until the engine is ready or has ended; why it is given up, if it is."""
+        deadline = self._now() + self.spec.ready_timeout_s
+        while not exited.done():
+            if await self._client.health(deadline_s=2.0):
+                return ""
+            if self._now() >= deadline:
+                return f"it was not ready after {self.spec.ready_timeout_s:g} s"
+            await self._pause(STARTING_INTERVAL_S, exited)
+        return ""
+
+    async def _until_silent(self, exited: "asyncio.Task[int]") -> str:
+        """Wait until the engine has ended or has not answered for too long; that, if so."""
+        heard_at = self._now()
+        while not exited.done():
+            await self._pause(HEALTH_INTERVAL_S, exited)
+            if exited.done() or await self._client.health(deadline_s=10.0):
+                heard_at = self._now()
+            elif self._now() - heard_at >= SILENT_FOR_S:
+                return f"it did not answer for {SILENT_FOR_S:g} s"
+        return ""
+
+    async def _pause(self, seconds: float, exited: "asyncio.Task[int]") -> None:
+        sleeping = asyncio.ensure_future(self._sleep(seconds))
+        try:
+            await asyncio.wait({sleeping, exited}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            sleeping.cancel()
+
+    async def _heed(self, descriptor: int) -> dict[str, object]:
+        """Read what the cage reports; the last word is how it ended."""
+        last: dict[str, object] = {}
+        with os.fdopen(descriptor, "rb", buffering=0) as pipe:
+            reader = asyncio.StreamReader()
+            loop = asyncio.get_running_loop()
+            transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
+            try:
+                async for line in reader:
+                    event = json.loads(line)
+                    if event["event"] == "started":
+                        self.isolated, self.isolation_detail = event["isolated"], event["detail"]
+                    else:
+                        last = event
+            finally:
+                transport.close()
+        return last
+
+
+@dataclass(frozen=True, slots=True)
+class _Death:
+    """How one life of the engine ended. `final`: another start would end the same way."""
+
+    cause: str
+    final: bool = False
+    ready_for_s: float | None = None  # None: it never was
+    remedy: str = ""
+
+
+class _Log:
+    """The engine's log: 0600, turned over once when it is full; and its last lines."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._open()
+        self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._line = b""
+
+    def _open(self) -> None:
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._size = os.fstat(self._descriptor).st_size
+
+    def write(self, text: bytes) -> None:
+        """Append; blocks for as long as the page cache takes."""
+        if self._size + len(text) > _LOG_BYTES:
+            os.close(self._descriptor)
+            self._path.replace(self._path.with_name(f"{self._path.name}.1"))
+            self._open()
+        with contextlib.suppress(OSError):  # a full disk must not end the engine: the store says so where it matters
+            os.write(self._descriptor, text)
+        self._size += len(text)
+        *lines, self._line = (self._line + text).split(b"\n")
+        self._line = self._line[-_TAIL_LINE_CHARACTERS:]
+        self.tail.extend(line[:_TAIL_LINE_CHARACTERS].decode("utf-8", "replace") for line in lines if line.strip())
+
+    def close(self) -> None:
+        """Close the file; the last lines stay."""
+        os.close(self._descriptor)
+
+
+async def _copy(process: asyncio.subprocess.Process, log: _Log) -> None:
+    if process.stdout is not None:
+        while text := await process.stdout.read(1 << 16):
+            log.write(text)
+
+
+async def _end(process: asyncio.subprocess.Process, exited: "asyncio.Task[int]") -> None:
+    """Let go of the cage and wait for it; then nothing of its session is left."""
+    if process.stdin is not None:
+        process.stdin.close()
+    done, _ = await asyncio.wait({exited}, timeout=2 * STOP_GRACE_S)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    if not done:
+        await exited
+
+
+def _cage_line(spec: EngineSpec, report_fd: int, command: Sequence[str]) -> list[str]:
+    return [
+        str(spec.python),
+        *("-I", "-m", "appliance.engine.cage"),
+        *("--isolation", spec.isolation),
+        *("--report-fd", str(report_fd)),
+        *("--keep", str(spec.model)),
+        *("--keep", str(spec.python.parent.parent)),
+        "--",
+        *command,
+    ]
+
+
+def _furnish(spec: EngineSpec) -> None:
+    """Make the engine's private folder, with what it reads there."""
+    spec.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    spec.run_dir.chmod(0o700)
+    spec.log_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (spec.run_dir / _LOGGING_NAME).write_text(json.dumps(logging_config()))
+
+
+def _missing(spec: EngineSpec) -> EngineFailed | None:
+    if not os.access(spec.python, os.X_OK):
+        return EngineFailed(
+            "the engine cannot be started",
+            cause=f"there is no interpreter at {spec.python}",
+            remedy="Install the engine's environment with `make run`, or set engine.python",
+        )
+    if not (spec.model / "config.json").is_file():
+        return EngineFailed(
+            "the engine cannot be started",
+            cause=f"{spec.model} is no model: it holds no config.json",
+            remedy="Name the folder that holds the model's config.json and weights, with --model or engine.model",
+        )
+    return None
+
+
+# What a Python exception looks like, at the end of a traceback, behind whatever a logger put in front of it.
+_EXCEPTION = re.compile(r"(?:^|\s)(?P<kind>(?:\w+\.)*\w*(?:Error|Exception))(?:: (?P<text>.*))?$")
+_ARGUMENT = re.compile(r"error: (?P<text>(?:unrecognized|argument|the following) .*)$")
+_SECOND_HAND = "Engine core initialization failed"  # what the front end says after the core has said why
+_FINAL_KINDS = (
+    "FileNotFoundError",
+    "HFValidationError",
+    "ImportError",
+    "JSONDecodeError",
+    "KeyError",
+    "ModuleNotFoundError",
+    "NotADirectoryError",
+    "NotImplementedError",
+    "PermissionError",
+    "SafetensorError",
+    "ValidationError",
+    "ValueError",
+)
+
+
+def _death(tail: Sequence[str], outcome: Mapping[str, object], silence: str, ready_for_s: float | None) -> _Death:
+    """What is to be made of an end: the engine's last lines, the cage's last word, whether it was given up."""
+    if silence:
+        return _Death(silence, ready_for_s=ready_for_s)
+    if outcome.get("event") == "refused":
+        return _Death(
+            f"it must be isolated, and {outcome.get('detail')}",
+            final=True,
+            remedy="Allow unprivileged user namespaces (on Ubuntu 24.04: an AppArmor profile for this interpreter with"
+            ' `userns,`), run the appliance as root, or set engine.isolation to "where-allowed"',
+        )
+    number = outcome.get("signal")
+    if isinstance(number, int):
+        return _Death(f"it was killed by signal {number} ({_signal_name(number)})", ready_for_s=ready_for_s)
+    said, final = _said(list(tail), quote=ready_for_s is None)
+    code = outcome.get("code")
+    how = f"it ended with status {code}" if isinstance(code, int) else "its cage was killed"
+    return _Death(f"{how}: {said}" if said else how, final=final and ready_for_s is None, ready_for_s=ready_for_s)
+
+
+def _said(tail: Sequence[str], *, quote: bool) -> tuple[str, bool]:
+    """The last cause that stands in the log, and whether it is one that no other start would change.
+
+    An engine that served may have quoted a request: `quote` off gives the exception's type alone.
+    """
+    for index in range(len(tail) - 1, -1, -1):
+        line = tail[index]
+        if quote and (found := _ARGUMENT.search(line)):
+            return found["text"], True
+        found = _EXCEPTION.search(line)
+        if found is None or _SECOND_HAND in line:
+            continue
+        kind, text = found["kind"].rpartition(".")[2], found["text"] or ""
+        if kind == "ValidationError" and index + 1 < len(tail):
+            text = tail[index + 1].strip()  # pydantic says on the next line what is wrong
+        heals = kind not in _FINAL_KINDS or "memory" in text.lower()
+        return f"{kind}: {text}" if text and quote else kind, not heals
+    return tail[-1].strip() if tail and quote else "", False
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"
+
+
+def _not_ready(cause: str) -> EngineUnavailable:
+    return EngineUnavailable(
+        "the engine is not ready",
+        cause=cause,
+        remedy="Wait for it to start: `holdfast status` says how far it is, `holdfast logs` why not",
+    )
