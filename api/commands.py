@@ -523,7 +523,7 @@ class _Tail:
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @pass_console
 def backup(console: Console, file: Path) -> None:
-    """Write the whole appliance to FILE while it runs.
+    """Write the whole appliance to one file while it runs.
 
     Rows stay encrypted and the root key sealed: to restore, the passphrase is needed. The key file of a
     demonstration is never included.
@@ -576,9 +576,9 @@ def backup(console: Console, file: Path) -> None:
 )
 @pass_console
 def restore(console: Console, file: Path, replace: str | None) -> None:
-    """Put an appliance back from the backup FILE. The appliance must not run.
+    """Put an appliance back from a backup.
 
-    Every hash is verified before anything is written. What was there is kept beside it.
+    The appliance must not run. Every hash is verified before anything is written. What was there is kept beside it.
     """
     from api.backups import restore_backup
     from api.launch import refuse_if_running

@@ -137,10 +137,17 @@ class Console:
 
         return load_settings(flags, state_dir=self.state_dir)
 
-    def admin(self, *, api_key: str | None = None, deadline_s: float = 30.0) -> "AdminClient":
-        """A client of the running appliance's admin API."""
+    def admin(self, *, api_key_fd: int | None = None, deadline_s: float = 30.0) -> "AdminClient":
+        """A client of the running appliance's admin API.
+
+        Args:
+            api_key_fd: the descriptor of an API key to act with; by default the kernel vouches for the local user.
+        """
         from api.admin.client import AdminClient
 
+        api_key = None
+        if api_key_fd is not None:
+            api_key = self.secret("API key", api_key_fd, option="--api-key-fd").decode("utf-8", "replace").strip()
         return AdminClient(self.state_dir, api_key=api_key, deadline_s=deadline_s)
 
     def suggest(self, words: str) -> str:

@@ -169,7 +169,9 @@ class AdminClient:
         query: Mapping[str, str | int | None] | None = None,
     ) -> _Answer:
         with self._answer(method, path, body=body, raw=raw, query=query) as response:
-            return answer.model_validate_json(self._read(response, _MAX_ANSWER_BYTES))
+            if (response.length or 0) > _MAX_ANSWER_BYTES:
+                raise self._silent(http.client.HTTPException(f"its answer is longer than {_MAX_ANSWER_BYTES} bytes"))
+            return answer.model_validate_json(self._read(response))
 
     @contextmanager
     def _answer(
@@ -203,7 +205,7 @@ class AdminClient:
                     raise _refusal(response.status, self._read(response, _MAX_ERROR_BYTES))
                 yield response
 
-    def _read(self, response: http.client.HTTPResponse, at_most: int) -> bytes:
+    def _read(self, response: http.client.HTTPResponse, at_most: int | None = None) -> bytes:
         try:
             return response.read(at_most)
         except (OSError, http.client.HTTPException) as error:

@@ -26,7 +26,6 @@ from appliance.cli import (
 )
 
 if TYPE_CHECKING:
-    from api.admin.client import AdminClient
     from appliance.cli import admin_types
 
 
@@ -44,7 +43,7 @@ def session() -> None:
 @pass_console
 def list_sessions(console: Console, tenant_name: str | None, limit: int, api_key_fd: int | None) -> None:
     """List sessions, last used first. Shows nothing of what was said."""
-    page = _client(console, api_key_fd).sessions(tenant=tenant_name, limit=limit)
+    page = console.admin(api_key_fd=api_key_fd, deadline_s=120).sessions(tenant=tenant_name, limit=limit)
     now = time.time()
     rows = [
         (
@@ -74,7 +73,7 @@ def show_session(console: Console, session_id: str, api_key_fd: int | None) -> N
     The local administrator needs the permission transcript:read (`holdfast init --grant transcript:read`); a client's
     key reads its own sessions, and others' with that scope.
     """
-    transcript = _client(console, api_key_fd).transcript(session_id)
+    transcript = console.admin(api_key_fd=api_key_fd, deadline_s=120).transcript(session_id)
     console.result(transcript, _transcript_text(transcript))
 
 
@@ -85,7 +84,7 @@ def show_session(console: Console, session_id: str, api_key_fd: int | None) -> N
 @pass_console
 def forget_session(console: Console, session_id: str, yes: str | None, api_key_fd: int | None) -> None:
     """Destroy a session's key and rows, for good. Backups that were made before still hold it."""
-    client = _client(console, api_key_fd)
+    client = console.admin(api_key_fd=api_key_fd, deadline_s=120)
     found = client.session(session_id)
     turns = "1 turn" if found.turns == 1 else f"{found.turns} turns"
     console.confirm_name(
@@ -99,13 +98,6 @@ def forget_session(console: Console, session_id: str, yes: str | None, api_key_f
         console.say(
             "The engine could not be told; what it still holds cannot be reached any more and is overwritten in use."
         )
-
-
-def _client(console: Console, api_key_fd: int | None) -> "AdminClient":
-    api_key = None
-    if api_key_fd is not None:
-        api_key = console.secret("API key", api_key_fd, option="--api-key-fd").decode("utf-8", "replace").strip()
-    return console.admin(api_key=api_key, deadline_s=120)
 
 
 def _transcript_text(transcript: "admin_types.Transcript") -> str:

@@ -128,7 +128,7 @@ def test_an_appliance_that_runs_is_not_replaced(backup: Path, state_dir: Path) -
     assert [path for path in state_dir.parent.iterdir() if path.name.startswith(".state")] == []
 
 
-Change = Callable[[dict[str, bytes]], None]
+Change = Callable[[dict[str, bytes]], object]
 
 
 def manifest_change(change: Callable[[Any], None]) -> Change:
@@ -149,10 +149,10 @@ def one_bit(files: dict[str, bytes]) -> None:
 DAMAGES: dict[str, Change] = {
     "one bit of the database": one_bit,
     "the end of the database is missing": lambda files: files.update({"holdfast.db": files["holdfast.db"][:-1]}),
-    "the seal is missing": lambda files: files.pop("root.sealed") and None,
+    "the seal is missing": lambda files: files.pop("root.sealed"),
     "there is something more": lambda files: files.update({"root.key": b"x"}),
     "a name with a folder in it": lambda files: files.update({"../evil": b"x"}),
-    "no manifest": lambda files: files.pop("manifest.json") and None,
+    "no manifest": lambda files: files.pop("manifest.json"),
     "a manifest that is no JSON": lambda files: files.update({"manifest.json": b"{"}),
     "a manifest of something else": manifest_change(lambda manifest: manifest.update(format="zip")),
     "a manifest without the seal": manifest_change(lambda manifest: manifest["files"].pop(1)),
