@@ -92,13 +92,6 @@ class ApplianceInUse(HoldfastError):
     fault: ClassVar[Fault] = Fault.CONFLICT
 
 
-class BackupNotEmbedded(HoldfastError):
-    """The database is a server's, which has backups of its own."""
-
-    code: ClassVar[str] = "backup_not_embedded"
-    fault: ClassVar[Fault] = Fault.CALLER
-
-
 @dataclass(frozen=True, slots=True)
 class Member:
     """One file in a backup; sizes in bytes, the hash in hexadecimal."""
@@ -139,13 +132,11 @@ class Restored:
 async def stream_backup(
     store: Store, settings: Settings, *, now: Callable[[], float] = time.time
 ) -> AsyncGenerator[bytes, None]:
-    """The pieces of a backup of the running appliance. Needs room for a second copy of the database meanwhile."""
-    if store.dialect != "sqlite":
-        raise BackupNotEmbedded(
-            "this appliance's database is not in its state directory",
-            cause=f"it is a {store.dialect} server's",
-            remedy="Back up the database with its own tool (pg_dump), and keep STATE/root.sealed with it",
-        )
+    """The pieces of a backup of the running appliance. Needs room for a second copy of the database meanwhile.
+
+    Raises:
+        BackupUnsupported: the database is a server's, which has tools of its own.
+    """
     with tempfile.TemporaryDirectory(dir=settings.state_dir / "run", prefix="backup-") as folder:
         sources = {name: settings.state_dir / name for name in _MEMBERS}
         sources[DATABASE] = Path(folder) / DATABASE
