@@ -33,9 +33,11 @@ from pathlib import Path
 from typing import IO, ClassVar
 
 from api.private_files import new_private_file, sync_folder
+from api.roots import read_seal
 from appliance.errors import Fault, HoldfastError
 from appliance.settings import Settings
 from appliance.store import Store
+from appliance.vault import seal_kind
 
 FORMAT = "holdfast-backup"
 FORMAT_VERSION = 1
@@ -142,7 +144,8 @@ async def stream_backup(
         sources[DATABASE] = Path(folder) / DATABASE
         await store.backup(sources[DATABASE])
         present = {name: path for name, path in sources.items() if path.exists()}
-        manifest = await asyncio.to_thread(_manifest_of, present, settings.vault.seal, now())
+        seal = seal_kind(read_seal(settings.state_dir))
+        manifest = await asyncio.to_thread(_manifest_of, present, seal, now())
         text = json.dumps(asdict(manifest) | {"format": FORMAT, "version": FORMAT_VERSION}, indent=2).encode()
         yield _header(_MANIFEST, len(text), manifest.created_at) + text + _padding(len(text))
         for member in manifest.files:

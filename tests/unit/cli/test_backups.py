@@ -27,6 +27,7 @@ from api.backups import (
 )
 from appliance.settings import Settings
 from appliance.store import Store
+from appliance.vault import RootKey, create_key_file_seal
 
 MADE_AT = 1_800_000_000.0
 
@@ -37,8 +38,7 @@ def state_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "state"
     (folder / "run").mkdir(parents=True, mode=0o700)
     Store.open(f"sqlite:///{folder / 'holdfast.db'}").close()
-    (folder / "root.sealed").write_text("sealed")
-    (folder / "root.key").write_text("never in a backup")
+    (folder / "root.sealed").write_bytes(create_key_file_seal(RootKey.generate(), folder / "root.key"))
     (folder / "demo-api-key").write_text("hf_never in a backup")
     (folder / "holdfast.toml").write_text("demo = true\n")
     return folder
@@ -50,7 +50,7 @@ def backup(state_dir: Path, tmp_path: Path) -> Path:
 
     async def write() -> None:
         store = Store.open(f"sqlite:///{state_dir / 'holdfast.db'}")
-        settings = Settings.model_validate({"state_dir": state_dir, "vault": {"seal": "key-file"}})
+        settings = Settings.model_validate({"state_dir": state_dir})
         with (tmp_path / "backup.tar").open("wb") as file:
             async for piece in stream_backup(store, settings, now=lambda: MADE_AT):
                 file.write(piece)
@@ -79,10 +79,11 @@ def packed(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-def test_a_backup_holds_what_is_sealed_and_no_secret(backup: Path) -> None:
+def test_a_backup_holds_what_is_sealed_and_no_secret(backup: Path, state_dir: Path) -> None:
     found = members(backup)
     assert list(found) == ["manifest.json", "holdfast.db", "root.sealed", "holdfast.toml"]
     assert b"never in a backup" not in backup.read_bytes()
+    assert (state_dir / "root.key").read_bytes() not in backup.read_bytes()
     manifest = verify_backup(backup)
     assert (manifest.created_at, manifest.seal) == (MADE_AT, "key-file")
     assert manifest.files[0].sha256 == hashlib.sha256(found["holdfast.db"]).hexdigest()
@@ -114,7 +115,7 @@ def test_an_appliance_is_set_aside_only_when_that_is_said_and_is_kept(backup: Pa
     restored = restore_backup(backup, state_dir, replace=True, now=lambda: MADE_AT)
     assert restored.kept == state_dir.with_name("state.before-restore-20270115T080000Z")
     assert (restored.kept / "holdfast.db").exists()
-    assert (state_dir / "root.key").read_text() == "never in a backup"
+    assert (state_dir / "root.key").read_bytes() == (restored.kept / "root.key").read_bytes()
     assert (state_dir / "demo-api-key").stat().st_mode & 0o777 == 0o600
     assert (state_dir / "models" / "mine").is_dir()
     assert not restored.key_file_missing
