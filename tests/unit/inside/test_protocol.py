@@ -1,0 +1,145 @@
+"""What crosses between the gateway and the engine is read as it was written, or refused without a word of it."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from appliance.engine.protocol import (
+    LEASE_FIELD,
+    MAX_RELEASES,
+    Lease,
+    LeaseReport,
+    LeaseState,
+    MalformedMessage,
+    connector_arguments,
+    connector_config,
+    lease_params,
+    read_release_request,
+    release_request,
+)
+
+LEASE: dict[str, Any] = {"session": "s-1", "tenant": "t_1", "idle_timeout_s": 15.0}
+REPORT = LeaseReport(
+    leases=(LeaseState("s", "t", blocks=3, tokens=96, expires_in_s=-0.25),),
+    leased_blocks=3,
+    free_blocks=10,
+    total_blocks=40,
+    block_size=32,
+    next_expiry_in_s=-0.25,
+    reclaimed_blocks_total=1,
+    expired_total=2,
+    ignored_total=4,
+)
+
+
+def test_a_lease_survives_the_wire() -> None:
+    lease = Lease("s-1", "t_1", 15.0)
+    assert lease_params(lease) == {LEASE_FIELD: LEASE}
+    assert Lease.from_wire(json.loads(json.dumps(lease.to_wire()))) == lease
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"session": ""},
+        {"session": "a" * 65},
+        {"session": "a b"},
+        {"session": "a\n"},
+        {"session": None},
+        {"tenant": 7},
+        {"idle_timeout_s": -0.1},
+        {"idle_timeout_s": 86_401},
+        {"idle_timeout_s": True},
+        {"idle_timeout_s": "15"},
+        {"idle_timeout_s": math.nan},
+        {"idle_timeout_s": math.inf},
+        {"idle_timeout_s": 10**400},
+        {"more": 1},
+    ],
+    ids=repr,
+)
+def test_a_lease_that_is_not_exactly_one_is_refused_and_not_repeated(change: dict[str, Any]) -> None:
+    with pytest.raises(MalformedMessage) as refused:
+        Lease.from_wire({**LEASE, **change})
+    assert "a b" not in str(refused.value)
+
+
+@pytest.mark.parametrize("missing", sorted(LEASE))
+def test_a_lease_needs_every_field(missing: str) -> None:
+    with pytest.raises(MalformedMessage):
+        Lease.from_wire({name: value for name, value in LEASE.items() if name != missing})
+
+
+@pytest.mark.parametrize("value", [None, [], "text", 7, True])
+def test_a_lease_is_an_object(value: object) -> None:
+    with pytest.raises(MalformedMessage):
+        Lease.from_wire(value)
+
+
+def test_a_report_survives_the_wire() -> None:
+    assert LeaseReport.from_wire(json.loads(json.dumps(REPORT.to_wire()))) == REPORT
+
+
+def test_a_report_without_leases_survives_the_wire() -> None:
+    report = LeaseReport((), 0, 40, 40, 32, None, 0, 0)
+    assert LeaseReport.from_wire(json.loads(json.dumps(report.to_wire()))) == report
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"leases": "text"},
+        {"leases": [{"session": "s"}]},
+        {"leased_blocks": -1},
+        {"leased_blocks": 1.5},
+        {"leased_blocks": True},
+        {"next_expiry_in_s": "soon"},
+        {"more": 1},
+    ],
+    ids=repr,
+)
+def test_a_report_that_is_not_exactly_one_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(MalformedMessage):
+        LeaseReport.from_wire({**REPORT.to_wire(), **change})
+
+
+def test_a_release_survives_the_wire() -> None:
+    assert read_release_request(release_request(["a", "b"])) == ("a", "b")
+    assert read_release_request(release_request()) == ()
+    assert read_release_request(b"{}") == ()
+    assert read_release_request(b"") == ()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\xff",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"release": "a"}',
+        b'{"release": [1]}',
+        b'{"release": ["a b"]}',
+        b'{"expire": []}',
+        b"[" * 100_000,
+        json.dumps({"release": ["a"] * (MAX_RELEASES + 1)}).encode(),
+    ],
+    ids=lambda body: repr(body[:20]),
+)
+def test_a_release_that_is_not_exactly_one_is_refused(body: bytes) -> None:
+    with pytest.raises(MalformedMessage):
+        read_release_request(body)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 0.96, math.nan])
+def test_a_bound_outside_its_range_is_refused(fraction: float) -> None:
+    with pytest.raises(ValueError, match="lease_fraction"):
+        connector_config(fraction)
+
+
+def test_the_command_line_carries_the_configuration() -> None:
+    flag, value = connector_arguments(0.25)
+    assert flag == "--kv-transfer-config"
+    assert json.loads(value) == connector_config(0.25)
