@@ -6,6 +6,7 @@ are taken over.
 
 import os
 import re
+import resource
 import sqlite3
 from pathlib import Path
 from typing import ClassVar
@@ -44,6 +45,13 @@ class StoreConflict(HoldfastError):
 
     code: ClassVar[str] = "store_conflict"
     fault: ClassVar[Fault] = Fault.CONFLICT
+
+
+class StoreDefect(HoldfastError):
+    """A statement or a value is not one that the database takes: a defect of ours."""
+
+    code: ClassVar[str] = "store_defect"
+    fault: ClassVar[Fault] = Fault.INTERNAL
 
 
 class StoreInUse(HoldfastError):
@@ -87,6 +95,12 @@ def meaning(error: BaseException, place: str, path: Path | None) -> BaseExceptio
                 "the change contradicts what is stored",
                 cause=_constraint(error.orig),
                 remedy="Choose another name or id, or read again what is there",
+            )
+        if _is_defect(error):
+            return StoreDefect(
+                f"{place} does not take a statement of ours",
+                cause=_first_line(error.orig),
+                remedy="Report this with the log; nothing of this change was written, and others are not concerned",
             )
         return _operational(error.orig, place, path)
     if isinstance(error, exc.TimeoutError):
@@ -136,6 +150,15 @@ def _operational(error: BaseException, place: str, path: Path | None) -> Holdfas
     )
 
 
+def _is_defect(error: exc.DBAPIError) -> bool:
+    if isinstance(error, exc.ProgrammingError | exc.DataError | exc.NotSupportedError):
+        return True
+    if not isinstance(error.orig, sqlite3.Error):
+        return False
+    # sqlite3 says InterfaceError for a value that it cannot bind, and SQLITE_ERROR for a table that is not there.
+    return isinstance(error, exc.InterfaceError) or _sqlite_code(error.orig) == sqlite3.SQLITE_ERROR
+
+
 def _is_full(error: BaseException, path: Path | None) -> bool:
     sqlstate = getattr(error, "sqlstate", None)
     if sqlstate is not None:
@@ -145,14 +168,19 @@ def _is_full(error: BaseException, path: Path | None) -> bool:
     code = _sqlite_code(error)
     if code == sqlite3.SQLITE_FULL:
         return True
-    # Extending the shared-memory file and some writes report a mere I/O error when the disk is full.
-    if code != sqlite3.SQLITE_IOERR or path is None:
-        return False
+    # Extending the shared-memory file, or a file beyond a limit on its size, is reported as a mere I/O error.
+    return code == sqlite3.SQLITE_IOERR and path is not None and _has_no_room(path)
+
+
+def _has_no_room(path: Path) -> bool:
+    longest, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         space = os.statvfs(path.parent)
+        sizes = [file.stat().st_size for file in path.parent.glob(f"{path.name}*")]
     except OSError:
         return False
-    return space.f_bavail * space.f_frsize < _NEARLY_FULL_BYTES
+    at_its_limit = longest != resource.RLIM_INFINITY and max(sizes, default=0) + _NEARLY_FULL_BYTES > longest
+    return at_its_limit or space.f_bavail * space.f_frsize < _NEARLY_FULL_BYTES
 
 
 def _sqlite_code(error: sqlite3.Error) -> int:

@@ -120,7 +120,7 @@ class Store:
         """Write `changes` in their order, all or none; durable on return. Cancelled, it is written all the same.
 
         Raises:
-            StoreConflict: they contradict what is stored.
+            StoreConflict, StoreDefect: they contradict what is stored, or are nothing that could be.
             StoreFull, StoreBusy, StoreUnavailable: nothing was written.
         """
         loop = asyncio.get_running_loop()

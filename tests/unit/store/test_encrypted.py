@@ -1,0 +1,168 @@
+"""Encrypted columns: what was changed, cut or moved outside is refused, and named."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, insert, select, update
+from sqlalchemy.engine import RowMapping
+
+from appliance.store import Change, Envelope, RowCipher, Store, tables
+from appliance.vault import SYSTEM_SCOPE, KeyPurpose, TamperedValue, Vault
+
+principals = tables.principals
+
+
+def row(name: str, *, tenant: str | None = "ten_1", version: int = 1) -> dict[str, object]:
+    return {
+        "principal_id": f"prn_{name}",
+        "tenant_id": tenant,
+        "name_lookup": name.encode(),
+        "name": name,
+        "role": "client",
+        "uid": None,
+        "permissions": "[]",
+        "created_at": 1.5,
+        "row_version": version,
+    }
+
+
+@pytest.fixture
+def rows(store: Store, vault: Vault) -> RowCipher:
+    """Principals `ada` and `bob` of ten_1 and `eve` of ten_2, stored."""
+    cipher = RowCipher(vault)
+    for tenant in ("ten_1", "ten_2"):
+        tenant_row = {
+            "tenant_id": tenant,
+            "name_lookup": tenant.encode(),
+            "name": f"the name of {tenant}",
+            "isolation": "session",
+            "created_at": 1.0,
+            "row_version": 1,
+        }
+        sealed = cipher.seal(tables.tenants, tenant_row, scope=tenant, purpose=KeyPurpose.RECORDS)
+        store.write_blocking([Change(insert(tables.tenants), sealed)])
+    for name, tenant in (("ada", "ten_1"), ("bob", "ten_1"), ("eve", "ten_2")):
+        sealed = cipher.seal(principals, row(name, tenant=tenant), scope=tenant, purpose=KeyPurpose.RECORDS)
+        store.write_blocking([Change(insert(principals), sealed)])
+    return cipher
+
+
+def stored(store: Store, name: str) -> RowMapping:
+    query = select(principals).where(principals.c.principal_id == f"prn_{name}")
+    return store.read_blocking(lambda db: db.execute(query).mappings().one())
+
+
+def test_what_was_sealed_opens_to_the_same_words(store: Store, rows: RowCipher) -> None:
+    assert rows.open(principals, stored(store, "ada"))["name"] == b"ada"
+    assert rows.open(principals, stored(store, "eve"))["name"] == b"eve"
+
+
+def test_what_belongs_to_no_tenant_is_under_the_systems_key(store: Store, rows: RowCipher) -> None:
+    sealed = rows.seal(principals, row("root", tenant=None), scope=SYSTEM_SCOPE, purpose=KeyPurpose.RECORDS)
+    store.write_blocking([Change(insert(principals), sealed)])
+    assert rows.open(principals, stored(store, "root"))["name"] == b"root"
+
+
+def test_null_stays_null(rows: RowCipher) -> None:
+    session = {"session_id": "ses_1", "tenant_id": "ten_1", "row_version": 1, "client_id": None}
+    sealed = rows.seal(tables.sessions, session, scope="ten_1", purpose=KeyPurpose.RECORDS)
+    assert rows.open(tables.sessions, sealed)["client_id"] is None
+
+
+async def test_text_that_nobody_encrypted_is_not_stored(store: Store, vault: Vault) -> None:
+    for plaintext in ("Ada", b"Ada"):
+        with pytest.raises(Exception, match="not plaintext"):
+            await store.write([Change(insert(principals), row("ada") | {"name": plaintext, "tenant_id": None})])
+    assert await store.read(lambda db: db.execute(select(principals)).all()) == []
+
+
+def _envelope(db: Connection, name: str) -> bytes:
+    return bytes(db.execute(select(principals.c.name).where(principals.c.principal_id == f"prn_{name}")).scalar_one())
+
+
+def _put(db: Connection, principal: str, **values: Any) -> None:
+    db.execute(update(principals).where(principals.c.principal_id == f"prn_{principal}").values(**values))
+
+
+def swapped_with_another_row(db: Connection) -> None:
+    ada, bob = _envelope(db, "ada"), _envelope(db, "bob")
+    _put(db, "ada", name=Envelope(bob))
+    _put(db, "bob", name=Envelope(ada))
+
+
+def taken_from_another_tenant(db: Connection) -> None:
+    _put(db, "ada", name=Envelope(_envelope(db, "eve")))
+
+
+def taken_from_another_table(db: Connection) -> None:
+    name = db.execute(select(tables.tenants.c.name).where(tables.tenants.c.tenant_id == "ten_1")).scalar_one()
+    _put(db, "ada", name=Envelope(bytes(name)))
+
+
+def truncated(db: Connection) -> None:
+    _put(db, "ada", name=Envelope(_envelope(db, "ada")[:-1]))
+
+
+def cut_to_nothing(db: Connection) -> None:
+    _put(db, "ada", name=Envelope(b""))
+
+
+def cut_within_the_header(db: Connection) -> None:
+    _put(db, "ada", name=Envelope(_envelope(db, "ada")[:20]))
+
+
+def flipped_in_one_bit(db: Connection) -> None:
+    envelope = bytearray(_envelope(db, "ada"))
+    envelope[-20] ^= 1
+    _put(db, "ada", name=Envelope(bytes(envelope)))
+
+
+def put_under_a_newer_version(db: Connection) -> None:
+    _put(db, "ada", row_version=2)
+
+
+def given_to_another_tenant(db: Connection) -> None:
+    _put(db, "ada", tenant_id="ten_2")
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        swapped_with_another_row,
+        taken_from_another_tenant,
+        taken_from_another_table,
+        truncated,
+        cut_to_nothing,
+        cut_within_the_header,
+        flipped_in_one_bit,
+        put_under_a_newer_version,
+        given_to_another_tenant,
+    ],
+)
+async def test_a_ciphertext_that_is_not_in_its_place_is_refused_and_its_row_named(
+    store: Store, rows: RowCipher, tamper: Callable[[Connection], None]
+) -> None:
+    await store.transact(tamper)
+    with pytest.raises(TamperedValue, match=r"principals\.name in row prn_ada"):
+        rows.open(principals, stored(store, "ada"))
+
+
+def test_a_ciphertext_of_another_column_is_refused(vault: Vault) -> None:
+    cipher = RowCipher(vault)
+    turn: dict[str, object] = {"turn_id": "trn_1", "tenant_id": "ten_1", "row_version": 1}
+    turn |= {"request": b"question", "response": b"answer", "token_ids": None}
+    sealed = cipher.seal(tables.turns, turn, scope="ten_1", purpose=KeyPurpose.RECORDS)
+    sealed["request"], sealed["response"] = sealed["response"], sealed["request"]
+    with pytest.raises(TamperedValue, match=r"turns\.request in row trn_1"):
+        cipher.open(tables.turns, sealed)
+
+
+def test_a_value_that_was_removed_is_refused(store: Store, rows: RowCipher) -> None:
+    with pytest.raises(TamperedValue, match=r"principals\.name in row prn_ada"):
+        rows.open(principals, {**stored(store, "ada"), "name": None})
+
+
+async def test_no_word_is_in_the_rows(store: Store, rows: RowCipher) -> None:
+    everything = await store.read(lambda db: repr(db.execute(select(tables.tenants)).all()))
+    assert "the name of" not in everything

@@ -1,0 +1,74 @@
+"""The schema: made by migrations, the same as the tables say, and refused when it is newer."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, insert, select, text
+
+from appliance.store import SchemaTooNew, Store, StoreUnavailable, migrations, tables
+from tests.postgres import PostgresServer
+
+
+def migrate_to(revision: str | None, db: Connection) -> None:
+    db.execute(text("UPDATE alembic_version SET version_num = :revision"), {"revision": revision})
+
+
+async def test_the_migrations_make_the_tables(store: Store) -> None:
+    def differences(db: Connection) -> object:
+        return compare_metadata(MigrationContext.configure(db, opts={"compare_type": True}), tables.metadata)
+
+    assert await store.read(differences) == []
+
+
+async def test_the_migrations_make_the_primary_keys(store: Store) -> None:
+    def made(db: Connection) -> dict[str, list[str]]:
+        return {
+            table: db.dialect.get_pk_constraint(db, table)["constrained_columns"] for table in tables.metadata.tables
+        }
+
+    declared = {name: list(table.primary_key.columns.keys()) for name, table in tables.metadata.tables.items()}
+    assert await store.read(made) == declared
+
+
+def test_the_head_is_the_newest_migration() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    assert ScriptDirectory.from_config(config).get_heads() == [migrations.HEAD]
+
+
+async def test_a_newer_schema_is_refused_and_left_alone(store: Store, database_url: str) -> None:
+    await store.transact(lambda db: db.execute(insert(tables.meta), {"name": "a", "value": ""}))
+    await store.transact(lambda db: migrate_to("9999", db))
+    store.close()
+    with pytest.raises(SchemaTooNew, match="9999"):
+        Store.open(database_url)
+    with pytest.raises(SchemaTooNew):  # the first refusal has let the file go
+        Store.open(database_url)
+
+
+def test_a_database_that_is_not_ours_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.db").write_bytes(b"these are my notes, and no database" * 40)
+    with pytest.raises(StoreUnavailable, match="not a database"):
+        Store.open(f"sqlite:///{tmp_path / 'notes.db'}")
+    assert (tmp_path / "notes.db").read_bytes().startswith(b"these are my notes")
+
+
+def test_a_database_without_tables_gets_them(postgres: PostgresServer) -> None:
+    store = Store.open(postgres.empty_database())
+    assert store.read_blocking(lambda db: db.execute(select(tables.meta)).all()) == []
+    store.close()
+
+
+def test_opening_a_current_database_does_not_import_alembic(database_url: str) -> None:
+    Store.open(database_url).close()
+    code = (
+        f"import sys; from appliance.store import Store; Store.open({database_url!r}); print('alembic' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert said.stdout.strip() == "False"
