@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from appliance.engine.client import EngineClient, ModelCard
+
 from appliance.errors import HoldfastError
 
 _WHILE_ABSENT_S = 0.25
@@ -42,6 +43,11 @@ class EngineWatch:
     def ready(self) -> bool:
         """Whether the engine answered when it was last asked."""
         return bool(self.models)
+
+    @property
+    def summary(self) -> str:
+        """Why it is not ready, in words that anybody may read."""
+        return "it is starting, or starting again"
 
     @property
     def detail(self) -> str:

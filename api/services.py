@@ -3,7 +3,7 @@
 Rules:
 
 - `Services` is built once, by `api.server`, and never changes; what changes is in its parts.
-- A sealed vault is a part like any other: whoever needs keys asks `services.vault.sealed` first, or lets the vault raise.
+- A sealed vault is a part like any other: whoever needs keys asks `services.vault.sealed` first, or lets it raise.
 - The admin listener's application is `api.admin.routes.admin_app(services)`; health and metrics are added to it by
   `api.server`.
 """
@@ -11,16 +11,26 @@ Rules:
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
+
+from appliance.engine.client import EngineClient
+from appliance.engine.launcher import EngineProcess
+from appliance.errors import HoldfastError
 
 from api.engine_watch import EngineWatch
 from api.metrics import Metrics
-from appliance.engine.client import EngineClient
-from appliance.engine.launcher import EngineProcess
 from appliance.identity import Identity, Quotas
 from appliance.sessions import Sessions
 from appliance.settings import Settings
 from appliance.store import Store
 from appliance.vault import Vault
+
+
+class Interruptible(Protocol):
+    """Something that runs and can be broken off."""
+
+    def interrupt(self, why: HoldfastError | None) -> None:
+        """End it soon; `why` is what its client is told, None when there is no client any more."""
 
 
 @dataclass(slots=True)
@@ -31,13 +41,13 @@ class Lifecycle:
         started_at: epoch seconds.
         endpoint: the address that clients use, with the port that was really bound: `http://127.0.0.1:8321/v1`.
         draining: no new request is admitted; those that run are let finish.
-        running: turns that are with the engine now.
+        turns: those that run now.
     """
 
     started_at: float
     endpoint: str = ""
     draining: bool = False
-    running: int = 0
+    turns: set[Interruptible] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
