@@ -54,9 +54,10 @@ class KeyMissing(HoldfastError):
     code: ClassVar[str] = "key_missing"
     fault: ClassVar[Fault] = Fault.MISSING
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, binding: Binding | None = None) -> None:
+        place = "" if binding is None else f" that {binding.table}.{binding.column} in row {binding.row} names"
         super().__init__(
-            f"the key {key} is not there",
+            f"the key {key}{place} is not there",
             cause="it was shredded, or its row is missing from the database",
             remedy="What it protected is gone unless a backup holds it; `holdfast doctor` checks the rest",
         )

@@ -1,7 +1,8 @@
 """The child process that stretches a passphrase: `python -I -m appliance.vault.kdf`.
 
 Standard input: a line of JSON with the parameters, then the passphrase until the end. Standard output: 32 bytes. It
-is a process of its own so that the memory which Argon2id (RFC 9106) takes, and the passphrase in it, go when it ends.
+imports the standard library and cryptography only. It is a process of its own so that the memory which Argon2id (RFC
+9106) takes, and the passphrase in it, go when it ends.
 """
 
 import base64

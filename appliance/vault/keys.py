@@ -5,6 +5,7 @@ leaves only, so that a WRAPPING key is rotated by wrapping its children again an
 """
 
 import enum
+import hashlib
 import struct
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -30,7 +31,7 @@ class KeyRecord:
         key_id: `key_` and 32 hexadecimal digits.
         scope: `system`, a tenant's id or a session's.
         parent_id: the key that wraps it; None: the root key.
-        wrapped: 40 bytes, AES-KWP (RFC 5649) of a 256-bit key.
+        wrapped: 72 bytes, AES-KWP (RFC 5649) of a 256-bit key and of `identity()`.
         uses_reserved: how many encryptions are accounted for, at least as many as were made.
         root_id: the root key that it descends from.
         created_at: epoch seconds.
@@ -47,6 +48,11 @@ class KeyRecord:
     root_id: str
     created_at: float
     retired: bool = False
+
+    def identity(self) -> bytes:
+        """Which key this is, 32 bytes; wrapped with the key, so that no key can be put in another one's place."""
+        parts = (self.key_id.encode(), self.scope.encode(), self.purpose.value.encode(), _UINT64.pack(self.version))
+        return hashlib.sha256(b"".join((b"holdfast-key-1", *map(length_prefixed, parts)))).digest()
 
 
 class KeyStore(Protocol):
@@ -78,8 +84,9 @@ class Rotation:
     Attributes:
         created: the new WRAPPING key.
         retired: the one it follows. It stays until the next rotation, for keys that were made but not stored yet.
-        rewrapped: the keys that the new one wraps now. Their secrets, and what they encrypted, are unchanged.
-        destroyed: ids of WRAPPING keys retired before, which wrap nothing any more.
+        rewrapped: the keys that the new one wraps now. Only `parent_id` and `wrapped` are stored of them: uses may have
+            been reserved meanwhile. Their secrets, and what they encrypted, are unchanged.
+        destroyed: ids of WRAPPING keys retired before, which wrap nothing any more, stored or still to be stored.
     """
 
     created: KeyRecord

@@ -1,11 +1,16 @@
 """What a process that holds keys does about its own memory. Standard library only: every process may use it."""
 
+import contextlib
 import ctypes
+import os
 import resource
 from pathlib import Path
 from typing import Literal
 
 _PR_SET_DUMPABLE = 4
+# How cryptsetup begins the UUID of a mapping that encrypts; CRYPT-VERITY and CRYPT-INTEGRITY hide nothing.
+_ENCRYPTING_MAPPINGS = ("CRYPT-LUKS", "CRYPT-PLAIN", "CRYPT-TCRYPT", "CRYPT-BITLK", "CRYPT-FVAULT2", "CRYPT-LOOPAES")
+_MAX_LAYERS = 16  # of block devices under one another
 
 
 def forbid_core_dumps() -> None:
@@ -23,25 +28,50 @@ def forbid_core_dumps() -> None:
 
 
 def plaintext_swap_devices(
-    swaps: Path = Path("/proc/swaps"), block_devices: Path = Path("/sys/class/block")
+    swaps: Path = Path("/proc/swaps"),
+    block_devices: Path = Path("/sys/class/block"),
+    numbered_devices: Path = Path("/sys/dev/block"),
 ) -> list[str]:
-    """Swap areas that put memory on a disk unencrypted. Encrypted device-mapper targets and zram are not among them."""
+    """Swap areas that put memory on a disk unencrypted, as far as can be told.
+
+    Not among them: zram, dm-crypt, and what lies on dm-crypt altogether (a logical volume, a file on its file system).
+    """
     try:
         lines = swaps.read_text().splitlines()[1:]
     except FileNotFoundError:
         return []
-    names = [line.split()[0] for line in lines if line.strip()]
-    return [name for name in names if not _is_protected(name, block_devices)]
+    areas = [line.split()[:2] for line in lines if line.strip()]
+    return [
+        name
+        for name, kind in areas
+        if not _is_protected(_device_of(name, kind, numbered_devices), block_devices, _MAX_LAYERS)
+    ]
 
 
-def _is_protected(name: str, block_devices: Path) -> bool:
-    device = Path(name).resolve().name if name.startswith("/dev/") else Path(name).name
+def _device_of(name: str, kind: str, numbered_devices: Path) -> str | None:
+    """The block device that a swap area lies on; None: it cannot be told."""
+    if kind != "file":
+        return Path(name).resolve().name
+    try:
+        number = Path(name).stat().st_dev
+        return (numbered_devices / f"{os.major(number)}:{os.minor(number)}").resolve(strict=True).name
+    except OSError:
+        return None
+
+
+def _is_protected(device: str | None, block_devices: Path, layers: int) -> bool:
+    if device is None or layers == 0:
+        return False
     if device.startswith("zram"):
         return True
+    with contextlib.suppress(OSError):
+        if (block_devices / device / "dm" / "uuid").read_text().startswith(_ENCRYPTING_MAPPINGS):
+            return True
     try:
-        return (block_devices / device / "dm" / "uuid").read_text().startswith("CRYPT-")
+        below = [lower.name for lower in (block_devices / device / "slaves").iterdir()]
     except OSError:
         return False
+    return bool(below) and all(_is_protected(lower, block_devices, layers - 1) for lower in below)
 
 
 def swap_warning(policy: Literal["warn", "refuse"], devices: list[str]) -> str | None:

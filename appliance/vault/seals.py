@@ -20,6 +20,7 @@ import stat
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,6 +41,9 @@ _MEMORY_KIB = 256 * 1024
 _ITERATIONS = 3
 _LANES = 4
 _MAX_MEMORY_KIB = 4 * 1024 * 1024
+_MAX_ITERATIONS = 100
+_MAX_LANES = 64
+_MIN_SALT_BYTES = 8  # RFC 9106, 3.1
 _DERIVE_DEADLINE_S = 120
 _one_derivation = threading.Semaphore(1)
 
@@ -47,12 +51,13 @@ _one_derivation = threading.Semaphore(1)
 class RootKey:
     """The key that every other one descends from. Wraps and unwraps; never shows itself."""
 
-    __slots__ = ("_secret", "root_id")
+    __slots__ = ("_secret", "_wiped", "root_id")
 
     def __init__(self, secret: bytes | bytearray) -> None:
         if len(secret) != _ROOT_BYTES:
             raise ValueError(f"a root key has {_ROOT_BYTES} bytes")
         self._secret = bytearray(secret)
+        self._wiped = False
         # Says which key it is, and nothing about it.
         self.root_id = f"root_{hmac.digest(secret, b'holdfast-root-id-1', hashlib.sha256).hex()[:32]}"
 
@@ -63,7 +68,7 @@ class RootKey:
 
     def wrap(self, secret: bytes) -> bytes:
         """AES-KWP (RFC 5649) of another key."""
-        return aes_key_wrap_with_padding(bytes(self._secret), secret)
+        return aes_key_wrap_with_padding(self._bytes(), secret)
 
     def unwrap(self, wrapped: bytes) -> bytes:
         """The other key again.
@@ -71,15 +76,27 @@ class RootKey:
         Raises:
             InvalidUnwrap: it was not wrapped by this one.
         """
-        return aes_key_unwrap_with_padding(bytes(self._secret), wrapped)
+        return aes_key_unwrap_with_padding(self._bytes(), wrapped)
+
+    @property
+    def wiped(self) -> bool:
+        """Whether it can be used no more."""
+        return self._wiped
 
     def wipe(self) -> None:
-        """Overwrite the key."""
+        """Overwrite the key. Whatever is asked of it afterwards raises `ValueError`."""
+        self._wiped = True
         self._secret[:] = bytes(len(self._secret))
 
     def sealed_under(self, key: bytes) -> bytes:
         """This key, wrapped under a seal's."""
-        return aes_key_wrap_with_padding(key, bytes(self._secret))
+        return aes_key_wrap_with_padding(key, self._bytes())
+
+    def _bytes(self) -> bytes:
+        # Zeros are a key too, and everybody knows it.
+        if self._wiped:
+            raise ValueError("this root key was wiped")
+        return bytes(self._secret)
 
     def __repr__(self) -> str:
         return f"RootKey({self.root_id})"
@@ -91,10 +108,13 @@ class RootKey:
 def create_passphrase_seal(
     root: RootKey, passphrase: bytes | bytearray, *, memory_kib: int = _MEMORY_KIB, iterations: int = _ITERATIONS
 ) -> bytes:
-    """A seal that opens with a passphrase. Blocks for about a second."""
-    salt = os.urandom(_SALT_BYTES)
-    kdf = {"name": "argon2id", "memory_kib": memory_kib, "iterations": iterations, "lanes": _LANES, "salt": _text(salt)}
-    return _seal(root, "passphrase", _stretch(passphrase, kdf), kdf)
+    """A seal that opens with a passphrase. Blocks for about a second.
+
+    Raises:
+        SealUnusable: the passphrase could not be stretched.
+    """
+    stretching = _Stretching(memory_kib, iterations, _LANES, os.urandom(_SALT_BYTES))
+    return _seal(root, "passphrase", _stretch(passphrase, stretching), {"name": "argon2id", **stretching.to_json()})
 
 
 def create_key_file_seal(root: RootKey, key_file: Path) -> bytes:
@@ -126,8 +146,8 @@ def open_with_passphrase(seal: bytes, passphrase: bytes | bytearray) -> RootKey:
         WrongPassphrase: the passphrase is another one.
         SealUnusable: this is not such a seal, or it is damaged.
     """
-    record = _parse(seal, "passphrase")
-    return _open(record, _stretch(passphrase, record["kdf"]), "The passphrase is another one")
+    parsed = _parse(seal, "passphrase")
+    return _open(parsed, _stretch(passphrase, _stretching(parsed.kdf)), "The passphrase is another one")
 
 
 def open_with_key_file(seal: bytes, key_file: Path) -> RootKey:
@@ -137,8 +157,8 @@ def open_with_key_file(seal: bytes, key_file: Path) -> RootKey:
         WrongPassphrase: the key file belongs to another seal.
         SealUnusable: the key file is missing, damaged or open to others; or this is not such a seal.
     """
-    record = _parse(seal, "key-file")
-    return _open(record, _from_key_file(_read_key_file(key_file)), "The key file belongs to another seal")
+    parsed = _parse(seal, "key-file")
+    return _open(parsed, _from_key_file(_read_key_file(key_file)), "The key file belongs to another seal")
 
 
 def seal_kind(seal: bytes) -> str:
@@ -147,10 +167,38 @@ def seal_kind(seal: bytes) -> str:
     Raises:
         SealUnusable: this is not a seal.
     """
-    return str(_parse(seal, None)["kind"])
+    return _parse(seal, None).kind
 
 
-def _seal(root: RootKey, kind: str, key: bytes, kdf: dict[str, Any]) -> bytes:
+@dataclass(frozen=True, slots=True)
+class _Seal:
+    """A seal as it was read."""
+
+    kind: str
+    root_id: str
+    kdf: dict[str, Any]  # read by `_stretching`, for the kind that needs it
+    wrapped: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretching:
+    """What Argon2id is told."""
+
+    memory_kib: int
+    iterations: int
+    lanes: int
+    salt: bytes
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "memory_kib": self.memory_kib,
+            "iterations": self.iterations,
+            "lanes": self.lanes,
+            "salt": _text(self.salt),
+        }
+
+
+def _seal(root: RootKey, kind: str, key: bytes, kdf: dict[str, object]) -> bytes:
     record = {
         "format": _FORMAT,
         "kind": kind,
@@ -161,42 +209,60 @@ def _seal(root: RootKey, kind: str, key: bytes, kdf: dict[str, Any]) -> bytes:
     return json.dumps(record, indent=2).encode() + b"\n"
 
 
-def _parse(seal: bytes, kind: str | None) -> dict[str, Any]:
+def _parse(seal: bytes, kind: str | None) -> _Seal:
     try:
         record = json.loads(seal)
         if record["format"] != _FORMAT:
             raise _unusable(f"its format is {str(record['format'])[:40]!r}, and this version reads {_FORMAT}")
         if record["kind"] not in ("passphrase", "key-file"):
             raise _unusable("it is of a kind that this version does not know")
-        base64.b64decode(record["wrapped"], validate=True)
-        record["root_id"], record["kdf"]["name"]
+        parsed = _Seal(
+            record["kind"],
+            str(record["root_id"]),
+            dict(record["kdf"]),
+            base64.b64decode(record["wrapped"], validate=True),
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise _unusable("the file is damaged") from None
+    if kind is not None and parsed.kind != kind:
+        raise _unusable(f"it opens with a {parsed.kind}, not with a {kind}")
+    return parsed
+
+
+def _stretching(kdf: dict[str, Any]) -> _Stretching:
+    """How a seal says that its passphrase is stretched; a damaged one cannot ask for a day, or all the memory."""
+    try:
+        numbers = (kdf["memory_kib"], kdf["iterations"], kdf["lanes"])
+        stretching = _Stretching(*numbers, base64.b64decode(kdf["salt"], validate=True))
+        known = kdf["name"] == "argon2id" and all(type(number) is int for number in numbers)
     except (ValueError, KeyError, TypeError):
         raise _unusable("the file is damaged") from None
-    if kind is not None and record["kind"] != kind:
-        raise _unusable(f"it opens with a {record['kind']}, not with a {kind}")
-    assert isinstance(record, dict)  # noqa: S101 (json.loads gives Any)
-    return record
+    if (
+        not known
+        or not 1 <= stretching.lanes <= _MAX_LANES
+        or not 8 * stretching.lanes <= stretching.memory_kib <= _MAX_MEMORY_KIB
+        or not 1 <= stretching.iterations <= _MAX_ITERATIONS
+        or len(stretching.salt) < _MIN_SALT_BYTES
+    ):
+        raise _unusable("its key derivation is not one that this version does")
+    return stretching
 
 
-def _open(record: dict[str, Any], key: bytes, cause: str) -> RootKey:
-    wrong = WrongPassphrase("the root key stays sealed", cause=cause, remedy="Try again; nothing was changed")
+def _open(seal: _Seal, key: bytes, cause: str) -> RootKey:
     try:
-        root = RootKey(aes_key_unwrap_with_padding(key, base64.b64decode(record["wrapped"])))
+        root = RootKey(aes_key_unwrap_with_padding(key, seal.wrapped))
     except (InvalidUnwrap, ValueError):
-        raise wrong from None
-    if root.root_id != record["root_id"]:
+        raise WrongPassphrase(
+            "the root key stays sealed", cause=cause, remedy="Try again; nothing was changed"
+        ) from None
+    if root.root_id != seal.root_id:
         raise _unusable("it names another root key than it holds")
     return root
 
 
-def _stretch(passphrase: bytes | bytearray, kdf: dict[str, Any]) -> bytes:
+def _stretch(passphrase: bytes | bytearray, stretching: _Stretching) -> bytes:
     """Argon2id in a child process: 32 bytes."""
-    try:
-        if kdf["name"] != "argon2id" or not 0 < int(kdf["memory_kib"]) <= _MAX_MEMORY_KIB:
-            raise _unusable("its key derivation is not one that this version does")
-        request = json.dumps({name: kdf[name] for name in ("memory_kib", "iterations", "lanes", "salt")})
-    except (KeyError, TypeError, ValueError):
-        raise _unusable("the file is damaged") from None
+    request = json.dumps(stretching.to_json())
     with _one_derivation:
         child = subprocess.Popen(
             [sys.executable, "-I", "-m", "appliance.vault.kdf"],
@@ -233,10 +299,9 @@ def _read_key_file(path: Path) -> bytes:
             raise _key_file(path, "it is not a plain file")
         if status.st_uid != os.geteuid():
             raise _key_file(path, f"it belongs to uid {status.st_uid}, and this is uid {os.geteuid()}")
-        if stat.S_IMODE(status.st_mode) & 0o077:
-            raise _key_file(
-                path, f"its mode is {stat.S_IMODE(status.st_mode):04o}: others may read it", f"chmod 600 {path}"
-            )
+        mode = stat.S_IMODE(status.st_mode)
+        if mode not in (0o600, 0o400):
+            raise _key_file(path, f"its mode is {mode:04o}, and it must be closed to others: 0600", f"chmod 600 {path}")
         secret = file.read(_ROOT_BYTES + 1)
     if len(secret) != _ROOT_BYTES:
         raise _key_file(path, f"it must hold {_ROOT_BYTES} bytes")

@@ -4,6 +4,7 @@ Rules:
 
 - Sealed until a root key opens it; sealed again, it knows no key.
 - Keys come out of here as wrapped records only. A caller stores the records that it is given, in its own transaction.
+- A WRAPPING key made by a rotation wraps nothing new before the store says that it is there: that transaction may fail.
 - Every encryption takes a random 96-bit nonce and is counted; uses are reserved in the store before they are made, so
   that a crash never loses count (NIST SP 800-38D, 8.3: at most 2^32 a key).
 - What is cached is bounded, and found again in the store.
@@ -25,6 +26,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -56,22 +58,34 @@ _HEADER_BYTES = len(_FORMAT) + _KEY_ID_BYTES + _NONCE_BYTES
 _MAX_USES = 1 << 32
 _RESERVED_USES = 4096
 _CACHED_KEYS = 16_384  # above the most turns that run at once: a key that is not stored yet must not be dropped
+_CACHED_LABELS = 64  # of one key
 _ENCRYPTING = frozenset({KeyPurpose.RECORDS, KeyPurpose.SESSION})
 _HASHING = frozenset({KeyPurpose.LOOKUP, KeyPurpose.SALT})
 
 
 class _Key:
-    """A key in memory."""
+    """A key in memory.
 
-    __slots__ = ("aead", "macs", "record", "reserved", "secret", "used")
+    Attributes:
+        family: the tenant, or the system, that it descends from.
+        unstored: it was made here, and the store was not seen to have it since.
+    """
 
-    def __init__(self, record: KeyRecord, secret: bytes, *, used: int) -> None:
+    __slots__ = ("aead", "family", "macs", "record", "reserved", "secret", "unstored", "used")
+
+    def __init__(self, record: KeyRecord, secret: bytes, *, family: str, used: int, unstored: bool) -> None:
         self.record = record
-        self.secret = secret
+        self.family = family
         self.used = used
         self.reserved = record.uses_reserved
-        self.aead = AESGCM(secret) if record.purpose in _ENCRYPTING else None
+        self.unstored = unstored
         self.macs: dict[str, hmac.HMAC] = {}
+        self.aead = AESGCM(secret) if record.purpose in _ENCRYPTING else None
+        # What encrypts is not needed a second time; the rest can be overwritten.
+        self.secret = bytearray(secret if self.aead is None else b"")
+
+    def wipe(self) -> None:
+        self.secret[:] = bytes(len(self.secret))
 
 
 class Vault:
@@ -97,6 +111,7 @@ class Vault:
         self._root: RootKey | None = None
         self._cache: OrderedDict[str, _Key] = OrderedDict()
         self._active: dict[tuple[str, KeyPurpose], str] = {}
+        self._rotating: dict[str, str] = {}  # scope -> the WRAPPING key that the store was not seen to have yet
 
     def __repr__(self) -> str:
         return f"Vault({'sealed' if self.sealed else self.root_id})"
@@ -120,7 +135,10 @@ class Vault:
 
         Raises:
             ForeignRootKey: the database belongs to another one.
+            ValueError: it was wiped.
         """
+        if root.wiped:
+            raise ValueError("this root key was wiped")
         owner = self._keys.root_id()
         if owner is not None and owner != root.root_id:
             raise ForeignRootKey(owner, root.root_id)
@@ -133,8 +151,11 @@ class Vault:
             if self._root is not None:
                 self._root.wipe()
             self._root = None
+            for key in self._cache.values():
+                key.wipe()
             self._cache.clear()
             self._active.clear()
+            self._rotating.clear()
 
     # Making keys
 
@@ -149,35 +170,59 @@ class Vault:
     def new_session_key(self, tenant_id: str, session_id: str) -> KeyRecord:
         """The key of a new session, under its tenant's."""
         with self._lock:
-            return self._new_key(session_id, KeyPurpose.SESSION, self._key_of(tenant_id, KeyPurpose.WRAPPING))
+            key = self._make(session_id, KeyPurpose.SESSION, self._key_of(tenant_id, KeyPurpose.WRAPPING))
+            self._activate(key)
+            return key.record
 
     def rotate(self, scope: str) -> Rotation:
         """Replace the WRAPPING key of a tenant or of the system. Nothing that was encrypted changes.
 
+        Until the caller has stored what this returns, new keys go on being wrapped by the old one: a rotation that
+        could not be stored has changed nothing. One rotation of a scope at a time.
+
         Raises:
-            KeyMissing: the scope has none.
+            VaultSealed: no root key is open.
+            KeyMissing: the scope has no key.
+            TamperedValue: a key that must be rewrapped was changed outside; nothing is rotated.
         """
         with self._lock:
-            old = self._key_of(scope, KeyPurpose.WRAPPING)
-            new = self._new_key(scope, KeyPurpose.WRAPPING, None, version=old.record.version + 1)
-            new_key = self._cache[new.key_id]
+            self._open_root()
+            old = self._keys.active(scope, KeyPurpose.WRAPPING)
+            if old is None:
+                raise KeyMissing(f"for {KeyPurpose.WRAPPING} of {scope}")
             earlier = self._keys.retired(scope)
-            rewrapped = []
-            for parent in (*(record.key_id for record in earlier), old.record.key_id):
-                for child in self._keys.children(parent):
-                    secret = self._load(child).secret
-                    wrapped = aes_key_wrap_with_padding(new_key.secret, secret)
-                    rewrapped.append(dataclasses.replace(child, parent_id=new.key_id, wrapped=wrapped))
-            retired = dataclasses.replace(old.record, retired=True)
-            return Rotation(new, retired, rewrapped, [record.key_id for record in earlier])
+            # Copies: the work below is done without the lock, and sealing overwrites what is cached.
+            parents = {parent.key_id: bytes(self._load(parent).secret) for parent in (*earlier, old)}
+            new = self._make(scope, KeyPurpose.WRAPPING, None, version=old.version + 1)
+            new_secret = bytes(new.secret)
+            self._active.pop((scope, KeyPurpose.WRAPPING), None)
+            self._rotating[scope] = new.record.key_id
+            awaited = self._parents_of_unstored({parent.key_id for parent in earlier})
+        rewrapped = []
+        for parent_id, parent_secret in parents.items():
+            for child in self._keys.children(parent_id):
+                secret = _unwrapped(child, partial(aes_key_unwrap_with_padding, parent_secret))
+                wrapped = aes_key_wrap_with_padding(new_secret, secret + child.identity())
+                rewrapped.append(dataclasses.replace(child, parent_id=new.record.key_id, wrapped=wrapped))
+        with self._lock:
+            for child in rewrapped:
+                cached = self._cache.get(child.key_id)
+                if cached is not None:
+                    cached.unstored = False
+        destroyed = [parent.key_id for parent in earlier if parent.key_id not in awaited]
+        return Rotation(new.record, dataclasses.replace(old, retired=True), rewrapped, destroyed)
 
     def forget(self, scope: str) -> None:
-        """Drop the keys of a scope that was shredded in the store."""
+        """Drop the keys of a scope that was shredded in the store; of a tenant, its sessions' too."""
         with self._lock:
-            for key_id in [key_id for key_id, key in self._cache.items() if key.record.scope == scope]:
-                del self._cache[key_id]
+            for key_id, key in list(self._cache.items()):
+                if scope in (key.record.scope, key.family):
+                    key.wipe()
+                    del self._cache[key_id]
+                    self._deactivate(key)
             for held in [held for held in self._active if held[0] == scope]:
                 del self._active[held]
+            self._rotating.pop(scope, None)
 
     # Using keys
 
@@ -190,9 +235,9 @@ class Vault:
         """
         with self._lock:
             key = self._key_of(scope, purpose)
+            if key.aead is None:
+                raise TypeError(f"a key for {purpose} does not encrypt")
             self._count_use(key)
-        if key.aead is None:
-            raise TypeError(f"a key for {purpose} does not encrypt")
         nonce = self._random_bytes(_NONCE_BYTES)
         sealed = key.aead.encrypt(nonce, plaintext, binding.associated_data())
         return b"".join((_FORMAT, bytes.fromhex(key.record.key_id[4:]), nonce, sealed))
@@ -202,13 +247,16 @@ class Vault:
 
         Raises:
             TamperedValue: it was not encrypted for this place, or was changed; the row is named.
-            VaultSealed, KeyMissing: the key is not to be had.
+            KeyMissing: the key that it names is not there; the row is named.
+            VaultSealed: no root key is open.
         """
         if len(envelope) < _HEADER_BYTES or envelope[:1] != _FORMAT:
             raise TamperedValue(binding)
         key_id = f"key_{envelope[1 : 1 + _KEY_ID_BYTES].hex()}"
         with self._lock:
             key = self._by_id(key_id)
+        if key is None:
+            raise KeyMissing(key_id, binding)
         if key.aead is None:
             raise TamperedValue(binding)
         nonce = envelope[1 + _KEY_ID_BYTES : _HEADER_BYTES]
@@ -230,7 +278,9 @@ class Vault:
                 if purpose not in _HASHING:
                     raise TypeError(f"a key for {purpose} does not hash")
                 info = b"holdfast-mac-1" + label.encode()
-                subkey = HKDFExpand(SHA256(), _KEY_BYTES, info).derive(key.secret)
+                subkey = HKDFExpand(SHA256(), _KEY_BYTES, info).derive(bytes(key.secret))
+                if len(key.macs) >= _CACHED_LABELS:
+                    key.macs.clear()
                 keyed = key.macs[label] = hmac.new(subkey, digestmod=hashlib.sha256)
             digest = keyed.copy()
         digest.update(b"".join(map(length_prefixed, parts)))
@@ -245,11 +295,13 @@ class Vault:
 
     def _new_family(self, scope: str, purposes: tuple[KeyPurpose, ...]) -> list[KeyRecord]:
         with self._lock:
-            wrapping = self._new_key(scope, KeyPurpose.WRAPPING, None)
-            parent = self._cache[wrapping.key_id]
-            return [wrapping, *(self._new_key(scope, purpose, parent) for purpose in purposes)]
+            wrapping = self._make(scope, KeyPurpose.WRAPPING, None)
+            family = [wrapping, *(self._make(scope, purpose, wrapping) for purpose in purposes)]
+            for key in family:
+                self._activate(key)
+            return [key.record for key in family]
 
-    def _new_key(self, scope: str, purpose: KeyPurpose, parent: _Key | None, *, version: int = 1) -> KeyRecord:
+    def _make(self, scope: str, purpose: KeyPurpose, parent: _Key | None, *, version: int = 1) -> _Key:
         root = self._open_root()
         secret = self._random_bytes(_KEY_BYTES)
         record = KeyRecord(
@@ -258,14 +310,16 @@ class Vault:
             purpose=purpose,
             parent_id=None if parent is None else parent.record.key_id,
             version=version,
-            wrapped=root.wrap(secret) if parent is None else aes_key_wrap_with_padding(parent.secret, secret),
+            wrapped=b"",
             uses_reserved=_RESERVED_USES if purpose in _ENCRYPTING else 0,
             root_id=root.root_id,
             created_at=self._now(),
         )
-        self._remember(_Key(record, secret, used=0))
-        self._active[scope, purpose] = record.key_id
-        return record
+        named = secret + record.identity()
+        wrapped = root.wrap(named) if parent is None else aes_key_wrap_with_padding(bytes(parent.secret), named)
+        record = dataclasses.replace(record, wrapped=wrapped)
+        family = scope if parent is None else parent.family
+        return self._remember(_Key(record, secret, family=family, used=0, unstored=True))
 
     def _key_of(self, scope: str, purpose: KeyPurpose) -> _Key:
         self._open_root()
@@ -277,41 +331,67 @@ class Vault:
         record = self._keys.active(scope, purpose)
         if record is None:
             raise KeyMissing(f"for {purpose} of {scope}")
-        self._active[scope, purpose] = record.key_id
-        return self._load(record)
+        key = self._load(record)
+        if purpose is KeyPurpose.WRAPPING:
+            if self._rotating.get(scope, record.key_id) != record.key_id:
+                return key  # asked for again next time: the rotation is not stored yet, or never will be
+            self._rotating.pop(scope, None)
+        self._activate(key)
+        return key
 
-    def _by_id(self, key_id: str) -> _Key:
+    def _by_id(self, key_id: str) -> _Key | None:
         self._open_root()
         key = self._cache.get(key_id)
         if key is not None:
+            self._cache.move_to_end(key_id)
             return key
         record = self._keys.load(key_id)
-        if record is None:
-            raise KeyMissing(key_id)
-        return self._load(record)
+        return None if record is None else self._load(record)
 
     def _load(self, record: KeyRecord) -> _Key:
         known = self._cache.get(record.key_id)
         if known is not None:
             return known
-        try:
-            if record.parent_id is None:
-                secret = self._open_root().unwrap(record.wrapped)
-            else:
-                secret = aes_key_unwrap_with_padding(self._by_id(record.parent_id).secret, record.wrapped)
-        except InvalidUnwrap:
-            place = Binding("keys", "wrapped", record.key_id, record.scope, record.version)
-            raise TamperedValue(place) from None
+        # Two floors and no more: what the table says of parents can be anything, a circle too.
+        if (record.purpose is KeyPurpose.WRAPPING) != (record.parent_id is None):
+            raise _tampered(record)
+        if record.parent_id is None:
+            secret, family = _unwrapped(record, self._open_root().unwrap), record.scope
+        else:
+            parent = self._by_id(record.parent_id)
+            if parent is None:
+                raise KeyMissing(record.parent_id, _place(record))
+            if parent.record.purpose is not KeyPurpose.WRAPPING:
+                raise _tampered(record)
+            secret = _unwrapped(record, partial(aes_key_unwrap_with_padding, bytes(parent.secret)))
+            family = parent.family
         # How many of the reserved uses were made before is not known: they count as made.
-        key = _Key(record, secret, used=record.uses_reserved)
-        self._remember(key)
-        return key
+        return self._remember(_Key(record, secret, family=family, used=record.uses_reserved, unstored=False))
 
-    def _remember(self, key: _Key) -> None:
+    def _remember(self, key: _Key) -> _Key:
         self._cache[key.record.key_id] = key
         if len(self._cache) > _CACHED_KEYS:
             _, dropped = self._cache.popitem(last=False)
-            self._active.pop((dropped.record.scope, dropped.record.purpose), None)
+            self._deactivate(dropped)
+        return key
+
+    def _activate(self, key: _Key) -> None:
+        self._active[key.record.scope, key.record.purpose] = key.record.key_id
+
+    def _deactivate(self, key: _Key) -> None:
+        role = (key.record.scope, key.record.purpose)
+        if self._active.get(role) == key.record.key_id:
+            del self._active[role]
+
+    def _parents_of_unstored(self, candidates: set[str]) -> set[str]:
+        """Those of `candidates` that wrap a key which was made here and is not stored yet."""
+        parents = set()
+        for key in self._cache.values():
+            if key.unstored and key.record.parent_id in candidates:
+                key.unstored = self._keys.load(key.record.key_id) is None
+                if key.unstored:
+                    parents.add(key.record.parent_id)
+        return parents
 
     def _count_use(self, key: _Key) -> None:
         if key.used >= key.reserved:
@@ -321,3 +401,27 @@ class Vault:
             self._keys.reserve_uses(key.record.key_id, total)
             key.reserved = total
         key.used += 1
+
+
+def _unwrapped(record: KeyRecord, unwrap: Callable[[bytes], bytes]) -> bytes:
+    """The secret of a record.
+
+    Raises:
+        TamperedValue: what is wrapped is not this key.
+    """
+    try:
+        named = unwrap(record.wrapped)
+    except InvalidUnwrap:
+        raise _tampered(record) from None
+    secret, identity = named[:_KEY_BYTES], named[_KEY_BYTES:]
+    if not hmac.compare_digest(identity, record.identity()):
+        raise _tampered(record)
+    return secret
+
+
+def _place(record: KeyRecord) -> Binding:
+    return Binding("keys", "wrapped", record.key_id, record.scope, record.version)
+
+
+def _tampered(record: KeyRecord) -> TamperedValue:
+    return TamperedValue(_place(record))
