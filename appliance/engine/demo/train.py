@@ -1,0 +1,286 @@
+"""Trains the demonstration model from nothing: tokenizer, weights, configuration, chat template.
+
+    .venv-engine/bin/python -m appliance.engine.demo.train --output DIR --seconds 1500
+
+Rules:
+
+- Nothing is downloaded: conversations are made on the fly from the seed.
+- Computing time is the budget: the learning rate falls to zero as it runs out, so a slower machine gives a somewhat
+  worse model, not an unfinished one, and a machine that does other things besides takes longer for the same model.
+  What a model must be able to do is held by tests/engine/demo.
+- Short conversations first, long ones later. Short ones get holes in their positions, so that the distances of a long
+  context are met cheaply (Zhu et al., "PoSE", 2023); real long contexts follow, because attention has to find one line
+  among thousands, too.
+"""
+
+import argparse
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from appliance.engine.demo.conversations import (
+    AGENT_TURNS,
+    KINDS,
+    Case,
+    Conversation,
+    agent_cases,
+    evaluation_cases,
+    long_conversation,
+    short_conversation,
+)
+from appliance.engine.demo.llama import Shape, Weights, initial_weights, logits, save_model
+from appliance.engine.demo.tokenizer import END_TAG, START_TAG, Renderer, save_tokenizer, train_tokenizer
+
+_PEAK_RATE = 2e-3
+_WARM_UP = 0.03  # of the whole time
+_LONG_FROM = 0.45  # of the whole time: before that, short conversations only
+_LONG_SHARES = (0.25, 0.25, 0.5, 1.0, 1.0)
+_LONG_CHANCE = 0.05  # of a conversation, once long ones take part
+_BATCH_TOKENS = 2048
+_ROW_LENGTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 5120)
+_HOLES_CHANCE = 0.5
+_ELSEWHERE = 0.1  # the weight of a token that the assistant does not say
+_REPORT_EVERY_S = 90.0
+_EVALUATION_ROWS = 4
+_EVALUATION_SEED = 20_260_101
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A rendered conversation: token ids, and for each of them whether the assistant says it."""
+
+    tokens: list[int]
+    spoken: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of one length, padded on the right; `weight` [batch, length] belongs to the token that is predicted."""
+
+    tokens: Tensor
+    positions: Tensor
+    weight: Tensor
+
+
+class _Clock:
+    """Counts the computing time of this process, shared among its threads, against a budget."""
+
+    def __init__(self, threads: int, budget_s: float) -> None:
+        self.budget_s = budget_s
+        self._threads = threads
+        self._started_s = time.process_time()
+
+    def share_spent(self) -> float:
+        return (time.process_time() - self._started_s) / self._threads / self.budget_s
+
+
+class Encoder:
+    """Conversations to tokens."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._renderer = Renderer()
+        self._end: int = tokenizer.token_to_id(END_TAG)
+        self._opening: list[int] = tokenizer.encode(f"{START_TAG}assistant\n").ids
+
+    def sample(self, conversation: Conversation) -> Sample:
+        """The conversation with the assistant's words marked, each with the tag that ends them."""
+        tokens: list[int] = self.tokenizer.encode(self._renderer.render(conversation)).ids
+        spoken = [False] * len(tokens)
+        speaking = False
+        for index, token in enumerate(tokens):
+            spoken[index] = speaking
+            if token == self._end:
+                speaking = False
+            elif tokens[max(0, index + 1 - len(self._opening)) : index + 1] == self._opening:
+                speaking = True
+        return Sample(tokens, spoken)
+
+    def question_and_answer(self, case: Case) -> tuple[list[int], list[int]]:
+        """The prompt of a case, and the tokens that are right, with the tag that ends them."""
+        prompt = self._renderer.prompt(case.messages, case.tools)
+        whole = self._renderer.prompt((*case.messages, case.expected), case.tools, add_generation_prompt=False)
+        answer = whole.removeprefix(prompt).removesuffix("\n")
+        return self.tokenizer.encode(prompt).ids, self.tokenizer.encode(answer).ids
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train and write a model folder."""
+    parser = argparse.ArgumentParser(description="Train the demonstration model.")
+    parser.add_argument("--output", type=Path, required=True, help="the folder to write; made if it is missing")
+    parser.add_argument("--seconds", type=float, default=1500.0, help="computing time to train for")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cases", type=int, default=96, help="of each kind, to measure the finished model with")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    options.output.mkdir(parents=True, exist_ok=True)
+    tokenizer = write_tokenizer(options.output, seed=options.seed)
+    encoder, shape = Encoder(tokenizer), Shape()
+    weights = _train(encoder, shape, clock=_Clock(options.threads, options.seconds), seed=options.seed)
+    save_model(weights, shape, options.output, tokenizer.get_vocab())
+    for kind, share in _accuracy(weights, shape, encoder, cases_per_kind=options.cases).items():
+        _say(f"{kind:>12}  {share:6.1%}")
+    return 0
+
+
+def write_tokenizer(folder: Path, *, seed: int) -> Tokenizer:
+    """Train the tokenizer on conversations of its own and write its files."""
+    tokenizer = train_tokenizer(_tokenizer_texts(seed))
+    save_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
+def _train(encoder: Encoder, shape: Shape, *, clock: _Clock, seed: int) -> Weights:
+    weights = initial_weights(shape, seed=seed)
+    matrices = [weight.requires_grad_() for weight in weights.values() if weight.ndim == 2]
+    scales = [weight.requires_grad_() for weight in weights.values() if weight.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": scales, "weight_decay": 0.0}],
+        lr=_PEAK_RATE,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    _say(f"{sum(weight.numel() for weight in weights.values()):,} parameters, {clock.budget_s:.0f} s")
+    rng = random.Random(f"training {seed}")  # noqa: S311 (a recipe, not a secret)
+    batches = _batches(encoder, rng, clock)
+    reported_s = 0.0
+    steps = seen = 0
+    recent = torch.zeros(())
+    while (done := clock.share_spent()) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = _PEAK_RATE * _rate(done)
+        batch = next(batches)
+        loss = _step(weights, shape, optimizer, batch)
+        recent = loss if steps == 0 else recent.lerp(loss, 0.02)
+        steps += 1
+        seen += batch.tokens.numel()
+        if done * clock.budget_s > reported_s + _REPORT_EVERY_S:
+            reported_s = done * clock.budget_s
+            shares = _accuracy(weights, shape, encoder, cases_per_kind=8)
+            told = " ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
+            _say(f"{reported_s:5.0f} s  {steps:6} steps  {seen / 1e6:5.1f} M tokens  loss {recent.item():.4f}  {told}")
+    return {name: weight.detach().to(torch.bfloat16).float() for name, weight in weights.items()}
+
+
+def _step(weights: Weights, shape: Shape, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = logits(weights, shape, batch.tokens[:, :-1], batch.positions[:, :-1])
+    wanted = batch.tokens[:, 1:]
+    losses = F.cross_entropy(scores.flatten(0, 1).float(), wanted.flatten(), reduction="none")
+    weight = batch.weight[:, 1:].flatten()
+    loss = (losses * weight).sum() / weight.sum()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+    optimizer.step()
+    return loss.detach()
+
+
+def _rate(done: float) -> float:
+    """The learning rate's share of its peak: a short rise, then half a cosine."""
+    if done < _WARM_UP:
+        return done / _WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * (done - _WARM_UP) / (1 - _WARM_UP)))
+
+
+def _batches(encoder: Encoder, rng: random.Random, clock: _Clock) -> Iterator[Batch]:
+    """Rows of like length, in a few fixed shapes: the matrix kernels are built anew for every shape they meet."""
+    waiting: dict[int, list[Sample]] = {length: [] for length in _ROW_LENGTHS}
+    while True:
+        if clock.share_spent() > _LONG_FROM and rng.random() < _LONG_CHANCE:
+            conversation = long_conversation(rng, share=rng.choice(_LONG_SHARES))
+        else:
+            conversation = short_conversation(rng)
+        sample = encoder.sample(conversation)
+        length = _row_length(len(sample.tokens))
+        rows = waiting[length]
+        rows.append(sample)
+        if len(rows) * length >= _BATCH_TOKENS:
+            yield _padded(rows, length, rng)
+            waiting[length] = []
+
+
+def _row_length(tokens: int) -> int:
+    return next(length for length in _ROW_LENGTHS if length >= tokens)
+
+
+def _padded(samples: Sequence[Sample], length: int, rng: random.Random) -> Batch:
+    tokens = torch.zeros(len(samples), length, dtype=torch.long)
+    positions = torch.zeros(len(samples), length, dtype=torch.long)
+    weight = torch.zeros(len(samples), length)
+    for row, sample in enumerate(samples):
+        count = len(sample.tokens)
+        tokens[row, :count] = torch.tensor(sample.tokens)
+        weight[row, :count] = torch.tensor([1.0 if spoken else _ELSEWHERE for spoken in sample.spoken])
+        positions[row] = _positions(length, rng, holes=rng.random() < _HOLES_CHANCE)
+    return Batch(tokens, positions, weight)
+
+
+def _positions(length: int, rng: random.Random, *, holes: bool) -> Tensor:
+    steps = torch.ones(length, dtype=torch.long)
+    steps[0] = 0
+    if holes:
+        room = Shape().max_tokens - length
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            hole = int(room * rng.random() ** 2)
+            steps[rng.randrange(1, length)] += hole
+            room -= hole
+    return steps.cumsum(0)
+
+
+def _accuracy(weights: Weights, shape: Shape, encoder: Encoder, *, cases_per_kind: int) -> dict[str, float]:
+    """The share of cases answered word by word: every right token is the likeliest one after those before it."""
+    cases = {kind: evaluation_cases(kind, cases_per_kind, seed=_EVALUATION_SEED) for kind in KINDS}
+    cases["agent_loop"] = agent_cases(min(cases_per_kind, AGENT_TURNS))
+    shares = {}
+    for kind, of_kind in cases.items():
+        encoded = sorted(map(encoder.question_and_answer, of_kind), key=lambda pair: len(pair[0]))
+        right = 0
+        for first in range(0, len(encoded), _EVALUATION_ROWS):
+            questions, answers = zip(*encoded[first : first + _EVALUATION_ROWS], strict=True)
+            right += _right(weights, shape, questions, answers)
+        shares[kind] = right / len(encoded)
+    return shares
+
+
+def _right(weights: Weights, shape: Shape, questions: Sequence[list[int]], answers: Sequence[list[int]]) -> int:
+    """How many questions are answered token by token; all of them go through the model in one batch."""
+    length = _row_length(max(len(question) + len(answer) for question, answer in zip(questions, answers, strict=True)))
+    tokens = torch.zeros(len(questions), length, dtype=torch.long)
+    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        tokens[row, : len(question) + len(answer)] = torch.tensor(question + answer)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        likeliest = logits(weights, shape, tokens, torch.arange(length).expand_as(tokens)).argmax(dim=-1)
+    right = 0
+    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        first = len(question) - 1
+        right += likeliest[row, first : first + len(answer)].tolist() == answer
+    return right
+
+
+def _tokenizer_texts(seed: int) -> Iterator[str]:
+    renderer = Renderer()
+    rng = random.Random(f"tokenizer {seed}")  # noqa: S311 (a recipe, not a secret)
+    for _ in range(6000):
+        yield renderer.render(short_conversation(rng))
+    for _ in range(150):
+        yield renderer.render(long_conversation(rng, share=1.0))
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
