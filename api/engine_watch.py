@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from appliance.engine.client import EngineClient, ModelCard
-
 from appliance.errors import HoldfastError
 
 _WHILE_ABSENT_S = 0.25

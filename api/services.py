@@ -13,12 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from api.engine_watch import EngineWatch
+from api.metrics import Metrics
 from appliance.engine.client import EngineClient
 from appliance.engine.launcher import EngineProcess
 from appliance.errors import HoldfastError
-
-from api.engine_watch import EngineWatch
-from api.metrics import Metrics
 from appliance.identity import Identity, Quotas
 from appliance.sessions import Sessions
 from appliance.settings import Settings

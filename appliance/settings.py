@@ -87,6 +87,7 @@ class EngineSettings(_Section):
     eager: bool | None = None  # skip compilation: quicker to start, slower to run; None: on a CPU
     ready_timeout_s: float = Field(600.0, gt=0)
     restart_backoff_s: float = Field(1.0, gt=0)  # doubles up to a minute
+    tool_call_parser: str | None = None  # how the model writes tool calls: the name of one of vLLM's parsers
     lease_fraction: float = Field(0.5, ge=0, le=0.95)  # of the device's blocks, the most that leases may hold
 
 

@@ -1,0 +1,79 @@
+"""What every answer of the gateway has in common: its request's id, its shape when it is an error.
+
+Rules:
+
+- An error never waits for the rest of a body: it closes the connection where one was not read.
+- Nothing here knows a route.
+"""
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic_core import to_json
+
+from api.openai.errors import error_object, retry_after_s, status_of
+from appliance.errors import HoldfastError
+from appliance.identity import Caller
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+REQUEST = "holdfast.request"
+"""The key of the `Request` in an ASGI scope."""
+
+_JSON = (b"content-type", b"application/json")
+_CLOSE = (b"connection", b"close")
+
+
+@dataclass(slots=True)
+class Request:
+    """What the guard found out about a request.
+
+    Attributes:
+        headers: by lower-case name; none of those that decide anything appears twice.
+        caller: who is asking; None on the routes that anybody may ask.
+        answer_headers: what every answer to this request carries.
+        body_read: nothing of the body is left on the connection.
+    """
+
+    request_id: str
+    headers: dict[bytes, bytes]
+    caller: Caller | None = None
+    answer_headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    body_read: bool = False
+    began: bool = False
+
+    def known_caller(self) -> Caller:
+        """Who is asking, on a route that asked for a key."""
+        if self.caller is None:
+            raise RuntimeError("this route is not guarded by a key")
+        return self.caller
+
+
+async def answer_json(send: Send, status: int, body: object, *, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
+    """Answer with `body` as JSON; bytes are JSON already."""
+    data = body if isinstance(body, bytes) else to_json(body)
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [_JSON, (b"content-length", b"%d" % len(data)), *headers],
+        }
+    )
+    await send({"type": "http.response.body", "body": data})
+
+
+async def refuse(send: Send, request: Request, error: HoldfastError) -> None:
+    """Answer with an error."""
+    headers: list[tuple[bytes, bytes]] = []
+    wait_s = retry_after_s(error)
+    if wait_s is not None:
+        headers.append((b"retry-after", b"%d" % wait_s))
+    if status_of(error) == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if not request.body_read:
+        headers.append(_CLOSE)
+    await answer_json(send, status_of(error), error_object(error, request.request_id), headers=tuple(headers))

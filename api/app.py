@@ -1,0 +1,46 @@
+"""The data listener's application: the routes, behind the guard.
+
+Rules:
+
+- The two completion routes and the models are plain ASGI applications inside the FastAPI application: a turn pays for
+  no dependency injection and no response model.
+- FastAPI's own pages (schema, documentation) do not exist: nothing answers that is not listed here.
+"""
+
+from fastapi import FastAPI
+from starlette.routing import Route
+
+from api.answers import App
+from api.guard import Guard
+from api.health import Health
+from api.openai.models import LIST_PATH, Models
+from api.openai.turns import Endpoint, Turns
+from api.openai.wire import read_chat, read_completion
+from api.services import Services
+from appliance.sessions import TurnKind
+
+CHAT = Endpoint(
+    TurnKind.CHAT,
+    "/v1/chat/completions",
+    "chatcmpl-",
+    lambda body, hints, settings: read_chat(body, hints, max_messages=settings.max_messages),
+)
+COMPLETION = Endpoint(
+    TurnKind.COMPLETION, "/v1/completions", "cmpl-", lambda body, hints, _: read_completion(body, hints)
+)
+
+
+def create_app(services: Services) -> App:
+    """The application that the data listener serves."""
+    models = Models(services)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.router.routes.extend(
+        [
+            Route(CHAT.path, Turns(services, CHAT), methods=["POST"]),
+            Route(COMPLETION.path, Turns(services, COMPLETION), methods=["POST"]),
+            Route(LIST_PATH.decode(), models, methods=["GET"]),
+            Route(f"{LIST_PATH.decode()}/{{model:path}}", models, methods=["GET"]),
+        ]
+    )
+    routes = {CHAT.path.encode(): ("POST",), COMPLETION.path.encode(): ("POST",), LIST_PATH: ("GET",)}
+    return Guard(app, Health(services, in_full=False), services, routes)

@@ -1,0 +1,174 @@
+"""The outermost layer of the data listener: nothing is reached but through here.
+
+Rules:
+
+- Routes are compared with the raw path, byte for byte. What is not exactly a route is none: an encoded slash, `//`,
+  `..`, another case, a trailing dot or `;` leads nowhere.
+- Everything but `/healthz` and `/readyz` needs a key, what does not exist too: who has no key learns no route.
+- Host is one of `gateway.allowed_hosts`, once.
+- Headers that decide something come once. A body announced too long is refused before it is read.
+- Every answer carries `X-Request-ID`; the client's own is kept if it is harmless.
+- While the vault is sealed or the gateway drains, only health is answered.
+- An error that nobody thought of is logged with the request's id and answers 500 without a word of it.
+"""
+
+import logging
+import os
+import re
+import traceback
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+from urllib.parse import quote
+
+from api.answers import REQUEST, App, Receive, Request, Scope, Send, refuse
+from api.authentication import authenticate
+from api.bodies import ClientGone, too_large
+from api.health import HEALTH_ROUTES
+from api.openai.errors import (
+    Draining,
+    HostRefused,
+    MethodRefused,
+    RequestError,
+    RouteMissing,
+)
+from api.openai.hints import HEADERS as SESSION_HEADERS
+from api.services import Services
+from appliance.errors import HoldfastError
+from appliance.vault import VaultSealed
+
+MODEL_PREFIX = b"/v1/models/"
+
+_LOG = logging.getLogger("holdfast.gateway")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
+_ONCE = frozenset({b"host", b"authorization", b"content-length", b"x-request-id"}) | SESSION_HEADERS
+
+
+class Guard:
+    """Wraps the data listener's application.
+
+    Args:
+        app: what answers the requests that pass.
+        open_app: what answers on the routes that need no key.
+        routes: the methods of each raw path.
+    """
+
+    def __init__(self, app: App, open_app: App, services: Services, routes: Mapping[bytes, tuple[str, ...]]) -> None:
+        self._app = app
+        self._open_app = open_app
+        self._services = services
+        self._routes = routes
+        self._hosts = frozenset(host.lower().encode() for host in services.settings.gateway.allowed_hosts)
+        self._max_body_bytes = services.settings.gateway.max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            raise RuntimeError(f"the data listener speaks HTTP only, not {scope['type']}")
+        pairs = scope["headers"]
+        headers = dict(pairs)
+        given_id = headers.get(b"x-request-id", b"")
+        request_id = given_id if _REQUEST_ID.fullmatch(given_id) else os.urandom(16).hex().encode()
+        request = Request(request_id.decode(), headers)
+        request.answer_headers.append((b"x-request-id", request_id))
+        counted = self._services.metrics.requests
+        route = "other"
+
+        async def send_named(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                request.began = True
+                message["headers"] = [*message["headers"], *request.answer_headers]
+                counted.labels(route, f"{message['status'] // 100}xx").inc()
+            await send(message)
+
+        try:
+            raw_path: bytes = scope["raw_path"]
+            if raw_path in self._routes:
+                route = raw_path.decode()
+            app = await self._admit(scope, request, raw_path)
+            scope[REQUEST] = request
+            await app(scope, receive, send_named)
+        except ClientGone:
+            return
+        except HoldfastError as error:
+            await refuse(send_named, request, error)
+        except Exception as error:
+            # Not its message: that may quote what a person said.
+            trace = "".join(traceback.format_tb(error.__traceback__))
+            _LOG.error("request %s failed: %s\n%s", request.request_id, type(error).__name__, trace)
+            # An answer that has begun is cut off: a client must not take it for whole.
+            if not request.began:
+                await refuse(send_named, request, _defect(error))
+
+    async def _admit(self, scope: Scope, request: Request, raw_path: bytes) -> App:
+        services = self._services
+        self._check_headers(scope["headers"], request.headers)
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        health = HEALTH_ROUTES.get(raw_path)
+        if health is not None:
+            _check_method(method, health)
+            return self._open_app
+        if services.lifecycle.draining:
+            raise Draining(
+                "the gateway is stopping",
+                cause="it lets what runs finish and takes nothing new",
+                remedy="Send the request again in a moment",
+            )
+        if services.vault.sealed:
+            raise VaultSealed
+        request.caller = await authenticate(services.identity, request)
+        methods = self._routes.get(raw_path)
+        if methods is None:
+            if not self._is_model(raw_path):
+                raise RouteMissing(
+                    "there is nothing at this path",
+                    cause="paths are compared exactly, encoded characters included",
+                    remedy="See GET /v1/models, POST /v1/chat/completions and POST /v1/completions",
+                )
+            methods = ("GET",)
+        _check_method(method, methods)
+        return self._app
+
+    def _check_headers(self, pairs: list[tuple[bytes, bytes]], headers: dict[bytes, bytes]) -> None:
+        if len(headers) != len(pairs):
+            names = [name for name, _ in pairs if name in _ONCE]
+            if len(names) != len(set(names)):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise RequestError(
+                    f"the header {twice.decode()} came more than once",
+                    cause="two of them could mean two things",
+                    remedy="Send it once",
+                )
+        host = headers.get(b"host", b"").lower()
+        name, colon, port = host.rpartition(b":")
+        if not colon or host.endswith(b"]"):
+            name, port = host, b""
+        if name not in self._hosts or not (port.isdigit() or not port) or (colon and not port and name != host):
+            raise HostRefused(
+                "the Host header names another server",
+                cause="it is missing, malformed, or not in gateway.allowed_hosts",
+                remedy="Use a name that is allowed, or add yours to gateway.allowed_hosts",
+            )
+        announced = headers.get(b"content-length")
+        if announced is not None and (not announced.isdigit() or int(announced[:15]) > self._max_body_bytes):
+            raise too_large(self._max_body_bytes)
+
+    def _is_model(self, raw_path: bytes) -> bool:
+        if not raw_path.startswith(MODEL_PREFIX):
+            return False
+        asked = raw_path[len(MODEL_PREFIX) :].decode("latin-1")
+        return any(asked in (model.id, quote(model.id, safe="")) for model in self._services.watch.models)
+
+
+def _check_method(method: str, methods: tuple[str, ...]) -> None:
+    if method not in methods:
+        raise MethodRefused(
+            f"{method} is not possible here", cause=f"this path takes {', '.join(methods)}", remedy="Change the method"
+        )
+
+
+def _defect(error: Exception) -> HoldfastError:
+    return HoldfastError(
+        "something went wrong that nobody thought of",
+        cause=f"a defect of the gateway ({type(error).__name__})",
+        remedy="`holdfast logs gateway` has it under the request's id",
+    )

@@ -1,0 +1,143 @@
+"""HTTP/1.1 on a connection, within bounds that come before any application.
+
+Rules:
+
+- The request line and the headers of one request have a size and a deadline: a connection that sends neither more nor
+  less than it must is never waited for.
+- What is not HTTP, or too much of it, is answered in the same shape as every other error, with an `X-Request-ID`, and
+  the connection is closed.
+"""
+
+import asyncio
+import os
+from typing import Any
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from api.openai.errors import HeadersTooLarge, NotHttp, error_object, status_of
+from appliance.errors import HoldfastError
+
+_HEADER_DEADLINE_S = 15.0
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """What the data listener speaks.
+
+    Attributes:
+        max_header_bytes: of the request line and all headers together.
+    """
+
+    max_header_bytes = 64 << 10
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._header_bytes = 0
+        self._in_headers = True
+        self._refused = False
+        self._header_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for headers."""
+        super().connection_made(transport)
+        self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Count what comes before the headers are complete."""
+        if self._refused:
+            return
+        if self._in_headers:
+            self._header_bytes += len(data)
+        super().data_received(data)
+        if self._in_headers and self._header_bytes > self.max_header_bytes:
+            self._refuse_headers()
+
+    def on_message_begin(self) -> None:
+        """Another request on this connection."""
+        super().on_message_begin()
+        if not self._in_headers:
+            self._await_headers()
+
+    def on_headers_complete(self) -> None:
+        """Hand the request to the application, unless it brought too much."""
+        self._in_headers = False
+        self._stop_timer()
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > self.max_header_bytes:
+            self._refuse_headers()
+            return
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Nothing of a refused request is kept."""
+        if not self._refused:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Nothing of a refused request is answered twice."""
+        if not self._refused:
+            super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002  (uvicorn's signature)
+        """What came is no HTTP."""
+        self._refuse(
+            NotHttp(
+                "the request cannot be read",
+                cause="it is not HTTP/1.1 as RFC 9112 has it",
+                remedy="Send it with an HTTP library",
+            )
+        )
+
+    def _await_headers(self) -> None:
+        self._in_headers, self._header_bytes = True, 0
+        self._header_timer = self.loop.call_later(_HEADER_DEADLINE_S, self._headers_late)
+
+    def _stop_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _headers_late(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+
+    def _refuse_headers(self) -> None:
+        self._refuse(
+            HeadersTooLarge(
+                "the request's headers are too large",
+                cause=f"allowed are {self.max_header_bytes} bytes (gateway.max_header_bytes)",
+                remedy="Send fewer or shorter headers",
+            )
+        )
+
+    def _refuse(self, error: HoldfastError) -> None:
+        self._refused = True
+        self._stop_timer()
+        if self.transport.is_closing():
+            return
+        request_id = os.urandom(16).hex()
+        content = error_object(error, request_id)
+        self.transport.write(
+            STATUS_LINE[status_of(error)]
+            + b"content-type: application/json\r\nconnection: close\r\n"
+            + b"x-request-id: %s\r\ncontent-length: %d\r\n\r\n" % (request_id.encode(), len(content))
+            + content
+        )
+        self.transport.close()
+
+
+def bounded_by(max_header_bytes: int) -> type[BoundedProtocol]:
+    """`BoundedProtocol` with its own bound: uvicorn makes protocols itself, from a class."""
+    return type("BoundedProtocol", (BoundedProtocol,), {"max_header_bytes": max_header_bytes})

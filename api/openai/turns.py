@@ -1,0 +1,384 @@
+"""The life of a turn: admitted, placed in its session, asked of the engine, given on, committed, and only then ended.
+
+Rules:
+
+- Before the engine is asked: the key's quota is reserved and the session is known.
+- The answer goes to the client as it comes, save its end: the chunk with the last `finish_reason`, the usage and
+  `[DONE]` are held back until request, answer and token ids are durable. A client that saw any of them will find its
+  transcript. Where the commit fails, an error event takes their place.
+- A turn that was broken off (client gone, engine lost, deadline, gateway stopping) is committed as interrupted, with
+  what was generated, if anything was; the engine's work is cancelled at once.
+- What was reserved is settled exactly once, on every way out.
+- The status line waits for the engine's first chunk, so that what fails before it has a status of its own.
+"""
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic_core import from_json, to_json
+
+from api.answers import REQUEST, Receive, Request, Scope, Send, answer_json, refuse
+from api.bodies import ClientGone, read_body
+from api.openai.chunks import Answer
+from api.openai.errors import (
+    AnswerBroken,
+    ContextTooLong,
+    EngineRefused,
+    EngineStarting,
+    ModelMissing,
+    TooManyTurns,
+    TurnTooLong,
+    error_object,
+)
+from api.openai.hints import read_hints
+from api.openai.wire import Asked, HintsReader
+from api.services import Services
+from appliance.engine.client import EngineLost, EngineRejected, EngineUnavailable
+from appliance.engine.protocol import Lease, lease_params
+from appliance.errors import HoldfastError
+from appliance.identity import Admission
+from appliance.sessions import Outcome, Session, TurnKind, TurnState
+from appliance.settings import GatewaySettings
+
+_COMMIT_DEADLINE_S = 30.0
+_STALLED_CLIENT_S = 2.0  # how long a client that does not read is given to take the error event
+_BYTES_PER_TOKEN = 4  # what an answer cost whose prompt the engine did not get to count
+_EVENT_STREAM = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One of the two ways of asking.
+
+    Attributes:
+        path: where the engine is asked.
+        id_prefix: what the engine puts before our request id to make the response's id.
+    """
+
+    kind: TurnKind
+    path: str
+    id_prefix: str
+    read: Callable[[bytes | bytearray, HintsReader, GatewaySettings], Asked]
+
+
+@dataclass(eq=False, slots=True)
+class _Running:
+    """A turn that is with the engine, and how it is broken off."""
+
+    asked: Asked
+    session: Session
+    admission: Admission
+    answer: Answer
+    response_id: str
+    prompt_bytes: int
+    started_at: float
+    broken_off_by: HoldfastError | None = None
+    client_gone: bool = False
+    settled: bool = False
+    _limit: asyncio.Timeout | None = field(default=None)
+
+    def interrupt(self, why: HoldfastError | None) -> None:
+        """Break the turn off; `why` None: the client is gone."""
+        if self._limit is None or self.client_gone or self.broken_off_by is not None:
+            return
+        self.broken_off_by, self.client_gone = why, why is None
+        self._limit.reschedule(asyncio.get_running_loop().time())
+
+    @contextlib.asynccontextmanager
+    async def until(self, timeout_s: float) -> AsyncIterator[None]:
+        """Run the body until it ends or is interrupted, at most `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s) as self._limit:
+                try:
+                    yield
+                finally:
+                    limit, self._limit = self._limit, None
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            if not self.client_gone and self.broken_off_by is None:
+                self.broken_off_by = TurnTooLong(
+                    "the turn took too long",
+                    cause=f"it was not over after {timeout_s:g} s (gateway.request_timeout_s)",
+                    remedy="Ask for fewer tokens, or have an administrator raise the bound",
+                )
+
+
+class Turns:
+    """One of the two completion routes, as an ASGI application."""
+
+    def __init__(self, services: Services, endpoint: Endpoint) -> None:
+        self._services = services
+        self._endpoint = endpoint
+        self._settings = services.settings.gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        request: Request = scope[REQUEST]
+        try:
+            await self._serve(request, receive, send)
+        except HoldfastError as error:
+            await refuse(send, request, error)
+
+    async def _serve(self, request: Request, receive: Receive, send: Send) -> None:
+        services, settings = self._services, self._settings
+        body = await read_body(request, receive, settings.max_body_bytes)
+        asked = self._endpoint.read(body, lambda given: read_hints(request.headers, given), settings)
+        dropped = asked.dropped.header()
+        if dropped is not None:
+            request.answer_headers.append((b"x-holdfast-dropped", dropped.encode("ascii")))
+        if len(services.lifecycle.turns) >= settings.max_streams:
+            raise TooManyTurns(
+                "the gateway is busy",
+                cause=f"{settings.max_streams} turns run already (gateway.max_streams)",
+                remedy="Send the request again in a moment",
+            )
+        admission = services.quotas.admit(request.known_caller(), asked.turn.model, self._reservation(asked, body))
+        running: _Running | None = None
+        try:
+            running = await self._place(request, asked, admission, len(body))
+            services.lifecycle.turns.add(running)
+            watcher = asyncio.get_running_loop().create_task(_watch(receive, running))
+            try:
+                await (self._stream if asked.stream else self._whole)(request, running, send)
+            finally:
+                watcher.cancel()
+        finally:
+            if running is not None:
+                services.lifecycle.turns.discard(running)
+            if running is None or not running.settled:
+                admission.release()
+
+    def _reservation(self, asked: Asked, body: bytes | bytearray) -> int:
+        """Tokens, before anything is known but the bounds."""
+        prompt = len(body) // _BYTES_PER_TOKEN
+        if asked.max_tokens is not None:
+            return prompt + asked.choices * asked.max_tokens
+        model = self._services.watch.model(asked.turn.model)
+        longest = model.max_model_len if model is not None and model.max_model_len else prompt
+        return max(longest, prompt)
+
+    async def _place(self, request: Request, asked: Asked, admission: Admission, prompt_bytes: int) -> _Running:
+        services = self._services
+        if not services.watch.ready:
+            raise EngineStarting(
+                "the engine is not ready",
+                cause=services.watch.summary,
+                remedy="Send the request again in a moment; GET /readyz tells when",
+            )
+        if services.watch.model(asked.turn.model) is None:
+            raise ModelMissing(
+                "there is no such model here",
+                cause="the name in `model` is not one that is served",
+                remedy="GET /v1/models lists those that are",
+                param="model",
+            )
+        started_at = services.now()
+        session = await services.sessions.resolve(request.known_caller(), asked.turn)
+        request.answer_headers.append((b"x-session-id", session.visible_id.encode("latin-1", "replace")))
+        response_id = f"{self._endpoint.id_prefix}{os.urandom(16).hex()}"
+        answer = Answer(
+            self._endpoint.kind,
+            response_id,
+            asked.turn.model,
+            choices=asked.choices,
+            include_usage=asked.include_usage,
+            keep_token_ids=asked.keep_token_ids,
+        )
+        return _Running(asked, session, admission, answer, response_id, prompt_bytes, started_at)
+
+    def _engine_body(self, running: _Running) -> bytes:
+        """The only way that anything reaches the engine."""
+        asked, session = running.asked, running.session
+        lease = Lease(session.lease_label, session.tenant_label, session.idle_timeout_s)
+        body: dict[str, Any] = {
+            **asked.turn.parameters,
+            "model": asked.turn.model,
+            "cache_salt": session.salt,
+            "kv_transfer_params": lease_params(lease),
+            "return_token_ids": True,
+        }
+        if self._endpoint.kind is TurnKind.CHAT:
+            body["messages"] = asked.turn.messages
+        if asked.stream:
+            body["stream"] = True
+            body["stream_options"] = {"include_usage": True}
+        return to_json(body)
+
+    # Streamed
+
+    async def _stream(self, request: Request, running: _Running, send: Send) -> None:
+        answer = running.answer
+        failure: HoldfastError | None = None
+        try:
+            async with running.until(self._settings.request_timeout_s):
+                await self._pass_on(request, running, send)
+                if not answer.complete:
+                    raise _unfinished()
+        except HoldfastError as error:
+            failure = error
+        failure = failure or running.broken_off_by
+        if not request.began and not answer.begun:
+            await self._settle_unanswered(running, failure)
+            if failure is not None:
+                raise self._explained(running, failure)
+            raise ClientGone
+        state = TurnState.COMPLETE if failure is None and not running.client_gone else TurnState.INTERRUPTED
+        try:
+            await self._commit(running, state)
+        except HoldfastError as error:
+            failure = failure or error
+        if running.client_gone:
+            return
+        if not request.began:
+            await _begin(send)
+        last = answer.end() if failure is None else _error_event(self._explained(running, failure), request)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(None if failure is None else _STALLED_CLIENT_S):
+                await send({"type": "http.response.body", "body": last})
+
+    async def _pass_on(self, request: Request, running: _Running, send: Send) -> None:
+        """From the engine to the client, all but the end."""
+        answer = running.answer
+        begun_at = time.perf_counter()
+        engine = self._services.engine
+        engine_id = running.response_id.removeprefix(self._endpoint.id_prefix)
+        async with engine.stream(self._endpoint.path, self._engine_body(running), request_id=engine_id) as payloads:
+            async for payload in payloads:
+                event = answer.feed(payload)
+                if not event:
+                    continue
+                if not request.began:
+                    self._services.metrics.first_token_s.observe(time.perf_counter() - begun_at)
+                    await _begin(send)
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+
+    # Whole
+
+    async def _whole(self, _: Request, running: _Running, send: Send) -> None:
+        failure: HoldfastError | None = None
+        public = b""
+        engine_id = running.response_id.removeprefix(self._endpoint.id_prefix)
+        try:
+            async with running.until(self._settings.request_timeout_s):
+                answered = await self._services.engine.call(
+                    self._endpoint.path,
+                    self._engine_body(running),
+                    request_id=engine_id,
+                    deadline_s=self._settings.request_timeout_s,
+                )
+                public = running.answer.take_whole(answered[1])
+        except HoldfastError as error:
+            failure = error
+        failure = failure or running.broken_off_by
+        if failure is not None or running.client_gone:
+            await self._settle_unanswered(running, failure)
+            if failure is not None:
+                raise self._explained(running, failure)
+            raise ClientGone
+        await self._commit(running, TurnState.COMPLETE)
+        await answer_json(send, 200, public)
+
+    # Writing it down
+
+    async def _commit(self, running: _Running, state: TurnState) -> None:
+        services, answer, usage = self._services, running.answer, running.answer.usage
+        outcome = Outcome(
+            response_id=running.response_id,
+            state=state,
+            answer=answer.message(),
+            prompt_token_ids=answer.prompt_token_ids,
+            completion_token_ids=answer.completion_token_ids,
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+            finish_reason=answer.finish_reason,
+            started_at=running.started_at,
+            ended_at=services.now(),
+        )
+        running.settled = True
+        used = running.admission.settle(usage.prompt_tokens + usage.completion_tokens)
+        begun_at = time.perf_counter()
+        async with asyncio.timeout(_COMMIT_DEADLINE_S):
+            await services.sessions.record(running.session, running.asked.turn, outcome, used)
+        metrics = services.metrics
+        metrics.commit_s.observe(time.perf_counter() - begun_at)
+        metrics.turns.labels(state.value).inc()
+        metrics.tokens_cached.inc(usage.cached_tokens)
+        metrics.tokens_computed.inc(max(0, usage.prompt_tokens - usage.cached_tokens))
+        metrics.tokens_generated.inc(usage.completion_tokens)
+
+    async def _settle_unanswered(self, running: _Running, failure: HoldfastError | None) -> None:
+        """Nothing was answered: a client that went away pays for its prompt, one that was refused pays nothing."""
+        self._services.metrics.turns.labels(TurnState.FAILED.value).inc()
+        if failure is not None:
+            return
+        running.settled = True
+        used = running.admission.settle(running.prompt_bytes // _BYTES_PER_TOKEN)
+        if used:
+            await self._services.store.write(used)
+
+    def _explained(self, running: _Running, error: HoldfastError) -> HoldfastError:
+        """The error that a client is told for one that the engine or its client raised."""
+        if isinstance(error, EngineUnavailable | EngineLost):
+            self._services.watch.missed()
+        if isinstance(error, EngineRejected):
+            return _refusal(error, running.session)
+        return error
+
+
+async def _watch(receive: Receive, running: _Running) -> None:
+    """Break the turn off when its client goes away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    running.interrupt(None)
+
+
+async def _begin(send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": list(_EVENT_STREAM)})
+
+
+def _error_event(error: HoldfastError, request: Request) -> bytes:
+    return b"data: " + error_object(error, request.request_id) + b"\n\n"
+
+
+def _unfinished() -> HoldfastError:
+    return AnswerBroken(
+        "the engine broke off the answer",
+        cause="its stream ended before the answer did",
+        remedy="Send the request again; `holdfast logs engine` tells more",
+    )
+
+
+def _refusal(rejected: EngineRejected, session: Session) -> HoldfastError:
+    said = _engine_message(rejected.body, session)
+    if "maximum context length" in said:
+        return ContextTooLong(
+            "the conversation is longer than the model can take",
+            cause=said,
+            remedy="Leave out or summarise the oldest messages, or ask for fewer tokens",
+            param="messages",
+        )
+    return EngineRefused("the engine refused the request", cause=said, remedy="Correct the request")
+
+
+def _engine_message(body: bytes, session: Session) -> str:
+    """What the engine said of a request, if it may be repeated: it may quote what the gateway put in."""
+    try:
+        message = from_json(body)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return "it did not say why"
+    if not isinstance(message, str) or any(
+        secret in message for secret in (session.salt, session.lease_label, session.tenant_label)
+    ):
+        return "it did not say why"
+    return message[:500].rstrip(".")

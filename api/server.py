@@ -1,0 +1,383 @@
+"""The gateway process: puts the parts together, listens, and ends in good order.
+
+Rules:
+
+- One gateway for a state directory: `run/lock` is held from before the store is opened until the process ends.
+- Two listeners in one loop: the data listener (TCP; TLS unless it is on loopback) and the admin socket, which only the
+  appliance's user can reach and whose peers the kernel names.
+- It accepts connections before the engine is there: what is not ready is said, not waited for.
+- SIGTERM and SIGINT drain: nothing new is admitted, what runs may finish until `gateway.drain_timeout_s`, the rest is
+  ended with an error event and kept as interrupted. A second signal ends it at once. Then the engine is stopped.
+- No core dump holds its memory; swap in plaintext is told or refused, as the settings say.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import uvicorn
+import uvloop
+
+from api.admin.peers import PeerCredentialsProtocol
+from api.admin.routes import admin_app
+from api.answers import App, Receive, Scope, Send
+from api.app import create_app
+from api.engine_watch import EngineWatch
+from api.health import HEALTH_ROUTES, Health
+from api.listener import bounded_by
+from api.metrics import CONTENT_TYPE, Metrics
+from api.openai.errors import Draining
+from api.roots import open_root, read_seal
+from api.services import Lifecycle, Services
+from appliance.engine.client import EngineClient
+from appliance.engine.launcher import SOCKET_NAME, EngineFailed, EngineProcess, EngineSpec
+from appliance.errors import Fault, HoldfastError
+from appliance.identity import Identity, Quotas
+from appliance.sessions import Sessions
+from appliance.settings import Settings
+from appliance.store import DatabaseKeys, Store
+from appliance.vault import Vault, seal_kind
+from appliance.vault.process import forbid_core_dumps, plaintext_swap_devices, swap_warning
+
+DATABASE = "holdfast.db"
+ENGINE_DIR = Path("run") / "engine"
+_DEMO_MODEL = Path(__file__).parent.parent / "appliance" / "engine" / "demo" / "model"
+_DEMO_TOOL_CALLS = "hermes"  # how the demonstration model writes a tool call
+_INTERRUPTED_S = 5.0  # for broken-off turns to be committed and told
+_LOOK_EVERY_S = 0.02
+_CLOSING_S = 2  # for connections to be closed
+_IDLE_CONNECTION_S = 30
+_LOG = logging.getLogger("holdfast.gateway")
+
+
+class StateInUse(HoldfastError):
+    """Another gateway has the state directory."""
+
+    code: ClassVar[str] = "state_in_use"
+    fault: ClassVar[Fault] = Fault.CONFLICT
+
+
+class CannotListen(HoldfastError, OSError):
+    """A listener's address cannot be had."""
+
+    code: ClassVar[str] = "cannot_listen"
+    fault: ClassVar[Fault] = Fault.ENVIRONMENT
+
+
+def serve(settings: Settings) -> None:
+    """Run the gateway until it is told to stop. Blocks.
+
+    Raises:
+        HoldfastError: it cannot start; says what is in the way.
+    """
+    forbid_core_dumps()
+    warning = swap_warning(settings.vault.plaintext_swap, plaintext_swap_devices())
+    if warning is not None:
+        _LOG.warning("%s", warning)
+    with _only_gateway(settings.state_dir / "run"), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> None:
+    async with _services(settings) as services:
+        data = _listen_tcp(settings)
+        with data, _admin_socket(settings.state_dir / "run") as admin:
+            services.lifecycle.endpoint = _endpoint(settings, data)
+            await _run(services, data, admin)
+
+
+async def _run(services: Services, data: socket.socket, admin: socket.socket) -> None:
+    stop = _Stop()
+    gateway = services.settings.gateway
+    servers = [
+        _Server(
+            create_app(services),
+            bounded_by(gateway.max_header_bytes),
+            certificate=gateway.tls_certificate,
+            private_key=gateway.tls_private_key,
+        ),
+        _Server(_with_health_and_metrics(services), PeerCredentialsProtocol),
+    ]
+    async with asyncio.TaskGroup() as tasks:
+        watch = tasks.create_task(services.watch.run())
+        serving = [
+            tasks.create_task(server.serve(sockets=[listener]))
+            for server, listener in zip(servers, (data, admin), strict=True)
+        ]
+        if services.engine_process is not None:
+            with contextlib.suppress(EngineFailed):  # which says why in its status
+                await services.engine_process.start()
+        _LOG.info("accepting connections on %s", services.lifecycle.endpoint)
+        # What was made while starting stays until the end: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        await stop.asked.wait()
+        await _drain(services, stop)
+        watch.cancel()
+        if services.engine_process is not None:
+            await services.engine_process.stop()
+        for server in servers:
+            server.should_exit = True
+        await asyncio.wait(serving)
+
+
+async def _drain(services: Services, stop: "_Stop") -> None:
+    lifecycle = services.lifecycle
+    lifecycle.draining = True
+    _LOG.info("stopping: %d turns run", len(lifecycle.turns))
+    urgent = asyncio.create_task(stop.urgent.wait())
+    await _until(lambda: not lifecycle.turns or urgent.done(), services.settings.gateway.drain_timeout_s)
+    urgent.cancel()
+    for turn in list(lifecycle.turns):
+        turn.interrupt(
+            Draining(
+                "the gateway is stopping",
+                cause="the turn was not over when it had to end; what was generated is kept",
+                remedy="Send the request again in a moment",
+            )
+        )
+    await _until(lambda: not lifecycle.turns, _INTERRUPTED_S)
+
+
+async def _until(condition: Callable[[], bool], at_most_s: float) -> None:
+    deadline = time.monotonic() + at_most_s
+    while not condition() and time.monotonic() < deadline:  # noqa: ASYNC110  (two kinds of end, and no hurry)
+        await asyncio.sleep(_LOOK_EVERY_S)
+
+
+class _Stop:
+    """The two signals that end the gateway: once in good order, twice at once."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.urgent = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._signalled)
+
+    def _signalled(self) -> None:
+        (self.urgent if self.asked.is_set() else self.asked).set()
+
+
+# The parts
+
+
+@contextlib.asynccontextmanager
+async def _services(settings: Settings) -> AsyncIterator[Services]:
+    """Every part, and its end."""
+    store = Store.open(settings.store.url or f"sqlite:///{settings.state_dir / DATABASE}")
+    vault = Vault(DatabaseKeys(store))
+    engine: EngineClient | None = None
+    try:
+        if seal_kind(read_seal(settings.state_dir)) == "key-file":
+            vault.open(open_root(settings.state_dir, b""))
+        elsewhere = settings.engine.socket
+        spec = _engine_spec(settings) if elsewhere is None else None
+        engine = EngineClient(
+            elsewhere or settings.state_dir / ENGINE_DIR / SOCKET_NAME,
+            connections=settings.gateway.max_streams + 16,
+            silence_timeout_s=settings.gateway.request_timeout_s,
+        )
+        process = None if spec is None else EngineProcess(spec, engine)
+        watch = EngineWatch(engine, reason=(lambda: "") if process is None else lambda: process.detail)
+        metrics = Metrics()
+        lifecycle = Lifecycle(started_at=time.time())
+        services = Services(
+            settings=settings,
+            vault=vault,
+            store=store,
+            identity=Identity(store, vault),
+            quotas=Quotas(store),
+            sessions=Sessions(store, vault, settings.sessions),
+            engine=engine,
+            engine_process=process,
+            watch=watch,
+            metrics=metrics,
+            lifecycle=lifecycle,
+        )
+        _observe(services)
+        yield services
+    finally:
+        if engine is not None:
+            await engine.close()
+        await asyncio.to_thread(store.close)
+        vault.seal()
+
+
+def _observe(services: Services) -> None:
+    metrics, lifecycle = services.metrics, services.lifecycle
+    metrics.observe("holdfast_turns_running", "Turns that run now.", lambda: float(len(lifecycle.turns)))
+    metrics.observe("holdfast_vault_sealed", "1 while the vault is sealed.", lambda: float(services.vault.sealed))
+    metrics.observe("holdfast_engine_ready", "1 while the engine answers.", lambda: float(services.watch.ready))
+    metrics.observe(
+        "holdfast_store_waiting_writes", "Change sets that wait to be written.", lambda: services.store.waiting_writes
+    )
+    process = services.engine_process
+    if process is not None:
+        metrics.observe("holdfast_engine_restarts", "How often the engine was started again.", lambda: process.restarts)
+
+
+def _engine_spec(settings: Settings) -> EngineSpec:
+    model = settings.engine.model
+    parser = settings.engine.tool_call_parser or (_DEMO_TOOL_CALLS if model is None else None)
+    return EngineSpec.from_settings(
+        settings.engine,
+        python=settings.engine.python or _engine_python(),
+        model=_DEMO_MODEL if model is None else model,
+        run_dir=settings.state_dir / ENGINE_DIR,
+        log_path=settings.state_dir / "log" / "engine.log",
+        tool_call_parser=parser,
+    )
+
+
+def _engine_python() -> Path:
+    """The interpreter of the environment beside the gateway's own: `.venv-engine` beside `.venv`."""
+    own = Path(sys.prefix)
+    return own.with_name(f"{own.name}-engine") / "bin" / "python"
+
+
+# Listening
+
+
+class _Server(uvicorn.Server):
+    """One listener. The signals are the gateway's own business, not uvicorn's."""
+
+    def __init__(
+        self,
+        app: App,
+        protocol: type[asyncio.Protocol],
+        *,
+        certificate: Path | None = None,
+        private_key: Path | None = None,
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=protocol,
+                ws="none",
+                lifespan="off",
+                interface="asgi3",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=_IDLE_CONNECTION_S,
+                timeout_graceful_shutdown=_CLOSING_S,
+                ssl_certfile=certificate,
+                ssl_keyfile=private_key,
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave them alone."""
+        yield
+
+
+def _with_health_and_metrics(services: Services) -> App:
+    """The admin listener's application: health and metrics, and everything else is the admin API's."""
+    admin, health = admin_app(services), Health(services, in_full=True)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("raw_path")
+        if scope.get("method") not in ("GET", "HEAD") or (path != b"/metrics" and path not in HEALTH_ROUTES):
+            await admin(scope, receive, send)
+        elif path == b"/metrics":
+            headers = [(b"content-type", CONTENT_TYPE.encode())]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": services.metrics.exposition()})
+        else:
+            await health(scope, receive, send)
+
+    return app
+
+
+def _listen_tcp(settings: Settings) -> socket.socket:
+    host, port = settings.gateway.host.strip("[]"), settings.gateway.port
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise CannotListen(
+            f"the gateway cannot listen on {host}, port {port}",
+            cause=error.strerror or str(error),
+            remedy="Set gateway.port to one that is free, or gateway.host to an address of this machine",
+        ) from None
+    return listener
+
+
+@contextlib.contextmanager
+def _admin_socket(run_dir: Path) -> Iterator[socket.socket]:
+    """The admin socket, bound by a descriptor of its directory: its path may be longer than `sockaddr_un` allows."""
+    directory = os.open(run_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        path = f"/proc/self/fd/{directory}/admin.sock"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink("admin.sock", dir_fd=directory)  # of a gateway that was killed: the lock says that it is gone
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            mask = os.umask(0o177)
+            try:
+                listener.bind(path)
+            except OSError as error:
+                raise CannotListen(
+                    f"the admin socket cannot be made in {run_dir}",
+                    cause=error.strerror or str(error),
+                    remedy="Choose a state directory on a file system that can hold sockets",
+                ) from None
+            finally:
+                os.umask(mask)
+            yield listener
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink("admin.sock", dir_fd=directory)
+    finally:
+        os.close(directory)
+
+
+def _endpoint(settings: Settings, listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    scheme = "http" if settings.gateway.tls_certificate is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+@contextlib.contextmanager
+def _only_gateway(run_dir: Path) -> Iterator[None]:
+    """Hold the lock of a state directory."""
+    try:
+        run_dir.mkdir(mode=0o700, exist_ok=True)
+        descriptor = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise CannotListen(
+            f"{run_dir} cannot be written",
+            cause=error.strerror or str(error),
+            remedy="Create the appliance with `holdfast init`, or run this as its user",
+        ) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise StateInUse(
+            "the appliance is running already",
+            cause=f"another gateway has {run_dir.parent}",
+            remedy="`holdfast status` tells how it is, `holdfast down` stops it",
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)

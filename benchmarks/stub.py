@@ -1,0 +1,338 @@
+"""Stands in for vLLM: answers at once, in vLLM 0.32's words, on a Unix socket. `python -m benchmarks.stub SOCKET`.
+
+What it is for: measuring what the gateway costs, and causing the faults that an engine can have.
+
+Rules:
+
+- A stream is what vLLM writes with `return_token_ids` and `include_usage`: the role, `chunks` words, a finish, the
+  usage, `[DONE]`; all in one write, unless told otherwise.
+- What it does otherwise is asked for in the last message or prompt, behind `@stub`, as JSON: `@stub {"chunks": 3}`. See
+  `Plan`.
+- `GET /stub` tells how many requests came, how many were left by their client, and the bodies of the last ones.
+"""
+
+import asyncio
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import httptools
+import uvloop
+
+MODEL = "stub"
+MAX_MODEL_LEN = 8192
+CHARS_PER_TOKEN = 4
+_MARK = "@stub"
+_KEPT_BODIES = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one answer is to be.
+
+    Attributes:
+        chunks: how many words.
+        pause_s: before each word.
+        first_pause_s: before the first byte.
+        die_after: kill the stub after so many words.
+        drop_after: close the connection after so many words.
+        garbage_after: send something that is no chunk after so many words.
+        error_after: report a failure of the engine's own after so many words.
+        status: refuse with this status.
+        quote_salt: repeat the request's salt in the refusal.
+        text: what to say instead of words.
+        tool: call this tool with `{"city": "Oslo"}`.
+    """
+
+    chunks: int = 14
+    pause_s: float = 0.0
+    first_pause_s: float = 0.0
+    die_after: int | None = None
+    drop_after: int | None = None
+    garbage_after: int | None = None
+    error_after: int | None = None
+    status: int | None = None
+    quote_salt: bool = False
+    text: str | None = None
+    tool: str | None = None
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the stub has seen."""
+
+    requests: int = 0
+    abandoned: int = 0
+
+
+class Stub(asyncio.Protocol):
+    """One connection of the gateway's."""
+
+    counts: ClassVar[Counts] = Counts()
+    bodies: ClassVar[deque[dict[str, Any]]] = deque(maxlen=_KEPT_BODIES)
+
+    def __init__(self) -> None:
+        self._parser = httptools.HttpRequestParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._url = b""
+        self._body = bytearray()
+        self._request_id = ""
+        self._answering: asyncio.Task[None] | None = None
+
+    # asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  (asyncio's signature)
+        if self._answering is not None and not self._answering.done():
+            self.counts.abandoned += 1
+            self._answering.cancel()
+
+    # httptools' side
+
+    def on_message_begin(self) -> None:
+        self._url, self._body, self._request_id = b"", bytearray(), ""
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"x-request-id":
+            self._request_id = value.decode()
+
+    def on_body(self, body: bytes) -> None:
+        self._body += body
+
+    def on_message_complete(self) -> None:
+        match self._url:
+            case b"/v1/chat/completions" | b"/v1/completions":
+                self.counts.requests += 1
+                request = json.loads(self._body)
+                self.bodies.append(request)
+                plan = plan_of(request)
+                if plan == Plan() and request.get("stream"):
+                    self._write(
+                        _stream_head() + b"".join(_chunked(e) for e in _events(request, plan, self._id(request)))
+                    )
+                    self._write(b"0\r\n\r\n")
+                else:
+                    self._answering = asyncio.get_running_loop().create_task(self._answer(request, plan))
+            case b"/v1/models":
+                card = {"id": MODEL, "object": "model", "max_model_len": MAX_MODEL_LEN}
+                self._whole(200, {"object": "list", "data": [card]})
+            case b"/holdfast/leases":
+                self._whole(200, _NO_LEASES)
+            case b"/stub":
+                seen = {"requests": self.counts.requests, "abandoned": self.counts.abandoned}
+                self._whole(200, {**seen, "bodies": list(self.bodies)})
+            case b"/health":
+                self._whole(200, {})
+            case _:
+                self._whole(404, {"error": {"message": "no such path", "type": "NotFoundError", "code": 404}})
+
+    # Answers
+
+    def _id(self, request: dict[str, Any]) -> str:
+        return f"{'chatcmpl' if 'messages' in request else 'cmpl'}-{self._request_id}"
+
+    async def _answer(self, request: dict[str, Any], plan: Plan) -> None:
+        await asyncio.sleep(plan.first_pause_s)
+        length = len(json.dumps(request.get("messages", request.get("prompt")))) // CHARS_PER_TOKEN
+        if plan.status is not None:
+            said = f"salt {request.get('cache_salt')}" if plan.quote_salt else "as it was told to"
+            self._whole(plan.status, {"error": {"message": said, "type": "BadRequestError", "code": plan.status}})
+        elif length > MAX_MODEL_LEN:
+            message = (
+                f"This model's maximum context length is {MAX_MODEL_LEN} tokens. However, your prompt contains "
+                f"{length} input tokens, which exceeds this limit even without any output tokens. Please reduce the "
+                "length of the input prompt."
+            )
+            self._whole(400, {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}})
+        elif request.get("stream"):
+            await self._answer_slowly(request, plan)
+        else:
+            for _ in range(plan.chunks if plan.pause_s else 0):
+                await asyncio.sleep(plan.pause_s)
+            if plan.die_after is not None:
+                os._exit(9)
+            self._whole(200, _whole_answer(request, plan, self._id(request)))
+
+    async def _answer_slowly(self, request: dict[str, Any], plan: Plan) -> None:
+        self._write(_stream_head())
+        for number, event in enumerate(_events(request, plan, self._id(request))):
+            words = number - 1
+            if words == plan.die_after:
+                os._exit(9)
+            if words == plan.drop_after:
+                assert self._transport is not None
+                self._transport.close()
+                return
+            if words == plan.garbage_after:
+                self._write(_chunked(b"data: \xff{this is no chunk\n\n"))
+                continue
+            if words == plan.error_after:
+                failure = {"error": {"message": "boom", "type": "InternalServerError", "code": 500}}
+                self._write(_chunked(b"data: %s\n\n" % json.dumps(failure).encode()))
+                self._write(_chunked(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+                return
+            self._write(_chunked(event))
+            await asyncio.sleep(plan.pause_s)
+        self._write(b"0\r\n\r\n")
+
+    def _whole(self, status: int, answer: dict[str, Any]) -> None:
+        body = json.dumps(answer).encode()
+        self._write(
+            b"HTTP/1.1 %d Said\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
+            % (status, len(body), body)
+        )
+
+    def _write(self, data: bytes) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
+
+
+def plan_of(request: dict[str, Any]) -> Plan:
+    """What the last message, or the prompt, asks of the stub."""
+    said = request["messages"][-1].get("content") if "messages" in request else request.get("prompt")
+    if not isinstance(said, str) or _MARK not in said:
+        return Plan()
+    wanted, _ = json.JSONDecoder().raw_decode(said.partition(_MARK)[2].strip())
+    known = {field.name for field in fields(Plan)}
+    assert wanted.keys() <= known, wanted
+    return Plan(**wanted)
+
+
+def _words(plan: Plan) -> list[str]:
+    return [f" word{number}" for number in range(plan.chunks)] if plan.text is None else [plan.text]
+
+
+def _prompt_ids(request: dict[str, Any]) -> list[int]:
+    prompt = request.get("prompt")
+    if isinstance(prompt, list):
+        return prompt
+    said = prompt if prompt is not None else "".join(str(message.get("content")) for message in request["messages"])
+    return list(range(len(said) // CHARS_PER_TOKEN))
+
+
+def _usage(request: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    prompt, completion = len(_prompt_ids(request)), len(_words(plan)) + 1
+    return {
+        "prompt_tokens": prompt,
+        "total_tokens": prompt + completion,
+        "completion_tokens": completion,
+        "prompt_tokens_details": {"cached_tokens": prompt // 2},
+    }
+
+
+def _tool_call(plan: Plan) -> dict[str, Any]:
+    return {
+        "id": "chatcmpl-tool-0",
+        "type": "function",
+        "function": {"name": plan.tool, "arguments": '{"city": "Oslo"}'},
+    }
+
+
+def _whole_answer(request: dict[str, Any], plan: Plan, answer_id: str) -> dict[str, Any]:
+    words, ids = _words(plan), bool(request.get("return_token_ids"))
+    completion_ids = list(range(len(words) + 1))
+    kept = {"token_ids": completion_ids if ids else None}
+    reason = {"finish_reason": "tool_calls" if plan.tool else "stop", "stop_reason": None, "logprobs": None}
+    choices: list[dict[str, Any]] = []
+    for index in range(request.get("n", 1)):
+        if "messages" in request:
+            message: dict[str, Any] = {"role": "assistant", "content": "".join(words)}
+            if plan.tool:
+                message |= {"content": None, "tool_calls": [_tool_call(plan)]}
+            choices.append({"index": index, "message": message, **reason, **kept})
+        else:
+            prompt = {"prompt_token_ids": _prompt_ids(request) if ids else None}
+            choices.append({"index": index, "text": "".join(words), **reason, **kept, **prompt})
+    return {
+        "id": answer_id,
+        "object": "chat.completion" if "messages" in request else "text_completion",
+        "created": 1_700_000_000,
+        "model": request["model"],
+        "choices": choices,
+        "usage": _usage(request, plan),
+        "prompt_token_ids": _prompt_ids(request) if ids and "messages" in request else None,
+        "kv_transfer_params": request.get("kv_transfer_params"),
+    }
+
+
+def _events(request: dict[str, Any], plan: Plan, answer_id: str) -> Iterator[bytes]:
+    """The stream, event by event."""
+    chat, ids = "messages" in request, bool(request.get("return_token_ids"))
+    name = "chat.completion.chunk" if chat else "text_completion"
+    head = f'data: {{"id":"{answer_id}","object":"{name}","created":1700000000,"model":{json.dumps(request["model"])}'
+    words = _words(plan)
+    indices = range(request.get("n", 1))
+    tail = json.dumps(_prompt_ids(request)) if ids else ""
+    if chat:
+        first = f',"prompt_token_ids":{tail},"prompt_text":null' if ids else ""
+        delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
+        for index in indices:
+            yield f'{head},"choices":[{{"index":{index},{delta}}}]{first}}}\n\n'.encode()
+    for number, word in enumerate(words):
+        for index in indices:
+            kept = f',"token_ids":[{number}]' if ids else ""
+            if chat:
+                said: dict[str, Any] = {"content": word}
+                if plan.tool:
+                    said = {"tool_calls": [{**_tool_call(plan), "index": 0}]} if number == 0 else {}
+                body = f'"delta":{json.dumps(said)}'
+            else:
+                prompt = f',"prompt_token_ids":{tail}' if ids and number == 0 else ""
+                body = f'"text":{json.dumps(word)}'
+                kept = prompt + kept
+            body += f',"logprobs":null,"finish_reason":null{kept}'
+            yield f'{head},"choices":[{{"index":{index},{body}}}]}}\n\n'.encode()
+    reason = "tool_calls" if plan.tool else "stop"
+    kept = f',"token_ids":[{len(words)}]' if ids else ""
+    for index in indices:
+        body = '"delta":{"content":""}' if chat else '"text":""'
+        end = f'"logprobs":null,"finish_reason":"{reason}","stop_reason":null{kept}'
+        yield f'{head},"choices":[{{"index":{index},{body},{end}}}]}}\n\n'.encode()
+    if (request.get("stream_options") or {}).get("include_usage"):
+        yield f'{head},"choices":[],"usage":{json.dumps(_usage(request, plan))}}}\n\n'.encode()
+    yield b"data: [DONE]\n\n"
+
+
+def _stream_head() -> bytes:
+    return b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def _chunked(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+_NO_LEASES = {
+    "leases": [],
+    "leased_blocks": 0,
+    "free_blocks": 100,
+    "total_blocks": 100,
+    "block_size": 32,
+    "next_expiry_in_s": None,
+    "reclaimed_blocks_total": 0,
+    "expired_total": 0,
+    "ignored_total": 0,
+}
+
+
+async def serve(path: str) -> None:
+    """Answer on the Unix socket `path` until killed."""
+    server = await asyncio.get_running_loop().create_unix_server(Stub, path=path, backlog=4096)
+    async with server:
+        await server.serve_forever()
+
+
+if __name__ == "__main__":
+    uvloop.run(serve(sys.argv[1]))

@@ -1,0 +1,52 @@
+"""Every field that vLLM's request models know is on one of our lists: a new one has to be decided on by a person."""
+
+import pytest
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+from api.openai.fields import CHAT, COMPLETION, Fields
+
+# What the gateway itself puts into the engine's body.
+OURS = {
+    "cache_salt": "ab" * 32,
+    "kv_transfer_params": {"holdfast": {"session": "s", "tenant": "t", "idle_timeout_s": 15.0}},
+    "return_token_ids": True,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+}
+
+MODELS = pytest.mark.parametrize(
+    ("model", "fields"),
+    [(ChatCompletionRequest, CHAT), (CompletionRequest, COMPLETION)],
+    ids=["chat", "completion"],
+)
+
+
+@MODELS
+def test_every_field_of_the_engine_is_on_exactly_one_list(
+    model: type[ChatCompletionRequest] | type[CompletionRequest], fields: Fields
+) -> None:
+    known = set(model.model_fields)
+    ours_alone = {"conversation", "previous_response_id", "prompt_cache_key"}
+    assert fields.passed | fields.denied | (fields.handled - ours_alone) == known
+    assert not fields.passed & fields.denied
+    assert not fields.passed & fields.handled
+    assert not fields.denied & fields.handled
+
+
+@MODELS
+def test_what_the_gateway_adds_is_known_to_the_engine(
+    model: type[ChatCompletionRequest] | type[CompletionRequest], fields: Fields
+) -> None:
+    asked = {"messages": [{"role": "user", "content": "hello"}]} if "messages" in fields.handled else {"prompt": "hello"}
+    request = model.model_validate({"model": "m", **asked, **OURS})
+    assert request.cache_salt == OURS["cache_salt"]
+    assert request.kv_transfer_params == OURS["kv_transfer_params"]
+    assert request.return_token_ids is True
+    assert request.stream_options is not None
+    assert request.stream_options.include_usage is True
+
+
+def test_no_field_that_says_whose_cache_it_is_may_pass() -> None:
+    for fields in (CHAT, COMPLETION):
+        assert {"cache_salt", "priority", "session_id", "kv_transfer_params", "vllm_xargs"} <= fields.denied
