@@ -153,7 +153,6 @@ async def _people(
     """The system's keys, the first tenant and the first administrator."""
     identity = Identity(store, vault)
     await identity.establish()
-    await identity.establish()
     tenant = await identity.create_tenant(tenant_name)
     await identity.create_principal(
         None,
