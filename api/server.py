@@ -114,6 +114,8 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
             tasks.create_task(server.serve(sockets=[listener]))
             for server, listener in zip(servers, (data, admin), strict=True)
         ]
+        for server in servers:
+            await server.listening.wait()
         if services.engine_process is not None:
             with contextlib.suppress(EngineFailed):  # which says why in its status
                 await services.engine_process.start()
@@ -276,6 +278,12 @@ class _Server(uvicorn.Server):
                 ssl_keyfile=private_key,
             )
         )
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        self.listening.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
