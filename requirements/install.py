@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import fcntl
-import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -54,6 +53,16 @@ _PIP = (
 _HEARTBEAT_S = 1.0
 _LINE_EVERY_S = 15.0
 _KEPT_LINES = 15
+_MAX_LINE = 300
+_ROUTINE = (
+    "Looking in ",
+    "Collecting ",
+    "Downloading ",
+    "  Downloading ",
+    "Using cached ",
+    "  Using cached ",
+    "Requirement already ",
+)
 
 
 class CannotInstall(Exception):
@@ -161,7 +170,7 @@ def missing_packages(targets: Sequence[str], *, tests: bool, engine: str) -> lis
             missing.append(("libnuma1", "the engine's CPU build is linked with it"))
         if not _loads("libstdc++.so.6"):
             missing.append(("libstdc++6", "the engine is linked with it"))
-    if tests and shutil.which("initdb") is None and not glob.glob("/usr/lib/postgresql/*/bin/initdb"):
+    if tests and shutil.which("initdb") is None and not [*Path("/usr/lib/postgresql").glob("*/bin/initdb")]:
         missing.append(("postgresql", "the store's tests start a real PostgreSQL"))
     return missing
 
@@ -453,8 +462,9 @@ def _pip(environment: Environment, arguments: Sequence[str], what: str, total: i
         try:
             for line in _lines(process, progress):
                 log.write(f"{line}\n")
-                kept.append(line)
                 progress.read(line)
+                if not line.startswith(_ROUTINE):
+                    kept.append(line if len(line) <= _MAX_LINE else f"{line[:_MAX_LINE]} …")
         except BaseException:
             process.send_signal(signal.SIGINT)
             process.wait()
