@@ -8,6 +8,7 @@ Rules:
   user namespace. All of them or none: what could not be had is said in the report, and refused where it is required.
 - The gateway holds a pipe to this process. When the pipe closes, because the gateway let go or was killed, everything
   dies: at once with the namespaces where there are some, else process by process.
+- As root, vLLM keeps the rights to read, to pin memory and to place threads, and none else; no right can be gained.
 - No core dumps. The limit is one byte, not none: a limit of none still lets a dump go to a pipe, one byte does not
   (core(5), fs/coredump.c).
 - Nothing stays behind: the socket, the private folder for temporary files, shared memory.
@@ -49,6 +50,7 @@ _SCRATCH_RECORD = "scratch"  # names the private folder in /tmp: for a successor
 _SCRATCH_PREFIX = "holdfast-engine-"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 -- what is cleaned up
 _SHARED_MEMORY_PREFIXES = ("psm_", "sem.mp-", "torch_", "vllm_", "VLLM", "nccl-")
+_MARK = "HOLDFAST_ENGINE_DIR"  # in the environment of each process of the engine: whose it is
 _KILL_DEADLINE_S = 5.0
 
 _CLONE_NEWNS = 0x00020000
@@ -58,7 +60,8 @@ _CLONE_NEWPID = 0x20000000
 _CLONE_NEWNET = 0x40000000
 _NAMESPACES = _CLONE_NEWNS | _CLONE_NEWIPC | _CLONE_NEWPID | _CLONE_NEWNET
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
+_PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 24, 36, 38
+_CAP_DAC_READ_SEARCH, _CAP_IPC_LOCK, _CAP_SYS_NICE = 2, 14, 23  # to read a model, to pin memory, to place threads
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -80,15 +83,18 @@ class _Order:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command in the cage until it ends, is told to stop, or the gateway is gone."""
     order = _order(sys.argv[1:] if arguments is None else arguments)
-    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+    core_limit = 0 if resource.getrlimit(resource.RLIMIT_CORE)[1] == 0 else 1  # none at all cannot be raised again
+    resource.setrlimit(resource.RLIMIT_CORE, (core_limit, core_limit))
     os.umask(0o077)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the gateway, and the gateway says what follows
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    _clean(order)
+    here = Path.cwd()
+    os.environ[_MARK] = str(here)
+    sweep(here, order.started_at)
     try:
         status = _supervise(order)
     finally:
-        _clean(order)
+        sweep(here, order.started_at)
     if status is None:
         return REFUSED
     code, killed_by = _outcome(status)
@@ -273,6 +279,7 @@ def _reaper(order: _Order, control: int, status: int, environment: dict[str, str
             os.closerange(3, 1 << 16)
             with contextlib.suppress(OSError):  # when memory runs out, the engine goes before the gateway and its store
                 Path("/proc/self/oom_score_adj").write_text("500")
+            _drop_rights()
             try:
                 os.execve(order.command[0], order.command, environment)  # noqa: S606 -- no shell, on purpose
             except OSError as error:
@@ -285,6 +292,15 @@ def _reaper(order: _Order, control: int, status: int, environment: dict[str, str
     with contextlib.suppress(OSError):
         os.write(status, f"{outcome}\n".encode())
     os._exit(0)
+
+
+def _drop_rights() -> None:
+    """Limit what root may do after the next exec (capabilities(7)); for others there is nothing to drop."""
+    if os.geteuid() == 0:
+        for right in range(64):
+            if right not in (_CAP_DAC_READ_SEARCH, _CAP_IPC_LOCK, _CAP_SYS_NICE):
+                with contextlib.suppress(OSError):  # the kernel knows fewer, or root in a container lacks this one
+                    _prctl(_PR_CAPBSET_DROP, right)
 
 
 def _wait_for(engine: int, control: int, wake: int) -> int:
@@ -322,11 +338,15 @@ def _plain_environment() -> dict[str, str]:
 # Leaving nothing behind.
 
 
-def _clean(order: _Order) -> None:
-    """Remove what this engine, or one before it, left: socket, temporary files, shared memory."""
-    Path(SOCKET_NAME).unlink(missing_ok=True)
-    record = Path(_SCRATCH_RECORD)
-    since = order.started_at
+def sweep(folder: Path, since: float) -> None:
+    """End and remove what is left of the engine that ran in `folder`; only when nothing of it is meant to run.
+
+    Blocks for milliseconds. The gateway calls it when the cage itself was killed; `since` is when that was started, in
+    epoch seconds.
+    """
+    _kill_marked(str(folder))
+    (folder / SOCKET_NAME).unlink(missing_ok=True)
+    record = folder / _SCRATCH_RECORD
     with contextlib.suppress(OSError):
         since = min(since, record.stat().st_mtime)
         scratch = Path(record.read_text())
@@ -338,6 +358,15 @@ def _clean(order: _Order) -> None:
         in_use = _shared_memory_in_use() if in_use is None else in_use
         if str(path) not in in_use:
             path.unlink(missing_ok=True)
+
+
+def _kill_marked(folder: str) -> None:
+    """Kill what runs for `folder` without anybody above it: processes that left session and parent behind."""
+    mark = f"{_MARK}={folder}".encode()
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark in environ.read_bytes().split(b"\0"):
+                os.kill(int(environ.parent.name), signal.SIGKILL)
 
 
 def _shared_memory_since(started_at: float) -> Iterator[Path]:

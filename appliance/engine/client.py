@@ -227,7 +227,7 @@ class EngineClient:
         try:
             return await session.request(method, f"http://engine{path}", data=body, headers=headers)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
-            self._forget_directory()
+            self._follow_directory()
             raise self._unavailable() from None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise _lost(_reason(error)) from None
@@ -255,19 +255,13 @@ class EngineClient:
             )
         return self._session
 
-    def _forget_directory(self) -> None:
-        """The directory may have been made anew: the next request opens it again."""
-        session = self._session
-        if session is None or session.connector is None or self._directory_fd is None:
-            return
+    def _follow_directory(self) -> None:
+        """The directory may have been made anew: from the next connection on, the descriptor is the new one's."""
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(self._directory_fd), self.socket.parent.stat()):
-                return
-        self._session = None
-        connector, descriptor, self._directory_fd = session.connector, self._directory_fd, None
-        session.detach()
-        connector.close()
-        os.close(descriptor)
+            if self._directory_fd is not None:
+                current = os.open(self.socket.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                os.dup2(current, self._directory_fd, inheritable=False)
+                os.close(current)
 
 
 class EngineStream:

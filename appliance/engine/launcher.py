@@ -26,13 +26,16 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
+from appliance.engine.cage import sweep
 from appliance.engine.client import EngineClient, EngineUnavailable
 from appliance.engine.log import logging_config
 from appliance.engine.protocol import PLUGIN_ENVIRONMENT, connector_arguments
 from appliance.errors import Fault, HoldfastError
 from appliance.settings import EngineSettings
+
+_T = TypeVar("_T")
 
 SOCKET_NAME = "engine.sock"
 _LOGGING_NAME = "logging.json"
@@ -223,6 +226,32 @@ def compute_threads() -> int:
     return len(cores) - 1 if len(cores) > 4 else len(cores)
 
 
+class Patience:
+    """How long to wait before an engine that died is started again, and when to give up.
+
+    The pause doubles with each death up to `LONGEST_BACKOFF_S`; an engine that was ready for `STABLE_AFTER_S` begins
+    anew. One that has been ready once is never given up: what failed it, a lack of memory say, may pass.
+    """
+
+    def __init__(self, first_pause_s: float) -> None:
+        self._first_pause_s = first_pause_s
+        self._next_pause_s = first_pause_s
+        self._fruitless: int | None = 0  # None: it was ready once
+
+    def pause_after(self, ready_for_s: float | None) -> float | None:
+        """Seconds to wait after a life that was ready for so long (None: never); None to give up."""
+        if ready_for_s is not None:
+            self._fruitless = None
+            if ready_for_s >= STABLE_AFTER_S:
+                self._next_pause_s = self._first_pause_s
+        elif self._fruitless is not None:
+            self._fruitless += 1
+            if self._fruitless >= FRUITLESS_STARTS:
+                return None
+        pause_s, self._next_pause_s = self._next_pause_s, min(LONGEST_BACKOFF_S, 2 * self._next_pause_s)
+        return pause_s
+
+
 class EngineProcess:
     """One engine: started, watched, started again.
 
@@ -338,22 +367,18 @@ class EngineProcess:
             self._on_change(self)
 
     async def _keep_running(self) -> None:
-        ever_ready, fruitless, backoff_s = False, 0, self.spec.restart_backoff_s
+        patience = Patience(self.spec.restart_backoff_s)
         try:
             while True:
                 death = await self._live()
                 if self._stopping:
                     return
-                ever_ready = ever_ready or death.ready_for_s is not None
-                fruitless = 0 if death.ready_for_s is not None else fruitless + 1
-                if death.final or (not ever_ready and fruitless >= FRUITLESS_STARTS):
+                pause_s = None if death.final else patience.pause_after(death.ready_for_s)
+                if pause_s is None:
                     self._fail(death)
                     return
-                if death.ready_for_s is not None and death.ready_for_s >= STABLE_AFTER_S:
-                    backoff_s = self.spec.restart_backoff_s
-                self._become(EngineState.RESTARTING, f"{death.cause}; it is started again in {backoff_s:g} s")
-                await self._sleep(backoff_s)
-                backoff_s = min(LONGEST_BACKOFF_S, 2 * backoff_s)
+                self._become(EngineState.RESTARTING, f"{death.cause}; it is started again in {pause_s:g} s")
+                await self._sleep(pause_s)
                 self.restarts += 1
                 self._become(EngineState.STARTING, f"it is starting again: {death.cause}")
         except OSError as error:
@@ -373,7 +398,7 @@ class EngineProcess:
         _furnish(spec)
         log = _Log(spec.log_path)
         report_read, report_write = os.pipe()
-        self.started_at = self._now()
+        self.started_at, started_at = self._now(), time.time()
         try:
             self._process = process = await asyncio.create_subprocess_exec(
                 *_cage_line(spec, report_write, self._command(spec)),
@@ -391,7 +416,7 @@ class EngineProcess:
             raise
         finally:
             os.close(report_write)
-        exited = asyncio.create_task(process.wait())
+        exited = _exit_of(process.pid)
         copying, heeding = asyncio.create_task(_copy(process, log)), asyncio.create_task(self._heed(report_read))
         ready_at: float | None = None
         silence = ""
@@ -404,45 +429,48 @@ class EngineProcess:
         finally:
             died_at = self._now()
             await _end(process, exited)
-            await asyncio.wait({copying, heeding}, timeout=STOP_GRACE_S)
+            await asyncio.wait({heeding}, timeout=STOP_GRACE_S)
+            if not (outcome := _result(heeding)):
+                sweep(spec.run_dir, started_at)  # the cage was killed: it could not
+            await asyncio.wait({copying}, timeout=STOP_GRACE_S)
             copying.cancel()
             heeding.cancel()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_GRACE_S):
+                    await process.wait()  # so that asyncio lets go of it too
             log.close()
             self._process = None
-            spec.socket.unlink(missing_ok=True)
-        outcome: Mapping[str, object] = {}
-        if heeding.done() and not heeding.cancelled() and heeding.exception() is None:
-            outcome = heeding.result()
         return _death(log.tail, outcome, silence, None if ready_at is None else died_at - ready_at)
 
-    async def _until_ready(self, exited: "asyncio.Task[int]") -> str:
+    async def _until_ready(self, exited: "asyncio.Future[None]") -> str:
         """Wait until the engine is ready or has ended; why it is given up, if it is."""
         deadline = self._now() + self.spec.ready_timeout_s
         while not exited.done():
-            if await self._client.health(deadline_s=2.0):
+            if await self._healthy(2.0, exited):
                 return ""
             if self._now() >= deadline:
                 return f"it was not ready after {self.spec.ready_timeout_s:g} s"
             await self._pause(STARTING_INTERVAL_S, exited)
         return ""
 
-    async def _until_silent(self, exited: "asyncio.Task[int]") -> str:
+    async def _until_silent(self, exited: "asyncio.Future[None]") -> str:
         """Wait until the engine has ended or has not answered for too long; that, if so."""
         heard_at = self._now()
         while not exited.done():
             await self._pause(HEALTH_INTERVAL_S, exited)
-            if exited.done() or await self._client.health(deadline_s=10.0):
+            if exited.done() or await self._healthy(10.0, exited):
                 heard_at = self._now()
             elif self._now() - heard_at >= SILENT_FOR_S:
                 return f"it did not answer for {SILENT_FOR_S:g} s"
         return ""
 
-    async def _pause(self, seconds: float, exited: "asyncio.Task[int]") -> None:
-        sleeping = asyncio.ensure_future(self._sleep(seconds))
-        try:
-            await asyncio.wait({sleeping, exited}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            sleeping.cancel()
+    async def _healthy(self, deadline_s: float, exited: "asyncio.Future[None]") -> bool:
+        asking = asyncio.ensure_future(self._client.health(deadline_s=deadline_s))
+        healthy = await _unless(exited, asking)
+        return healthy is True
+
+    async def _pause(self, seconds: float, exited: "asyncio.Future[None]") -> None:
+        await _unless(exited, asyncio.ensure_future(self._sleep(seconds)))
 
     async def _heed(self, descriptor: int) -> dict[str, object]:
         """Read what the cage reports; the last word is how it ended."""
@@ -510,15 +538,51 @@ async def _copy(process: asyncio.subprocess.Process, log: _Log) -> None:
             log.write(text)
 
 
-async def _end(process: asyncio.subprocess.Process, exited: "asyncio.Task[int]") -> None:
+def _exit_of(pid: int) -> "asyncio.Future[None]":
+    """Done when the process has ended, whoever still holds its pipes."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        ended.set_result(None)
+        return ended
+
+    def note() -> None:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+        if not ended.done():
+            ended.set_result(None)
+
+    loop.add_reader(descriptor, note)
+    return ended
+
+
+async def _end(process: asyncio.subprocess.Process, exited: "asyncio.Future[None]") -> None:
     """Let go of the cage and wait for it; then nothing of its session is left."""
     if process.stdin is not None:
         process.stdin.close()
-    done, _ = await asyncio.wait({exited}, timeout=2 * STOP_GRACE_S)
+    await asyncio.wait({exited}, timeout=2 * STOP_GRACE_S)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    if not done:
-        await exited
+    await asyncio.wait({exited}, timeout=STOP_GRACE_S)
+
+
+async def _unless(exited: "asyncio.Future[None]", other: "asyncio.Future[_T]") -> _T | None:
+    """Wait for the other, and give it up when the engine has ended."""
+    waited: set[asyncio.Future[_T] | asyncio.Future[None]] = {other, exited}
+    try:
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        return other.result() if other.done() else None
+    finally:
+        other.cancel()
+
+
+def _result(heeding: "asyncio.Task[dict[str, object]]") -> dict[str, object]:
+    """The cage's last word; empty when it had none."""
+    if heeding.done() and not heeding.cancelled() and heeding.exception() is None:
+        return heeding.result()
+    return {}
 
 
 def _cage_line(spec: EngineSpec, report_fd: int, command: Sequence[str]) -> list[str]:
@@ -539,7 +603,9 @@ def _furnish(spec: EngineSpec) -> None:
     spec.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     spec.run_dir.chmod(0o700)
     spec.log_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    (spec.run_dir / _LOGGING_NAME).write_text(json.dumps(logging_config()))
+    configuration = spec.run_dir / _LOGGING_NAME
+    configuration.touch(mode=0o600)
+    configuration.write_text(json.dumps(logging_config()))
 
 
 def _missing(spec: EngineSpec) -> EngineFailed | None:

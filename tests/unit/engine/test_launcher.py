@@ -1,0 +1,414 @@
+"""The launcher and the cage with a fake engine in it: isolation, restarts, and nothing left behind."""
+
+import asyncio
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from appliance.engine import launcher
+from appliance.engine.client import EngineClient, EngineLost, EngineUnavailable
+from appliance.engine.launcher import EngineFailed, EngineProcess, EngineSpec, EngineState, Patience
+from tests.unit.engine.conftest import left_behind
+
+FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
+GATEWAY = Path(__file__).with_name("gateway.py")
+
+
+class Clock:
+    """A clock that moves when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.time = 1000.0
+        self.slept: list[float] = []
+        self.moved = asyncio.Event()
+
+    def now(self) -> float:
+        return self.time
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.time += seconds
+        self.moved.set()
+        await asyncio.sleep(0.005)  # the engine is a process: it needs some time of the world's
+
+
+class Engine:
+    """An engine process under test, its states as they came, and a client."""
+
+    def __init__(self, spec: EngineSpec, mark: str, behaviour: str, clock: Clock) -> None:
+        self.client = EngineClient(spec.socket)
+        self.states: list[EngineState] = []
+        self._changed = asyncio.Event()
+        self._slept = clock.moved
+        self.process = EngineProcess(
+            spec,
+            self.client,
+            base_environment={"SECRET": "word"},
+            command=lambda _: [sys.executable, str(FAKE_ENGINE), mark, behaviour],
+            now=clock.now,
+            sleep=clock.sleep,
+            on_change=self._note,
+        )
+
+    def _note(self, process: EngineProcess) -> None:
+        self.states.append(process.state)
+        self._changed.set()
+
+    async def seen(self) -> dict[str, object]:
+        """What the fake engine sees."""
+        seen: dict[str, object] = json.loads(await self.client.metrics())
+        return seen
+
+    async def die(self) -> None:
+        """The engine kills itself with SIGKILL."""
+        with pytest.raises(EngineLost):
+            await self.client.call("/die", b"{}", request_id="req_1")
+
+    async def until(self, state: EngineState) -> None:
+        """Return at the next change into `state`, or at once when it is there."""
+        async with asyncio.timeout(30):
+            while self.process.state is not state:
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def written(self, word: str) -> None:
+        """Return when the engine has written a line with this word."""
+        async with asyncio.timeout(30):
+            while word not in text_of(self.process.spec.log_path):
+                self._slept.clear()
+                await self._slept.wait()
+
+
+Start = Callable[..., Engine]
+
+
+def limits_of(mark: str) -> list[str]:
+    return [Path(process, "limits").read_text() for process in left_behind(mark) if process.startswith("/proc")]
+
+
+def text_of(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def mode(path: str) -> int | None:
+    return Path(path).stat().st_mode & 0o777 if Path(path).exists() else None
+
+
+@pytest.fixture
+async def make(spec: EngineSpec, mark: str) -> AsyncIterator[Start]:
+    """Make an engine of some behaviour; it is stopped at the end, and must leave nothing."""
+    made: list[Engine] = []
+
+    def make_one(behaviour: str = "serve", clock: Clock | None = None, **changes: object) -> Engine:
+        made.append(Engine(replace(spec, **changes), mark, behaviour, clock or Clock()))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make_one
+    for engine in made:
+        await engine.process.stop(deadline_s=0.2)
+        await engine.client.close()
+    assert left_behind(mark) == []
+    assert not spec.socket.exists()
+
+
+async def test_an_engine_becomes_ready_and_stops(make: Start) -> None:
+    engine = make()
+    await engine.process.start()
+    await engine.process.wait_ready(30)
+    assert await engine.client.health()
+    await engine.process.stop()
+    assert engine.states == [EngineState.STARTING, EngineState.READY, EngineState.STOPPED]
+    assert engine.process.pid is None
+    with pytest.raises(EngineUnavailable):
+        await engine.process.wait_ready(30)
+
+
+async def test_an_isolated_engine_sees_nothing_of_the_host(make: Start, spec: EngineSpec, tmp_path: Path) -> None:
+    engine = make(isolation="required")
+    await engine.process.start()
+    await engine.process.wait_ready(30)
+    seen = await engine.seen()
+    assert engine.process.isolated
+    assert engine.process.isolation_detail == ""
+    assert seen["interfaces"] == ["lo"]
+    assert isinstance(seen["processes"], int)
+    assert seen["processes"] <= 4
+    assert {"SECRET", "PYTHONPATH"} & set(seen["environment"]) == set()  # type: ignore[call-overload]
+    # Of /tmp it sees its own files and the folders that it was given, were they in there.
+    given = [path.relative_to("/tmp").parts[0] for path in (tmp_path, spec.model) if path.is_relative_to("/tmp")]
+    names = [name for name in seen["tmp"] if not name.startswith("mark")]  # type: ignore[attr-defined]
+    assert set(names) <= set(given)
+
+
+async def test_the_user_namespace_of_an_ordinary_user_does_as_well(
+    make: Start, tmp_path: Path, python_in_user_namespace: Path
+) -> None:
+    engine = make(isolation="required", python=python_in_user_namespace)
+    await engine.process.start()
+    await engine.process.wait_ready(30)
+    seen = await engine.seen()
+    assert (engine.process.isolated, seen["interfaces"]) == (True, ["lo"])
+
+
+async def test_no_process_of_the_engine_dumps_core_or_holds_rights_it_does_not_need(make: Start, mark: str) -> None:
+    engine = make()
+    await engine.process.start()
+    await engine.process.wait_ready(30)
+    seen = await engine.seen()
+    assert seen["core_limit"] == [1, 1]  # one byte: less than a file needs, and no dump to a pipe either
+    read_pin_and_place = 1 << 2 | 1 << 14 | 1 << 23
+    assert int(str(seen["rights"]), 16) & ~read_pin_and_place == 0
+    limits = limits_of(mark)
+    assert len(limits) >= 3
+    assert all("Max core file size        1                    1  " in text for text in limits)
+
+
+async def test_without_namespaces_the_engine_runs_and_says_so(make: Start, python_without_namespaces: Path) -> None:
+    engine = make(python=python_without_namespaces)
+    await engine.process.start()
+    await engine.process.wait_ready(30)
+    assert not engine.process.isolated
+    assert "Operation not permitted" in engine.process.isolation_detail
+    environment = (await engine.seen())["environment"]
+    assert isinstance(environment, dict)
+    assert mode(environment["TMPDIR"]) == 0o700
+    await engine.process.stop()
+    assert mode(environment["TMPDIR"]) is None
+
+
+async def test_isolation_that_is_required_and_cannot_be_had_fails_at_once(
+    make: Start, python_without_namespaces: Path
+) -> None:
+    engine = make(python=python_without_namespaces, isolation="required")
+    await engine.process.start()
+    with pytest.raises(EngineFailed, match="must be isolated") as failed:
+        await engine.process.wait_ready(30)
+    assert "where-allowed" in failed.value.remedy
+    assert engine.process.restarts == 0
+
+
+@pytest.mark.parametrize("isolated", [True, False], ids=["isolated", "not isolated"])
+async def test_a_gateway_that_is_killed_takes_the_engine_with_it(
+    spec: EngineSpec, tmp_path: Path, mark: str, isolated: bool, python_without_namespaces: Path
+) -> None:
+    python = spec.python if isolated else python_without_namespaces
+    gateway = await asyncio.create_subprocess_exec(
+        sys.executable, str(GATEWAY), str(tmp_path), mark, str(python), stdout=subprocess.PIPE
+    )
+    assert gateway.stdout is not None
+    async with asyncio.timeout(30):
+        cage, said = (await gateway.stdout.readline()).split()
+    assert said == str(isolated).encode()
+    assert len(left_behind(mark)) >= (4 if isolated else 6)
+    ended = os.pidfd_open(int(cage))
+    gateway.kill()
+    await gateway.wait()
+    assert await asyncio.to_thread(select.select, [ended], [], [], 30.0) != ([], [], [])
+    os.close(ended)
+    assert left_behind(mark) == []
+    assert not (tmp_path / "run" / "engine.sock").exists()
+    assert not (tmp_path / "run" / "scratch").exists()
+
+
+async def test_a_cage_that_is_killed_takes_the_engine_with_it_and_both_come_back(
+    make: Start, spec: EngineSpec, python_without_namespaces: Path
+) -> None:
+    for python in (spec.python, python_without_namespaces):
+        engine = make(python=python)
+        await engine.process.start()
+        await engine.process.wait_ready(30)
+        assert engine.process.pid is not None
+        os.kill(engine.process.pid, signal.SIGKILL)
+        await engine.until(EngineState.STARTING)
+        await engine.process.wait_ready(30)
+        assert engine.process.restarts == 1
+        await engine.process.stop(deadline_s=0.2)
+
+
+async def test_a_killed_engine_is_started_again_and_serves(make: Start, mark: str) -> None:
+    engine = make()
+    await engine.process.start()
+    await engine.process.wait_ready(30)
+    await engine.die()
+    await engine.until(EngineState.STARTING)
+    assert "signal 9 (SIGKILL)" in engine.process.detail
+    await engine.process.wait_ready(30)
+    assert await engine.client.health()
+    assert engine.process.restarts == 1
+    assert engine.states == [
+        EngineState.STARTING,
+        EngineState.READY,
+        EngineState.RESTARTING,
+        EngineState.STARTING,
+        EngineState.READY,
+    ]
+
+
+async def test_a_start_that_may_heal_is_tried_three_times(make: Start) -> None:
+    clock = Clock()
+    engine = make("crash", clock, restart_backoff_s=7.0)
+    await engine.process.start()
+    with pytest.raises(EngineFailed, match="RuntimeError: the device is busy"):
+        await engine.process.wait_ready(30)
+    assert [pause for pause in clock.slept if pause >= 7] == [7.0, 14.0]
+    assert engine.process.restarts == 2
+    assert engine.process.state is EngineState.FAILED
+
+
+async def test_a_start_that_cannot_heal_is_tried_once(make: Start, spec: EngineSpec) -> None:
+    engine = make("refuse")
+    await engine.process.start()
+    with pytest.raises(EngineFailed, match="ModuleNotFoundError: No module named 'vllm'") as failed:
+        await engine.process.wait_ready(30)
+    assert str(spec.log_path) in failed.value.remedy
+    assert engine.process.restarts == 0
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"), [("python", "there is no interpreter at"), ("model", "it holds no config.json")]
+)
+async def test_what_is_not_there_fails_before_anything_starts(
+    make: Start, tmp_path: Path, missing: str, said: str
+) -> None:
+    engine = make(**{missing: tmp_path / "nothing"})
+    with pytest.raises(EngineFailed, match=said):
+        await engine.process.start()
+    assert engine.process.state is EngineState.FAILED
+
+
+async def test_an_engine_that_is_never_ready_is_given_up(make: Start) -> None:
+    engine = make("deaf", ready_timeout_s=0.5)
+    await engine.process.start()
+    with pytest.raises(EngineFailed, match=r"not ready after 0\.5 s"):
+        await engine.process.wait_ready(60)
+
+
+async def test_an_engine_that_falls_silent_is_started_again(make: Start) -> None:
+    engine = make("sick")
+    await engine.process.start()
+    await engine.until(EngineState.READY)
+    await engine.until(EngineState.STARTING)
+    assert "did not answer for 60 s" in engine.process.detail
+
+
+async def test_an_engine_that_ignores_the_order_to_stop_is_killed(make: Start, mark: str) -> None:
+    engine = make("deaf")
+    await engine.process.start()
+    await engine.written(mark)
+    await engine.process.stop(deadline_s=0.1)
+    assert engine.process.state is EngineState.STOPPED
+    assert left_behind(mark) == []
+
+
+async def test_stopping_before_the_next_start_cancels_it(make: Start, spec: EngineSpec) -> None:
+    engine = make("crash", restart_backoff_s=7.0)
+
+    async def sleep(seconds: float) -> None:
+        await asyncio.sleep(seconds if seconds >= 7 else 0.005)
+
+    engine.process._sleep = sleep
+    await engine.process.start()
+    await engine.until(EngineState.RESTARTING)
+    await engine.process.stop()
+    assert engine.process.state is EngineState.STOPPED
+
+
+async def test_the_log_is_private_and_holds_what_the_engine_wrote(make: Start, spec: EngineSpec, mark: str) -> None:
+    engine = make()
+    await engine.process.start()
+    await engine.process.wait_ready(30)
+    await engine.process.stop()
+    assert spec.log_path.stat().st_mode & 0o777 == 0o600
+    assert f"fake engine {mark}" in spec.log_path.read_text()
+    assert spec.run_dir.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_full_log_is_turned_over_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "_LOG_BYTES", 1000)
+    log = launcher._Log(tmp_path / "engine.log")
+    for number in range(100):
+        log.write(f"line {number:03} {'x' * 40}\n".encode())
+    log.close()
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert sizes.keys() == {"engine.log", "engine.log.1"}
+    assert all(size <= 1000 for size in sizes.values())
+    assert (tmp_path / "engine.log").stat().st_mode & 0o777 == 0o600
+    assert log.tail[-1].startswith("line 099")
+
+
+def test_a_line_without_end_does_not_fill_the_memory(tmp_path: Path) -> None:
+    log = launcher._Log(tmp_path / "engine.log")
+    for _ in range(100):
+        log.write(b"x" * 10_000)
+    log.write(b"\n")
+    log.close()
+    assert len(log.tail) == 1
+    assert len(log.tail[0]) <= 1000
+
+
+def pauses(patience: Patience, *lives: float | None) -> list[float | None]:
+    return [patience.pause_after(ready_for_s) for ready_for_s in lives]
+
+
+def test_the_pause_doubles_up_to_a_minute_for_an_engine_that_keeps_dying() -> None:
+    assert pauses(Patience(1.0), *[5.0] * 8) == [1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def test_the_pause_is_short_again_after_a_stable_minute() -> None:
+    assert pauses(Patience(1.0), 5.0, 5.0, 59.0, 60.0, 5.0) == [1, 2, 4, 1, 2]
+
+
+def test_an_engine_that_was_ready_once_is_never_given_up() -> None:
+    assert None not in pauses(Patience(1.0), 0.1, *[None] * 20)
+
+
+def test_an_engine_that_was_never_ready_is_given_up() -> None:
+    assert pauses(Patience(1.0), None, None, None) == [1, 2, None]
+
+
+@pytest.mark.parametrize(
+    ("tail", "cause", "final"),
+    [
+        (["OSError: [Errno 28] No space left"], "OSError: [Errno 28] No space left", False),
+        (["torch.OutOfMemoryError: too little"], "OutOfMemoryError: too little", False),
+        (["ValueError: Available memory on node 0 is less"], "ValueError: Available memory on node 0 is less", False),
+        (["  ValueError: no such thing"], "ValueError: no such thing", True),
+        (
+            [
+                "2026 ERROR vllm.v1.engine.core[7]: EngineCore failed to start.",
+                "    Traceback (most recent call last):",
+                "    safetensors_rust.SafetensorError: header too large",
+                "RuntimeError: Engine core initialization failed. See root cause above.",
+                "nanobind: leaked 4 instances!",
+            ],
+            "SafetensorError: header too large",
+            True,
+        ),
+        (
+            ["pydantic_core.ValidationError: 1 validation error for ModelConfig", "  Value error, max_model_len"],
+            "ValidationError: Value error, max_model_len",
+            True,
+        ),
+        (["__main__.py: error: unrecognized arguments: --no"], "unrecognized arguments: --no", True),
+        (["something odd", "Bus error (core dumped) of sorts"], "Bus error (core dumped) of sorts", False),
+        ([], "it ended with status 1", False),
+    ],
+)
+def test_what_the_last_lines_say(tail: Sequence[str], cause: str, final: bool) -> None:
+    death = launcher._death(tail, {"event": "exited", "code": 1, "signal": None}, "", None)
+    assert death.cause.endswith(cause)
+    assert death.final is final
+
+
+def test_an_engine_that_served_is_quoted_no_further_than_the_kind_of_its_error() -> None:
+    death = launcher._death(["ValueError: what a client said"], {"event": "exited", "code": 1}, "", 5.0)
+    assert death.cause == "it ended with status 1: ValueError"
+    assert not death.final
