@@ -1,4 +1,4 @@
-"""`holdfast bench stateful`, and what `holdfast up --demo` shows of the same loop.
+"""`holdfast bench stateful`: what keeping state is worth on this machine.
 
 Rules:
 
@@ -23,15 +23,12 @@ from appliance.cli import EXIT_INTERRUPTED, Command, Console, Group, pass_consol
 from appliance.errors import Fault, HoldfastError
 
 if TYPE_CHECKING:
-    from api.admin import types
     from api.stateful_bench import Sample, Target
-    from appliance.settings import Settings
 
 RANDOM_MODEL = "random-140m"
 _DEMO_MODEL = "demo"
 _KEY_FILE = "demo-api-key"
 _KV_CACHE_BYTES = 1 << 30
-_SHOWN_TURNS = 6
 _MAKING_DEADLINE_S = 300
 _STOP_WITHIN_S = 50.0
 
@@ -88,40 +85,6 @@ def stateful(context: click.Context, console: Console, model: str, turns: int) -
     console.result(figures, _figures_text(figures))
 
 
-def show_state_kept(console: Console, settings: "Settings", status: "types.Status", api_key: str) -> None:
-    """Run the beginning of an agent's conversation on the running demonstration, stateless and stateful; show both."""
-    from api.stateful_bench import run_loop
-
-    console.say("\nOne agent conversation, asked twice of the same engine: without state, and through the gateway.")
-    target = _target(settings, status, api_key)
-    samples = asyncio.run(run_loop(target, arms=("stateless", "stateful"), turns=_SHOWN_TURNS))
-    console.say(conversation_table(samples))
-
-
-def conversation_table(samples: "dict[str, list[Sample]]") -> str:
-    """Tokens prefilled and time to first token of each turn, stateless beside stateful."""
-    rows = [
-        (
-            turn + 1,
-            len(stateful.prompt_ids),
-            stateless.prefilled,
-            stateful.prefilled,
-            f"{stateless.ttft_s * 1000:.0f} ms",
-            f"{stateful.ttft_s * 1000:.0f} ms",
-        )
-        for turn, (stateless, stateful) in enumerate(zip(samples["stateless"], samples["stateful"], strict=True))
-    ]
-    headings = (
-        "turn",
-        "prompt tokens",
-        "prefilled: stateless",
-        "stateful",
-        "first token: stateless",
-        "stateful",
-    )
-    return table(headings, rows, empty="")
-
-
 def _figures_text(figures: dict[str, Any]) -> str:
     rows = []
     for arm in ("stateless", "vanilla", "stateful"):
@@ -167,6 +130,7 @@ def _progress_line(turn: int, turns: int, latest: "dict[str, Sample]") -> str:
 @contextmanager
 def _own_appliance(console: Console, state_dir: Path, model: Path | None) -> "Iterator[Target]":
     """An appliance that only the benchmark uses."""
+    from api.demonstration import target_of
     from api.initialise import initialise
     from api.launch import Gateway
     from appliance.settings import load_settings
@@ -184,18 +148,9 @@ def _own_appliance(console: Console, state_dir: Path, model: Path | None) -> "It
     gateway = Gateway(state_dir, environment, outlives=False)
     try:
         status = gateway.wait_until_ready(console.say, settings.engine.ready_timeout_s)
-        yield _target(settings, status, (state_dir / _KEY_FILE).read_text().strip())
+        yield target_of(settings, status, (state_dir / _KEY_FILE).read_text().strip())
     finally:
         gateway.stop(_STOP_WITHIN_S)
-
-
-def _target(settings: "Settings", status: "types.Status", api_key: str) -> "Target":
-    from api.stateful_bench import Target
-    from appliance.engine.client import EngineClient
-    from appliance.engine.launcher import SOCKET_NAME
-
-    socket = settings.engine.socket or settings.state_dir / "run" / "engine" / SOCKET_NAME
-    return Target(status.endpoint, api_key, EngineClient(socket), status.model or "", settings.engine.block_size)
 
 
 def _model_folder(console: Console, named: str) -> Path | None:

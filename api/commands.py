@@ -322,9 +322,20 @@ def _announce(console: Console, settings: "Settings", status: "types.Status", *,
             "api_key": api_key,
             "detached": detached,
         },
-        f"{head}\n{text}",
+        f"{head}\n{text}{_shown(console, settings, status, api_key)}",
     )
     console.say(tail)
+
+
+def _shown(console: Console, settings: "Settings", status: "types.Status", api_key: str | None) -> str:
+    """What a demonstration shows a person: that state is kept, measured now, and what to paste."""
+    if console.json or api_key is None or not status.ready or status.model is None:
+        return ""
+    from api.demonstration import pastes, show_state_kept
+
+    console.say("Running one agent conversation twice on the same engine: stateless, and through the gateway.")
+    shown = show_state_kept(settings, status, api_key)
+    return f"\n\n{pastes(status.endpoint, api_key, status.model)}\n\n{shown}"
 
 
 def _stay(console: Console, gateway: "Gateway", status: "types.Status") -> None:
