@@ -173,12 +173,12 @@ def _cache_dir() -> Path:
 
 
 def _make_random_model(console: Console, folder: Path) -> None:
-    from appliance.engine.launcher import find_python
+    from appliance.engine.launcher import engine_python
 
     console.say(f"Making {folder}, once")
     folder.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    python = find_python(console.settings().engine)
+    python = console.settings().engine.python or engine_python()
     try:
         command = [str(python), "-m", "appliance.engine.demo.random_model", "--output", str(staged)]
         made = subprocess.run(command, capture_output=True, text=True, timeout=_MAKING_DEADLINE_S, check=False)

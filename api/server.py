@@ -40,7 +40,7 @@ from api.openai.errors import Draining
 from api.roots import open_root, read_seal
 from api.services import Lifecycle, Services
 from appliance.engine.client import EngineClient
-from appliance.engine.launcher import SOCKET_NAME, EngineFailed, EngineProcess, EngineSpec
+from appliance.engine.launcher import EngineFailed, EngineProcess, EngineSpec, SOCKET_NAME, engine_python
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Identity, Quotas
 from appliance.sessions import Sessions
@@ -233,18 +233,12 @@ def _engine_spec(settings: Settings) -> EngineSpec:
     parser = settings.engine.tool_call_parser or (_DEMO_TOOL_CALLS if model is None else None)
     return EngineSpec.from_settings(
         settings.engine,
-        python=settings.engine.python or _engine_python(),
+        python=settings.engine.python or engine_python(),
         model=_DEMO_MODEL if model is None else model,
         run_dir=settings.state_dir / ENGINE_DIR,
         log_path=settings.state_dir / "log" / "engine.log",
         tool_call_parser=parser,
     )
-
-
-def _engine_python() -> Path:
-    """The interpreter of the environment beside the gateway's own: `.venv-engine` beside `.venv`."""
-    own = Path(sys.prefix)
-    return own.with_name(f"{own.name}-engine") / "bin" / "python"
 
 
 # Listening

@@ -528,7 +528,9 @@ def _engine_python(subject: Subject) -> Path | None:
     if subject.settings is not None and subject.settings.engine.python is not None:
         python = subject.settings.engine.python
         return python if python.exists() else None
-    beside = Path(sys.prefix).parent / ".venv-engine" / "bin" / "python"
+    from appliance.engine.launcher import engine_python
+
+    beside = engine_python()
     return beside if beside.exists() else None
 
 

@@ -21,6 +21,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -207,6 +208,12 @@ def environment(spec: EngineSpec, base: Mapping[str, str]) -> dict[str, str]:
         if spec.cpu_threads is not None:
             chosen["OMP_NUM_THREADS"] = str(spec.cpu_threads)
     return chosen
+
+
+def engine_python() -> Path:
+    """The interpreter of the environment beside the gateway's own: `.venv-engine` beside `.venv`."""
+    own = Path(sys.prefix)
+    return own.with_name(f"{own.name}-engine") / "bin" / "python"
 
 
 def device_of(python: Path) -> Literal["cpu", "cuda"]:
