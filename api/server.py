@@ -19,7 +19,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -40,7 +39,7 @@ from api.openai.errors import Draining
 from api.roots import open_root, read_seal
 from api.services import Lifecycle, Services
 from appliance.engine.client import EngineClient
-from appliance.engine.launcher import EngineFailed, EngineProcess, EngineSpec, SOCKET_NAME, engine_python
+from appliance.engine.launcher import SOCKET_NAME, EngineFailed, EngineProcess, EngineSpec, engine_python
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Identity, Quotas
 from appliance.sessions import Sessions
