@@ -274,7 +274,7 @@ def _events(request: dict[str, Any], plan: Plan, answer_id: str) -> Iterator[byt
     head = f'data: {{"id":"{answer_id}","object":"{name}","created":1700000000,"model":{json.dumps(request["model"])}'
     words = _words(plan)
     indices = range(request.get("n", 1))
-    tail = json.dumps(_prompt_ids(request)) if ids else ""
+    tail = _compact(_prompt_ids(request)) if ids else ""
     if chat:
         first = f',"prompt_token_ids":{tail},"prompt_text":null' if ids else ""
         delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
@@ -287,10 +287,10 @@ def _events(request: dict[str, Any], plan: Plan, answer_id: str) -> Iterator[byt
                 said: dict[str, Any] = {"content": word}
                 if plan.tool:
                     said = {"tool_calls": [{**_tool_call(plan), "index": 0}]} if number == 0 else {}
-                body = f'"delta":{json.dumps(said)}'
+                body = f'"delta":{_compact(said)}'
             else:
                 prompt = f',"prompt_token_ids":{tail}' if ids and number == 0 else ""
-                body = f'"text":{json.dumps(word)}'
+                body = f'"text":{_compact(word)}'
                 kept = prompt + kept
             body += f',"logprobs":null,"finish_reason":null{kept}'
             yield f'{head},"choices":[{{"index":{index},{body}}}]}}\n\n'.encode()
@@ -301,8 +301,12 @@ def _events(request: dict[str, Any], plan: Plan, answer_id: str) -> Iterator[byt
         end = f'"logprobs":null,"finish_reason":"{reason}","stop_reason":null{kept}'
         yield f'{head},"choices":[{{"index":{index},{body},{end}}}]}}\n\n'.encode()
     if (request.get("stream_options") or {}).get("include_usage"):
-        yield f'{head},"choices":[],"usage":{json.dumps(_usage(request, plan))}}}\n\n'.encode()
+        yield f'{head},"choices":[],"usage":{_compact(_usage(request, plan))}}}\n\n'.encode()
     yield b"data: [DONE]\n\n"
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def _stream_head() -> bytes:
