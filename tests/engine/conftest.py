@@ -10,11 +10,14 @@ import pytest
 if TYPE_CHECKING:
     from tests.engine.in_process import EngineInProcess
 
-# vLLM reads these when it is first imported.
+# vLLM and torch read these when they are first imported. One thread that may run anywhere is quickest for so small a
+# model on a machine that others use too.
 os.environ.update(
     HF_HUB_OFFLINE="1",
+    OMP_NUM_THREADS="1",
     TRANSFORMERS_OFFLINE="1",
     VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_LOGGING_LEVEL="WARNING",
     VLLM_NO_USAGE_STATS="1",
@@ -51,6 +54,7 @@ def engine(engine_in_process: "EngineInProcess") -> "Iterator[EngineInProcess]":
     """An engine without requests, leases or cached blocks, and held to that after the test, save for the cache."""
     engine_in_process.start_anew()
     yield engine_in_process
+    engine_in_process.cancel_all()
     engine_in_process.drain()
     engine_in_process.report(release=[state.session for state in engine_in_process.report().leases])
     engine_in_process.assert_nothing_is_held()

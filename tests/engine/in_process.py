@@ -18,6 +18,7 @@ POOL = 40  # blocks that can be handed out
 BOUND = 20  # blocks that leases may hold together
 MAX_MODEL_LEN = 1024
 STEP_TOKENS = 256
+_MOST_STEPS = 3000
 
 
 class Clock:
@@ -114,9 +115,13 @@ class EngineInProcess:
                 )
 
     def drain(self) -> None:
-        """Step until nothing is left to do."""
-        while self._front.has_unfinished_requests():
-            self.step()
+        """Step until nothing is left to do.
+
+        Raises:
+            AssertionError: when some request gets nowhere.
+        """
+        self.step(_MOST_STEPS)
+        assert not self._front.has_unfinished_requests()
 
     def turn(self, prompt: Sequence[int], **request: Any) -> Answer:
         """Submit a request and run everything to its end."""
@@ -127,6 +132,12 @@ class EngineInProcess:
     def cancel(self, name: str) -> None:
         """Do what a client's disconnect does."""
         self._front.abort_request([name])
+
+    def cancel_all(self) -> None:
+        """Cancel whatever has not ended."""
+        for name, answer in self.answers.items():
+            if answer.finish_reason is None:
+                self.cancel(name)
 
     def report(self, release: Iterable[str] = ()) -> LeaseReport:
         """What `LEASES_PATH` would answer."""
