@@ -5,7 +5,8 @@ Three targets in one run, in turns: the engine's stub directly, the bare FastAPI
 and this load generator share the others.
 
 Reported: milliseconds to the first byte of the stream and to its end at a fixed rate; requests a second of 16
-connections in a closed loop, and the processor time of one, which a busy machine does not blur. `--check` leaves with 1 when a figure misses what the project promises.
+connections in a closed loop, and the processor time of one. `--check` leaves with 1 when a figure misses what the
+project promises.
 """
 
 import argparse
