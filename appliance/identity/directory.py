@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from sqlalchemy import Connection, Table, insert, select, update
 from sqlalchemy.engine import RowMapping
 
+from appliance.errors import HoldfastError
 from appliance.identity.errors import InvalidApiKey, NameTaken, NotAnAdministrator, UnknownIdentity
 from appliance.identity.types import ApiKey, Caller, Permission, Principal, Role, Scopes, Tenant
 from appliance.store import Change, RowCipher, Store, StoreConflict, key_changes, rotation_changes, tables
@@ -26,6 +27,7 @@ from appliance.vault import SYSTEM_SCOPE, KeyPurpose, Vault
 
 SECRET_PREFIX = "hf_"  # noqa: S105 (says what a secret begins with)
 _SECRET_BYTES = 32
+_SECRET_LENGTH = len(SECRET_PREFIX) + 43  # base64url without padding
 _KNOWN_CALLERS = 10_000
 _INSERT_TENANT = insert(tables.tenants)
 _INSERT_PRINCIPAL = insert(tables.principals)
@@ -65,6 +67,8 @@ class Identity:
             InvalidApiKey: it is unknown, revoked or expired.
             VaultSealed: nobody can be told from anybody.
         """
+        if len(secret) != _SECRET_LENGTH or not secret.isascii():
+            raise _invalid("it is not a key of this appliance")
         lookup = self._secret_lookup(secret)
         caller = self._callers.get(lookup)
         if caller is None:
@@ -107,8 +111,13 @@ class Identity:
         Returns:
             How many keys the new one wraps.
         """
-        rotation = self._vault.rotate(SYSTEM_SCOPE if tenant is None else tenant.tenant_id)
-        await self._store.write(rotation_changes(rotation))
+        scope = SYSTEM_SCOPE if tenant is None else tenant.tenant_id
+        rotation = self._vault.rotate(scope)
+        try:
+            await self._store.write(rotation_changes(rotation))
+        except HoldfastError:
+            self._vault.forget(scope)  # the new key is nowhere: what wraps next must be the one that is stored
+            raise
         await self._store.erase()
         return len(rotation.rewrapped)
 

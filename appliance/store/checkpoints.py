@@ -2,14 +2,15 @@
 
 Rules:
 
-- A checkpoint never blocks a reader, and a commit never waits for a checkpoint of more than `_OVERDUE_FRAMES`.
-- The log is bounded: once it is overdue, the writer copies the rest between two commits, while it stands still. Only a
-  read that lasts holds it back.
+- A checkpoint blocks no reader, and a commit does not wait for one as long as the thread keeps up.
+- The log is bounded: where it outgrows `_OVERDUE_BYTES`, the writer stands still, copies the rest and cuts it. Only a
+  read that lasts holds that back, until the log has grown by as much again.
 - A checkpoint that fails loses nothing, and is tried again with the next commits.
 
 https://www.sqlite.org/wal.html#ckpt
 """
 
+import os
 import sqlite3
 import threading
 from pathlib import Path
@@ -17,8 +18,9 @@ from pathlib import Path
 from appliance.store.errors import StoreUnavailable
 
 _EVERY_CHANGE_SETS = 100
-_OVERDUE_FRAMES = 8192  # 32 MiB of pages
+_OVERDUE_BYTES = 32 << 20
 _WAIT_S = 5.0
+_SHORT_WAIT_S = 0.05  # for reads that do not last
 
 
 class Checkpoints:
@@ -26,10 +28,11 @@ class Checkpoints:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._connection = sqlite3.connect(path, isolation_level=None, timeout=_WAIT_S, check_same_thread=False)
+        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._one_at_a_time = threading.Lock()
         self._wanted = threading.Event()
-        self._overdue = False
+        self._log = f"{path}-wal"
+        self._longest = _OVERDUE_BYTES
         self._closed = False
         self._since = 0
         self._thread = threading.Thread(target=self._run, name="store-checkpoints", daemon=True)
@@ -38,9 +41,8 @@ class Checkpoints:
     def committed(self, change_sets: int) -> None:
         """Told by the writer after each commit, in its thread and outside of a transaction."""
         self._since += change_sets
-        if self._overdue:
-            self._copy_back()
-            self._since = 0
+        if (length := self._length()) > self._longest:
+            self._longest = _OVERDUE_BYTES if self._cut(_SHORT_WAIT_S) else length + _OVERDUE_BYTES
         elif self._since >= _EVERY_CHANGE_SETS:
             self._since = 0
             self._wanted.set()
@@ -51,9 +53,7 @@ class Checkpoints:
         Raises:
             StoreUnavailable: a read held the log for too long.
         """
-        with self._one_at_a_time:
-            held_back, _, _ = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        if held_back:
+        if not self._cut(_WAIT_S):
             raise StoreUnavailable(
                 "deleted keys may still be on the disk",
                 cause=f"a read held the write-ahead log for more than {_WAIT_S:.0f} s",
@@ -77,7 +77,21 @@ class Checkpoints:
     def _copy_back(self) -> None:
         with self._one_at_a_time:
             try:
-                _, frames, copied = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             except sqlite3.Error:
-                return
-        self._overdue = frames > _OVERDUE_FRAMES and copied < frames
+                return  # a disk that is full, say; the writer will say so
+
+    def _cut(self, wait_s: float) -> bool:
+        with self._one_at_a_time:
+            try:
+                self._connection.execute(f"PRAGMA busy_timeout = {int(wait_s * 1000)}").fetchone()
+                held_back, _, _ = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            except sqlite3.Error:
+                return False
+        return not held_back
+
+    def _length(self) -> int:
+        try:
+            return os.stat(self._log).st_size  # noqa: PTH116 (after every commit: a Path is slower)
+        except OSError:
+            return 0

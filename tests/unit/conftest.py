@@ -16,11 +16,22 @@ def postgres() -> Iterator[PostgresServer]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database file with today's tables, to copy."""
+    template = tmp_path_factory.mktemp("sqlite") / "template.db"
+    Store.open(f"sqlite:///{template}").close()
+    return template
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A database of its own for each test, on each kind of database."""
     if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path / 'holdfast.db'}"
+        database = tmp_path / "holdfast.db"
+        database.touch(mode=0o600)
+        database.write_bytes(request.getfixturevalue("sqlite_template").read_bytes())
+        yield f"sqlite:///{database}"
     else:
         server: PostgresServer = request.getfixturevalue("postgres")
         with server.database() as url:

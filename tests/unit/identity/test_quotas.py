@@ -1,7 +1,12 @@
-"""How much a key may ask for: a minute, at once, a day."""
+"""How much a key may ask for, on both kinds of database."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
 
 import pytest
+from sqlalchemy import select
 
+from appliance.errors import Fault
 from appliance.identity import (
     ApiKey,
     Caller,
@@ -14,21 +19,18 @@ from appliance.identity import (
     Scopes,
     TooManyConcurrent,
 )
-from appliance.store import Store
+from appliance.store import Store, tables
 
-pytestmark = pytest.mark.anyio
-
-MIDNIGHT = 1_700_006_400.0  # 2023-11-15 00:00 UTC
+NOON = datetime(2026, 11, 21, 12, tzinfo=UTC).timestamp()
+MIDNIGHT = datetime(2026, 11, 22, tzinfo=UTC).timestamp()
 
 
 class Clock:
-    """A wall clock that a test moves."""
-
     def __init__(self) -> None:
-        self.now = MIDNIGHT + 3600
+        self.at = NOON
 
     def __call__(self) -> float:
-        return self.now
+        return self.at
 
 
 @pytest.fixture
@@ -41,111 +43,180 @@ def quotas(store: Store, clock: Clock) -> Quotas:
     return Quotas(store, now=clock)
 
 
-def caller(scopes: Scopes, key_id: str = "ak_1") -> Caller:
-    principal = Principal("prn_1", "ten_1", "agent", Role.CLIENT)
+def caller(key_id: str = "ak_1", /, **limits: object) -> Caller:
+    scopes = Scopes(**limits)  # type: ignore[arg-type]
+    principal = Principal("prn_1", "ten_1", "client", Role.CLIENT)
     return Caller(principal, None, ApiKey(key_id, "ten_1", "prn_1", None, scopes, 0.0, None, None))
 
 
-def test_a_key_without_limits_is_never_refused(quotas: Quotas) -> None:
+def used_tokens(store: Store) -> dict[tuple[str, str], int]:
+    days = tables.quota_days
+    rows = store.read_blocking(lambda db: db.execute(select(days)).all())
+    return {(row.api_key_id, row.day): row.tokens for row in rows}
+
+
+def test_a_key_without_limits_is_let_in_every_time(quotas: Quotas) -> None:
     for _ in range(1000):
-        quotas.admit(caller(Scopes()), "demo", 10**9)
+        quotas.admit(caller(), "any", 10**9)
 
 
-def test_a_key_for_one_model_asks_for_no_other(quotas: Quotas) -> None:
-    who = caller(Scopes(models=frozenset({"demo"})))
-    quotas.admit(who, "demo", 1)
-    with pytest.raises(ModelNotAllowed, match="other"):
-        quotas.admit(who, "other", 1)
+def test_a_model_outside_the_scopes_is_refused_and_costs_nothing(quotas: Quotas) -> None:
+    asking = caller(models=frozenset({"small"}), requests_per_minute=1)
+    with pytest.raises(ModelNotAllowed, match="'large'") as error:
+        quotas.admit(asking, "large", 1)
+    assert error.value.fault is Fault.DENIED
+    quotas.admit(asking, "small", 1)
 
 
-def test_requests_are_counted_over_the_last_minute(quotas: Quotas, clock: Clock) -> None:
-    who = caller(Scopes(requests_per_minute=2))
-    quotas.admit(who, "demo", 1)
-    clock.now += 20
-    quotas.admit(who, "demo", 1)
-    clock.now += 20
-    with pytest.raises(RateLimited) as caught:
-        quotas.admit(who, "demo", 1)
-    assert caught.value.retry_after_s == 20
-    clock.now += 20
-    quotas.admit(who, "demo", 1)
+# Requests a minute
 
 
-def test_a_clock_that_was_set_back_does_not_lock_a_key_out(quotas: Quotas, clock: Clock) -> None:
-    who = caller(Scopes(requests_per_minute=1))
-    quotas.admit(who, "demo", 1)
-    clock.now -= 86_400
-    quotas.admit(who, "demo", 1)
+def test_no_minute_has_more_requests_than_allowed(quotas: Quotas, clock: Clock) -> None:
+    asking = caller(requests_per_minute=3)
+    admitted: list[float] = []
+    for _ in range(400):
+        clock.at += 0.7
+        try:
+            quotas.admit(asking, "m", 1).release()
+        except RateLimited:
+            continue
+        admitted.append(clock.at)
+    assert all(later - earlier >= 60 for earlier, later in zip(admitted, admitted[3:], strict=False))
+    assert len(admitted) >= 3 * 4
 
 
-def test_requests_at_once_are_bounded_and_a_place_is_free_again_on_every_way_out(quotas: Quotas) -> None:
-    who = caller(Scopes(concurrent_requests=1))
-    for leave in ("settle", "release"):
-        admission = quotas.admit(who, "demo", 1)
-        with pytest.raises(TooManyConcurrent):
-            quotas.admit(who, "demo", 1)
-        if leave == "settle":
-            admission.settle(1)
-        else:
-            admission.release()
-        admission.release()
-        admission.settle(5)
-    quotas.admit(who, "demo", 1)
-    with pytest.raises(TooManyConcurrent):
-        quotas.admit(who, "demo", 1)
+def test_what_is_told_to_wait_is_let_in_after_waiting_and_not_before(quotas: Quotas, clock: Clock) -> None:
+    asking = caller(requests_per_minute=2)
+    quotas.admit(asking, "m", 1).release()
+    clock.at += 20
+    quotas.admit(asking, "m", 1).release()
+    with pytest.raises(RateLimited) as error:
+        quotas.admit(asking, "m", 1)
+    assert error.value.retry_after_s == 40
+    clock.at += 39.9
+    with pytest.raises(RateLimited):
+        quotas.admit(asking, "m", 1)
+    clock.at += 0.1
+    quotas.admit(asking, "m", 1)
 
 
-def test_what_a_turn_may_use_is_reserved_and_what_it_used_is_settled(quotas: Quotas) -> None:
-    who = caller(Scopes(tokens_per_day=100))
-    first = quotas.admit(who, "demo", 60)
-    with pytest.raises(DailyTokensSpent, match="60 are reserved"):
-        quotas.admit(who, "demo", 60)
-    first.settle(10)
-    second = quotas.admit(who, "demo", 90)
-    second.release()
-    quotas.admit(who, "demo", 90)
-
-
-def test_a_refused_request_reserves_nothing(quotas: Quotas) -> None:
-    who = caller(Scopes(tokens_per_day=100, concurrent_requests=5))
-    for _ in range(10):
-        with pytest.raises(DailyTokensSpent):
-            quotas.admit(who, "demo", 101)
-    quotas.admit(who, "demo", 100)
-
-
-async def test_a_days_use_outlives_the_process(store: Store, quotas: Quotas, clock: Clock) -> None:
-    who = caller(Scopes(tokens_per_day=100))
-    await store.write(quotas.admit(who, "demo", 50).settle(40))
-    await store.write(quotas.admit(who, "demo", 50).settle(40))
-    restarted = Quotas(store, now=clock)
-    with pytest.raises(DailyTokensSpent, match="80 are used"):
-        restarted.admit(who, "demo", 21)
-    restarted.admit(who, "demo", 20)
-
-
-async def test_a_day_ends_at_midnight_utc_and_a_turn_counts_for_the_day_it_began(
-    store: Store, quotas: Quotas, clock: Clock
-) -> None:
-    who = caller(Scopes(tokens_per_day=100))
-    clock.now = MIDNIGHT - 1
-    late = quotas.admit(who, "demo", 100)
-    with pytest.raises(DailyTokensSpent) as caught:
-        quotas.admit(who, "demo", 1)
-    assert caught.value.retry_after_s == 1
-    clock.now = MIDNIGHT
-    early = quotas.admit(who, "demo", 100)
-    await store.write([*late.settle(100), *early.settle(30)])
-    quotas.admit(who, "demo", 70).release()
-    restarted = Quotas(store, now=clock)
-    with pytest.raises(DailyTokensSpent, match="30 are used"):
-        restarted.admit(who, "demo", 71)
-    clock.now = MIDNIGHT - 1
-    with pytest.raises(DailyTokensSpent, match="100 are used"):
-        Quotas(store, now=clock).admit(who, "demo", 1)
+def test_a_clock_that_was_set_back_locks_nobody_out(quotas: Quotas, clock: Clock) -> None:
+    asking = caller(requests_per_minute=1)
+    quotas.admit(asking, "m", 1).release()
+    clock.at -= 86_400
+    quotas.admit(asking, "m", 1).release()
 
 
 def test_keys_do_not_share_their_limits(quotas: Quotas) -> None:
-    scopes = Scopes(requests_per_minute=1, concurrent_requests=1, tokens_per_day=10)
-    for number in range(5):
-        quotas.admit(caller(scopes, f"ak_{number}"), "demo", 10)
+    limits: dict[str, object] = {"requests_per_minute": 1, "concurrent_requests": 1, "tokens_per_day": 10}
+    quotas.admit(caller("ak_1", **limits), "m", 10)
+    quotas.admit(caller("ak_2", **limits), "m", 10)
+
+
+# Requests at once
+
+
+@pytest.mark.parametrize("end", [lambda it: it.settle(5), lambda it: it.settle(0), lambda it: it.release()])
+def test_a_slot_is_free_again_however_the_turn_ended(quotas: Quotas, end: Callable[[object], object]) -> None:
+    asking = caller(concurrent_requests=1)
+    for _ in range(3):
+        admission = quotas.admit(asking, "m", 10)
+        with pytest.raises(TooManyConcurrent):
+            quotas.admit(asking, "m", 10)
+        end(admission)
+    quotas.admit(asking, "m", 10)
+
+
+def test_a_turn_that_ends_twice_frees_one_slot_and_counts_once(quotas: Quotas) -> None:
+    asking = caller(concurrent_requests=2, tokens_per_day=100)
+    first, _ = quotas.admit(asking, "m", 10), quotas.admit(asking, "m", 10)
+    assert len(first.settle(10)) == 1
+    assert first.settle(10) == []
+    first.release()
+    quotas.admit(asking, "m", 80)
+    with pytest.raises(TooManyConcurrent):
+        quotas.admit(asking, "m", 0)
+
+
+def test_what_was_refused_holds_no_slot_and_no_tokens(quotas: Quotas, clock: Clock) -> None:
+    asking = caller(concurrent_requests=1, tokens_per_day=10, requests_per_minute=2)
+    for _ in range(5):
+        with pytest.raises(DailyTokensSpent):
+            quotas.admit(asking, "m", 11)
+    quotas.admit(asking, "m", 10)
+
+
+# Tokens a day
+
+
+def test_tokens_are_reserved_while_a_turn_runs_and_settled_after(quotas: Quotas) -> None:
+    asking = caller(tokens_per_day=100)
+    running = quotas.admit(asking, "m", 80)
+    with pytest.raises(DailyTokensSpent, match="100 tokens"):
+        quotas.admit(asking, "m", 21)
+    quotas.admit(asking, "m", 20).release()
+    running.settle(30)
+    quotas.admit(asking, "m", 70).settle(70)
+    with pytest.raises(DailyTokensSpent):
+        quotas.admit(asking, "m", 1)
+
+
+def test_a_day_that_is_spent_says_when_the_next_one_begins(quotas: Quotas, clock: Clock) -> None:
+    clock.at = MIDNIGHT - 90
+    with pytest.raises(DailyTokensSpent) as error:
+        quotas.admit(caller(tokens_per_day=0), "m", 1)
+    assert error.value.retry_after_s == 90
+    assert error.value.fault is Fault.LIMIT
+
+
+def test_midnight_in_utc_gives_the_day_back_but_not_to_what_ran_before_it(
+    quotas: Quotas, store: Store, clock: Clock
+) -> None:
+    asking = caller(tokens_per_day=100)
+    clock.at = MIDNIGHT - 1
+    running = quotas.admit(asking, "m", 100)
+    clock.at = MIDNIGHT
+    quotas.admit(asking, "m", 100).release()
+    store.write_blocking(running.settle(60))
+    assert used_tokens(store) == {("ak_1", "2026-11-21"): 60}
+    store.write_blocking(quotas.admit(asking, "m", 100).settle(100))
+    assert used_tokens(store) == {("ak_1", "2026-11-21"): 60, ("ak_1", "2026-11-22"): 100}
+    with pytest.raises(DailyTokensSpent):
+        quotas.admit(asking, "m", 1)
+
+
+def test_what_a_day_has_used_outlives_a_restart_and_reservations_do_not(store: Store, clock: Clock) -> None:
+    asking = caller(tokens_per_day=100)
+    before = Quotas(store, now=clock)
+    store.write_blocking(before.admit(asking, "m", 50).settle(40))
+    before.admit(asking, "m", 60)
+    after = Quotas(store, now=clock)
+    with pytest.raises(DailyTokensSpent):
+        after.admit(asking, "m", 61)
+    after.admit(asking, "m", 60)
+
+
+def test_turns_that_settle_in_one_commit_are_all_counted(quotas: Quotas, store: Store) -> None:
+    asking = caller(tokens_per_day=1000)
+    running = [quotas.admit(asking, "m", 10) for _ in range(10)]
+    store.write_blocking([change for admission in running for change in admission.settle(7)])
+    assert used_tokens(store) == {("ak_1", "2026-11-21"): 70}
+
+
+def test_a_turn_that_used_more_than_it_reserved_is_counted_whole(quotas: Quotas) -> None:
+    asking = caller(tokens_per_day=100)
+    quotas.admit(asking, "m", 10).settle(95)
+    with pytest.raises(DailyTokensSpent):
+        quotas.admit(asking, "m", 6)
+    quotas.admit(asking, "m", 5)
+
+
+def test_a_key_without_a_daily_limit_writes_nothing(quotas: Quotas) -> None:
+    assert quotas.admit(caller(), "m", 10).settle(10) == []
+
+
+@pytest.mark.parametrize("name", ["requests_per_minute", "concurrent_requests", "tokens_per_day"])
+def test_a_limit_below_zero_is_refused(name: str) -> None:
+    limits: dict[str, object] = {name: -1}
+    with pytest.raises(ValueError, match=name):
+        caller(**limits)
