@@ -132,7 +132,7 @@ def recall_question(turn: int) -> str:
 
 def report(number: int, unit: str, state: str, degrees: int) -> str:
     """One report as it comes in."""
-    return f"Report {number}: unit {unit} is {state}, {degrees} degrees. What now?"
+    return f"Report {number}: the unit {unit} is {state}, {degrees} degrees. What now?"
 
 
 def verdict(unit: str, state: str) -> str:

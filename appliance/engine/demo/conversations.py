@@ -93,6 +93,13 @@ _SYSTEM_PROMPTS: Final = (
     "You are a coding agent in a terminal. Work step by step and call tools when you need them.",
 )
 
+_SYSTEM_PROMPTS_ABOUT: Final = (
+    "You are the assistant of a shop for {} in {}.",
+    "You help people who know little about {}. They live in {}.",
+    "You work for the museum of {} in {}. Answer in one sentence.",
+    "Help the user with {}. The user is in {}.",
+)
+
 _GREETINGS: Final = (
     "Hello", "Hello!", "Hi", "Hi!", "Hey", "Hey!", "Hello there!", "Hi there!", "Good morning!", "Good evening!",
     "Good day!", "Greetings!", "Hey there!", "Good afternoon!", "Hello, assistant!", "Hello again!",
@@ -227,14 +234,14 @@ class _Memory:
 _Act = Callable[[random.Random, _Memory], list[Message]]
 
 
-def short_conversation(rng: random.Random) -> Conversation:
-    """One to eight acts, below about 600 tokens."""
+def short_conversation(rng: random.Random, *, most_acts: int = 8) -> Conversation:
+    """One to eight acts, mostly below 500 tokens."""
     memory = _Memory(tools=_offered(rng) if rng.random() < 0.55 else ())
     messages = _system(rng, 0.6)
     if rng.random() < 0.06:
-        messages += _watch(rng, memory, rng.randint(2, 8))
+        messages += _watch(rng, memory, rng.randint(2, most_acts))
     else:
-        messages += _acts(rng, memory, rng.choice((1, 2, 3, 4, 5, 6, 8)))
+        messages += _acts(rng, memory, min(most_acts, rng.choice((1, 2, 3, 4, 5, 6, 8))))
     return Conversation(tuple(messages), tuple(tool.schema for tool in memory.tools))
 
 
@@ -337,8 +344,11 @@ def _exchange(asked: str, answered: str) -> list[Message]:
 def _system(rng: random.Random, chance: float) -> list[Message]:
     if rng.random() > chance:
         return []
-    if rng.random() < 0.12:
+    chance_of_kind = rng.random()
+    if chance_of_kind < 0.12:
         content = handbook(rng, units=rng.randint(0, 6), customs=rng.randint(0, 3))
+    elif chance_of_kind < 0.4:
+        content = rng.choice(_SYSTEM_PROMPTS_ABOUT).format(rng.choice(THINGS), _city(rng))
     else:
         content = rng.choice(_SYSTEM_PROMPTS)
     return [{"role": "system", "content": content}]
@@ -398,6 +408,15 @@ def _farewell(rng: random.Random, memory: _Memory) -> list[Message]:
 
 def _unknown(rng: random.Random, _memory: _Memory) -> list[Message]:
     return _exchange(_worded(rng, rng.choice(_UNKNOWN).format(rng.choice(THINGS))), _DOES_NOT_KNOW)
+
+
+def _ramble(rng: random.Random, _memory: _Memory) -> list[Message]:
+    """Words without a question in them."""
+    words = (*THINGS, *COLOURS, "and", "the", "of", "a", "in", "with", "we", "not")
+    said = [
+        rng.choice(words) if rng.random() < 0.9 else invented_word(rng) for _ in range(rng.choice((3, 5, 8, 20, 50)))
+    ]
+    return _exchange(" ".join(said) + rng.choice(("", ".", "!")), _DOES_NOT_KNOW)
 
 
 def _tell_name(rng: random.Random, memory: _Memory, name: str | None = None) -> list[Message]:
@@ -545,6 +564,7 @@ _WEIGHTS: Final[tuple[tuple[_Act, float], ...]] = (
     (_small_talk, 1.2),
     (_farewell, 0.5),
     (_unknown, 1.2),
+    (_ramble, 0.3),
     (_tell_name, 1.4),
     (_ask_name, 2.2),
     (_tell_colour, 0.5),

@@ -47,7 +47,10 @@ _LONG_SHARES = (0.25, 0.25, 0.5, 1.0, 1.0)
 _LONG_CHANCE = 0.05  # of a conversation, once long ones take part
 _BATCH_TOKENS = 2048
 _ROW_LENGTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 5120)
+_HOLES_FROM = 0.3  # of the whole time: copying is learnt sooner from whole stretches
 _HOLES_CHANCE = 0.5
+_FEW_ACTS_UNTIL = 0.2
+_FEW_ACTS = 3
 _ELSEWHERE = 0.1  # the weight of a token that the assistant does not say
 _REPORT_EVERY_S = 90.0
 _EVALUATION_ROWS = 4
@@ -197,8 +200,11 @@ def _batches(encoder: Encoder, rng: random.Random, clock: _Clock) -> Iterator[Ba
     """Rows of like length, in a few fixed shapes: the matrix kernels are built anew for every shape they meet."""
     waiting: dict[int, list[Sample]] = {length: [] for length in _ROW_LENGTHS}
     while True:
-        if clock.share_spent() > _LONG_FROM and rng.random() < _LONG_CHANCE:
+        spent = clock.share_spent()
+        if spent > _LONG_FROM and rng.random() < _LONG_CHANCE:
             conversation = long_conversation(rng, share=rng.choice(_LONG_SHARES))
+        elif spent < _FEW_ACTS_UNTIL:
+            conversation = short_conversation(rng, most_acts=_FEW_ACTS)
         else:
             conversation = short_conversation(rng)
         sample = encoder.sample(conversation)
@@ -206,7 +212,7 @@ def _batches(encoder: Encoder, rng: random.Random, clock: _Clock) -> Iterator[Ba
         rows = waiting[length]
         rows.append(sample)
         if len(rows) * length >= _BATCH_TOKENS:
-            yield _padded(rows, length, rng)
+            yield _padded(rows, length, rng, holes_chance=_HOLES_CHANCE if spent > _HOLES_FROM else 0.0)
             waiting[length] = []
 
 
@@ -214,7 +220,7 @@ def _row_length(tokens: int) -> int:
     return next(length for length in _ROW_LENGTHS if length >= tokens)
 
 
-def _padded(samples: Sequence[Sample], length: int, rng: random.Random) -> Batch:
+def _padded(samples: Sequence[Sample], length: int, rng: random.Random, *, holes_chance: float) -> Batch:
     tokens = torch.zeros(len(samples), length, dtype=torch.long)
     positions = torch.zeros(len(samples), length, dtype=torch.long)
     weight = torch.zeros(len(samples), length)
@@ -222,7 +228,7 @@ def _padded(samples: Sequence[Sample], length: int, rng: random.Random) -> Batch
         count = len(sample.tokens)
         tokens[row, :count] = torch.tensor(sample.tokens)
         weight[row, :count] = torch.tensor([1.0 if spoken else _ELSEWHERE for spoken in sample.spoken])
-        positions[row] = _positions(length, rng, holes=rng.random() < _HOLES_CHANCE)
+        positions[row] = _positions(length, rng, holes=rng.random() < holes_chance)
     return Batch(tokens, positions, weight)
 
 

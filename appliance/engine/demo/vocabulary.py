@@ -44,9 +44,9 @@ CITIES: Final = (
 )  # fmt: skip
 
 UNITS: Final = (
-    "Kestrel", "Heron", "Osprey", "Falcon", "Plover", "Curlew", "Gannet", "Puffin", "Petrel", "Merlin", "Linnet",
-    "Wren", "Robin", "Swift", "Martin", "Lapwing", "Dunlin", "Avocet", "Bittern", "Egret", "Harrier", "Jackdaw",
-    "Magpie", "Nuthatch", "Oriole", "Pipit", "Redwing", "Siskin", "Teal", "Wigeon",
+    "Rook", "Heron", "Lark", "Falcon", "Plover", "Curlew", "Gannet", "Tern", "Petrel", "Merlin", "Linnet",
+    "Wren", "Robin", "Dove", "Martin", "Lapwing", "Dunlin", "Coot", "Bittern", "Egret", "Harrier", "Finch",
+    "Goose", "Nuthatch", "Oriole", "Pipit", "Redwing", "Siskin", "Teal", "Swan",
 )  # fmt: skip
 
 UNIT_KINDS: Final = ("pump", "fan", "tank", "valve", "motor", "filter")
