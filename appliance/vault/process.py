@@ -16,12 +16,17 @@ _MAX_LAYERS = 16  # of block devices under one another
 def forbid_core_dumps() -> None:
     """No core of this process or of its children, and no other user's debugger on it.
 
-    The limit is inherited; that a process cannot be traced is not, and each one says it for itself.
+    The limit is inherited; that a process cannot be traced is not, and each one says it for itself. The limit is one
+    byte, not none: a limit of none still lets a dump go to a pipe, and many distributions send it down one; one byte
+    forbids both (core(5); fs/coredump.c in Linux).
 
     Raises:
         OSError: the kernel refused.
     """
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+    except ValueError:  # none at all, from whoever started this process, and no right to raise it
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE) failed")

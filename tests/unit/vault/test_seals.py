@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -213,11 +214,13 @@ def test_the_stretching_process_shows_no_secret_in_its_arguments_or_environment(
             assert input is not None
             self.stdin.write(input)
             self.stdin.flush()  # it waits for the end of its input, which `communicate` gives
-            for name in ("cmdline", "environ"):
-                try:
-                    seen[name] = Path(f"/proc/{self.pid}/{name}").read_bytes()
-                except PermissionError:
-                    seen[name] = b""  # it forbade its cores, and with that shows nobody
+            process, deadline = Path(f"/proc/{self.pid}"), time.monotonic() + 30
+            while not seen.get("cmdline") and time.monotonic() < deadline:  # empty for a moment after exec(2)
+                seen["cmdline"] = process.joinpath("cmdline").read_bytes()
+            try:
+                seen["environ"] = process.joinpath("environ").read_bytes()
+            except PermissionError:
+                seen["environ"] = b""  # it forbade its cores, and with that shows nobody
             return super().communicate(None, timeout)
 
     monkeypatch.setattr("subprocess.Popen", Watched)
@@ -237,8 +240,8 @@ def test_the_stretching_process_leaves_no_core_and_loads_nothing_but_cryptograph
         "from appliance.vault import kdf\n"
         "kdf.main()\n"
         "loaded = {name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
-        "limits = resource.getrlimit(resource.RLIMIT_CORE)\n"
-        "print(sorted(loaded), limits, ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), file=sys.stderr)\n"
+        "limited = max(resource.getrlimit(resource.RLIMIT_CORE)) <= 1\n"
+        "print(sorted(loaded), limited, ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), file=sys.stderr)\n"
     )
     parameters = {"memory_kib": 64, "iterations": 1, "lanes": 1, "salt": "AAAAAAAAAAAAAAAAAAAAAA=="}
     done = subprocess.run(
@@ -249,7 +252,7 @@ def test_the_stretching_process_leaves_no_core_and_loads_nothing_but_cryptograph
         timeout=30,
     )
     assert len(done.stdout) == 32
-    assert done.stderr.decode().strip() == "['_cffi_backend', '_openssl', 'appliance', 'cryptography'] (0, 0) 0"
+    assert done.stderr.decode().strip() == "['_cffi_backend', '_openssl', 'appliance', 'cryptography'] True 0"
 
 
 def test_a_process_that_only_forbids_its_cores_loads_the_standard_library_alone() -> None:
@@ -289,18 +292,26 @@ def test_stretching_is_done_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
     assert most == 1
 
 
-def test_a_process_that_forbids_cores_and_its_children_leave_none() -> None:
+def test_a_process_that_forbids_cores_and_its_children_leave_none(tmp_path: Path) -> None:
+    """The kernel says of an aborted child whether it dumped one, to a file or to a pipe."""
     script = (
-        "import resource, subprocess, sys\n"
+        "import ctypes, os, resource, subprocess\n"
+        "hard = resource.getrlimit(resource.RLIMIT_CORE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))\n"
         "from appliance.vault.process import forbid_core_dumps\n"
         "forbid_core_dumps()\n"
-        "own = resource.getrlimit(resource.RLIMIT_CORE)\n"
-        "look = 'import resource; print(resource.getrlimit(resource.RLIMIT_CORE))'\n"
-        "child = subprocess.run([sys.executable, '-c', look], capture_output=True, text=True).stdout.strip()\n"
-        "import ctypes; print(own, child, ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))\n"
+        "child = os.posix_spawn('/bin/sh', ['sh', '-c', 'kill -ABRT $$'], {})\n"
+        "_, status = os.waitpid(child, 0)\n"
+        "print(os.WIFSIGNALED(status), os.WCOREDUMP(status), ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))\n"
+        "print(max(resource.getrlimit(resource.RLIMIT_CORE)))\n"
     )
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=30)
-    assert out.stdout.split("\n")[0] == "(0, 0) (0, 0) 0"
+    out = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=30
+    )
+    told, limit = out.stdout.splitlines()
+    assert told == "True False 0"
+    assert int(limit) <= 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_swap_on_a_disk_is_named_and_encrypted_swap_is_not(tmp_path: Path) -> None:
