@@ -4,7 +4,8 @@ Rules:
 
 - Everything is bounded: the time to connect, the silence between two reads, the size of an answer and of one event.
 - Whoever leaves a stream early closes its connection; vLLM takes that as the order to stop generating.
-- A stream ends with `[DONE]`. One that stops earlier was lost, however politely its connection was closed.
+- A stream ends with `[DONE]`. One that stops earlier was lost, however politely its connection was closed, and so was
+  one that brings an error event: vLLM sends one, and `[DONE]` behind it, when its core dies.
 - No error text holds what a client sent or what the engine answered: the engine's own words travel in
   `EngineRejected.body` alone.
 - The socket is reached through a descriptor of its directory, so that a deep home fits into the 108 bytes that a socket
@@ -17,11 +18,11 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import ClassVar, Generic, Self, TypeVar
 
 import aiohttp
 
@@ -30,6 +31,9 @@ from appliance.errors import Fault, HoldfastError
 
 _JSON_HEADERS = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
 _DONE = b"[DONE]"
+_ERROR = b'{"error":'  # how vLLM begins the event of a failure in mid-stream; it says [DONE] behind it all the same
+
+T = TypeVar("T")
 
 
 class EngineUnavailable(HoldfastError):
@@ -140,7 +144,7 @@ class EngineClient:
 
     def stream(
         self, path: str, body: bytes, *, request_id: str, headers: Mapping[str, str] | None = None
-    ) -> "EngineStream":
+    ) -> "EngineStream[bytes]":
         """Post a JSON `body` that asks for a stream: an async context manager that yields the payloads of its events.
 
         Usage::
@@ -152,7 +156,15 @@ class EngineClient:
         Raises:
             EngineRejected, EngineUnavailable, EngineLost: as `call`, on entering; EngineLost while iterating too.
         """
-        return EngineStream(self, path, body, {**_JSON_HEADERS, "X-Request-Id": request_id, **(headers or {})})
+        sent = {**_JSON_HEADERS, "X-Request-Id": request_id, **(headers or {})}
+        return EngineStream(self, path, body, sent, _one_by_one)
+
+    def batches(
+        self, path: str, body: bytes, *, request_id: str, headers: Mapping[str, str] | None = None
+    ) -> "EngineStream[list[bytes]]":
+        """As `stream`, but yields the payloads that came together in a list: what one read of the socket delivered."""
+        sent = {**_JSON_HEADERS, "X-Request-Id": request_id, **(headers or {})}
+        return EngineStream(self, path, body, sent, _together)
 
     async def leases(self, release: Sequence[str] = (), *, deadline_s: float = 5.0) -> LeaseReport:
         """Release the leases named by their labels, let the others expire that are due, and say what is held.
@@ -264,19 +276,30 @@ class EngineClient:
                 os.close(current)
 
 
-class EngineStream:
-    """The events of one answer while it is generated. Made by `EngineClient.stream`."""
+Batches = AsyncGenerator[list[bytes]]
 
-    def __init__(self, client: EngineClient, path: str, body: bytes, headers: Mapping[str, str]) -> None:
+
+class EngineStream(Generic[T]):
+    """The events of one answer while it is generated. Made by `EngineClient.stream` and `EngineClient.batches`."""
+
+    def __init__(
+        self,
+        client: EngineClient,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        hand_out: Callable[[Batches], AsyncGenerator[T]],
+    ) -> None:
         self._client = client
         self._path = path
         self._body = body
         self._headers = headers
         self._response: aiohttp.ClientResponse | None = None
-        self._generator: AsyncGenerator[bytes] | None = None
+        self._hand_out = hand_out
+        self._generator: AsyncGenerator[T] | None = None
         self._complete = False
 
-    async def __aenter__(self) -> AsyncIterator[bytes]:
+    async def __aenter__(self) -> AsyncIterator[T]:
         response = await self._client._open("POST", self._path, self._body, self._headers)
         if response.status != 200:
             try:
@@ -286,7 +309,7 @@ class EngineStream:
                 raise _lost(_reason(error)) from None
             raise _refusal(response.status, answer)
         self._response = response
-        self._generator = self._events(response)
+        self._generator = self._hand_out(self._batches(response))
         return self._generator
 
     async def __aexit__(
@@ -305,7 +328,7 @@ class EngineStream:
                     return
         response.close()
 
-    async def _events(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes]:
+    async def _batches(self, response: aiohttp.ClientResponse) -> Batches:
         limit = self._client._max_answer_bytes
         read = response.content.readany
         parts: list[bytes] = []  # of an event whose end has not come
@@ -330,17 +353,38 @@ class EngineStream:
             if rest:
                 parts.append(rest)
             parts_bytes = len(rest)
-            for event in events:
-                if event.startswith(b"data: ") and b"\n" not in event:
-                    payload = event[6:]
-                else:
-                    payload = _payload(event)
-                    if not payload:
-                        continue
-                if payload == _DONE:
-                    self._complete = True
-                    return
+            batch: list[bytes] = []
+            try:
+                for event in events:
+                    if event.startswith(b"data: ") and b"\n" not in event:
+                        payload = event[6:]
+                    else:
+                        payload = _payload(event)
+                        if not payload:
+                            continue
+                    if payload == _DONE:
+                        self._complete = True
+                        break
+                    batch.append(payload)
+            except EngineLost:
+                if batch:
+                    yield batch
+                raise
+            if batch:
+                yield batch
+            if self._complete:
+                return
+
+
+async def _one_by_one(batches: Batches) -> AsyncGenerator[bytes]:
+    async with contextlib.aclosing(batches):
+        async for batch in batches:
+            for payload in batch:
                 yield payload
+
+
+def _together(batches: Batches) -> Batches:
+    return batches
 
 
 def _payload(event: bytes) -> bytes:
@@ -363,6 +407,14 @@ async def _bounded(response: aiohttp.ClientResponse, limit: int) -> bytes:
             response.close()
             raise _lost(f"its answer is larger than {limit} bytes")
     return bytes(parts)
+
+
+def _broken_off(payload: bytes) -> HoldfastError:
+    try:
+        code = json.loads(payload)["error"]["code"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        code = 500
+    return _refusal(code if isinstance(code, int) else 500, payload)
 
 
 def _refusal(status: int, body: bytes) -> HoldfastError:

@@ -228,6 +228,26 @@ async def test_a_stream_that_stops_before_done_was_lost(engine: Engine, client: 
             await anext(events)
 
 
+@pytest.mark.parametrize(
+    ("event", "kind"),
+    [
+        (b'{"error":{"message":"secret","type":"InternalServerError","code":500}}', EngineLost),
+        (b'{"error":{"message":"secret","type":"BadRequestError","code":400}}', EngineRejected),
+        (b'{"error":"secret"}', EngineLost),
+        (b'{"error":', EngineLost),
+    ],
+)
+async def test_an_error_event_ends_the_stream_though_done_comes_behind_it(
+    engine: Engine, client: EngineClient, event: bytes, kind: type[Exception]
+) -> None:
+    await engine.follow(streaming(b"data: 1\n\ndata: " + event + b"\n\ndata: [DONE]\n\n"))
+    async with client.stream("/v1/completions", b"{}", request_id="req_1") as events:
+        assert await anext(events) == b"1"
+        with pytest.raises(kind) as failed:
+            await anext(events)
+    assert "secret" not in str(failed.value)
+
+
 async def test_what_is_no_event_stream_was_lost(engine: Engine, client: EngineClient) -> None:
     await engine.follow(streaming(b"<html>secret\n\n"))
     with pytest.raises(EngineLost) as lost:
