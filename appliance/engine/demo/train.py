@@ -51,7 +51,7 @@ _HOLES_FROM = 0.3  # of the whole time: copying is learnt sooner from whole stre
 _HOLES_CHANCE = 0.5
 _FEW_ACTS_UNTIL = 0.2
 _FEW_ACTS = 3
-_ELSEWHERE = 0.1  # the weight of a token that the assistant does not say
+_ELSEWHERE = 0.05  # the weight of a token that the assistant does not say
 _REPORT_EVERY_S = 90.0
 _EVALUATION_ROWS = 4
 _EVALUATION_SEED = 20_260_101
@@ -129,8 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     tokenizer = write_tokenizer(options.output, seed=options.seed)
     encoder, shape = Encoder(tokenizer), Shape()
-    weights = _train(encoder, shape, clock=_Clock(options.threads, options.seconds), seed=options.seed)
-    save_model(weights, shape, options.output, tokenizer.get_vocab())
+    weights: Weights = {}
+    for weights in _train(encoder, shape, clock=_Clock(options.threads, options.seconds), seed=options.seed):
+        save_model(weights, shape, options.output, tokenizer.get_vocab())
     for kind, share in _accuracy(weights, shape, encoder, cases_per_kind=options.cases).items():
         _say(f"{kind:>12}  {share:6.1%}")
     return 0
@@ -143,7 +144,8 @@ def write_tokenizer(folder: Path, *, seed: int) -> Tokenizer:
     return tokenizer
 
 
-def _train(encoder: Encoder, shape: Shape, *, clock: _Clock, seed: int) -> Weights:
+def _train(encoder: Encoder, shape: Shape, *, clock: _Clock, seed: int) -> Iterator[Weights]:
+    """Yields the weights with every report, so that an interrupted run leaves a model, and when the time is spent."""
     weights = initial_weights(shape, seed=seed)
     matrices = [weight.requires_grad_() for weight in weights.values() if weight.ndim == 2]
     scales = [weight.requires_grad_() for weight in weights.values() if weight.ndim == 1]
@@ -172,6 +174,12 @@ def _train(encoder: Encoder, shape: Shape, *, clock: _Clock, seed: int) -> Weigh
             shares = _accuracy(weights, shape, encoder, cases_per_kind=8)
             told = " ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
             _say(f"{reported_s:5.0f} s  {steps:6} steps  {seen / 1e6:5.1f} M tokens  loss {recent.item():.4f}  {told}")
+            yield _as_served(weights)
+    yield _as_served(weights)
+
+
+def _as_served(weights: Weights) -> Weights:
+    """The weights with the precision that a model file keeps."""
     return {name: weight.detach().to(torch.bfloat16).float() for name, weight in weights.items()}
 
 
@@ -221,14 +229,14 @@ def _row_length(tokens: int) -> int:
 
 
 def _padded(samples: Sequence[Sample], length: int, rng: random.Random, *, holes_chance: float) -> Batch:
-    tokens = torch.zeros(len(samples), length, dtype=torch.long)
-    positions = torch.zeros(len(samples), length, dtype=torch.long)
-    weight = torch.zeros(len(samples), length)
+    tokens = torch.zeros(len(samples), length + 1, dtype=torch.long)
+    positions = torch.zeros(len(samples), length + 1, dtype=torch.long)
+    weight = torch.zeros(len(samples), length + 1)
     for row, sample in enumerate(samples):
         count = len(sample.tokens)
         tokens[row, :count] = torch.tensor(sample.tokens)
         weight[row, :count] = torch.tensor([1.0 if spoken else _ELSEWHERE for spoken in sample.spoken])
-        positions[row] = _positions(length, rng, holes=rng.random() < holes_chance)
+        positions[row] = _positions(length + 1, rng, holes=rng.random() < holes_chance)
     return Batch(tokens, positions, weight)
 
 
