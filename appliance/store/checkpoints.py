@@ -56,8 +56,8 @@ class Checkpoints:
         if not self._cut(_WAIT_S):
             raise StoreUnavailable(
                 "deleted keys may still be on the disk",
-                cause=f"a read held the write-ahead log for more than {_WAIT_S:.0f} s",
-                remedy="Do it again when the reads that run now are over",
+                cause=f"a read held the write-ahead log for more than {_WAIT_S:.0f} s, or the disk could not be written",
+                remedy="Do it again when the reads that run now are over and the disk has room",
             )
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, delete, insert, select, text, update
+from sqlalchemy import Connection, delete, insert, select, text
 
 from appliance.store import (
     BackupFailed,
@@ -133,20 +133,21 @@ async def test_changes_keep_their_order_within_a_change_set_whatever_they_share_
     assert "after the deletion" in await store.read(names)
 
 
-async def test_rows_that_name_other_columns_are_not_mixed_up(store: Store) -> None:
+async def test_rows_that_name_other_columns_lose_none_of_them(store: Store) -> None:
+    insert_key = insert(tables.keys)
+    row: dict[str, object] = {"scope": "system", "purpose": "records", "version": 1, "wrapped": b"w"}
+    row |= {"uses_reserved": 0, "root_id": "root", "created_at": 0.0, "retired": False}
     gate, task = await held(store)
-    update_meta = update(tables.meta)
-    await_all = [
-        asyncio.create_task(store.write([Change(INSERT, {"value": "v", "name": "n1"})])),
-        asyncio.create_task(store.write([Change(INSERT, {"name": "n2", "value": "w"})])),
+    writes = [
+        asyncio.create_task(store.write([Change(insert_key, row | {"key_id": "top"})])),
+        asyncio.create_task(store.write([Change(insert_key, row | {"key_id": "child", "parent_id": "top"})])),
     ]
     await asyncio.sleep(0)
     gate.let_go.set()
-    await asyncio.gather(task, *await_all)
-    rows = await store.read(lambda db: db.execute(select(tables.meta).order_by("name")).all())
-    assert [tuple(row) for row in rows] == [("n1", "v"), ("n2", "w")]
-    await store.write([Change(update_meta, {"value": "x"})])
-    assert await store.read(lambda db: set(db.execute(select(tables.meta.c.value)).scalars())) == {"x"}
+    await asyncio.gather(task, *writes)
+    parents = select(tables.keys.c.key_id, tables.keys.c.parent_id)
+    rows = await store.read(lambda db: {row.key_id: row.parent_id for row in db.execute(parents)})
+    assert rows == {"top": None, "child": "top"}
 
 
 async def test_a_transaction_returns_what_its_work_returns(store: Store) -> None:
