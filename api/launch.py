@@ -22,14 +22,16 @@ from types import FrameType
 from typing import ClassVar
 
 from api.admin import types
-from api.admin.client import AdminClient, ApplianceDown, ApplianceSilent
+from api.admin.client import AdminClient, ApplianceDown, ApplianceSilent, Refused
 from appliance.errors import Fault, HoldfastError
 
 GATEWAY_LOG = Path("log") / "gateway.log"
 _LOG_BOUND_BYTES = 16 << 20  # a longer log is set aside when the gateway starts
 _TOLD_LINES = 12
+_TOLD_BYTES = 64 << 10
 _ASK_EVERY_S = 0.2
 _HEARTBEAT_S = 10.0
+_FIRST_ANSWER_S = 60.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -92,7 +94,7 @@ class Gateway:
             self._child = subprocess.Popen(
                 [sys.executable, "-P", "-m", "api"],
                 stdin=subprocess.DEVNULL,
-                stdout=descriptor,
+                stdout=subprocess.PIPE,
                 stderr=descriptor,
                 env={**os.environ, **environment, "HOLDFAST_STATE_DIR": str(state_dir)},
                 cwd="/",
@@ -110,17 +112,23 @@ class Gateway:
     def wait_until_ready(self, say: Callable[[str], None], timeout_s: float) -> types.Status:
         """Wait until everything serves, or until only the passphrase is missing; says what it waits for.
 
+        Args:
+            timeout_s: from the gateway's first answer on.
+
         Raises:
             GatewayDied: the gateway ended.
             AlreadyRunning: another one has the state directory.
             EngineGaveUp: the engine will not start.
             NotReadyInTime: after `timeout_s` something was still missing.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + _FIRST_ANSWER_S
         waiting = _Waiting(say)
         status: types.Status | None = None
         while time.monotonic() < deadline:
-            status = self.ask()
+            seen, known = self.ask(), status
+            status = seen or known
+            if seen is not None and known is None:
+                deadline = time.monotonic() + timeout_s
             if status is not None:
                 if status.ready or status.vault_sealed:
                     return status
@@ -134,7 +142,7 @@ class Gateway:
             waiting.for_parts(status)
             time.sleep(_ASK_EVERY_S)
         raise NotReadyInTime(
-            f"the appliance is not ready after {timeout_s:g} s",
+            f"the appliance is not ready after {timeout_s if status is not None else _FIRST_ANSWER_S:g} s",
             cause="; ".join(_unready(status)) or "the gateway does not answer",
             remedy="`holdfast logs` tells what it is busy with; --timeout waits longer",
         )
@@ -182,18 +190,30 @@ class Gateway:
         return False
 
     def _death(self) -> HoldfastError:
+        """Why the gateway ended: in its own words, else in the last ones of its log."""
+        told = self._told()
         try:
-            other = self._client.gateway_pid()
+            return already_running(self._client.gateway_pid())
         except HoldfastError:
-            said = "\n        ".join(self._last_words()) or "it wrote nothing"
-            status = self._child.returncode
-            how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-            return GatewayDied(
-                "the gateway ended",
-                cause=f"{how}; the end of its log:\n        {said}",
-                remedy="`holdfast logs gateway` has the rest; `holdfast doctor` checks this machine",
-            )
-        return already_running(other)
+            pass
+        if told is not None:
+            return told
+        status = self._child.returncode
+        how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        said = "\n        ".join(self._last_words()) or "nothing"
+        return GatewayDied(
+            "the gateway ended",
+            cause=f"{how}; the end of its log:\n        {said}",
+            remedy="`holdfast logs gateway` has the rest; `holdfast doctor` checks this machine",
+        )
+
+    def _told(self) -> HoldfastError | None:
+        if self._child.stdout is None:
+            return None
+        try:
+            return Refused(types.ErrorBody.model_validate_json(self._child.stdout.read(_TOLD_BYTES)))
+        except ValueError:
+            return None
 
     def _last_words(self) -> list[str]:
         with self._log.open("rb") as log:
