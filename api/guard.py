@@ -13,7 +13,6 @@ Rules:
 """
 
 import logging
-import os
 import re
 import traceback
 from collections.abc import Mapping, MutableMapping
@@ -67,7 +66,7 @@ class Guard:
         pairs = scope["headers"]
         headers = dict(pairs)
         given_id = headers.get(b"x-request-id", b"")
-        request_id = given_id if _REQUEST_ID.fullmatch(given_id) else os.urandom(16).hex().encode()
+        request_id = given_id if _REQUEST_ID.fullmatch(given_id) else self._services.new_id().encode()
         request = Request(request_id.decode(), headers)
         request.answer_headers.append((b"x-request-id", request_id))
         counted = self._services.metrics.requests

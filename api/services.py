@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from api.engine_watch import EngineWatch
+from api.identifiers import RandomIds
 from api.metrics import Metrics
 from appliance.engine.client import EngineClient
 from appliance.engine.launcher import EngineProcess
@@ -58,6 +59,7 @@ class Services:
         engine_process: the engine that this gateway started and watches; None when somebody else runs it.
         watch: whether the engine answers, and what it serves.
         now: wall clock, epoch seconds.
+        new_id: the next identifier of a request or a response.
     """
 
     settings: Settings
@@ -72,3 +74,4 @@ class Services:
     metrics: Metrics
     lifecycle: Lifecycle
     now: Callable[[], float] = field(default=time.time)
+    new_id: Callable[[], str] = field(default_factory=RandomIds)

@@ -137,6 +137,9 @@ def _started(
     cores: Sequence[int] = (),
 ) -> Iterator[Running]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HOLDFAST_")}
+    # An installed appliance has its bytecode compiled; a process that must compile it first is not what is meant here.
+    inherited.pop("PYTHONDONTWRITEBYTECODE", None)
+    inherited["PYTHONPYCACHEPREFIX"] = str(REPOSITORY / "build" / "pycache")
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

@@ -14,7 +14,6 @@ Rules:
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -185,7 +184,7 @@ class Turns:
         started_at = services.now()
         session = await services.sessions.resolve(request.known_caller(), asked.turn)
         request.answer_headers.append((b"x-session-id", session.visible_id.encode("latin-1", "replace")))
-        response_id = f"{self._endpoint.id_prefix}{os.urandom(16).hex()}"
+        response_id = f"{self._endpoint.id_prefix}{services.new_id()}"
         answer = Answer(
             self._endpoint.kind,
             response_id,
@@ -252,15 +251,15 @@ class Turns:
         begun_at = time.perf_counter()
         engine = self._services.engine
         engine_id = running.response_id.removeprefix(self._endpoint.id_prefix)
-        async with engine.stream(self._endpoint.path, self._engine_body(running), request_id=engine_id) as payloads:
-            async for payload in payloads:
-                event = answer.feed(payload)
-                if not event:
+        async with engine.batches(self._endpoint.path, self._engine_body(running), request_id=engine_id) as batches:
+            async for batch in batches:
+                events = b"".join([answer.feed(payload) for payload in batch])
+                if not events:
                     continue
                 if not request.began:
                     self._services.metrics.first_token_s.observe(time.perf_counter() - begun_at)
                     await _begin(send)
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+                await send({"type": "http.response.body", "body": events, "more_body": True})
 
     # Whole
 

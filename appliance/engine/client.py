@@ -365,8 +365,10 @@ class EngineStream(Generic[T]):
                     if payload == _DONE:
                         self._complete = True
                         break
+                    if payload.startswith(_ERROR):
+                        raise _broken_off(payload)
                     batch.append(payload)
-            except EngineLost:
+            except HoldfastError:
                 if batch:
                     yield batch
                 raise

@@ -158,7 +158,18 @@ async def _events_of(parts: Iterable[bytes]) -> list[bytes]:
     class Response:
         content = Content()
 
-    return [payload async for payload in stream._events(Response())]  # type: ignore[arg-type]
+    batches = stream._batches(Response())  # type: ignore[arg-type]
+    return [payload async for batch in batches for payload in batch]
+
+
+async def test_batches_hand_out_what_came_together_and_what_came_before_a_failure(
+    engine: Engine, client: EngineClient
+) -> None:
+    await engine.follow(streaming(b'data: 1\n\ndata: 2\n\ndata: {"error":{"code":500}}\n\ndata: [DONE]\n\n'))
+    async with client.batches("/v1/completions", b"{}", request_id="req_1") as batches:
+        assert await anext(batches) == [b"1", b"2"]
+        with pytest.raises(EngineLost):
+            await anext(batches)
 
 
 async def test_an_event_of_several_lines_is_one_payload(engine: Engine, client: EngineClient) -> None:
