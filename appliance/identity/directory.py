@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping
 from sqlalchemy import Connection, Table, insert, select, update
 from sqlalchemy.engine import RowMapping
 
-from appliance.errors import HoldfastError
 from appliance.identity.errors import InvalidApiKey, NameTaken, NotAnAdministrator, UnknownIdentity
 from appliance.identity.types import ApiKey, Caller, Permission, Principal, Role, Scopes, Tenant
 from appliance.store import Change, RowCipher, Store, StoreConflict, key_changes, rotation_changes, tables
@@ -111,13 +110,8 @@ class Identity:
         Returns:
             How many keys the new one wraps.
         """
-        scope = SYSTEM_SCOPE if tenant is None else tenant.tenant_id
-        rotation = self._vault.rotate(scope)
-        try:
-            await self._store.write(rotation_changes(rotation))
-        except HoldfastError:
-            self._vault.forget(scope)  # the new key is nowhere: what wraps next must be the one that is stored
-            raise
+        rotation = self._vault.rotate(SYSTEM_SCOPE if tenant is None else tenant.tenant_id)
+        await self._store.write(rotation_changes(rotation))
         await self._store.erase()
         return len(rotation.rewrapped)
 

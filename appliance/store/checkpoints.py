@@ -56,7 +56,7 @@ class Checkpoints:
         if not self._cut(_WAIT_S):
             raise StoreUnavailable(
                 "deleted keys may still be on the disk",
-                cause=f"a read held the write-ahead log for more than {_WAIT_S:.0f} s, or the disk could not be written",
+                cause=f"a read held the write-ahead log for more than {_WAIT_S:.0f} s, or the disk took no more",
                 remedy="Do it again when the reads that run now are over and the disk has room",
             )
 
