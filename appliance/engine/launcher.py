@@ -80,7 +80,8 @@ class EngineSpec:
 
     `run_dir` is the engine's own directory: private, with the socket in it. `cpu_threads` counts the threads that
     compute on a CPU; None leaves it to vLLM. `max_model_len` is in tokens; None: what the model says.
-    `tool_call_parser` names one of vLLM's parsers, for a model that calls tools.
+    `tool_call_parser` names one of vLLM's parsers, for a model that calls tools. `cache_dir` holds what vLLM works out
+    once for a model and a device (compiled kernels, what a model can do); None: in `run_dir`.
     """
 
     python: Path
@@ -98,6 +99,7 @@ class EngineSpec:
     lease_fraction: float = 0.5
     tool_call_parser: str | None = None
     cpu_threads: int | None = None
+    cache_dir: Path | None = None
     ready_timeout_s: float = 600.0
     restart_backoff_s: float = 1.0
 
@@ -119,6 +121,7 @@ class EngineSpec:
     ) -> "EngineSpec":
         """The engine that `settings` describe, with the interpreter and the model that were found for it."""
         device = device_of(python)
+        installed = python.parent.parent  # what is worked out once is worked out for this environment, and goes with it
         return cls(
             python=python,
             model=model,
@@ -135,6 +138,7 @@ class EngineSpec:
             lease_fraction=settings.lease_fraction,
             tool_call_parser=tool_call_parser,
             cpu_threads=compute_threads() if device == "cpu" else None,
+            cache_dir=installed / "cache" if os.access(installed, os.W_OK) else None,
             ready_timeout_s=settings.ready_timeout_s,
             restart_backoff_s=settings.restart_backoff_s,
         )
@@ -177,11 +181,12 @@ def environment(spec: EngineSpec, base: Mapping[str, str]) -> dict[str, str]:
     On a CPU the model runs in the engine's core process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`), not in a worker of its
     own: one import of torch less at the start, and no process that spins on shared memory.
     """
-    cache = spec.run_dir / "cache"  # of compiled kernels: they hold nothing of a request
+    home = spec.run_dir / "home"
+    cache = spec.cache_dir or home / "cache"  # holds nothing of a request
     chosen = {name: base[name] for name in _INHERITED if name in base}
     chosen |= {
         "PATH": f"{spec.python.parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        "HOME": str(cache),
+        "HOME": str(home),
         "XDG_CACHE_HOME": str(cache),
         "VLLM_CACHE_ROOT": str(cache / "vllm"),
         "VLLM_CONFIG_ROOT": str(cache / "vllm-config"),

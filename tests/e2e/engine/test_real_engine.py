@@ -101,6 +101,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> EngineSpec:
         max_num_seqs=4,
         tool_call_parser="hermes",
         cpu_threads=compute_threads(),
+        cache_dir=PYTHON.parent.parent / "cache",
     )
 
 

@@ -101,6 +101,13 @@ def test_the_engine_inherits_nothing_that_is_not_on_the_list() -> None:
     assert chosen["HOME"].startswith("/state/run/engine/")
 
 
+def test_what_is_worked_out_once_is_kept_where_the_spec_says() -> None:
+    kept = environment(replace(SPEC, cache_dir=Path("/engine/cache")), {})
+    caches = ("XDG_CACHE_HOME", "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    assert all(kept[name].startswith("/engine/cache") for name in caches)
+    assert all(environment(SPEC, {})[name].startswith("/state/run/engine/home/") for name in caches)
+
+
 def test_the_engine_calls_nobody_and_loads_our_plugins_alone() -> None:
     chosen = environment(SPEC, {})
     assert chosen["HF_HUB_OFFLINE"] == chosen["TRANSFORMERS_OFFLINE"] == chosen["VLLM_NO_USAGE_STATS"] == "1"
@@ -128,3 +135,4 @@ def test_the_device_is_read_off_the_installed_build(tmp_path: Path, distribution
     )
     assert (spec.device, spec.eager, spec.served_name) == (device, device == "cpu", "harbour")
     assert (spec.cpu_threads is not None) == (device == "cpu")
+    assert spec.cache_dir == tmp_path / "cache"
