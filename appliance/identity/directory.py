@@ -9,6 +9,7 @@ Rules:
 - A store that others write to is asked every time.
 """
 
+import asyncio
 import base64
 import json
 import os
@@ -56,6 +57,7 @@ class Identity:
         self._random_bytes = random_bytes
         self._callers: OrderedDict[bytes, Caller] = OrderedDict()
         self._revocations = 0
+        self._one_rotation = asyncio.Lock()
 
     # Asking
 
@@ -110,8 +112,9 @@ class Identity:
         Returns:
             How many keys the new one wraps.
         """
-        rotation = self._vault.rotate(SYSTEM_SCOPE if tenant is None else tenant.tenant_id)
-        await self._store.write(rotation_changes(rotation))
+        async with self._one_rotation:
+            rotation = self._vault.rotate(SYSTEM_SCOPE if tenant is None else tenant.tenant_id)
+            await self._store.write(rotation_changes(rotation))
         await self._store.erase()
         return len(rotation.rewrapped)
 
