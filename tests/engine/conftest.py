@@ -31,6 +31,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:::{library}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The test that is first to ask for an engine waits for it to start: ten seconds, or minutes on a busy machine."""
+    for item in items:
+        if {"engine", "server"}.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.timeout(400))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a randomly initialised Llama of two layers."""

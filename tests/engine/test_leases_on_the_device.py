@@ -135,13 +135,17 @@ def test_the_oldest_session_yields_first_and_from_its_tail(engine: EngineInProce
 
 
 def test_a_request_does_not_reclaim_the_blocks_that_it_hits(engine: EngineInProcess) -> None:
-    engine.turn(words(1, 10 * BLOCK), salt="one", session="one")
+    trunk = words(1, 10 * BLOCK)
+    engine.turn(trunk, salt="one", session="one")
     engine.clock.advance(1.0)
     engine.turn(words(2, 10 * BLOCK), salt="two", session="two")
-    # Thirty blocks, ten of them hits on the oldest lease: all that is free, and nothing of the other.
-    answer = engine.turn(words(1, 10 * BLOCK) + words(3, 20 * BLOCK - 1), salt="one", session="one")
-    assert answer.cached_tokens == 10 * BLOCK
-    assert engine.reclaimed_blocks() == 0
+    # Twenty-two blocks beside its ten hits, where twenty are free; the hits are on the lease that yields first.
+    name = engine.submit(trunk + words(3, 22 * BLOCK - 1), salt="one")
+    engine.step()
+    assert engine.running() == 1
+    assert {lease.session: lease.blocks for lease in engine.report().leases} == {"one": 10, "two": 8}
+    engine.drain()
+    assert engine.answers[name].cached_tokens == 10 * BLOCK
 
 
 def test_nothing_yields_to_a_request_that_would_not_fit_even_then(engine: EngineInProcess) -> None:
