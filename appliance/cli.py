@@ -29,12 +29,8 @@ import click
 from appliance.errors import Fault, HoldfastError
 
 if TYPE_CHECKING:
-    from api.admin import types
     from api.admin.client import AdminClient
     from appliance.settings import Settings
-
-    # Rooms name the admin API's types through here: only the command line looks up at the API.
-    admin_types = types
 
 ENTRY_POINT_GROUP = "holdfast.commands"
 

@@ -69,15 +69,13 @@ def test_help_loads_no_room() -> None:
     )
     outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert outcome.returncode == 0, outcome.stderr
-    for name in cli.SUMMARIES.keys() - {"bench"}:
+    for name in cli.SUMMARIES:
         assert f"\n  {name} " in outcome.stdout
 
 
 def test_the_summaries_are_what_the_rooms_say() -> None:
     context = click.Context(cli.holdfast)
     for name in cli.holdfast.list_commands(context):
-        if name == "bench":
-            continue  # its code is in the repository, not in the distribution
         command = cli.holdfast.get_command(context, name)
         assert command is not None
         assert command.help is not None

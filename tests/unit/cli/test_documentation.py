@@ -16,8 +16,6 @@ def leaves(command: click.Command, path: str) -> list[tuple[str, click.Command]]
     context = click.Context(command)
     found: list[tuple[str, click.Command]] = []
     for name in command.list_commands(context):
-        if name == "bench":
-            continue
         child = command.get_command(context, name)
         assert child is not None
         found += leaves(child, f"{path} {name}".strip())

@@ -3,7 +3,7 @@
 from typing import Any
 
 from api.admin import types
-from appliance.sessions.commands import _transcript_text
+from api.admin.session_commands import _transcript_text
 
 SESSION = types.Session(
     session_id="ses_1",

@@ -26,7 +26,7 @@ from appliance.cli import (
 )
 
 if TYPE_CHECKING:
-    from appliance.cli import admin_types
+    from api.admin import types
 
 
 @click.group(cls=Group)
@@ -100,7 +100,7 @@ def forget_session(console: Console, session_id: str, yes: str | None, api_key_f
         )
 
 
-def _transcript_text(transcript: "admin_types.Transcript") -> str:
+def _transcript_text(transcript: "types.Transcript") -> str:
     about = transcript.session
     lines = [
         f"Session     {about.session_id}",
@@ -118,7 +118,7 @@ def _transcript_text(transcript: "admin_types.Transcript") -> str:
     return "\n".join(lines)
 
 
-def _turn_heading(turn: "admin_types.TranscriptTurn") -> str:
+def _turn_heading(turn: "types.TranscriptTurn") -> str:
     ended = turn.finish_reason or turn.state
     return (
         f"── turn {turn.number} ── {moment(turn.started_at)} ── {in_words(turn.ended_at - turn.started_at)} ── "

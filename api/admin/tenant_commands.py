@@ -13,7 +13,7 @@ import click
 from appliance.cli import Console, Group, ago, in_words, moment, pass_console, table
 
 if TYPE_CHECKING:
-    from appliance.cli import admin_types
+    from api.admin import types
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
@@ -81,9 +81,7 @@ def key() -> None:
 
 @key.command("create")
 @click.option("--principal", required=True, metavar="NAME", help="Who uses it: a program, a team, a person.")
-@click.option(
-    "--tenant", "tenant_name", metavar="TENANT", help="A name or an id.  [default: the only one]"
-)
+@click.option("--tenant", "tenant_name", metavar="TENANT", help="A name or an id.  [default: the only one]")
 @click.option(
     "--role",
     type=click.Choice(["client", "auditor", "operator", "admin"]),
@@ -178,7 +176,7 @@ def revoke_key(console: Console, key_id: str) -> None:
     console.result(revoked, f"Revoked {revoked.key_id}; requests with it are refused from now on.")
 
 
-def _key_state(each: "admin_types.Key", now: float) -> str:
+def _key_state(each: "types.Key", now: float) -> str:
     if each.revoked_at is not None:
         return f"revoked {ago(each.revoked_at, now)}"
     if each.expires_at is None:
@@ -188,7 +186,7 @@ def _key_state(each: "admin_types.Key", now: float) -> str:
     return f"valid for {in_words(each.expires_at - now)}"
 
 
-def _limits_in_words(limits: "admin_types.Limits") -> str:
+def _limits_in_words(limits: "types.Limits") -> str:
     parts = [
         f"models {', '.join(limits.models)}" if limits.models is not None else "",
         f"{limits.requests_per_minute} requests/min" if limits.requests_per_minute is not None else "",
