@@ -28,7 +28,7 @@ LOCKS: dict[str, tuple[str, ...]] = {
     "build": (),
     "gateway": (),
     "dev": ("--constraints", "gateway.txt"),
-    "engine-cpu": ("--overrides", "engine-cpu-overrides.txt"),
+    "engine-cpu": ("--overrides", "engine-cpu.overrides"),
     "engine-cuda": (),
     "engine-test": ("--constraints", "engine-cpu.txt", "--constraints", "engine-cuda.txt"),
 }
