@@ -160,6 +160,18 @@ def test_nothing_yields_to_a_request_that_would_not_fit_even_then(engine: Engine
     assert engine.answers[running].finish_reason == engine.answers[waiting].finish_reason == "length"
 
 
+def test_blocks_in_use_do_not_count_as_room_that_leases_could_yield(engine: EngineInProcess) -> None:
+    trunk = words(1, 10 * BLOCK)
+    engine.turn(trunk, salt="one", session="one")
+    engine.turn(words(2, 10 * BLOCK), salt="two", session="two")
+    engine.submit(trunk + words(3, 5), salt="one", max_tokens=20)
+    engine.step(2)
+    engine.submit(words(9, 31 * BLOCK), salt="waiting")
+    engine.step(4)
+    assert engine.running() == 1
+    assert {lease.session: lease.blocks for lease in engine.report().leases} == {"one": 10, "two": 10}
+
+
 def test_an_admission_leaves_the_watermark_that_the_engine_wants_free(
     engine: EngineInProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +242,16 @@ def test_a_lease_ends_at_its_deadline_while_the_engine_sleeps(engine: EngineInPr
     assert engine.steps == steps
     engine.assert_nothing_is_held()
     assert engine.report().expired_total > 0
+
+
+def test_a_lease_ends_at_its_deadline_while_the_engine_works_for_others(engine: EngineInProcess) -> None:
+    engine.turn(words(1, 300), salt="leased", session="session", idle_timeout_s=15.0)
+    engine.submit(words(9, 100), salt="cold", max_tokens=20)
+    engine.step(2)
+    engine.clock.advance(15.0)
+    assert engine.connector.leased_block_ids()
+    engine.step()
+    assert engine.connector.leased_block_ids() == ()
 
 
 def test_an_ended_lease_leaves_its_blocks_in_the_cache_until_the_room_is_wanted(engine: EngineInProcess) -> None:
