@@ -32,6 +32,7 @@ _TOLD_BYTES = 64 << 10
 _ASK_EVERY_S = 0.2
 _HEARTBEAT_S = 10.0
 _FIRST_ANSWER_S = 60.0
+_AT_ONCE_S = 15.0  # from a second signal to the end: broken-off turns are committed, the engine is stopped
 _PR_SET_PDEATHSIG = 1
 
 
@@ -176,16 +177,22 @@ class Gateway:
         return True
 
     def stop(self, timeout_s: float) -> bool:
-        """Ask the gateway to finish and end; whether it did so in time. Killed when it did not."""
-        if self._child.poll() is not None:
-            return True
-        self._child.terminate()
+        """Ask the gateway to finish and end, and wait; whether it did so in its own time.
+
+        A signal to this command meanwhile has it end at once, and so does the end of `timeout_s`.
+        """
         try:
+            self._child.terminate()
             if self.wait(timeout_s):
                 return True
         except StopRequested:
             pass
-        self._child.kill()
+        try:
+            self._child.send_signal(signal.SIGINT)  # the second one: no more waiting for what runs
+            if not self.wait(_AT_ONCE_S):
+                self._child.kill()
+        except StopRequested:
+            self._child.kill()
         self._child.wait()
         return False
 
@@ -244,7 +251,7 @@ def stop_running(state_dir: Path, *, timeout_s: float, at_once: bool) -> int | N
     """Stop the gateway that serves `state_dir`; its pid, or None when there was none.
 
     Args:
-        at_once: kill it: turns that run are lost, nothing that was answered is.
+        at_once: turns that run are broken off, and kept as they are; killed when that takes too long.
 
     Raises:
         StillRunning: it had not ended after `timeout_s`.
@@ -259,8 +266,13 @@ def stop_running(state_dir: Path, *, timeout_s: float, at_once: bool) -> int | N
         # The pid may have been given to another process between the two calls above.
         if client.gateway_pid() != pid:
             return None
-        signal.pidfd_send_signal(process, signal.SIGKILL if at_once else signal.SIGTERM)
-        ended, _, _ = select.select([process], [], [], timeout_s)
+        signal.pidfd_send_signal(process, signal.SIGTERM)
+        if at_once:
+            signal.pidfd_send_signal(process, signal.SIGINT)  # the second one: no more waiting for what runs
+        ended, _, _ = select.select([process], [], [], _AT_ONCE_S if at_once else timeout_s)
+        if at_once and not ended:
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            ended, _, _ = select.select([process], [], [], _AT_ONCE_S)
     except (ApplianceDown, ProcessLookupError):
         return pid
     finally:

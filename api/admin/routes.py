@@ -9,13 +9,15 @@ Rules:
 - While the vault is sealed nobody's name can be read: only what `RULES` opens then is open, and only to the user whose
   process this is. Unsealing needs the passphrase besides.
 - Whose session is it, and may it be read: `appliance.sessions` decides, not the routes.
+- What changes something is logged with who asked, and so is what was refused: ids, never names or secrets.
 - No answer repeats what a request contained.
 """
 
 import asyncio
 import dataclasses
+import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar
 
@@ -33,12 +35,13 @@ from api.openai.errors import status_of
 from api.roots import open_root
 from api.services import Services
 from appliance.errors import Fault, HoldfastError
-from appliance.identity import ApiKey, Caller, Permission, Principal, Role, Scopes, Tenant
+from appliance.identity import ApiKey, Caller, Permission, Role, Scopes, Tenant
 from appliance.sessions import SessionSummary, Transcript
 from appliance.vault import VaultSealed
 
 MAX_BODY_BYTES = 64 << 10
 _ENGINE_DEADLINE_S = 5.0
+_LOG = logging.getLogger("holdfast.admin")
 
 _PEOPLE = frozenset({Role.ADMIN, Role.OPERATOR, Role.AUDITOR})
 _EVERYBODY = frozenset(Role)
@@ -118,6 +121,9 @@ class Asker:
 
     caller: Caller | None
 
+    def __str__(self) -> str:
+        return "the gateway's own user" if self.caller is None else self.caller.principal.principal_id
+
     @property
     def named(self) -> Caller:
         """The caller.
@@ -166,10 +172,21 @@ def admin_app(services: Services) -> FastAPI:
 
 async def _authorise(request: Request) -> None:
     services: Services = request.app.state.services
-    rule = RULES.get((request.method, request.scope["route"].path))
+    route = (request.method, request.scope["route"].path)
+    asker = await _asker(services, request)
+    try:
+        _check(asker, RULES.get(route))
+    except AdminDenied as error:
+        _LOG.warning("refused %s %s to %s: %s", *route, asker, error.cause)
+        raise
+    if request.method != "GET":
+        _LOG.info("%s %s for %s", *route, asker)
+    request.state.asker = asker
+
+
+def _check(asker: Asker, rule: Rule | None) -> None:
     if rule is None:
         raise _denied("no rule names this route")
-    asker = await _asker(services, request)
     if asker.caller is None:
         if not rule.while_sealed:
             raise VaultSealed
@@ -179,7 +196,6 @@ async def _authorise(request: Request) -> None:
             raise _denied(f"it is not open to the role {principal.role.value}")
         if rule.appliance_wide and principal.tenant_id is not None:
             raise _denied("it is open to principals of the appliance only, not to those of one tenant")
-    request.state.asker = asker
 
 
 async def _asker(services: Services, request: Request) -> Asker:
@@ -258,8 +274,7 @@ async def _create_tenant(new: types.NewTenant, services: ServicesOf) -> types.Te
 async def _keys(services: ServicesOf, asker: AskerOf, tenant: str | None = None) -> types.Keys:
     chosen = await _chosen_tenant(services, asker.named, tenant)
     keys = await services.identity.keys(chosen)
-    names = await _principal_names(services, chosen)
-    return types.Keys(keys=[_key_view(key, names.get(key.principal_id)) for key in keys])
+    return types.Keys(keys=await _key_views(services, keys))
 
 
 async def _create_key(new: types.NewKey, services: ServicesOf, asker: AskerOf) -> types.CreatedKey:
@@ -272,16 +287,16 @@ async def _create_key(new: types.NewKey, services: ServicesOf, asker: AskerOf) -
     key, secret = await services.identity.create_key(
         principal, _scopes(new.limits), label=new.label, expires_at=expires_at
     )
-    return types.CreatedKey(key=_key_view(key, principal.name), secret=secret)
+    (view,) = await _key_views(services, [key])
+    return types.CreatedKey(key=view, secret=secret)
 
 
 async def _revoke_key(key_id: str, services: ServicesOf, asker: AskerOf) -> types.Key:
     known = await services.identity.keys(asker.named.tenant)
     if all(key.key_id != key_id for key in known):
         raise _unknown("key", key_id, "key list")
-    revoked = await services.identity.revoke_key(key_id)
-    names = await _principal_names(services, asker.named.tenant)
-    return _key_view(revoked, names.get(revoked.principal_id))
+    (view,) = await _key_views(services, [await services.identity.revoke_key(key_id)])
+    return view
 
 
 # Sessions
@@ -390,14 +405,6 @@ async def _only_tenant(services: Services) -> Tenant:
     return tenants[0]
 
 
-async def _principal_names(services: Services, tenant: Tenant | None) -> dict[str, str]:
-    tenants: list[Tenant | None] = [tenant] if tenant is not None else [None, *await services.identity.tenants()]
-    principals: list[Principal] = []
-    for each in tenants:
-        principals += await services.identity.principals(each)
-    return {principal.principal_id: principal.name for principal in principals}
-
-
 def _tenant_view(tenant: Tenant) -> types.Tenant:
     return types.Tenant(
         tenant_id=tenant.tenant_id,
@@ -408,24 +415,38 @@ def _tenant_view(tenant: Tenant) -> types.Tenant:
     )
 
 
-def _key_view(key: ApiKey, principal: str | None) -> types.Key:
-    scopes = key.scopes
-    return types.Key(
-        key_id=key.key_id,
-        tenant_id=key.tenant_id,
-        principal_id=key.principal_id,
-        principal=principal,
-        label=key.label,
-        limits=types.Limits(
-            models=None if scopes.models is None else sorted(scopes.models),
-            requests_per_minute=scopes.requests_per_minute,
-            concurrent_requests=scopes.concurrent_requests,
-            tokens_per_day=scopes.tokens_per_day,
-            permissions=[permission.value for permission in scopes.permissions],
-        ),
-        created_at=key.created_at,
-        expires_at=key.expires_at,
-        revoked_at=key.revoked_at,
+async def _key_views(services: Services, keys: Sequence[ApiKey]) -> list[types.Key]:
+    """Keys with the names of whose they are."""
+    wanted = {key.tenant_id for key in keys}
+    tenants = {tenant.tenant_id: tenant for tenant in await services.identity.tenants()}
+    principals: dict[str, str] = {}
+    for tenant_id in wanted:
+        tenant = None if tenant_id is None else tenants[tenant_id]
+        principals |= {each.principal_id: each.name for each in await services.identity.principals(tenant)}
+    return [
+        types.Key(
+            key_id=key.key_id,
+            tenant_id=key.tenant_id,
+            tenant=None if key.tenant_id is None else tenants[key.tenant_id].name,
+            principal_id=key.principal_id,
+            principal=principals.get(key.principal_id),
+            label=key.label,
+            limits=_limits_view(key.scopes),
+            created_at=key.created_at,
+            expires_at=key.expires_at,
+            revoked_at=key.revoked_at,
+        )
+        for key in keys
+    ]
+
+
+def _limits_view(scopes: Scopes) -> types.Limits:
+    return types.Limits(
+        models=None if scopes.models is None else sorted(scopes.models),
+        requests_per_minute=scopes.requests_per_minute,
+        concurrent_requests=scopes.concurrent_requests,
+        tokens_per_day=scopes.tokens_per_day,
+        permissions=[permission.value for permission in scopes.permissions],
     )
 
 

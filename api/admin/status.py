@@ -9,6 +9,7 @@ Rules:
 import asyncio
 import os
 import platform
+import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 
@@ -21,9 +22,11 @@ from appliance.engine.launcher import EngineState
 from appliance.errors import HoldfastError
 from appliance.store import tables
 from appliance.vault import SealUnusable, seal_kind
+from diagnostics.checks import engine_version
 
 _DEADLINE_S = 3.0
 _ACTIVE_S = 3600.0
+_MIB = 1 << 20
 
 _ENGINE_STATES: Mapping[EngineState, types.PartState] = {
     EngineState.STOPPED: "stopped",
@@ -59,7 +62,7 @@ async def observe(services: Services) -> types.Status:
         engine_isolated=None if process is None else process.isolated,
         leases=await _leases(services),
         sessions=sessions,
-        versions={"holdfast": version("holdfast"), "python": platform.python_version()},
+        versions=_versions(services),
         state_dir=str(services.settings.state_dir),
     )
 
@@ -87,8 +90,20 @@ async def _store(services: Services, now: float) -> tuple[types.Part, types.Sess
     except (HoldfastError, TimeoutError) as error:
         told = str(error) or f"it did not answer within {_DEADLINE_S:g} s"
         return types.Part(name="store", state="failed", detail=told), None
-    part = types.Part(name="store", state="ready", detail=services.store.dialect)
+    part = types.Part(name="store", state="ready", detail=_store_detail(services))
     return part, types.SessionCounts(total=total, active_last_hour=active)
+
+
+def _store_detail(services: Services) -> str:
+    if services.store.dialect != "sqlite":
+        return f"{services.store.dialect}, {services.store.place}"
+    folder = services.settings.state_dir
+    try:
+        size = sum(path.stat().st_size for path in folder.glob("holdfast.db*"))
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return f"SQLite; its size is not known: {error.strerror}"
+    return f"SQLite, {size / _MIB:.1f} MiB; {free / _MIB:.0f} MiB free on its disk"
 
 
 def _engine(services: Services) -> types.Part:
@@ -97,6 +112,13 @@ def _engine(services: Services) -> types.Part:
     process = services.engine_process
     state: types.PartState = "unknown" if process is None else _ENGINE_STATES[process.state]
     return types.Part(name="engine", state=state, detail=services.watch.detail)
+
+
+def _versions(services: Services) -> dict[str, str]:
+    versions = {"holdfast": version("holdfast"), "python": platform.python_version()}
+    process = services.engine_process
+    engine = None if process is None else engine_version(process.spec.python)
+    return versions | ({} if engine is None else {"vllm": engine})
 
 
 async def _leases(services: Services) -> types.Leases | None:

@@ -151,7 +151,7 @@ def list_keys(console: Console, tenant_name: str | None) -> None:
         (
             each.key_id,
             each.principal or each.principal_id,
-            each.tenant_id or "-",
+            each.tenant or "-",
             each.label or "-",
             _limits_in_words(each.limits),
             _key_state(each, now),

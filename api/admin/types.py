@@ -154,6 +154,7 @@ class Key(Wire):
 
     key_id: str
     tenant_id: str | None
+    tenant: str | None
     principal_id: str
     principal: str | None
     label: str | None
