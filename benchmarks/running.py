@@ -55,10 +55,10 @@ class Running:
             self.process.wait()
 
 
-def make_appliance(state_dir: Path) -> str:
-    """An appliance sealed by a key file; its API key."""
+def make_appliance(state_dir: Path, *, permissions: Sequence[str] = ()) -> str:
+    """An appliance sealed by a key file; its API key. `permissions` are its administrator's."""
     settings = load_settings({"vault": {"seal": "key-file"}}, environment={}, state_dir=state_dir)
-    initialise(settings, passphrase=None, tenant_name="tenant", demo_key_file=KEY_FILE)
+    initialise(settings, passphrase=None, tenant_name="tenant", permissions=permissions, demo_key_file=KEY_FILE)
     return (state_dir / KEY_FILE).read_text().strip()
 
 

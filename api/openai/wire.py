@@ -158,7 +158,7 @@ def _asked(
             raise _invalid("stream_options", "it must be an object")
         if not stream:
             raise _invalid("stream_options", "it is allowed only when stream is true")
-        include_usage = _flag(options, "include_usage")
+        include_usage = _flag(options, "include_usage", within="stream_options.")
         for name in options:
             if name != "include_usage":
                 dropped.add(f"stream_options.{name}")
@@ -220,12 +220,12 @@ def _passed(
     return passed
 
 
-def _flag(request: Mapping[str, Any], name: str) -> bool:
+def _flag(request: Mapping[str, Any], name: str, *, within: str = "") -> bool:
     value = request.get(name)
     if value is None:
         return False
     if not isinstance(value, bool):
-        raise _invalid(name, "it must be true or false")
+        raise _invalid(within + name, "it must be true or false")
     return value
 
 
@@ -260,8 +260,8 @@ def _message(index: int, message: Any, dropped: Dropped) -> Message:
     if keys is None:
         raise _invalid(f"{where}.role", f"it must be one of {', '.join(_MESSAGE_KEYS)}")
     content = message.get("content")
-    if isinstance(content, str) and len(message) == 2:
-        return message
+    if isinstance(content, str) and len(message) == 2 and role != "tool":
+        return message  # by far the most of them: nothing to leave out
     kept: dict[str, Any] = {}
     for name, given in message.items():
         if name not in keys:

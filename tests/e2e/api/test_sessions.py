@@ -1,0 +1,189 @@
+"""Whose turn it is, told by headers, bodies and histories; and that nobody learns of anybody else's."""
+
+import json
+import uuid
+from typing import Any
+
+import pytest
+
+from benchmarks.stub import MODEL
+from tests.e2e.api.conftest import Answer, Served
+
+SAID = "".join(f" word{number}" for number in range(14))
+
+
+def name() -> str:
+    return uuid.uuid4().hex
+
+
+def salt(served: Served) -> str:
+    """The salt of the last request that reached the engine."""
+    said: str = served.engine_seen()["bodies"][-1]["cache_salt"]
+    return said
+
+
+def label(served: Served) -> str:
+    said: str = served.engine_seen()["bodies"][-1]["kv_transfer_params"]["holdfast"]["session"]
+    return said
+
+
+def ask(served: Served, messages: list[dict[str, Any]], headers: dict[str, str] | None = None, **more: Any) -> Answer:
+    body = json.dumps({"model": MODEL, "messages": messages, **more}).encode()
+    return served.send("POST", "/v1/chat/completions", body, headers=headers)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_session_is_named_in_the_answer_and_goes_on_under_its_name(served: Served, stream: bool) -> None:
+    mine = name()
+    first = served.ask(session=mine, stream=stream)
+    first_salt, first_label = salt(served), label(served)
+    second = served.ask("and then?", session=mine, stream=stream)
+    assert first.headers["x-session-id"] == second.headers["x-session-id"] == mine
+    assert (salt(served), label(served)) == (first_salt, first_label)
+    assert served.newest_session().turns == 2
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"x-dynamo-session-id": "{}"},
+        {"x-claude-code-session-id": "{}"},
+        {"session-id": "{}"},
+        {"x-session-id": "{}"},
+        {"X-Session-ID": "{}", "session-id": "another"},
+    ],
+    ids=lambda headers: "+".join(headers),
+)
+def test_every_harness_s_header_names_a_session(served: Served, headers: dict[str, str]) -> None:
+    mine = name()
+    given = {key: value.format(mine) for key, value in headers.items()}
+    for _ in range(2):
+        assert ask(served, [{"role": "user", "content": "hi"}], given).headers["x-session-id"] == mine
+    session = served.newest_session()
+    assert (session.turns, session.origin) == (2, "header")
+
+
+@pytest.mark.parametrize("field", ["prompt_cache_key", "conversation"])
+def test_a_body_field_names_a_session(served: Served, field: str) -> None:
+    mine = name()
+    for value in (mine, {"id": mine} if field == "conversation" else mine):
+        answer = ask(served, [{"role": "user", "content": "hi"}], **{field: value})
+        assert answer.headers["x-session-id"] == mine
+        assert "x-holdfast-dropped" not in answer.headers
+    session = served.newest_session()
+    assert (session.turns, session.origin) == (2, "body")
+
+
+def test_an_answer_s_id_names_the_session_that_it_was_given_in(served: Served) -> None:
+    first = served.ask("hello", session=name())
+    second = ask(served, [{"role": "user", "content": "more"}], previous_response_id=first.json["id"])
+    assert second.headers["x-session-id"] == first.headers["x-session-id"]
+
+
+def test_an_unknown_answer_s_id_is_a_404_and_another_s_is_the_same(served: Served) -> None:
+    other = served.new_key(tenant="other", principal="agent").secret
+    known = served.ask("hello").json["id"]
+    body: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "x"}]}
+
+    def refused(response_id: str) -> Answer:
+        asked = json.dumps({**body, "previous_response_id": response_id}).encode()
+        return served.send("POST", "/v1/chat/completions", asked, api_key=other, headers={"X-Request-ID": "same"})
+
+    unknown, foreign = refused("chatcmpl-" + "0" * 32), refused(known)
+    assert (unknown.status, unknown.code) == (404, "previous_response_not_found")
+    assert (foreign.status, foreign.body) == (unknown.status, unknown.body)
+
+
+def test_a_history_that_is_sent_back_goes_on_and_a_second_answer_to_it_is_a_branch(served: Served) -> None:
+    start: list[dict[str, Any]] = [{"role": "system", "content": name()}, {"role": "user", "content": "first"}]
+    first = ask(served, start)
+    first_salt = salt(served)
+    longer = [*start, {"role": "assistant", "content": SAID}, {"role": "user", "content": "second"}]
+    second = ask(served, longer)
+    assert second.headers["x-session-id"] == first.headers["x-session-id"]
+    assert served.newest_session().turns == 2
+    branch = ask(served, [*longer[:-1], {"role": "user", "content": "something else"}])
+    assert branch.headers["x-session-id"] != first.headers["x-session-id"]
+    assert salt(served) == first_salt
+    assert ask(served, [{"role": "system", "content": name()}, *longer[1:]]).headers["x-session-id"] not in (
+        first.headers["x-session-id"],
+        branch.headers["x-session-id"],
+    )
+    assert salt(served) != first_salt
+
+
+def test_agents_of_one_session_share_its_salt_and_nothing_else(served: Served) -> None:
+    mine, hello = name(), [{"role": "user", "content": "hi"}]
+    ask(served, hello, {"x-claude-code-session-id": mine})
+    parent = salt(served), label(served)
+    answer = ask(served, hello, {"x-claude-code-session-id": mine, "x-claude-code-agent-id": "a1"})
+    assert answer.headers["x-session-id"] == f"{mine}/a1"
+    assert salt(served) == parent[0]
+    assert label(served) != parent[1]
+    ask(
+        served,
+        hello,
+        {"x-claude-code-session-id": mine, "x-claude-code-agent-id": "a2", "x-claude-code-parent-agent-id": "a1"},
+    )
+    assert salt(served) == parent[0]
+    ask(served, hello, {"session-id": name(), "x-parent-session-id": mine})
+    assert salt(served) == parent[0]
+
+
+def test_another_tenant_s_session_id_is_as_unknown_as_any(served: Served) -> None:
+    mine = name()
+    served.ask("my secret", session=mine)
+    my_salt, my_label = salt(served), label(served)
+    other = served.new_key(tenant="other", principal="agent").secret
+    foreign = served.ask("hello", session=mine, api_key=other)
+    foreign_salt, foreign_label = salt(served), label(served)
+    unknown = served.ask("hello", session=name(), api_key=other)
+    assert foreign.status == unknown.status == 200
+    assert set(foreign.headers) == set(unknown.headers)
+    assert foreign.headers["x-session-id"] == mine
+    assert (foreign_salt, foreign_label) != (my_salt, my_label)
+    assert foreign_salt != my_salt
+    assert foreign.json["usage"] == unknown.json["usage"]
+
+
+def test_another_principal_of_the_tenant_has_sessions_of_its_own(served: Served) -> None:
+    mine = name()
+    served.ask("my secret", session=mine)
+    my_salt = salt(served)
+    served.ask("my secret", session=mine, api_key=served.new_key(principal="colleague").secret)
+    assert salt(served) != my_salt
+
+
+def test_a_new_key_of_the_same_principal_keeps_its_sessions(served: Served) -> None:
+    mine = name()
+    first, second = (served.new_key(principal="rotating").secret for _ in range(2))
+    served.ask("hello", session=mine, api_key=first)
+    my_salt = salt(served)
+    served.ask("hello again", session=mine, api_key=second)
+    assert salt(served) == my_salt
+
+
+def test_the_transcript_holds_what_was_said_and_the_database_files_do_not(served: Served) -> None:
+    words = f"marzipan{name()}"
+    served.ask(words, session=name(), stream=True, temperature=0.25)
+    session = served.newest_session()
+    (turn,) = served.transcript(session.session_id).turns
+    assert turn.new_messages == [{"role": "user", "content": words}]
+    assert turn.answer == {"role": "assistant", "content": SAID}
+    assert turn.parameters == {"temperature": 0.25}
+    assert turn.completion_token_ids == list(range(15))
+    assert len(turn.prompt_token_ids) == turn.prompt_tokens == len(words) // 4
+    assert (turn.state, turn.finish_reason) == ("complete", "stop")
+    for path in served.state_dir.rglob("*"):
+        if path.is_file():
+            held = path.read_bytes()
+            assert words.encode() not in held, path
+            assert b"word3 word4" not in held, path
+            assert served.api_key.encode() not in held or path.name == "api-key", path
+
+
+def test_what_was_found_on_the_engine_is_told(served: Served) -> None:
+    answer = served.ask("x" * 400, session=name())
+    assert answer.json["usage"]["prompt_tokens_details"] == {"cached_tokens": 50}
+    session = served.newest_session()
+    assert (session.prompt_tokens, session.cached_tokens, session.completion_tokens) == (100, 50, 15)
