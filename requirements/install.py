@@ -54,6 +54,7 @@ _HEARTBEAT_S = 1.0
 _LINE_EVERY_S = 15.0
 _KEPT_LINES = 15
 _MAX_LINE = 300
+_SAME = 40  # lines that begin alike for so many characters say the same thing again
 _ROUTINE = (
     "Looking in ",
     "Collecting ",
@@ -401,7 +402,15 @@ def _install_torch_cpu(environment: Environment, flags: Sequence[str]) -> None:
         if "No matching distribution found for torch" not in error.cause:
             raise
         say(environment, f"pip is configured with no CPU build of torch: taking it from {TORCH_CPU_INDEX}")
-        _pip(environment, [*arguments, "--index-url", TORCH_CPU_INDEX], "fetching torch", 1)
+        try:
+            _pip(environment, [*arguments, "--index-url", TORCH_CPU_INDEX], "fetching torch", 1)
+        except CannotInstall as second:
+            raise CannotInstall(
+                "no CPU build of torch was found",
+                cause=second.cause,
+                remedy=f"Let this machine reach {TORCH_CPU_INDEX}, or put the wheel that requirements/engine-cpu.txt names "
+                "into a folder and say so: PIP_FIND_LINKS=FOLDER make run",
+            ) from None
     alone.unlink()
 
 
@@ -464,6 +473,8 @@ def _pip(environment: Environment, arguments: Sequence[str], what: str, total: i
                 log.write(f"{line}\n")
                 progress.read(line)
                 if not line.startswith(_ROUTINE):
+                    if kept and kept[-1][:_SAME] == line[:_SAME]:
+                        kept.pop()
                     kept.append(line if len(line) <= _MAX_LINE else f"{line[:_MAX_LINE]} …")
         except BaseException:
             process.send_signal(signal.SIGINT)

