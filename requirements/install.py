@@ -408,8 +408,8 @@ def _install_torch_cpu(environment: Environment, flags: Sequence[str]) -> None:
             raise CannotInstall(
                 "no CPU build of torch was found",
                 cause=second.cause,
-                remedy=f"Let this machine reach {TORCH_CPU_INDEX}, or put the wheel that requirements/engine-cpu.txt names "
-                "into a folder and say so: PIP_FIND_LINKS=FOLDER make run",
+                remedy=f"Let this machine reach {TORCH_CPU_INDEX}, or put the wheel that engine-cpu.txt "
+                "names into a folder and say so: PIP_FIND_LINKS=FOLDER make run",
             ) from None
     alone.unlink()
 
