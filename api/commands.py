@@ -57,6 +57,13 @@ class NotInitialised(HoldfastError):
     fault: ClassVar[Fault] = Fault.MISSING
 
 
+class NotADemonstration(HoldfastError):
+    """A demonstration was asked for where a real appliance is."""
+
+    code: ClassVar[str] = "not_a_demonstration"
+    fault: ClassVar[Fault] = Fault.CONFLICT
+
+
 class ModelNotFound(HoldfastError):
     """No model of that name, and no folder of that path."""
 
@@ -241,6 +248,12 @@ def _make_demo(console: Console) -> None:
     from api.initialise import initialise, is_initialised
 
     if is_initialised(console.state_dir):
+        if not console.settings().demo:
+            raise NotADemonstration(
+                f"the appliance in {console.state_dir} is no demonstration",
+                cause="it was made by `holdfast init`, for real data",
+                remedy="Start it without --demo, or name another place for the demonstration with --state-dir",
+            )
         return
     console.say(f"Making an appliance for demonstrations in {console.state_dir}; its key lies beside its data.")
     settings = console.settings({"demo": True, "vault": {"seal": "key-file"}})
@@ -433,8 +446,9 @@ def _status_text(seen: "types.Status") -> str:
             f"{held.block_size_tokens} tokens{expiry}"
         )
     if seen.engine_restarts is not None:
-        isolated = {True: "in namespaces of its own", False: "NOT isolated", None: "isolation unknown"}
-        lines.append(f"engine    {isolated[seen.engine_isolated]}, restarted {seen.engine_restarts} times")
+        isolated = "in namespaces of its own" if seen.engine_isolated else "NOT isolated"
+        why = f" ({printable(seen.engine_isolation_detail)})" if seen.engine_isolation_detail else ""
+        lines.append(f"engine    {isolated}{why}, started again {seen.engine_restarts} times")
     lines.append(f"versions  {', '.join(f'{name} {number}' for name, number in seen.versions.items())}")
     lines += ["", table(("part", "state", "detail"), [(p.name, p.state, p.detail) for p in seen.parts], empty="")]
     lines += ["", f"Seen at {moment(seen.observed_at)}, {ago(seen.observed_at)}."]

@@ -15,6 +15,7 @@ Rules:
 import dataclasses
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -146,7 +147,14 @@ class Console:
 
         api_key = None
         if api_key_fd is not None:
-            api_key = self.secret("API key", api_key_fd, option="--api-key-fd").decode("utf-8", "replace").strip()
+            offered = self.secret("API key", api_key_fd, option="--api-key-fd")
+            if not re.fullmatch(rb"[!-~]+", offered):
+                raise SecretUnusable(
+                    f"file descriptor {api_key_fd} holds no API key",
+                    cause="an API key is one word of plain characters",
+                    remedy="Write the key to the descriptor that --api-key-fd names, then close it",
+                )
+            api_key = offered.decode()
         return AdminClient(self.state_dir, api_key=api_key, deadline_s=deadline_s)
 
     def suggest(self, words: str) -> str:
@@ -170,10 +178,10 @@ class Console:
         if self.json:
             click.echo(_json_text(error.record()))
             return
-        click.echo(click.style(f"Error: {error.message}", fg="red", bold=True), err=True)
+        click.echo(click.style(f"Error: {printable(error.message)}", fg="red", bold=True), err=True)
         if error.cause:
-            click.echo(f"  Why:  {error.cause}", err=True)
-        click.echo(f"  Next: {error.remedy}", err=True)
+            click.echo(f"  Why:  {printable(error.cause)}", err=True)
+        click.echo(f"  Next: {printable(error.remedy)}", err=True)
         click.echo(f"  Code: {error.code}", err=True)
 
     # Asking

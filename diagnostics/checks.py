@@ -11,6 +11,8 @@ Rules:
 
 import ctypes
 import enum
+import errno
+import fcntl
 import importlib.metadata
 import os
 import re
@@ -280,6 +282,32 @@ def check_sockets(subject: Subject) -> Finding:
     return Finding("sockets", Verdict.PASS, f"paths of {length} bytes{longer if length >= _SUN_PATH_BYTES else ''}")
 
 
+def check_port(subject: Subject) -> Finding:
+    """Whether the data listener's address can be had, or this appliance has it."""
+    if subject.settings is None:
+        return Finding(
+            "port", Verdict.UNKNOWN, "the settings cannot be read", "see the check of them", "Mend them first"
+        )
+    host, port = subject.settings.gateway.host.strip("[]"), subject.settings.gateway.port
+    found = f"{host}, port {port}"
+    if _is_locked(subject.state_dir / "run" / "lock"):
+        return Finding("port", Verdict.PASS, "this appliance runs; `holdfast status` tells where it listens")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return Finding(
+            "port",
+            Verdict.FAIL,
+            f"{found} cannot be had",
+            f"{error.strerror}" + ("; and this appliance does not run" if error.errno == errno.EADDRINUSE else ""),
+            "Set gateway.port to one that is free (`ss -ltn` lists the others), or gateway.host to one of this machine",
+        )
+    return Finding("port", Verdict.PASS, f"{found} is free")
+
+
 def check_namespaces(subject: Subject) -> Finding:
     """Whether the engine can be given namespaces of its own."""
     outcome = subprocess.run(
@@ -469,6 +497,7 @@ CHECKS: Sequence[tuple[str, Callable[[Subject], Finding]]] = (
     ("disk space", check_disk),
     ("file system", check_file_system),
     ("sockets", check_sockets),
+    ("port", check_port),
     ("memory", check_memory),
     ("shared memory", check_shared_memory),
     ("swap", check_swap),
@@ -510,6 +539,18 @@ def _loose_permissions(folder: Path) -> Iterator[tuple[Path, str]]:
 def _nearest(folder: Path) -> Path:
     """`folder`, or the nearest folder above it that exists."""
     return next(each for each in (folder, *folder.parents) if each.exists())
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process holds the lock at `path`."""
+    try:
+        with path.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def _bind_and_reach(scratch: str) -> None:

@@ -60,6 +60,7 @@ async def observe(services: Services) -> types.Status:
         parts=[vault, store, engine],
         engine_restarts=None if process is None else process.restarts,
         engine_isolated=None if process is None else process.isolated,
+        engine_isolation_detail=None if process is None else process.isolation_detail or None,
         leases=await _leases(services),
         sessions=sessions,
         versions=_versions(services),

@@ -81,6 +81,7 @@ class Status(Wire):
     parts: list[Part]
     engine_restarts: int | None
     engine_isolated: bool | None
+    engine_isolation_detail: str | None
     leases: Leases | None
     sessions: SessionCounts | None
     versions: dict[str, str]

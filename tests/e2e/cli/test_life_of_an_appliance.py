@@ -10,7 +10,12 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.e2e.cli.conftest import PASSPHRASE, Appliance, free_port
+
+# Each test runs a dozen commands, each a process of its own, on a machine that may be busy.
+pytestmark = pytest.mark.timeout(300)
 
 SECRET_WORDS = "the vault is behind the third painting"
 
@@ -248,6 +253,12 @@ def test_the_demonstration_needs_nothing_and_has_the_same_key_every_time(applian
     assert again["api_key"] == first["api_key"]
     assert ask(again["endpoint"], again["api_key"])[0] == 200
     assert len(appliance.json("session", "list")["sessions"]) == 2
+
+
+def test_a_real_appliance_is_not_shown_as_a_demonstration(appliance: Appliance) -> None:
+    appliance.init()
+    outcome = appliance.run("up", "--demo", "--json")
+    assert (outcome.status, outcome.json["code"]) == (6, "not_a_demonstration")
 
 
 def test_logs_tell_what_the_gateway_did_and_nothing_that_was_said(appliance: Appliance) -> None:

@@ -1,6 +1,8 @@
 """The checks of `holdfast doctor`: each verdict, and that a check that breaks hides nothing."""
 
+import fcntl
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,18 @@ def test_sockets_are_tried_where_the_path_is_longer_than_a_socket_name(tmp_path:
     finding = checks.check_sockets(subject(deep))
     assert finding.verdict is Verdict.PASS
     assert "longer than the 108" in finding.found
+
+
+def test_a_port_is_free_somebody_elses_or_our_own(appliance_dir: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        taken = subject(appliance_dir, gateway={"port": other.getsockname()[1]})
+        assert checks.check_port(taken).verdict is Verdict.FAIL
+        (appliance_dir / "run").mkdir()
+        with (appliance_dir / "run" / "lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert checks.check_port(taken).verdict is Verdict.PASS
+    assert checks.check_port(subject(appliance_dir, gateway={"port": 0})).verdict is Verdict.PASS
 
 
 @pytest.mark.parametrize(
