@@ -127,12 +127,13 @@ def introduction(name: str) -> str:
 
 def recall_question(turn: int) -> str:
     """A pause between two reports in which the assistant is asked what it was told at the beginning."""
-    return f"Before report {turn + 1} comes in from the next hall: what is my name?"
+    return f"Before report {turn + 1} comes in from the next hall, tell me one thing: what is my name?"
 
 
 def report(number: int, unit: str, state: str, degrees: int) -> str:
     """One report as it comes in."""
-    return f"Report {number}: the unit {unit} is {state}, {degrees} degrees. What now?"
+    place = f"the {_kind(unit)} {unit} in hall {_hall(unit)}"
+    return f"Report {number}: {place} is {state}, {degrees} degrees, as last read. What now?"
 
 
 def verdict(unit: str, state: str) -> str:

@@ -256,7 +256,7 @@ def long_conversation(rng: random.Random, *, share: float) -> Conversation:
     if watch and rng.random() < 0.6 and share >= 1.0:
         messages: list[Message] = [{"role": "system", "content": agent_handbook()}]
     elif rng.random() < 0.75:
-        text = handbook(rng, units=round(30 * share * rng.uniform(0.5, 1)), customs=round(12 * share))
+        text = handbook(rng, units=round(len(UNITS) * share * rng.uniform(0.5, 1)), customs=round(12 * share))
         messages = [{"role": "system", "content": text}]
     else:
         messages = _system(rng, 0.6)
@@ -356,7 +356,7 @@ def _system(rng: random.Random, chance: float) -> list[Message]:
 
 def _offered(rng: random.Random, *, invented: bool = True) -> tuple[OfferedTool, ...]:
     families = rng.sample(FAMILIES, rng.choice((1, 1, 1, 2, 2, 3)))
-    if invented and rng.random() < 0.2:
+    if invented and rng.random() < 0.05:
         families[rng.randrange(len(families))] = invented_family(rng)
     if rng.random() < 0.3 and FAMILIES[0] not in families:
         families[0] = FAMILIES[0]
@@ -385,11 +385,11 @@ def _name(rng: random.Random) -> str:
     chance = rng.random()
     if chance < 0.06:
         return f"{rng.choice(NAMES)} {invented_word(rng)}"
-    return rng.choice(NAMES) if chance < 0.6 else invented_word(rng)
+    return rng.choice(NAMES) if chance < 0.92 else invented_word(rng)
 
 
 def _city(rng: random.Random) -> str:
-    return rng.choice(CITIES) if rng.random() < 0.6 else invented_word(rng)
+    return rng.choice(CITIES) if rng.random() < 0.92 else invented_word(rng)
 
 
 def _greet(rng: random.Random, _memory: _Memory) -> list[Message]:

@@ -32,14 +32,14 @@ class Shape:
     """The size of a model. Attention heads share keys and values in groups of `heads / key_value_heads`."""
 
     hidden: int = 256
-    layers: int = 5
-    heads: int = 4
-    key_value_heads: int = 2
-    head_size: int = 64
-    feed_forward: int = 512
+    layers: int = 4
+    heads: int = 8
+    key_value_heads: int = 4
+    head_size: int = 32
+    feed_forward: int = 640
     vocabulary: int = VOCABULARY_SIZE
     max_tokens: int = MAX_TOKENS
-    rope_theta: float = 100_000.0
+    rope_theta: float = 20_000.0
 
 
 def initial_weights(shape: Shape, *, seed: int, deviation: float = 0.03, dtype: torch.dtype = torch.float32) -> Weights:

@@ -96,11 +96,11 @@ def _spoken(value: Any) -> str:
 
 
 def _city(rng: random.Random) -> str:
-    return rng.choice(CITIES) if rng.random() < 0.6 else invented_word(rng)
+    return rng.choice(CITIES) if rng.random() < 0.92 else invented_word(rng)
 
 
 def _person(rng: random.Random) -> str:
-    return rng.choice(NAMES) if rng.random() < 0.6 else invented_word(rng)
+    return rng.choice(NAMES) if rng.random() < 0.92 else invented_word(rng)
 
 
 def _unit(rng: random.Random) -> str:

@@ -42,16 +42,16 @@ from appliance.engine.demo.tokenizer import END_TAG, START_TAG, Renderer, save_t
 
 _PEAK_RATE = 2e-3
 _WARM_UP = 0.03  # of the whole time
-_LONG_FROM = 0.45  # of the whole time: before that, short conversations only
+_LONG_FROM = 0.6  # of the whole time: before that, short conversations only
 _LONG_SHARES = (0.25, 0.25, 0.5, 1.0, 1.0)
 _LONG_CHANCE = 0.05  # of a conversation, once long ones take part
 _BATCH_TOKENS = 2048
-_ROW_LENGTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 5120)
-_HOLES_FROM = 0.3  # of the whole time: copying is learnt sooner from whole stretches
+_ROW_LENGTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 5120)
+_HOLES_FROM = 0.4  # of the whole time: copying is learnt sooner from whole stretches
 _HOLES_CHANCE = 0.5
 _FEW_ACTS_UNTIL = 0.2
 _FEW_ACTS = 3
-_ELSEWHERE = 0.05  # the weight of a token that the assistant does not say
+_ELSEWHERE = 0.15  # the weight of a token that the assistant does not say
 _REPORT_EVERY_S = 90.0
 _EVALUATION_ROWS = 4
 _EVALUATION_SEED = 20_260_101

@@ -47,6 +47,10 @@ UNITS: Final = (
     "Rook", "Heron", "Lark", "Falcon", "Plover", "Curlew", "Gannet", "Tern", "Petrel", "Merlin", "Linnet",
     "Wren", "Robin", "Dove", "Martin", "Lapwing", "Dunlin", "Coot", "Bittern", "Egret", "Harrier", "Finch",
     "Goose", "Nuthatch", "Oriole", "Pipit", "Redwing", "Siskin", "Teal", "Swan",
+    "Avocet", "Brambling", "Bullfinch", "Bunting", "Buzzard", "Chough", "Cormorant", "Crake", "Crane", "Crossbill",
+    "Cuckoo", "Dipper", "Dotterel", "Eider", "Fulmar", "Gadwall", "Garganey", "Godwit", "Goldcrest", "Goshawk",
+    "Grebe", "Guillemot", "Hawfinch", "Hobby", "Hoopoe", "Jackdaw", "Jay", "Kestrel", "Kingfisher", "Knot",
+    "Magpie", "Mallard", "Osprey",
 )  # fmt: skip
 
 UNIT_KINDS: Final = ("pump", "fan", "tank", "valve", "motor", "filter")
