@@ -253,13 +253,14 @@ class Turns:
         engine_id = running.response_id.removeprefix(self._endpoint.id_prefix)
         async with engine.batches(self._endpoint.path, self._engine_body(running), request_id=engine_id) as batches:
             async for batch in batches:
-                events = b"".join([answer.feed(payload) for payload in batch])
-                if not events:
-                    continue
-                if not request.began:
-                    self._services.metrics.first_token_s.observe(time.perf_counter() - begun_at)
-                    await _begin(send)
-                await send({"type": "http.response.body", "body": events, "more_body": True})
+                events, failure = _feed(answer, batch)
+                if events:
+                    if not request.began:
+                        self._services.metrics.first_token_s.observe(time.perf_counter() - begun_at)
+                        await _begin(send)
+                    await send({"type": "http.response.body", "body": events, "more_body": True})
+                if failure is not None:
+                    raise failure
 
     # Whole
 
@@ -333,6 +334,17 @@ class Turns:
         if isinstance(error, EngineRejected):
             return _refusal(error, running.session)
         return error
+
+
+def _feed(answer: Answer, payloads: list[bytes]) -> tuple[bytes, AnswerBroken | None]:
+    """The events of payloads that came together; where one is none, those before it, and what is wrong with it."""
+    events: list[bytes] = []
+    for payload in payloads:
+        try:
+            events.append(answer.feed(payload))
+        except AnswerBroken as failure:
+            return b"".join(events), failure
+    return b"".join(events), None
 
 
 async def _watch(receive: Receive, running: _Running) -> None:

@@ -78,7 +78,7 @@ def test_a_tool_call_is_handed_over_and_its_result_is_taken(served: Served) -> N
         (call,) = calls
         assert call.type == "function"
         assert (call.function.name, call.function.arguments) == ("weather", '{"city": "Oslo"}')
-        asked.append({"role": "assistant", "tool_calls": [call.model_dump()]})  # type: ignore[misc,list-item]
+        asked.append({"role": "assistant", "tool_calls": [call.model_dump()]})  # type: ignore[list-item]
         asked.append({"role": "tool", "tool_call_id": call.id, "content": "rain"})
         final = client.chat.completions.create(model=MODEL, messages=asked, tools=[WEATHER])
     assert final.choices[0].message.content == SAID

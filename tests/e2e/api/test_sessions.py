@@ -67,7 +67,8 @@ def test_every_harness_s_header_names_a_session(served: Served, headers: dict[st
 def test_a_body_field_names_a_session(served: Served, field: str) -> None:
     mine = name()
     for value in (mine, {"id": mine} if field == "conversation" else mine):
-        answer = ask(served, [{"role": "user", "content": "hi"}], **{field: value})
+        named: dict[str, Any] = {field: value}
+        answer = ask(served, [{"role": "user", "content": "hi"}], **named)
         assert answer.headers["x-session-id"] == mine
         assert "x-holdfast-dropped" not in answer.headers
     session = served.newest_session()

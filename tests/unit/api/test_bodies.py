@@ -1,0 +1,64 @@
+"""Bodies are read within their bounds."""
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import pytest
+
+from api import bodies
+from api.answers import Receive, Request
+from api.bodies import ClientGone, read_body
+from api.identifiers import RandomIds
+from api.openai.errors import BodyTooLarge, BodyTooSlow
+
+
+def arriving(*parts: bytes, ends: bool = True) -> tuple[Receive, list[int]]:
+    """A connection that delivers these parts, and which of them were taken."""
+    taken: list[int] = []
+
+    async def receive() -> MutableMapping[str, Any]:
+        number = len(taken)
+        taken.append(number)
+        if number == len(parts):
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": parts[number], "more_body": not ends or number < len(parts) - 1}
+
+    return receive, taken
+
+
+async def test_a_body_in_parts_is_put_together() -> None:
+    request = Request("r", {})
+    assert await read_body(request, arriving(b"a", b"", b"bc")[0], 3) == b"abc"
+    assert request.body_read
+    assert await read_body(request, arriving(b"")[0], 3) == b""
+
+
+async def test_no_more_than_the_bound_is_taken() -> None:
+    receive, taken = arriving(*[b"x" * 10] * 100)
+    request = Request("r", {})
+    with pytest.raises(BodyTooLarge):
+        await read_body(request, receive, 35)
+    assert len(taken) == 4
+    assert not request.body_read
+
+
+async def test_a_client_that_leaves_is_noticed() -> None:
+    with pytest.raises(ClientGone):
+        await read_body(Request("r", {}), arriving(b"a", ends=False)[0], 10)
+
+
+async def test_a_trickle_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "_DEADLINE_S", 0.0)
+
+    async def never() -> MutableMapping[str, Any]:
+        raise TimeoutError
+
+    with pytest.raises(BodyTooSlow):
+        await read_body(Request("r", {}), never, 10)
+
+
+def test_identifiers_are_not_given_out_twice() -> None:
+    new_id = RandomIds()
+    made = [new_id() for _ in range(1000)]
+    assert len(set(made)) == 1000
+    assert all(len(each) == 32 and int(each, 16) >= 0 for each in made)

@@ -1,0 +1,80 @@
+"""What is known of the engine without asking it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from api.engine_watch import EngineWatch
+from appliance.engine.client import EngineUnavailable, ModelCard
+
+
+class Engine:
+    """Answers when it is up; says how often it was asked."""
+
+    def __init__(self) -> None:
+        self.up = False
+        self.asked = 0
+        self.answered = asyncio.Event()
+
+    async def models(self) -> list[ModelCard]:
+        self.asked += 1
+        self.answered.set()
+        if not self.up:
+            raise EngineUnavailable("the engine cannot be reached", cause="nothing answers", remedy="Wait")
+        return [ModelCard("m", 100)]
+
+
+@asynccontextmanager
+async def watching(engine: Engine) -> AsyncIterator[EngineWatch]:
+    watch = EngineWatch(engine)  # type: ignore[arg-type]
+    task = asyncio.create_task(watch.run())
+    try:
+        async with asyncio.timeout(10):
+            yield watch
+    finally:
+        task.cancel()
+
+
+async def asked_again(engine: Engine) -> None:
+    engine.answered.clear()
+    await engine.answered.wait()
+
+
+async def test_an_engine_that_answers_is_ready_with_its_models() -> None:
+    engine = Engine()
+    engine.up = True
+    async with watching(engine) as watch:
+        await watch.wait_ready()
+        assert watch.ready
+        assert watch.model("m") == ModelCard("m", 100)
+        assert watch.model("x") is None
+        assert watch.detail == "serves m"
+
+
+async def test_an_engine_that_comes_up_is_found() -> None:
+    engine = Engine()
+    async with watching(engine) as watch:
+        await asked_again(engine)
+        assert not watch.ready
+        assert "nothing answers" in watch.detail
+        engine.up = True
+        await watch.wait_ready()
+
+
+async def test_an_engine_found_gone_by_a_request_is_asked_again_at_once() -> None:
+    engine = Engine()
+    engine.up = True
+    async with watching(engine) as watch:
+        await watch.wait_ready()
+        engine.up = False
+        watch.missed()
+        assert not watch.ready
+        await asked_again(engine)
+        engine.up = True
+        await watch.wait_ready()
+
+
+async def test_why_it_is_not_there_is_told_by_who_started_it() -> None:
+    engine = Engine()
+    watch = EngineWatch(engine, reason=lambda: "it was killed by signal 9")  # type: ignore[arg-type]
+    assert watch.detail == "it was killed by signal 9"

@@ -1,0 +1,59 @@
+"""Which name a request gives its session, by header and by body."""
+
+from typing import Any
+
+import pytest
+
+from api.openai.errors import RequestError
+from api.openai.hints import read_hints
+from appliance.sessions import Origin, SessionHints
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "hints"),
+    [
+        ({}, {}, SessionHints()),
+        ({b"x-session-id": b"a"}, {}, SessionHints("a", origin=Origin.HEADER)),
+        ({b"session-id": b"b", b"x-session-id": b"a"}, {}, SessionHints("a", origin=Origin.HEADER)),
+        ({b"x-dynamo-session-id": b"a", b"session-id": b"b"}, {}, SessionHints("a", origin=Origin.HEADER)),
+        ({b"x-session-id": b"a", b"x-parent-session-id": b"p"}, {}, SessionHints("a", "p", origin=Origin.HEADER)),
+        ({b"x-claude-code-session-id": b"s"}, {}, SessionHints("s", origin=Origin.HEADER)),
+        (
+            {b"x-claude-code-session-id": b"s", b"x-claude-code-agent-id": b"a"},
+            {},
+            SessionHints("s/a", "s", origin=Origin.HEADER),
+        ),
+        (
+            {
+                b"x-claude-code-session-id": b"s",
+                b"x-claude-code-agent-id": b"a",
+                b"x-claude-code-parent-agent-id": b"p",
+            },
+            {},
+            SessionHints("s/a", "s/p", origin=Origin.HEADER),
+        ),
+        ({b"x-session-id": b"a"}, {"previous_response_id": "r"}, SessionHints("a", origin=Origin.HEADER)),
+        ({}, {"previous_response_id": "r"}, SessionHints(previous_response_id="r", origin=Origin.BODY)),
+        ({}, {"conversation": "c", "prompt_cache_key": "k"}, SessionHints("c", origin=Origin.BODY)),
+        ({}, {"conversation": {"id": "c"}}, SessionHints("c", origin=Origin.BODY)),
+        ({}, {"prompt_cache_key": "k"}, SessionHints("k", origin=Origin.BODY)),
+        ({b"x-parent-session-id": b"p"}, {"prompt_cache_key": "k"}, SessionHints("k", "p", origin=Origin.BODY)),
+        ({b"x-parent-session-id": b"p"}, {}, SessionHints()),
+    ],
+)
+def test_the_first_that_names_it_does(headers: dict[bytes, bytes], body: dict[str, Any], hints: SessionHints) -> None:
+    assert read_hints(headers, body) == hints
+
+
+@pytest.mark.parametrize("value", ["", " ", "a b", "x" * 257, "caf\u00e9", "a\n", "\x00", 7, True, ["a"]])
+@pytest.mark.parametrize("field", ["previous_response_id", "conversation", "prompt_cache_key"])
+def test_a_name_that_cannot_be_one_is_an_error(field: str, value: Any) -> None:
+    with pytest.raises(RequestError) as refused:
+        read_hints({}, {field: value})
+    assert refused.value.param == field
+
+
+def test_a_header_that_cannot_be_a_name_is_an_error() -> None:
+    for value in (b"", b"a b", b"\xff", b"x" * 257):
+        with pytest.raises(RequestError):
+            read_hints({b"x-session-id": value}, {})
