@@ -18,18 +18,18 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Generic, Self, TypeVar
 
-import aiohttp
-
+from appliance.engine.http import Broken, Connection, Pool, Unreachable, request_bytes
 from appliance.engine.protocol import LEASES_PATH, LeaseReport, MalformedMessage, release_request
 from appliance.errors import Fault, HoldfastError
 
 _JSON_HEADERS = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+_IDLE_TIMEOUT_S = 30.0  # the engine keeps a connection open for longer: see launcher.environment
 _DONE = b"[DONE]"
 _ERROR = b'{"error":'  # how vLLM begins the event of a failure in mid-stream; it says [DONE] behind it all the same
 
@@ -98,11 +98,10 @@ class EngineClient:
         self.socket = socket
         self._connections = connections
         self._max_answer_bytes = max_answer_bytes
-        self._timeout = aiohttp.ClientTimeout(
-            total=None, connect=connect_timeout_s, sock_connect=connect_timeout_s, sock_read=silence_timeout_s
-        )
+        self._connect_timeout_s = connect_timeout_s
+        self._silence_timeout_s = silence_timeout_s
         self._directory_fd: int | None = None
-        self._session: aiohttp.ClientSession | None = None
+        self._pool: Pool | None = None
 
     async def health(self, *, deadline_s: float = 5.0) -> bool:
         """Whether the engine answers and calls itself healthy."""
@@ -186,9 +185,9 @@ class EngineClient:
 
     async def close(self) -> None:
         """Close every connection."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
         descriptor, self._directory_fd = self._directory_fd, None
         if descriptor is not None:
             os.close(descriptor)
@@ -218,31 +217,41 @@ class EngineClient:
     async def _call(
         self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
     ) -> bytes:
-        response = await self._open(method, path, body, headers)
+        connection = await self._open(method, path, body, headers)
         try:
-            async with response:
-                answer = await _bounded(response, self._max_answer_bytes)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise _lost(_reason(error)) from None
-        if response.status != 200:
-            raise _refusal(response.status, answer)
+            answer = await _bounded(connection, self._max_answer_bytes)
+        except Broken as broken:
+            raise _lost(str(broken)) from None
+        finally:
+            self._give_back(connection)
+        if connection.status != 200:
+            raise _refusal(connection.status, answer)
         return answer
 
-    async def _open(
-        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str] | None
-    ) -> aiohttp.ClientResponse:
-        """Send the request; the answer's status and headers are there when this returns."""
+    async def _open(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str] | None) -> Connection:
+        """Send the request; the answer's status is there when this returns. To be given back."""
         try:
-            session = self._connected()
+            connection = await self._connected().take()
         except OSError:
             raise self._unavailable() from None
-        try:
-            return await session.request(method, f"http://engine{path}", data=body, headers=headers)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+        except Unreachable:
             self._follow_directory()
             raise self._unavailable() from None
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise _lost(_reason(error)) from None
+        try:
+            await connection.ask(request_bytes(method, path, headers or {}, body))
+        except Broken as broken:
+            self._give_back(connection)
+            raise _lost(str(broken)) from None
+        except BaseException:
+            self._give_back(connection)
+            raise
+        return connection
+
+    def _give_back(self, connection: Connection) -> None:
+        if self._pool is None:
+            connection.close()
+        else:
+            self._pool.give_back(connection)
 
     def _unavailable(self) -> EngineUnavailable:
         return EngineUnavailable(
@@ -251,21 +260,17 @@ class EngineClient:
             remedy="Wait for it to start: `holdfast status` says how far it is, `holdfast logs` why not",
         )
 
-    def _connected(self) -> aiohttp.ClientSession:
-        if self._session is None:
+    def _connected(self) -> Pool:
+        if self._pool is None:
             self._directory_fd = os.open(self.socket.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.UnixConnector(
-                    f"/proc/self/fd/{self._directory_fd}/{self.socket.name}",
-                    limit=self._connections,
-                    keepalive_timeout=30.0,  # the engine keeps one open for longer: see launcher.environment
-                ),
-                timeout=self._timeout,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,
-                skip_auto_headers=("User-Agent", "Accept-Encoding"),
+            self._pool = Pool(
+                f"/proc/self/fd/{self._directory_fd}/{self.socket.name}",
+                limit=self._connections,
+                connect_timeout_s=self._connect_timeout_s,
+                silence_timeout_s=self._silence_timeout_s,
+                idle_timeout_s=_IDLE_TIMEOUT_S,
             )
-        return self._session
+        return self._pool
 
     def _follow_directory(self) -> None:
         """The directory may have been made anew: from the next connection on, the descriptor is the new one's."""
@@ -294,50 +299,51 @@ class EngineStream(Generic[T]):
         self._path = path
         self._body = body
         self._headers = headers
-        self._response: aiohttp.ClientResponse | None = None
+        self._connection: Connection | None = None
         self._hand_out = hand_out
         self._generator: AsyncGenerator[T] | None = None
         self._complete = False
 
     async def __aenter__(self) -> AsyncIterator[T]:
-        response = await self._client._open("POST", self._path, self._body, self._headers)
-        if response.status != 200:
+        client = self._client
+        connection = await client._open("POST", self._path, self._body, self._headers)
+        if connection.status != 200:
             try:
-                async with response:
-                    answer = await _bounded(response, self._client._max_answer_bytes)
-            except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                raise _lost(_reason(error)) from None
-            raise _refusal(response.status, answer)
-        self._response = response
-        self._generator = self._hand_out(self._batches(response))
+                answer = await _bounded(connection, client._max_answer_bytes)
+            except Broken as broken:
+                raise _lost(str(broken)) from None
+            finally:
+                client._give_back(connection)
+            raise _refusal(connection.status, answer)
+        self._connection = connection
+        self._generator = self._hand_out(self._batches(connection.read))
         return self._generator
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        response = self._response
-        if response is None or self._generator is None:
+        connection = self._connection
+        if connection is None or self._generator is None:
             return
-        await self._generator.aclose()
-        if self._complete:
-            # Behind [DONE] comes the end of the body, often in the same read: waited for, the connection is used again.
-            with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
-                async with asyncio.timeout(1.0):
-                    await _bounded(response, 1024)
-                    response.release()
-                    return
-        response.close()
+        try:
+            await self._generator.aclose()
+            if self._complete and not connection.reusable:
+                # Behind [DONE] comes the end of the body: waited for, the connection is used again.
+                with contextlib.suppress(TimeoutError, Broken, EngineLost):
+                    async with asyncio.timeout(1.0):
+                        await _bounded(connection, 1024)
+        finally:
+            self._client._give_back(connection)
 
-    async def _batches(self, response: aiohttp.ClientResponse) -> Batches:
+    async def _batches(self, read: Callable[[], Awaitable[bytes]]) -> Batches:
         limit = self._client._max_answer_bytes
-        read = response.content.readany
         parts: list[bytes] = []  # of an event whose end has not come
         parts_bytes = 0
         while True:
             try:
                 received = await read()
-            except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                raise _lost(_reason(error)) from None
+            except Broken as broken:
+                raise _lost(str(broken)) from None
             if not received:
                 raise _lost("its answer ended in the middle")
             if parts:
@@ -401,12 +407,11 @@ def _payload(event: bytes) -> bytes:
     return b"\n".join(data)
 
 
-async def _bounded(response: aiohttp.ClientResponse, limit: int) -> bytes:
+async def _bounded(connection: Connection, limit: int) -> bytes:
     parts = bytearray()
-    while received := await response.content.readany():
+    while received := await connection.read():
         parts += received
         if len(parts) > limit:
-            response.close()
             raise _lost(f"its answer is larger than {limit} bytes")
     return bytes(parts)
 
@@ -429,12 +434,6 @@ def _refusal(status: int, body: bytes) -> HoldfastError:
     if 400 <= status < 500:
         return EngineRejected(status, body)
     return _lost(f"it answered with status {status}")
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, TimeoutError):
-        return "it said nothing for too long"
-    return "its connection broke" if isinstance(error, (aiohttp.ClientOSError, OSError)) else "its answer broke off"
 
 
 def _lost(cause: str) -> EngineLost:

@@ -156,15 +156,10 @@ async def _events_of(parts: Iterable[bytes]) -> list[bytes]:
     stream = EngineClient(Path("/nowhere/engine.sock")).stream("/", b"", request_id="")
     unread = iter(parts)
 
-    class Content:
-        async def readany(self) -> bytes:
-            return next(unread, b"")
+    async def read() -> bytes:
+        return next(unread, b"")
 
-    class Response:
-        content = Content()
-
-    batches = stream._batches(Response())  # type: ignore[arg-type]
-    return [payload async for batch in batches for payload in batch]
+    return [payload async for batch in stream._batches(read) for payload in batch]
 
 
 async def test_batches_hand_out_what_came_together_and_what_came_before_a_failure(
