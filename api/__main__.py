@@ -1,6 +1,7 @@
 """`python -m api`: the gateway, as `holdfast up` starts it. Settings come from the state directory and the environment.
 
-What it says goes to stderr, which is the gateway's log; why it could not start, to stdout as JSON too. It leaves with 0 when it was told to stop.
+What it says goes to stderr, which is the gateway's log; why it could not start, to stdout as JSON too. It leaves with 0
+when it was told to stop.
 """
 
 import json

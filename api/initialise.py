@@ -215,6 +215,7 @@ seal = "{seal}"             # how this appliance was made; changing it here chan
 # model = ""                # a folder with a model; the demonstration model by default
 # served_name = ""          # what clients call it; the folder's name by default
 # socket = ""               # of an engine that somebody else runs
+# tool_call_parser = ""     # one of vLLM's, for a model that calls tools
 # block_size = 32           # tokens
 # kv_cache_bytes = 1073741824
 # max_model_len = 0         # tokens; what the model says by default
