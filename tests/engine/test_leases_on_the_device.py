@@ -269,11 +269,12 @@ def test_the_tail_of_an_ended_lease_is_evicted_before_its_head(engine: EngineInP
     assert engine.turn(words(1, 10 * BLOCK + 1), salt="leased").cached_tokens == 9 * BLOCK
 
 
-def test_the_idle_time_starts_anew_when_the_next_turn_arrives(engine: EngineInProcess) -> None:
+def test_the_idle_time_starts_anew_when_the_next_turn_arrives_though_it_has_to_queue(engine: EngineInProcess) -> None:
     engine.turn(words(1, 300), session="session", idle_timeout_s=15.0)
     engine.clock.advance(14.0)
     name = engine.submit(words(1, 300), session="session", idle_timeout_s=15.0)
     engine.clock.advance(14.0)
+    assert engine.tick() == pytest.approx(1.0)
     engine.drain()
     assert engine.answers[name].cached_tokens == 288
 
