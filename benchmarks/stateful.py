@@ -43,11 +43,16 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     chosen, others = parser.parse_known_args()
     command = [str(Path(sys.executable).with_name("holdfast")), "bench", "stateful", "--model", chosen.model, "--json"]
-    done = subprocess.run([*command, *others], stdout=subprocess.PIPE, check=False)
-    sys.stdout.write(done.stdout.decode())
-    if done.returncode != 0:
-        return done.returncode
-    misses = missed(json.loads(done.stdout))
+    with subprocess.Popen([*command, *others], stdout=subprocess.PIPE) as process:
+        try:
+            said, _ = process.communicate()
+        except KeyboardInterrupt:
+            # The command was told too, and takes its appliance down before it leaves.
+            return process.wait()
+    sys.stdout.write(said.decode())
+    if process.returncode != 0:
+        return process.returncode
+    misses = missed(json.loads(said))
     for miss in misses:
         print(f"missed: {miss}", file=sys.stderr)
     return int(bool(misses) and chosen.check)

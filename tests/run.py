@@ -27,11 +27,13 @@ def main() -> int:
             print(f"== {', '.join(folders)} in {environment}", flush=True)
             report = Path(scratch) / f"{environment}.xml"
             command = [str(ROOT / environment / "bin" / "python"), "-m", "pytest", f"--junitxml={report}"]
-            try:
-                done = subprocess.run([*command, *folders, *sys.argv[1:]], cwd=ROOT, check=False)
-            except KeyboardInterrupt:
-                return _INTERRUPTED
-            sound = sound and done.returncode == 0
+            with subprocess.Popen([*command, *folders, *sys.argv[1:]], cwd=ROOT) as process:
+                try:
+                    sound = process.wait() == 0 and sound
+                except KeyboardInterrupt:
+                    # pytest was told too, and ends what its tests started before it leaves.
+                    process.wait()
+                    return _INTERRUPTED
             for name, count in _counted(report).items():
                 totals[name] += count
     bad = totals["failures"] + totals["errors"]
