@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 RANDOM_MODEL = "random-140m"
 _DEMO_MODEL = "demo"
 _KEY_FILE = "demo-api-key"
+_TAKEN_FROM_DEMO = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _KV_CACHE_BYTES = 1 << 30
 _MAKING_DEADLINE_S = 300
 _STOP_WITHIN_S = 50.0
@@ -162,9 +163,20 @@ def _model_folder(console: Console, named: str) -> Path | None:
     if named != RANDOM_MODEL:
         return find_model(named, console.state_dir)
     folder = _cache_dir() / RANDOM_MODEL
-    if not (folder / "config.json").is_file():
+    if not _is_current(folder):
         _make_random_model(console, folder)
     return folder
+
+
+def _is_current(folder: Path) -> bool:
+    """Whether a model was made there, with the tokenizer and template that the demonstration model has today."""
+    from appliance.engine import demo
+
+    committed = Path(demo.__file__).with_name("model")
+    try:
+        return all((folder / name).read_bytes() == (committed / name).read_bytes() for name in _TAKEN_FROM_DEMO)
+    except FileNotFoundError:
+        return False
 
 
 def _cache_dir() -> Path:
@@ -188,6 +200,7 @@ def _make_random_model(console: Console, folder: Path) -> None:
                 cause=made.stderr.strip().splitlines()[-1] if made.stderr.strip() else f"status {made.returncode}",
                 remedy="`holdfast doctor` checks the engine's environment",
             )
+        shutil.rmtree(folder, ignore_errors=True)
         staged.rename(folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
