@@ -299,13 +299,13 @@ def _bring_up(
     console: Console, gateway: "Gateway", settings: "Settings", passphrase: bytearray | None, timeout_s: float | None
 ) -> "types.Status":
     wait_s = timeout_s if timeout_s is not None else settings.engine.ready_timeout_s
-    status = gateway.wait_until_ready(console.say, wait_s)
+    status = gateway.wait_until_ready(lambda text: console.say(printable(text)), wait_s)
     if status.vault_sealed and passphrase is not None:
         try:
             console.admin(deadline_s=60).unseal(passphrase)
         finally:
             passphrase[:] = bytes(len(passphrase))
-        status = gateway.wait_until_ready(console.say, wait_s)
+        status = gateway.wait_until_ready(lambda text: console.say(printable(text)), wait_s)
     return status
 
 

@@ -28,6 +28,8 @@ from appliance.errors import Fault, HoldfastError
 GATEWAY_LOG = Path("log") / "gateway.log"
 _LOG_BOUND_BYTES = 16 << 20  # a longer log is set aside when the gateway starts
 _TOLD_LINES = 12
+_SHOWN_COLUMNS = 100
+_LOOKED_BACK_BYTES = 64 << 10
 _TOLD_BYTES = 64 << 10
 _ASK_EVERY_S = 0.2
 _HEARTBEAT_S = 10.0
@@ -123,7 +125,7 @@ class Gateway:
             NotReadyInTime: after `timeout_s` something was still missing.
         """
         deadline = time.monotonic() + _FIRST_ANSWER_S
-        waiting = _Waiting(say)
+        waiting = _Waiting(say, self._engine_says)
         status: types.Status | None = None
         while time.monotonic() < deadline:
             seen, known = self.ask(), status
@@ -223,10 +225,24 @@ class Gateway:
             return None
 
     def _last_words(self) -> list[str]:
-        with self._log.open("rb") as log:
-            end = log.seek(0, os.SEEK_END)
-            log.seek(max(self._began_at, end - (64 << 10)))
-            return log.read().decode("utf-8", "replace").splitlines()[-_TOLD_LINES:]
+        return last_lines(self._log, _TOLD_LINES, not_before=self._began_at)
+
+    def _engine_says(self) -> str:
+        """What stands last in the engine's log, shortened."""
+        log = self._log.with_name("engine.log")
+        line = "".join(last_lines(log, 1))
+        return line if len(line) <= _SHOWN_COLUMNS else f"{line[:_SHOWN_COLUMNS]}…"
+
+
+def last_lines(log: Path, count: int, *, not_before: int = 0) -> list[str]:
+    """At most the last `count` lines of a log, from the byte `not_before` on; none when there is no log."""
+    try:
+        with log.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(min(not_before, end), end - _LOOKED_BACK_BYTES))
+            return file.read().decode("utf-8", "replace").splitlines()[-count:]
+    except FileNotFoundError:
+        return []
 
 
 def already_running(pid: int) -> AlreadyRunning:
@@ -303,21 +319,30 @@ def signals_as_requests() -> Iterator[None]:
 
 
 class _Waiting:
-    """Says what is waited for: at once when it changes, and now and then while it does not."""
+    """Says what is waited for: at once when it changes, and now and then while it does not.
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    Args:
+        latest: what the engine wrote last, for those who wait long.
+    """
+
+    def __init__(
+        self, say: Callable[[str], None], latest: Callable[[], str], *, now: Callable[[], float] = time.monotonic
+    ) -> None:
         self._say = say
-        self._began = time.monotonic()
+        self._latest = latest
+        self._now = now
+        self._began = now()
         self._told: str | None = None
         self._told_at = self._began
 
     def for_parts(self, status: types.Status | None) -> None:
-        now = time.monotonic()
+        now = self._now()
         waiting_for = "; ".join(_unready(status)) if status is not None else "the gateway starts"
         if waiting_for != self._told:
             self._say(f"  {now - self._began:4.0f} s  {waiting_for}")
         elif now - self._told_at > _HEARTBEAT_S:
-            self._say(f"  {now - self._began:4.0f} s  still: {waiting_for}")
+            latest = self._latest()
+            self._say(f"  {now - self._began:4.0f} s  still: {waiting_for}{f' ({latest})' if latest else ''}")
         else:
             return
         self._told, self._told_at = waiting_for, now
@@ -326,7 +351,7 @@ class _Waiting:
 def _unready(status: types.Status | None) -> list[str]:
     if status is None:
         return []
-    return [f"{part.name} {part.state}: {part.detail}" for part in status.parts if part.state != "ready"]
+    return [f"{part.name}: {part.detail}" for part in status.parts if part.state != "ready"]
 
 
 def _end_with_parent() -> None:

@@ -27,6 +27,7 @@ from diagnostics.checks import engine_version
 _DEADLINE_S = 3.0
 _ACTIVE_S = 3600.0
 _MIB = 1 << 20
+_GIB = 1 << 30
 
 _ENGINE_STATES: Mapping[EngineState, types.PartState] = {
     EngineState.STOPPED: "stopped",
@@ -104,7 +105,7 @@ def _store_detail(services: Services) -> str:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         return f"SQLite; its size is not known: {error.strerror}"
-    return f"SQLite, {size / _MIB:.1f} MiB; {free / _MIB:.0f} MiB free on its disk"
+    return f"SQLite, {size / _MIB:.1f} MiB; {free / _GIB:.1f} GiB free on its disk"
 
 
 def _engine(services: Services) -> types.Part:
