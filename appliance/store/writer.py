@@ -18,11 +18,13 @@ from concurrent import futures
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Engine, Executable
+from sqlalchemy import Connection, Engine, Executable
 
 from appliance.store.errors import StoreFull, StoreUnavailable, busy, closed
+from appliance.store.prepared import Prepared
 
 _CLOSE_WAIT_S = 60.0
+_PREPARED = 256  # forms of statements
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,10 @@ class Writer:
         self._committed = committed
         self._capacity = capacity
         self._most_together = most_together
+        self._connection: Connection | None = None
+        # A server's connection is tried before each transaction, when it is taken out of the pool.
+        self._holds = engine.dialect.name == "sqlite"
+        self._prepared: dict[tuple[int, tuple[str, ...]], tuple[Executable, Prepared | None]] = {}
         self._waiting: deque[Waiting] = deque()
         self._wake = threading.Condition()
         self._closed = False
@@ -135,6 +141,7 @@ class Writer:
                 outcomes = [(waiting, None, error) for waiting in together]
             _deliver(outcomes)
             self._committed(len(together))
+        self._let_go()
 
     def _next(self) -> list[Waiting]:
         """What goes into the next transaction; empty: there is nothing left and the writer is closed."""
@@ -151,6 +158,7 @@ class Writer:
             return together
 
     def _alone(self, waiting: Waiting) -> _Outcome:
+        self._let_go()
         try:
             return waiting, waiting.alone(self._engine) if waiting.alone is not None else None, None
         except Exception as error:
@@ -169,9 +177,36 @@ class Writer:
         return [(waiting, None, None) for waiting in together]
 
     def _execute(self, together: list[Waiting]) -> None:
-        with self._engine.begin() as db:
-            for statement, rows in _grouped(together):
-                db.execute(statement, rows)
+        if self._connection is None:
+            self._connection = self._engine.connect()
+        try:
+            with self._connection.begin():
+                for statement, rows in _grouped(together):
+                    self._execute_rows(self._connection, statement, rows)
+        except BaseException:
+            self._let_go()
+            raise
+        if not self._holds:
+            self._let_go()
+
+    def _execute_rows(self, db: Connection, statement: Executable, rows: list[Mapping[str, object]]) -> None:
+        form = (id(statement), tuple(rows[0]))
+        if form not in self._prepared:
+            if len(self._prepared) >= _PREPARED:
+                self._prepared.clear()
+            # The statement is kept with it: another one cannot come to have its id.
+            self._prepared[form] = statement, Prepared.of(statement, tuple(rows[0]), self._engine.dialect)
+        _, prepared = self._prepared[form]
+        if prepared is None:
+            db.execute(statement, rows)
+        else:
+            db.exec_driver_sql(prepared.text, prepared.parameters(rows))
+
+    def _let_go(self) -> None:
+        """Give the connection back: whoever works alone needs it, and after a failure it may be no good."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
 
 
 def _grouped(together: list[Waiting]) -> list[tuple[Executable, list[Mapping[str, object]]]]:
