@@ -2,8 +2,8 @@
 
 Rules:
 
-- The two completion routes and the models are plain ASGI applications inside the FastAPI application: a turn pays for
-  no dependency injection and no response model.
+- The two completion routes are called by the guard, which has matched their paths already: a turn pays for no second
+  routing, no dependency injection and no response model. The other routes are FastAPI's.
 - FastAPI's own pages (schema, documentation) do not exist: nothing answers that is not listed here.
 """
 
@@ -36,11 +36,9 @@ def create_app(services: Services) -> App:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.router.routes.extend(
         [
-            Route(CHAT.path, Turns(services, CHAT), methods=["POST"]),
-            Route(COMPLETION.path, Turns(services, COMPLETION), methods=["POST"]),
             Route(LIST_PATH.decode(), models, methods=["GET"]),
             Route(f"{LIST_PATH.decode()}/{{model:path}}", models, methods=["GET"]),
         ]
     )
-    routes = {CHAT.path.encode(): ("POST",), COMPLETION.path.encode(): ("POST",), LIST_PATH: ("GET",)}
-    return Guard(app, Health(services, in_full=False), services, routes)
+    turns: dict[bytes, App] = {endpoint.path.encode(): Turns(services, endpoint) for endpoint in (CHAT, COMPLETION)}
+    return Guard(app, Health(services, in_full=False), services, turns=turns, routes={LIST_PATH: ("GET",)})

@@ -48,14 +48,24 @@ class Guard:
     Args:
         app: what answers the requests that pass.
         open_app: what answers on the routes that need no key.
-        routes: the methods of each raw path.
+        turns: what answers a POST on these raw paths, without the way through `app`.
+        routes: the methods of each other raw path.
     """
 
-    def __init__(self, app: App, open_app: App, services: Services, routes: Mapping[bytes, tuple[str, ...]]) -> None:
+    def __init__(
+        self,
+        app: App,
+        open_app: App,
+        services: Services,
+        *,
+        turns: Mapping[bytes, App],
+        routes: Mapping[bytes, tuple[str, ...]],
+    ) -> None:
         self._app = app
         self._open_app = open_app
         self._services = services
-        self._routes = routes
+        self._turns = turns
+        self._routes = {**dict.fromkeys(turns, ("POST",)), **routes}
         self._hosts = frozenset(host.lower().encode() for host in services.settings.gateway.allowed_hosts)
         self._max_body_bytes = services.settings.gateway.max_body_bytes
 
@@ -125,7 +135,7 @@ class Guard:
                 )
             methods = ("GET",)
         _check_method(method, methods)
-        return self._app
+        return self._turns.get(raw_path, self._app)
 
     def _check_headers(self, pairs: list[tuple[bytes, bytes]], headers: dict[bytes, bytes]) -> None:
         if len(headers) != len(pairs):
