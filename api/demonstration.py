@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from api.admin import types
     from appliance.settings import Settings
 
+# From here on the prompt has more than 2,000 tokens.
+_FIRST_SHOWN_TURN = 4
 _SHOWN_TURNS = 6
 _CURL = """\
 curl {endpoint}/chat/completions \\
@@ -46,7 +48,8 @@ def show_state_kept(settings: "Settings", status: "types.Status", api_key: str) 
         BenchFailed: a turn was not answered.
     """
     target = target_of(settings, status, api_key)
-    return conversation_table(asyncio.run(run_loop(target, arms=("stateless", "stateful"), turns=_SHOWN_TURNS)))
+    loop = run_loop(target, arms=("stateless", "stateful"), first=_FIRST_SHOWN_TURN, turns=_SHOWN_TURNS)
+    return conversation_table(asyncio.run(loop))
 
 
 def target_of(settings: "Settings", status: "types.Status", api_key: str) -> Target:

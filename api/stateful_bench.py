@@ -25,7 +25,12 @@ import aiohttp
 from pydantic_core import from_json, to_json
 
 from appliance.engine.client import EngineClient
-from appliance.engine.demo.agent_loop import AGENT_MAX_ANSWER_TOKENS, AGENT_TURNS, agent_task_messages
+from appliance.engine.demo.agent_loop import (
+    AGENT_MAX_ANSWER_TOKENS,
+    AGENT_TURNS,
+    agent_expected_answer,
+    agent_task_messages,
+)
 from appliance.errors import Fault, HoldfastError
 
 COMPARED_TURNS = 10  # the last ones: the longest contexts
@@ -119,6 +124,7 @@ async def run_loop(
     target: Target,
     *,
     arms: Sequence[str] = ("stateless", "vanilla", "stateful"),
+    first: int = 0,
     turns: int = AGENT_TURNS,
     margins: bool = False,
     progress: Progress = lambda _turn, _samples: None,
@@ -126,6 +132,8 @@ async def run_loop(
     """Run the agent loop on every arm, then close the target's client; a sample a turn, in order.
 
     Args:
+        first: the turn to begin with; what came before it is told as it should have gone.
+        turns: how many turns are asked.
         margins: measure by how much each generated token won.
         progress: told of each turn when all arms have done it.
 
@@ -139,11 +147,11 @@ async def run_loop(
             "vanilla": _Direct(target, _constant(secrets.token_hex(32)), margins=margins),
             "stateful": _ThroughGateway(target, http, margins=margins),
         }
-        histories: dict[str, list[dict[str, str]]] = {name: [] for name in arms}
+        histories = {name: _told(first) for name in arms}
         samples: dict[str, list[Sample]] = {name: [] for name in arms}
         # What only a first request costs (connections, caches of the tokenizer) belongs to no arm.
         await _Direct(target, lambda: secrets.token_hex(32), margins=margins).ask(agent_task_messages(0))
-        for turn in range(turns):
+        for turn in range(first, first + turns):
             for place in range(len(arms)):
                 name = arms[(place + turn) % len(arms)]
                 history = histories[name]
@@ -153,8 +161,16 @@ async def run_loop(
                 before = samples[name][-1] if samples[name] else None
                 account = account_for(before, sample, target.block_size, stateless=name == "stateless")
                 samples[name].append(dataclasses.replace(sample, account=account))
-            progress(turn, {name: samples[name][-1] for name in arms})
+            progress(turn - first, {name: samples[name][-1] for name in arms})
     return samples
+
+
+def _told(turns: int) -> list[dict[str, str]]:
+    """The loop's conversation up to before turn `turns`, answered as a model that follows the handbook would."""
+    history: list[dict[str, str]] = []
+    for turn in range(turns):
+        history += [*agent_task_messages(turn), {"role": "assistant", "content": agent_expected_answer(turn)}]
+    return history
 
 
 def account_for(before: Sample | None, now: Sample, block_size: int, *, stateless: bool = False) -> Account:

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from api.stateful_bench import BenchFailed, Target, run_loop, summary
 from appliance.engine.client import EngineClient
-from appliance.engine.demo.agent_loop import agent_task_messages
+from appliance.engine.demo.agent_loop import agent_expected_answer, agent_task_messages
 
 BLOCK = 4
 GATEWAYS_SALT = "the gateway's own"
@@ -124,6 +124,19 @@ async def test_each_turn_resends_the_conversation_with_the_answers_that_were_giv
         await run_loop(target, turns=2)
     expected = [*agent_task_messages(0), {"role": "assistant", "content": "as you say"}, *agent_task_messages(1)]
     assert [body["messages"] for _, body in engine.asked[-3:]] == [expected] * 3
+
+
+async def test_a_run_that_begins_later_is_told_what_came_before(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    async with engine.serving(tmp_path) as target:
+        samples = await run_loop(target, arms=("stateful",), first=2, turns=2)
+    history: list[dict[str, str]] = []
+    for turn in range(2):
+        history += [*agent_task_messages(turn), {"role": "assistant", "content": agent_expected_answer(turn)}]
+    asked = [body["messages"] for where, body in engine.asked if where == "gateway"]
+    assert asked[0] == [*history, *agent_task_messages(2)]
+    assert asked[1] == [*asked[0], {"role": "assistant", "content": "ok"}, *agent_task_messages(3)]
+    assert len(samples["stateful"]) == 2
 
 
 async def test_what_programs_read_has_the_promised_names_and_adds_up(tmp_path: Path) -> None:
