@@ -213,7 +213,7 @@ seal = "{seal}"             # how this appliance was made; changing it here chan
 [engine]
 # python = ""               # the interpreter of the engine's environment; found beside the gateway's by default
 # model = ""                # a folder with a model; the demonstration model by default
-# served_name = ""          # what clients call it; the folder's name by default
+# served_name = ""          # what clients call it; the folder's name by default; the demonstration's is holdfast-demo
 # socket = ""               # of an engine that somebody else runs
 # tool_call_parser = ""     # one of vLLM's, for a model that calls tools
 # block_size = 32           # tokens

@@ -51,6 +51,7 @@ from appliance.vault.process import forbid_core_dumps, plaintext_swap_devices, s
 DATABASE = "holdfast.db"
 ENGINE_DIR = Path("run") / "engine"
 _DEMO_MODEL = Path(__file__).parent.parent / "appliance" / "engine" / "demo" / "model"
+_DEMO_MODEL_NAME = "holdfast-demo"
 _DEMO_TOOL_CALLS = "hermes"  # how the demonstration model writes a tool call
 _INTERRUPTED_S = 5.0  # for broken-off turns to be committed and told
 _LOOK_EVERY_S = 0.02
@@ -229,10 +230,13 @@ def _observe(services: Services) -> None:
 
 def _engine_spec(settings: Settings) -> EngineSpec:
     model = settings.engine.model
-    parser = settings.engine.tool_call_parser or (_DEMO_TOOL_CALLS if model is None else None)
+    engine = settings.engine
+    if model is None and engine.served_name is None:
+        engine = engine.model_copy(update={"served_name": _DEMO_MODEL_NAME})
+    parser = engine.tool_call_parser or (_DEMO_TOOL_CALLS if model is None else None)
     return EngineSpec.from_settings(
-        settings.engine,
-        python=settings.engine.python or engine_python(),
+        engine,
+        python=engine.python or engine_python(),
         model=_DEMO_MODEL if model is None else model,
         run_dir=settings.state_dir / ENGINE_DIR,
         log_path=settings.state_dir / "log" / "engine.log",
