@@ -1,5 +1,6 @@
 """The plugin in a real `vllm serve` on a Unix socket: the endpoint, and the timer that needs nobody."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -70,6 +71,7 @@ class Server:
         assert self._process.stdout is not None
         self._log: IO[str] = self._process.stdout
         self.wait_for_line("Application startup complete")
+        self._wait_until_it_listens()
 
     def wait_for_line(self, pattern: str) -> float:
         """Read the log until a line matches; when that line came. The test's own deadline is this one's."""
@@ -80,15 +82,27 @@ class Server:
                 return time.monotonic()
         raise AssertionError(f"the server ended without saying {pattern!r}:\n{''.join(lines[-60:])}")
 
+    def _wait_until_it_listens(self) -> None:
+        # It listens a moment after that line, and says nothing when it does.
+        deadline = time.monotonic() + 30
+        while True:
+            with contextlib.closing(_Connection(self._socket)) as connection:
+                try:
+                    connection.connect()
+                except ConnectionRefusedError:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+                else:
+                    return
+
     def post(self, path: str, body: bytes) -> tuple[int, Any]:
         """One request and its JSON."""
-        connection = _Connection(self._socket)
-        connection.request("POST", path, body, {"content-type": "application/json"})
-        response = connection.getresponse()
-        answer = json.loads(response.read())
-        response.close()
-        connection.close()
-        return response.status, answer
+        with contextlib.closing(_Connection(self._socket)) as connection:
+            # A server that refuses a body may close before it has read all of it; its answer is there nevertheless.
+            with contextlib.suppress(BrokenPipeError):
+                connection.request("POST", path, body, {"content-type": "application/json"})
+            with contextlib.closing(connection.getresponse()) as response:
+                return response.status, json.loads(response.read())
 
     def report(self, release: tuple[str, ...] = ()) -> LeaseReport:
         """POST to the endpoint."""
@@ -118,12 +132,10 @@ class Server:
             "stream": True,
             "kv_transfer_params": lease_params(Lease(session, "tenant", idle_timeout_s)),
         }
-        connection = _Connection(self._socket)
-        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
-        response = connection.getresponse()
-        assert response.read(1)
-        response.close()
-        connection.close()
+        with contextlib.closing(_Connection(self._socket)) as connection:
+            connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+            with contextlib.closing(connection.getresponse()) as response:
+                assert response.read(1)
 
     def close(self) -> None:
         """Ask the server to end, and see that its whole session did."""
