@@ -79,14 +79,14 @@ class Guard:
         request_id = given_id if _REQUEST_ID.fullmatch(given_id) else self._services.new_id().encode()
         request = Request(request_id.decode(), headers)
         request.answer_headers.append((b"x-request-id", request_id))
-        counted = self._services.metrics.requests
+        answered = self._services.metrics.answered
         route = "other"
 
         async def send_named(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 request.began = True
                 message["headers"] = [*message["headers"], *request.answer_headers]
-                counted.labels(route, f"{message['status'] // 100}xx").inc()
+                answered(route, message["status"])
             await send(message)
 
         try:

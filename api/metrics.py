@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from appliance.sessions import TurnState
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -20,36 +22,55 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry(auto_describe=True)
-        self.requests = Counter(
+        self._requests = Counter(
             "holdfast_requests_total",
             "Requests answered on the data listener, by route and class of status.",
             ("route", "status"),
             registry=self._registry,
         )
-        self.turns = Counter(
-            "holdfast_turns_total", "Turns written down, by how they ended.", ("state",), registry=self._registry
-        )
+        self._requests_of: dict[tuple[str, int], Counter] = {}
+        turns = Counter("holdfast_turns_total", "Turns, by how they ended.", ("state",), registry=self._registry)
+        self._turns_of = {state: turns.labels(state.value) for state in TurnState}
         tokens = Counter(
             "holdfast_tokens_total",
             "Tokens of turns written down: cached ones were found on the engine, computed ones were prefilled.",
             ("kind",),
             registry=self._registry,
         )
-        self.tokens_cached = tokens.labels("prompt_cached")
-        self.tokens_computed = tokens.labels("prompt_computed")
-        self.tokens_generated = tokens.labels("generated")
+        self._tokens_cached = tokens.labels("prompt_cached")
+        self._tokens_computed = tokens.labels("prompt_computed")
+        self._tokens_generated = tokens.labels("generated")
         self.first_token_s = Histogram(
             "holdfast_first_token_seconds",
             "From the request's last byte to the engine's first chunk.",
             buckets=_LATENCY_BUCKETS_S,
             registry=self._registry,
         )
-        self.commit_s = Histogram(
+        self._commit_s = Histogram(
             "holdfast_commit_seconds",
             "From a turn's end to its being durable.",
             buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0),
             registry=self._registry,
         )
+
+    def answered(self, route: str, status: int) -> None:
+        """A request on the data listener has its answer; `route` is one of those that exist, or `other`."""
+        of = route, status // 100
+        if of not in self._requests_of:
+            self._requests_of[of] = self._requests.labels(route, f"{status // 100}xx")
+        self._requests_of[of].inc()
+
+    def turn(self, state: TurnState, commit_s: float, *, prompt: int, cached: int, completion: int) -> None:
+        """A turn is durable; tokens, and how long that took."""
+        self._turns_of[state].inc()
+        self._commit_s.observe(commit_s)
+        self._tokens_cached.inc(cached)
+        self._tokens_computed.inc(max(0, prompt - cached))
+        self._tokens_generated.inc(completion)
+
+    def unanswered(self) -> None:
+        """A turn ended before anything of it was answered; it is not written down."""
+        self._turns_of[TurnState.FAILED].inc()
 
     def observe(self, name: str, help_text: str, value: Callable[[], float]) -> None:
         """Publish a gauge whose value is asked for when it is read."""

@@ -44,7 +44,6 @@ from appliance.identity import Admission
 from appliance.sessions import Outcome, Session, TurnKind, TurnState
 from appliance.settings import GatewaySettings
 
-_COMMIT_DEADLINE_S = 30.0
 _STALLED_CLIENT_S = 2.0  # how long a client that does not read is given to take the error event
 _BYTES_PER_TOKEN = 4  # what an answer cost whose prompt the engine did not get to count
 _EVENT_STREAM = (
@@ -308,18 +307,18 @@ class Turns:
         running.settled = True
         used = running.admission.settle(usage.prompt_tokens + usage.completion_tokens)
         begun_at = time.perf_counter()
-        async with asyncio.timeout(_COMMIT_DEADLINE_S):
-            await services.sessions.record(running.session, running.asked.turn, outcome, used)
-        metrics = services.metrics
-        metrics.commit_s.observe(time.perf_counter() - begun_at)
-        metrics.turns.labels(state.value).inc()
-        metrics.tokens_cached.inc(usage.cached_tokens)
-        metrics.tokens_computed.inc(max(0, usage.prompt_tokens - usage.cached_tokens))
-        metrics.tokens_generated.inc(usage.completion_tokens)
+        await services.sessions.record(running.session, running.asked.turn, outcome, used)
+        services.metrics.turn(
+            state,
+            time.perf_counter() - begun_at,
+            prompt=usage.prompt_tokens,
+            cached=usage.cached_tokens,
+            completion=usage.completion_tokens,
+        )
 
     async def _settle_unanswered(self, running: _Running, failure: HoldfastError | None) -> None:
         """Nothing was answered: a client that went away pays for its prompt, one that was refused pays nothing."""
-        self._services.metrics.turns.labels(TurnState.FAILED.value).inc()
+        self._services.metrics.unanswered()
         if failure is not None:
             return
         running.settled = True

@@ -31,11 +31,13 @@ def canonical_message(message: Message) -> bytes:
     )
 
 
-def history_links(mac: LinkMac, principal_id: str, messages: Sequence[Message]) -> list[bytes]:
-    """The link after each message, in order; one of 32 bytes a message."""
-    link = principal_id.encode()
-    links: list[bytes] = []
-    for message in messages:
+def history_links(
+    mac: LinkMac, principal_id: str, messages: Sequence[Message], known: Sequence[bytes] = ()
+) -> list[bytes]:
+    """The link after each message, in order; one of 32 bytes a message. `known`: those of the first messages."""
+    link = known[-1] if known else principal_id.encode()
+    links = list(known)
+    for message in messages[len(known) :]:
         link = mac(link, canonical_message(message))
         links.append(link)
     return links

@@ -100,6 +100,7 @@ class Session:
     origin: Origin
     is_new: bool
     _live: _Live = field(repr=False, compare=False)
+    _links: Sequence[bytes] = field(default=(), repr=False, compare=False)  # of the request, where they were needed
 
 
 class Sessions(Archive):
@@ -141,14 +142,15 @@ class Sessions(Archive):
         """
         tenant_id, principal_id = _owner(caller)
         hints = turn.hints
+        links: Sequence[bytes] = ()
         if hints.previous_response_id is not None:
             live = await self._of_response(tenant_id, principal_id, hints.previous_response_id)
         elif hints.client_id is not None:
             live = await self._of_client_id(tenant_id, principal_id, hints.client_id, hints)
         else:
-            live = await self._of_history(tenant_id, principal_id, turn.messages)
+            live, links = await self._of_history(tenant_id, principal_id, turn.messages)
         self._remember(live)
-        return self._session(caller, turn.model, live)
+        return self._session(caller, turn.model, live, links)
 
     async def _of_response(self, tenant_id: str, principal_id: str, response_id: str) -> _Live:
         turns, sessions = tables.turns, tables.sessions
@@ -213,8 +215,12 @@ class Sessions(Archive):
         _keep(self._by_client_id, lookup, live.session_id, _LIVE_SESSIONS)
         return live
 
-    async def _of_history(self, tenant_id: str, principal_id: str, messages: Sequence[Message]) -> _Live:
+    async def _of_history(
+        self, tenant_id: str, principal_id: str, messages: Sequence[Message]
+    ) -> tuple[_Live, list[bytes]]:
+        """The session, and the links of `messages` if they had to be made."""
         positions = answered_positions(messages)[:_LOOKUP_LINKS]
+        links: list[bytes] = []
         if positions:
             links = self._links(tenant_id, principal_id, messages)
             candidates = [links[position - 1] for position in positions]
@@ -222,9 +228,9 @@ class Sessions(Archive):
             if known is not None:
                 live, at_turn = known
                 if live.turns == at_turn:
-                    return live
-                return self._begin(tenant_id, principal_id, Origin.INFERRED, parent=live)
-        return self._begin(tenant_id, principal_id, Origin.NEW)
+                    return live, links
+                return self._begin(tenant_id, principal_id, Origin.INFERRED, parent=live), links
+        return self._begin(tenant_id, principal_id, Origin.NEW), links
 
     async def _known_link(self, tenant_id: str, candidates: Sequence[bytes]) -> tuple[_Live, int] | None:
         """The session and turn of the first candidate that was an answer of ours."""
@@ -303,7 +309,7 @@ class Sessions(Archive):
         self._live[session_id] = live
         return live
 
-    def _session(self, caller: Caller, model: str, live: _Live) -> Session:
+    def _session(self, caller: Caller, model: str, live: _Live, links: Sequence[bytes]) -> Session:
         mac = self._vault.mac
         tenant_id = live.tenant_id
         salt = mac(
@@ -326,6 +332,7 @@ class Sessions(Archive):
             origin=live.origin,
             is_new=live.new_key is not None,
             _live=live,
+            _links=links,
         )
 
     def _idle_timeout_s(self, caller: Caller, model: str) -> float:
@@ -351,7 +358,7 @@ class Sessions(Archive):
                     remedy="Begin a new session",
                 )
             number = live.turns + 1
-            links = self._turn_links(live, turn, outcome)
+            links = self._turn_links(session, turn, outcome)
             tip = self._tips.get(live.session_id)
             changes, new_tip = self._turn_changes(live, turn, outcome, number, links, tip)
             await self._store.write([*self._session_changes(live, turn, outcome, number), *changes, *also])
@@ -360,10 +367,11 @@ class Sessions(Archive):
             if links:
                 _keep(self._by_link, links[-1], (live.session_id, number), _KNOWN_LINKS)
 
-    def _turn_links(self, live: _Live, turn: Turn, outcome: Outcome) -> list[bytes]:
+    def _turn_links(self, session: Session, turn: Turn, outcome: Outcome) -> list[bytes]:
         if turn.kind is not TurnKind.CHAT:
             return []
-        return self._links(live.tenant_id, live.principal_id, [*turn.messages, outcome.answer])
+        said = [*turn.messages, outcome.answer]
+        return self._links(session.tenant_id, session.principal_id, said, session._links)
 
     def _session_changes(self, live: _Live, turn: Turn, outcome: Outcome, number: int) -> list[Change]:
         totals = {
@@ -464,12 +472,15 @@ class Sessions(Archive):
 
     # Small things
 
-    def _links(self, tenant_id: str, principal_id: str, messages: Sequence[Message]) -> list[bytes]:
+    def _links(
+        self, tenant_id: str, principal_id: str, messages: Sequence[Message], known: Sequence[bytes] = ()
+    ) -> list[bytes]:
         vault_mac = self._vault.mac
         return history_links(
             lambda link, message: vault_mac(tenant_id, KeyPurpose.LOOKUP, "history", link, message),
             principal_id,
             messages,
+            known,
         )
 
     def _client_id_lookup(self, tenant_id: str, principal_id: str, client_id: str) -> bytes:

@@ -47,6 +47,12 @@ def test_another_principals_same_history_has_no_link_in_common() -> None:
     assert not set(history_links(_mac, "prn_1", messages)) & set(history_links(_mac, "prn_2", messages))
 
 
+def test_a_chain_goes_on_from_the_links_that_are_known_of_it() -> None:
+    messages = [{"role": "user", "content": text} for text in ("a", "b", "c")]
+    whole = history_links(_mac, "prn_1", messages)
+    assert [history_links(_mac, "prn_1", messages, whole[:known]) for known in range(4)] == [whole] * 4
+
+
 def test_answers_are_looked_for_from_the_end() -> None:
     roles = ["system", "user", "assistant", "user", "assistant", "user"]
     assert answered_positions([{"role": role} for role in roles]) == [5, 3]
