@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 
-READY_WITHIN_S = 110
+READY_WITHIN_S = 280
 IDLE_TIMEOUT_S = 3.0
 
 
@@ -66,7 +66,7 @@ def holdfast(state_dir: Path, arguments: Sequence[str], *, check: bool = True) -
 @pytest.fixture(scope="session")
 def appliance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Appliance]:
     state_dir = tmp_path_factory.mktemp("appliance") / "state"
-    started = holdfast(state_dir, ("up", "--demo", "--detach", "--timeout", "100"))
+    started = holdfast(state_dir, ("up", "--demo", "--detach", "--timeout", "270"))
     running = Appliance(state_dir, started["endpoint"], started["api_key"], started["pid"])
     yield running
     holdfast(state_dir, ("down",))
