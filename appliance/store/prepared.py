@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 from sqlalchemy import Delete, Dialect, Executable, Insert, Update
+from sqlalchemy.engine.interfaces import DBAPICursor
 
 _Processor = Callable[[Any], Any]
 
@@ -46,13 +47,19 @@ class Prepared:
             return None
         return cls(compiled.string, places)
 
-    def parameters(self, rows: Sequence[Mapping[str, object]]) -> tuple[Any, ...] | list[tuple[Any, ...]]:
-        """What `exec_driver_sql` is given: one row's values in their order, or a list of them."""
+    def execute(self, cursor: DBAPICursor, rows: Sequence[Mapping[str, object]]) -> None:
+        """Execute it for each row."""
         if len(rows) == 1:
-            return self._row(rows[0])
-        return [self._row(row) for row in rows]
+            cursor.execute(self.text, self.row(rows[0]))
+        else:
+            cursor.executemany(self.text, [self.row(row) for row in rows])
 
-    def _row(self, row: Mapping[str, object]) -> tuple[Any, ...]:
+    def row(self, row: Mapping[str, object]) -> tuple[Any, ...]:
+        """A row's values as the driver takes them, in their order.
+
+        Raises:
+            TypeError: plaintext for an `Encrypted` column.
+        """
         return tuple(
             [
                 row.get(name, default) if process is None else process(row.get(name, default))

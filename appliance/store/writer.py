@@ -11,6 +11,7 @@ Rules:
 """
 
 import asyncio
+import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from concurrent import futures
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Executable
+from sqlalchemy import Engine, Executable, PoolProxiedConnection, exc
 
 from appliance.store.errors import StoreFull, StoreUnavailable, busy, closed
 from appliance.store.prepared import Prepared
@@ -94,9 +95,7 @@ class Writer:
         self._committed = committed
         self._capacity = capacity
         self._most_together = most_together
-        self._connection: Connection | None = None
-        # A server's connection is tried before each transaction, when it is taken out of the pool.
-        self._holds = engine.dialect.name == "sqlite"
+        self._held: PoolProxiedConnection | None = None
         self._prepared: dict[tuple[int, tuple[str, ...]], tuple[Executable, Prepared | None]] = {}
         self._waiting: deque[Waiting] = deque()
         self._wake = threading.Condition()
@@ -177,36 +176,49 @@ class Writer:
         return [(waiting, None, None) for waiting in together]
 
     def _execute(self, together: list[Waiting]) -> None:
-        if self._connection is None:
-            self._connection = self._engine.connect()
+        groups = [(statement, rows, self._prepare(statement, rows)) for statement, rows in _grouped(together)]
+        prepared = [(made, rows) for _, rows, made in groups if made is not None]
+        if len(prepared) == len(groups):
+            self._execute_prepared(prepared)
+            return
+        self._let_go()
+        with self._engine.begin() as db:
+            for statement, rows, _ in groups:
+                db.execute(statement, rows)
+
+    def _execute_prepared(self, groups: Sequence[tuple[Prepared, Sequence[Mapping[str, object]]]]) -> None:
+        """One transaction on the driver's own connection: what SQLAlchemy would add costs more than the rows."""
+        if self._held is None:
+            self._held = self._engine.raw_connection()
+        cursor = self._held.cursor()
         try:
-            with self._connection.begin():
-                for statement, rows in _grouped(together):
-                    self._execute_rows(self._connection, statement, rows)
+            cursor.execute("BEGIN IMMEDIATE")
+            for prepared, rows in groups:
+                prepared.execute(cursor, rows)
+            cursor.execute("COMMIT")
+        except sqlite3.Error as error:
+            self._let_go()
+            raise exc.DBAPIError.instance(None, None, error, sqlite3.Error, hide_parameters=True) from error
         except BaseException:
             self._let_go()
             raise
-        if not self._holds:
-            self._let_go()
+        finally:
+            cursor.close()
 
-    def _execute_rows(self, db: Connection, statement: Executable, rows: list[Mapping[str, object]]) -> None:
+    def _prepare(self, statement: Executable, rows: Sequence[Mapping[str, object]]) -> Prepared | None:
         form = (id(statement), tuple(rows[0]))
         if form not in self._prepared:
             if len(self._prepared) >= _PREPARED:
                 self._prepared.clear()
             # The statement is kept with it: another one cannot come to have its id.
             self._prepared[form] = statement, Prepared.of(statement, tuple(rows[0]), self._engine.dialect)
-        _, prepared = self._prepared[form]
-        if prepared is None:
-            db.execute(statement, rows)
-        else:
-            db.exec_driver_sql(prepared.text, prepared.parameters(rows))
+        return self._prepared[form][1]
 
     def _let_go(self) -> None:
-        """Give the connection back: whoever works alone needs it, and after a failure it may be no good."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
+        """Give the connection back, which rolls back what is open: others need it, and it may be no good any more."""
+        held, self._held = self._held, None
+        if held is not None:
+            held.close()
 
 
 def _grouped(together: list[Waiting]) -> list[tuple[Executable, list[Mapping[str, object]]]]:

@@ -83,7 +83,9 @@ def _run(db: Connection, statement: Executable, values: Mapping[str, object], *,
         return
     made = Prepared.of(statement, tuple(values), db.dialect)
     assert made is not None
-    db.exec_driver_sql(made.text, made.parameters([values]))
+    cursor = db.connection.cursor()
+    made.execute(cursor, [values])
+    cursor.close()
 
 
 @pytest.mark.parametrize(("statement", "values"), SAME.values(), ids=SAME.keys())
@@ -92,17 +94,24 @@ def test_it_does_what_the_statement_does(statement: Executable, values: Mapping[
 
 
 def test_several_rows_are_executed_together() -> None:
-    made = Prepared.of(insert(TABLE), ("id", "list"), sqlite.dialect())
-    assert made is not None
-    assert made.parameters([{"id": "a", "list": "x"}, {"id": "b", "list": "y"}]) == [("a", "x"), ("b", "y")]
-    assert made.parameters([{"id": "a", "list": "x"}]) == ("a", "x")
+    engine = create_engine("sqlite://")
+    TABLE.metadata.create_all(engine)
+    with engine.begin() as db:
+        made = Prepared.of(insert(TABLE), ("id", "list"), db.dialect)
+        assert made is not None
+        cursor = db.connection.cursor()
+        made.execute(cursor, [{"id": name, "list": name.upper()} for name in "abc"])
+        cursor.close()
+        held = db.execute(select(TABLE.c.id, TABLE.c.list).order_by(TABLE.c.id)).all()
+    engine.dispose()
+    assert [tuple(row) for row in held] == [("a", "A"), ("b", "B"), ("c", "C")]
 
 
 def test_an_encrypted_column_refuses_plaintext_here_too() -> None:
     made = Prepared.of(insert(TABLE), tuple(ROW), sqlite.dialect())
     assert made is not None
     with pytest.raises(TypeError, match="not plaintext"):
-        made.parameters([{**ROW, "sealed": b"plaintext"}])
+        made.row({**ROW, "sealed": b"plaintext"})
 
 
 @pytest.mark.parametrize(
