@@ -38,7 +38,9 @@ def test_every_field_of_the_engine_is_on_exactly_one_list(
 def test_what_the_gateway_adds_is_known_to_the_engine(
     model: type[ChatCompletionRequest] | type[CompletionRequest], fields: Fields
 ) -> None:
-    asked = {"messages": [{"role": "user", "content": "hello"}]} if "messages" in fields.handled else {"prompt": "hello"}
+    asked = (
+        {"messages": [{"role": "user", "content": "hello"}]} if "messages" in fields.handled else {"prompt": "hello"}
+    )
     request = model.model_validate({"model": "m", **asked, **OURS})
     assert request.cache_salt == OURS["cache_salt"]
     assert request.kv_transfer_params == OURS["kv_transfer_params"]
