@@ -143,7 +143,8 @@ async def test_an_isolated_engine_sees_nothing_of_the_host(make: Start, spec: En
     assert seen["processes"] <= 4
     assert {"SECRET", "PYTHONPATH"} & set(seen["environment"]) == set()  # type: ignore[call-overload]
     # Of /tmp it sees its own files and the folders that it was given, were they in there.
-    given = [path.relative_to("/tmp").parts[0] for path in (tmp_path, spec.model) if path.is_relative_to("/tmp")]
+    folders = (tmp_path, spec.model, FAKE_ENGINE, Path(sys.prefix))
+    given = [path.relative_to("/tmp").parts[0] for path in folders if path.is_relative_to("/tmp")]
     names = [name for name in seen["tmp"] if not name.startswith("mark")]  # type: ignore[attr-defined]
     assert set(names) <= set(given)
 
