@@ -34,9 +34,10 @@ class Target:
     socket: str = ""
     api_key: str = ""
 
-    def request(self, body: bytes) -> bytes:
-        """The request, as it goes over the connection."""
+    def request(self, body: bytes, *, session: str = "") -> bytes:
+        """The request, as it goes over the connection; `session` names the session that it belongs to."""
         authorization = f"Authorization: Bearer {self.api_key}\r\n" if self.api_key else ""
+        authorization += f"X-Session-ID: {session}\r\n" if session else ""
         head = (
             "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
             f"{authorization}Content-Length: {len(body)}\r\n\r\n"
