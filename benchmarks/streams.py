@@ -1,9 +1,9 @@
 """Two hundred streams at a time for a minute: no error, no memory that is kept. `python -m benchmarks.streams`.
 
 Each connection is an agent with a session of its own; a stream has a hundred words in five seconds, and the agent's
-next turn begins when it ends. Memory is the gateway's resident set, looked at every second; what counts is how much it grows
-from second 10 on. With `--new-sessions` each stream is a session of its own: then what is remembered of sessions grows
-up to its bounds too. `--check` leaves with 1 when a promise is missed.
+next turn begins when it ends. Memory is the gateway's resident set, looked at every second; what counts is how much it
+grows from second 10 on. With `--new-sessions` each stream is a session of its own: then what is remembered of sessions
+grows up to its bounds too. `--check` leaves with 1 when a promise is missed.
 """
 
 import argparse
