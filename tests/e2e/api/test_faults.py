@@ -1,9 +1,11 @@
 """An engine that dies, stalls or babbles; clients that leave; a gateway that is told to stop, sealed, or killed."""
 
+import contextlib
 import http.client
 import json
 import signal
 import socket
+import sqlite3
 import subprocess
 import threading
 import time
@@ -265,6 +267,37 @@ def test_a_home_so_deep_that_a_socket_s_path_is_too_long_serves_all_the_same(tmp
             assert (state / "run" / "admin.sock").stat().st_mode & 0o777 == 0o600
 
 
+# The end of a turn
+
+
+def test_neither_the_finish_nor_done_is_told_before_the_turn_is_durable(served: Served) -> None:
+    with contextlib.closing(sqlite3.connect(served.state_dir / "holdfast.db", isolation_level=None)) as database:
+        database.execute("BEGIN IMMEDIATE")  # nobody else can commit now
+        with begin(served, "hello", session="held-back") as connection:
+            said = read_until(connection, b"word13")
+            connection.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                said += connection.recv(1 << 16)
+            assert b"[DONE]" not in said
+            assert b'"finish_reason":"stop"' not in said
+            database.execute("ROLLBACK")
+            connection.settimeout(DEADLINE_S)
+            assert b'"finish_reason":"stop"' in read_until(connection, b"[DONE]")
+
+
+def test_a_turn_that_cannot_be_committed_in_time_is_an_error_event(served: Served) -> None:
+    with contextlib.closing(sqlite3.connect(served.state_dir / "holdfast.db", isolation_level=None)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        streamed = served.ask("hello", session="refused", stream=True)
+        whole = served.ask("hello", session="refused")
+    assert streamed.events[-1]["error"]["code"].startswith("store_")
+    assert "[DONE]" not in streamed.events
+    assert (whole.status, whole.code[:6]) == (503, "store_")
+    again = served.ask("hello", session="refused")
+    assert again.status == 200
+    assert [turn.number for turn in served.transcript(served.newest_session().session_id).turns] == [1]
+
+
 # Killed
 
 
@@ -316,8 +349,11 @@ def _write_turns(port: int, api_key: str, client: str, acknowledged: set[str], s
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
         try:
             connection.request("POST", "/v1/chat/completions", body, headers)
-            if b"[DONE]" in connection.getresponse().read():
-                acknowledged.add(text)
+            response, received = connection.getresponse(), b""
+            while part := response.read1():
+                received += part
+                if b'finish_reason":"stop' in received:  # who sees this may take it for the end
+                    acknowledged.add(text)
         except (OSError, http.client.HTTPException):
             stop.wait(0.01)
         finally:
