@@ -21,6 +21,7 @@ class KeyPurpose(enum.StrEnum):
     LOOKUP = "lookup"  # keyed hashes to find rows by
     SALT = "salt"  # cache salts and labels for the engine
     SESSION = "session"  # encrypts one session
+    AUDIT = "audit"  # derives a key for each record of the audit log
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ _RESERVED_USES = 4096
 _CACHED_KEYS = 16_384  # above the most turns that run at once: a key that is not stored yet must not be dropped
 _CACHED_LABELS = 64  # of one key
 _ENCRYPTING = frozenset({KeyPurpose.RECORDS, KeyPurpose.SESSION})
-_HASHING = frozenset({KeyPurpose.LOOKUP, KeyPurpose.SALT})
+_HASHING = frozenset({KeyPurpose.LOOKUP, KeyPurpose.SALT, KeyPurpose.AUDIT})
 
 
 class _Key:
@@ -160,12 +160,13 @@ class Vault:
     # Making keys
 
     def new_system_keys(self) -> list[KeyRecord]:
-        """The keys of the system: WRAPPING, RECORDS, LOOKUP."""
-        return self._new_family(SYSTEM_SCOPE, (KeyPurpose.RECORDS, KeyPurpose.LOOKUP))
+        """The keys of the system: WRAPPING, RECORDS, LOOKUP, AUDIT."""
+        return self._new_family(SYSTEM_SCOPE, (KeyPurpose.RECORDS, KeyPurpose.LOOKUP, KeyPurpose.AUDIT))
 
     def new_tenant_keys(self, tenant_id: str) -> list[KeyRecord]:
-        """The keys of a new tenant: WRAPPING, RECORDS, LOOKUP, SALT."""
-        return self._new_family(tenant_id, (KeyPurpose.RECORDS, KeyPurpose.LOOKUP, KeyPurpose.SALT))
+        """The keys of a new tenant: WRAPPING, RECORDS, LOOKUP, SALT, AUDIT."""
+        purposes = (KeyPurpose.RECORDS, KeyPurpose.LOOKUP, KeyPurpose.SALT, KeyPurpose.AUDIT)
+        return self._new_family(tenant_id, purposes)
 
     def new_session_key(self, tenant_id: str, session_id: str) -> KeyRecord:
         """The key of a new session, under its tenant's."""
@@ -272,17 +273,32 @@ class Vault:
             VaultSealed, KeyMissing: the key is not to be had.
         """
         with self._lock:
-            key = self._key_of(scope, purpose)
-            keyed = key.macs.get(label)
-            if keyed is None:
-                if purpose not in _HASHING:
-                    raise TypeError(f"a key for {purpose} does not hash")
-                info = b"holdfast-mac-1" + label.encode()
-                subkey = HKDFExpand(SHA256(), _KEY_BYTES, info).derive(bytes(key.secret))
-                if len(key.macs) >= _CACHED_LABELS:
-                    key.macs.clear()
-                keyed = key.macs[label] = hmac.new(subkey, digestmod=hashlib.sha256)
-            digest = keyed.copy()
+            digest = _keyed_hash(self._key_of(scope, purpose), label)
+        digest.update(b"".join(map(length_prefixed, parts)))
+        return digest.digest()
+
+    def audit_key_id(self, scope: str) -> bytes:
+        """Which key seals the audit records of a scope now, 16 bytes.
+
+        Raises:
+            VaultSealed, KeyMissing: it is not to be had.
+        """
+        with self._lock:
+            return bytes.fromhex(self._key_of(scope, KeyPurpose.AUDIT).record.key_id[4:])
+
+    def audit_secret(self, key_id: bytes, label: str, *parts: bytes) -> bytes:
+        """As `mac`, under the AUDIT key of that id, whosever it is.
+
+        Raises:
+            KeyMissing: it was destroyed, or never was.
+            VaultSealed: no root key is open.
+        """
+        named = f"key_{key_id.hex()}"
+        with self._lock:
+            key = self._by_id(named)
+            if key is None or key.record.purpose is not KeyPurpose.AUDIT:
+                raise KeyMissing(named)
+            digest = _keyed_hash(key, label)
         digest.update(b"".join(map(length_prefixed, parts)))
         return digest.digest()
 
@@ -401,6 +417,20 @@ class Vault:
             self._keys.reserve_uses(key.record.key_id, total)
             key.reserved = total
         key.used += 1
+
+
+def _keyed_hash(key: _Key, label: str) -> hmac.HMAC:
+    """A hash under the key's subkey for `label`, ready for what is to be hashed."""
+    keyed = key.macs.get(label)
+    if keyed is None:
+        if key.record.purpose not in _HASHING:
+            raise TypeError(f"a key for {key.record.purpose} does not hash")
+        info = b"holdfast-mac-1" + label.encode()
+        subkey = HKDFExpand(SHA256(), _KEY_BYTES, info).derive(bytes(key.secret))
+        if len(key.macs) >= _CACHED_LABELS:
+            key.macs.clear()
+        keyed = key.macs[label] = hmac.new(subkey, digestmod=hashlib.sha256)
+    return keyed.copy()
 
 
 def _unwrapped(record: KeyRecord, unwrap: Callable[[bytes], bytes]) -> bytes:

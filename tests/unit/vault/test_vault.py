@@ -232,7 +232,8 @@ def test_the_systems_key_is_rotated_like_a_tenants(vault: Vault, keys: MemoryKey
     envelope = vault.encrypt("system", KeyPurpose.RECORDS, b"hello", PLACE)
     rotation = vault.rotate("system")
     keys.apply(rotation)
-    assert {record.purpose for record in rotation.rewrapped} == {KeyPurpose.RECORDS, KeyPurpose.LOOKUP}
+    rewrapped = {record.purpose for record in rotation.rewrapped}
+    assert rewrapped == {KeyPurpose.RECORDS, KeyPurpose.LOOKUP, KeyPurpose.AUDIT}
     assert _reopened(keys).decrypt(envelope, PLACE) == b"hello"
 
 
@@ -291,7 +292,7 @@ def test_rotating_a_tenant_with_many_sessions_drops_no_key_that_is_not_stored_ye
     monkeypatch.setattr(vault_module, "_CACHED_KEYS", 8)
     vault = _reopened(keys)
     vault.new_session_key("ten_1", "ses_late")
-    assert len(vault.rotate("ten_1").rewrapped) == 24
+    assert len(vault.rotate("ten_1").rewrapped) == 25
     assert vault.encrypt("ses_late", KeyPurpose.SESSION, b"hello", PLACE)
 
 
@@ -522,7 +523,7 @@ def test_no_key_shows_in_any_text(keys: MemoryKeys, caplog: pytest.LogCaptureFix
             shown.append(repr(caught.value.record()))
     shown.append(caplog.text)
     text = "\n".join(shown)
-    assert len(secrets) == 1 + 3 + 4 + 1 + 1
+    assert len(secrets) == 1 + 4 + 5 + 1 + 1
     for secret in secrets:
         for form in (secret.hex(), base64.b64encode(secret).decode(), repr(secret)[2:-1]):
             assert form not in text
@@ -587,3 +588,19 @@ def test_sessions_that_begin_while_keys_rotate_are_all_readable(vault: Vault, ke
     assert len(envelopes) == 150
     for envelope, place in envelopes:
         assert vault.decrypt(envelope, place) == place.row.encode()
+
+
+def test_an_audit_key_is_used_by_its_id_and_serves_nothing_else(vault: Vault, keys: MemoryKeys) -> None:
+    key_id = vault.audit_key_id("ten_1")
+    assert len(key_id) == 16
+    secret = vault.audit_secret(key_id, "entry", b"nonce")
+    assert secret == _reopened(keys).audit_secret(key_id, "entry", b"nonce")
+    assert secret != vault.audit_secret(key_id, "tag", b"nonce")
+    assert secret != vault.audit_secret(vault.audit_key_id("system"), "entry", b"nonce")
+    salt = bytes.fromhex(keys.stored("ten_1", KeyPurpose.SALT).key_id.removeprefix("key_"))
+    for other in (salt, bytes(16)):
+        with pytest.raises(KeyMissing):
+            vault.audit_secret(other, "entry", b"nonce")
+    vault.seal()
+    with pytest.raises(VaultSealed):
+        vault.audit_secret(key_id, "entry", b"nonce")

@@ -1,0 +1,330 @@
+"""The appender: the one process that writes a node's audit log.
+
+    python -m appliance.audit.appender DIRECTORY
+
+Standard input is the listening Unix socket; standard output tells the parent `ready`, or an error's record as JSON.
+
+Rules:
+
+- It takes drafts from producers, numbers them, and answers when they are on the disk. Whatever came meanwhile shares
+  the next sync.
+- It has no key but the one that signs checkpoints, which a producer hands over when the vault is open.
+- A checkpoint is made of every `_CHECKPOINT_ENTRIES` entries, and of fewer when they are `_CHECKPOINT_S` old. Without
+  the key there is none, and the status says so.
+- It lives as long as somebody is connected, and ends when the last one has gone: nothing is left behind.
+- A producer that does not read its answers is cut off, not waited for.
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from appliance.audit import protocol
+from appliance.audit.entry import Draft, seal
+from appliance.audit.events import LOG_RECOVERED, SYSTEM, Event
+from appliance.audit.log import AuditLog, Head, LogUnwritable, Stamp
+from appliance.audit.protocol import Malformed, Message
+from appliance.errors import ErrorRecord, HoldfastError
+from appliance.vault.process import forbid_core_dumps
+
+_CHECKPOINT_ENTRIES: Final = 1000
+_CHECKPOINT_S: Final = 60.0
+_MOST_CONNECTIONS: Final = 64
+_MOST_UNREAD_BYTES: Final = 4 << 20
+_RECEIVE_BYTES: Final = 1 << 20
+_MOST_TOGETHER: Final = 4096  # entries to one sync
+_FIRST_PRODUCER_S: Final = 30.0
+_TRY_AGAIN_S: Final = 5.0
+_CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid: unix(7)
+_APPENDS: Final = frozenset({protocol.APPEND, protocol.APPEND_PRIVILEGED, protocol.APPEND_AGAIN})
+
+Sign = Callable[[Head], str]
+
+
+class _Producer:
+    """A connection."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.received = bytearray()
+        self.unsent = bytearray()
+
+    def fileno(self) -> int:
+        return self.connection.fileno()
+
+
+class Appender:
+    """The loop over one log and one listening socket."""
+
+    def __init__(self, log: AuditLog, listener: socket.socket, *, monotonic: Callable[[], float]) -> None:
+        self._log = log
+        self._listener = listener
+        self._monotonic = monotonic
+        self._selector = selectors.DefaultSelector()
+        self._producers: set[_Producer] = set()
+        self._sign: Sign | None = None
+        self._vkey = ""
+        self._published_at: float | None = None
+        self._dirty_since: float | None = monotonic() if log.size else None
+        self._try_again_at = 0.0
+        self._error: ErrorRecord | None = None
+        self._stopping = False
+        # Of a run that was killed: what it wrote and could not answer for.
+        self._found = {nonce: sequence for sequence, nonce in log.recent_nonces()}
+
+    def run(self) -> None:
+        """Serve until the last producer has gone, or `stop`."""
+        self._listener.setblocking(False)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        idle_until = self._monotonic() + _FIRST_PRODUCER_S
+        while not self._stopping and (self._producers or self._monotonic() < idle_until):
+            messages: list[tuple[_Producer, Message]] = []
+            for key, events in self._selector.select(self._wait_s()):
+                if key.fileobj is self._listener:
+                    self._accept()
+                    continue
+                producer: _Producer = key.data
+                if events & selectors.EVENT_WRITE:
+                    self._send(producer)
+                if events & selectors.EVENT_READ:
+                    messages += [(producer, message) for message in self._receive(producer)]
+            self._answer(messages)
+            self._publish_when_due()
+            if self._producers:
+                idle_until = 0.0
+        if self._sign is not None and self._dirty_since is not None:
+            self._publish()
+        for producer in list(self._producers):
+            self._drop(producer)
+
+    def stop(self) -> None:
+        """End after what is being done."""
+        self._stopping = True
+
+    def _wait_s(self) -> float:
+        if self._sign is None or self._dirty_since is None:
+            return 1.0
+        now = self._monotonic()
+        return max(0.0, min(1.0, max(self._dirty_since + _CHECKPOINT_S, self._try_again_at) - now))
+
+    # Connections
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = self._listener.accept()
+            if len(self._producers) >= _MOST_CONNECTIONS or _uid_of(connection) not in (0, os.getuid()):
+                connection.close()
+                return
+            connection.setblocking(False)
+            producer = _Producer(connection)
+            self._producers.add(producer)
+            self._selector.register(producer, selectors.EVENT_READ, producer)
+
+    def _receive(self, producer: _Producer) -> list[Message]:
+        try:
+            data = producer.connection.recv(_RECEIVE_BYTES)
+        except BlockingIOError:
+            return []
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(producer)
+            return []
+        producer.received += data
+        try:
+            return list(protocol.take_messages(producer.received))
+        except Malformed:
+            self._drop(producer)
+            return []
+
+    def _reply(self, producer: _Producer, kind: int, number: int, body: bytes) -> None:
+        if producer in self._producers:
+            producer.unsent += protocol.pack(kind, number, body)
+
+    def _send(self, producer: _Producer) -> None:
+        if producer not in self._producers:
+            return
+        try:
+            sent = producer.connection.send(producer.unsent)
+            del producer.unsent[:sent]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._drop(producer)
+            return
+        if len(producer.unsent) > _MOST_UNREAD_BYTES:
+            self._drop(producer)
+            return
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if producer.unsent else 0)
+        self._selector.modify(producer, events, producer)
+
+    def _drop(self, producer: _Producer) -> None:
+        if producer in self._producers:
+            self._producers.discard(producer)
+            self._selector.unregister(producer)
+            producer.connection.close()
+
+    # Requests
+
+    def _answer(self, messages: list[tuple[_Producer, Message]]) -> None:
+        together: list[tuple[_Producer, int, list[Draft]]] = []
+        entries = 0
+        for producer, message in messages:
+            alone = message.kind != protocol.APPEND
+            if alone or entries >= _MOST_TOGETHER:
+                self._append(together, privileged=False)
+                together, entries = [], 0
+            if message.kind not in _APPENDS:
+                self._serve(producer, message)
+                continue
+            try:
+                drafts = protocol.unpack_drafts(message.body)
+            except Malformed:
+                self._drop(producer)
+                continue
+            if message.kind == protocol.APPEND_AGAIN:
+                self._append_again(producer, message.number, drafts)
+            elif alone:
+                self._append([(producer, message.number, drafts)], privileged=True)
+            else:
+                together.append((producer, message.number, drafts))
+                entries += len(drafts)
+        self._append(together, privileged=False)
+        for producer in {producer for producer, _ in messages}:
+            self._send(producer)
+
+    def _append(self, together: list[tuple[_Producer, int, list[Draft]]], *, privileged: bool) -> None:
+        if not together:
+            return
+        try:
+            sequence = self._log.append([draft for _, _, drafts in together for draft in drafts], privileged=privileged)
+        except LogUnwritable as error:
+            self._failed(error)
+            for producer, number, _ in together:
+                self._reply(producer, protocol.REFUSED, number, json.dumps(error.record()).encode())
+            return
+        if not privileged:
+            self._error = None
+        if self._dirty_since is None:
+            self._dirty_since = self._monotonic()
+        for producer, number, drafts in together:
+            sequence += len(drafts)
+            self._reply(producer, protocol.DONE, number, protocol.SEQUENCE.pack(sequence - 1))
+
+    def _append_again(self, producer: _Producer, number: int, drafts: list[Draft]) -> None:
+        missing = [draft for draft in drafts if draft.nonce not in self._found]
+        if missing:
+            self._append([(producer, number, missing)], privileged=False)
+        else:
+            sequence = max(self._found[draft.nonce] for draft in drafts)
+            self._reply(producer, protocol.DONE, number, protocol.SEQUENCE.pack(sequence))
+
+    def _serve(self, producer: _Producer, message: Message) -> None:
+        if message.kind == protocol.SIGNING_KEY:
+            self._take_key(message.body)
+        elif message.kind == protocol.CHECKPOINT:
+            self._publish()
+        elif message.kind != protocol.STATUS:
+            self._drop(producer)
+            return
+        self._reply(producer, protocol.DONE, message.number, json.dumps(self._status()).encode())
+
+    def _take_key(self, body: bytes) -> None:
+        from appliance.audit.notes import Checkpoint, SigningKey, sign_checkpoint
+
+        key = SigningKey.from_bytes(body)
+        self._vkey = str(key.verifier())
+        self._sign = lambda head: sign_checkpoint(Checkpoint(key.name, head.size, head.root), key)
+
+    def _status(self) -> dict[str, object]:
+        now = self._monotonic()
+        return {
+            "size": self._log.size,
+            "checkpoint_size": self._log.published.size,
+            "checkpoint_age_s": None if self._published_at is None else now - self._published_at,
+            "root": self._log.published.root.hex(),
+            "signs": self._sign is not None,
+            "public_key": self._vkey,
+            "cut_bytes": self._log.cut_bytes,
+            "error": self._error,
+        }
+
+    # Checkpoints
+
+    def _publish_when_due(self) -> None:
+        if self._sign is None or self._dirty_since is None or self._monotonic() < self._try_again_at:
+            return
+        new = self._log.size - self._log.published.size
+        if new >= _CHECKPOINT_ENTRIES or self._monotonic() >= self._dirty_since + _CHECKPOINT_S:
+            self._publish()
+
+    def _publish(self) -> None:
+        if self._sign is None:
+            return
+        try:
+            self._log.publish(self._sign)
+        except LogUnwritable as error:
+            self._failed(error)
+            self._try_again_at = self._monotonic() + _TRY_AGAIN_S
+            return
+        self._published_at, self._dirty_since = self._monotonic(), None
+
+    def _failed(self, error: HoldfastError) -> None:
+        self._error = error.record()
+
+
+def main() -> int:
+    """Run the appender on the socket that is standard input."""
+    forbid_core_dumps()
+    os.umask(0o077)
+    try:
+        boot_id = bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
+        log = AuditLog.open(Path(sys.argv[1]), boot_id=boot_id, clock=_stamp)
+        if log.cut_bytes:
+            log.append([_recovered(log.cut_bytes)], privileged=True)
+    except HoldfastError as error:
+        _tell(json.dumps(error.record()))
+        return 1
+    appender = Appender(log, socket.socket(fileno=os.dup(0)), monotonic=time.monotonic)
+    signal.signal(signal.SIGTERM, lambda *_: appender.stop())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's; the gateway drains first
+    _tell("ready")
+    appender.run()
+    log.close()
+    return 0
+
+
+def _recovered(cut_bytes: int) -> Draft:
+    """That a start had to cut the log's tail: nobody has a key yet."""
+    event = Event(LOG_RECOVERED, SYSTEM, counts={"bytes": cut_bytes})
+    record = event.record({})
+    number = LOG_RECOVERED.number
+    return seal(number, record, keys=None, scope="", actor="", session="", random=os.urandom(32))
+
+
+def _uid_of(connection: socket.socket) -> int:
+    """Whose process the peer is, as the kernel says."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(credentials)[1])
+
+
+def _stamp() -> Stamp:
+    return Stamp(time.time_ns(), time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+
+
+def _tell(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

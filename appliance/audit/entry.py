@@ -1,0 +1,249 @@
+"""An entry of the log: what its leaf hashes, and the sealed record beside it.
+
+Rules:
+
+- Who seals a record has keys and gives it no number; who numbers and stamps it has no key. The leaf binds both.
+- Each record is under a key of its own, derived from its scope's AUDIT key, a nonce and the commitment. The entry
+  commits to that key (AES-GCM does not) and, with a salt, to the record: one record can be shown and checked without
+  any other.
+- An entry has one size. What it says is checked by whoever reads it: nothing here trusts a byte.
+
+The layout is in docs/decisions/0010-audit-log.md. HKDF-Expand: RFC 5869, section 2.3.
+"""
+
+import hashlib
+import hmac
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, NamedTuple, Protocol
+
+from appliance.errors import Fault, HoldfastError
+
+FORMAT: Final = 1
+PLAINTEXT: Final = 1  # a flag: nobody had a key yet
+ENTRY_BYTES: Final = 188
+MAX_SEALED_BYTES: Final = 65_535  # what 16 bits of length before it can say
+NO_ID: Final = bytes(16)
+NO_TAG: Final = bytes(8)
+TAG_BYTES: Final = 8
+
+_ENTRY: Final = struct.Struct(">BBHQqQ16s16s16s8s8s32s32s32s")
+_SEALED_HEAD: Final = struct.Struct(">BBH")
+_SALT_BYTES: Final = 16
+_GCM_NONCE: Final = bytes(12)  # every entry has a key of its own, which is used once
+_RECORD: Final = b"\x02"
+
+
+class EntryInvalid(HoldfastError, ValueError):
+    """An entry or its record is not what it has to be."""
+
+    code: ClassVar[str] = "audit_entry_invalid"
+    fault: ClassVar[Fault] = Fault.CONFLICT
+
+
+class AuditKeys(Protocol):
+    """The AUDIT keys, one for each tenant and one for the system."""
+
+    def audit_key_id(self, scope: str) -> bytes:
+        """Which key seals for a scope now, 16 bytes."""
+
+    def audit_secret(self, key_id: bytes, label: str, *parts: bytes) -> bytes:
+        """A keyed hash under one of them, 32 bytes.
+
+        Raises:
+            HoldfastError: the key is not to be had: sealed, or destroyed with its tenant.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """An entry before it has a number and a time: what a producer hands to the appender."""
+
+    event_class: int
+    flags: int
+    key_id: bytes
+    nonce: bytes
+    actor_tag: bytes
+    session_tag: bytes
+    key_commitment: bytes
+    commitment: bytes
+    sealed: bytes
+
+
+class Entry(NamedTuple):
+    """An entry's fields, in their order; times in nanoseconds."""
+
+    format: int
+    flags: int
+    event_class: int
+    sequence: int
+    wall_ns: int
+    monotonic_ns: int
+    boot_id: bytes
+    key_id: bytes
+    nonce: bytes
+    actor_tag: bytes
+    session_tag: bytes
+    key_commitment: bytes
+    commitment: bytes
+    sealed_hash: bytes
+
+    @classmethod
+    def unpack(cls, data: bytes) -> "Entry":
+        """Read the bytes that a leaf hashes.
+
+        Raises:
+            EntryInvalid: the length or the format is another one.
+        """
+        if len(data) != ENTRY_BYTES or data[0] != FORMAT:
+            raise EntryInvalid(
+                "this is no entry of a Holdfast log",
+                cause=f"{len(data)} bytes, format {data[0] if data else 'none'}",
+                remedy="Read the log with the version that wrote it",
+            )
+        return cls._make(_ENTRY.unpack(data))
+
+    def pack(self) -> bytes:
+        """The bytes that the leaf hashes."""
+        return _ENTRY.pack(*self)
+
+
+def seal(
+    event_class: int,
+    record: Mapping[str, Any],
+    *,
+    keys: AuditKeys | None,
+    scope: str,
+    actor: str,
+    session: str,
+    random: bytes,
+) -> Draft:
+    """Seal a record for the scope's key, or leave it in plaintext when there are no keys yet.
+
+    Args:
+        scope: a tenant's id, or the system's.
+        actor, session: what to find the entry by; empty for none.
+        random: 32 bytes that were never used before: the nonce, and the salt.
+    """
+    nonce, salt = random[:16], random[16:32]
+    content = canonical(record)
+    salted = salt + content
+    commitment = hashlib.sha256(_RECORD + salted).digest()
+    if len(salted) + 16 > MAX_SEALED_BYTES:
+        raise ValueError(f"a record of {len(content)} bytes is too long: bound its fields first")
+    if keys is None:
+        return Draft(event_class, PLAINTEXT, NO_ID, nonce, NO_TAG, NO_TAG, bytes(32), commitment, salted)
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    key_id = keys.audit_key_id(scope)
+    key, key_commitment = _entry_key(keys, key_id, nonce, commitment)
+    bound = _bound(event_class, 0, key_id, nonce)
+    return Draft(
+        event_class=event_class,
+        flags=0,
+        key_id=key_id,
+        nonce=nonce,
+        actor_tag=search_tag(keys, key_id, "actor", actor),
+        session_tag=search_tag(keys, key_id, "session", session),
+        key_commitment=key_commitment,
+        commitment=commitment,
+        sealed=AESGCM(key).encrypt(_GCM_NONCE, salted, bound),
+    )
+
+
+def number(draft: Draft, *, sequence: int, wall_ns: int, monotonic_ns: int, boot_id: bytes) -> bytes:
+    """The entry's bytes, once it has its place."""
+    return _ENTRY.pack(
+        FORMAT,
+        draft.flags,
+        draft.event_class,
+        sequence,
+        wall_ns,
+        monotonic_ns,
+        boot_id,
+        draft.key_id,
+        draft.nonce,
+        draft.actor_tag,
+        draft.session_tag,
+        draft.key_commitment,
+        draft.commitment,
+        hashlib.sha256(draft.sealed).digest(),
+    )
+
+
+class Opened(NamedTuple):
+    """A record, and the salt that opens its entry's commitment."""
+
+    record: dict[str, Any]
+    salt: bytes
+
+
+def open_record(entry: Entry, sealed: bytes, keys: AuditKeys) -> Opened:
+    """Decrypt a record and check it against its entry.
+
+    Raises:
+        EntryInvalid: the sealed bytes, the key or the record are not those that the entry commits to.
+        HoldfastError: the key is not to be had.
+    """
+    if hashlib.sha256(sealed).digest() != entry.sealed_hash:
+        raise _invalid(entry, "its sealed record is not the one that it hashes")
+    salted = sealed
+    if not entry.flags & PLAINTEXT:
+        from cryptography.exceptions import InvalidTag
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        key, key_commitment = _entry_key(keys, entry.key_id, entry.nonce, entry.commitment)
+        if not hmac.compare_digest(key_commitment, entry.key_commitment):
+            raise _invalid(entry, "it commits to another key than the one that its nonce derives")
+        try:
+            bound = _bound(entry.event_class, entry.flags, entry.key_id, entry.nonce)
+            salted = AESGCM(key).decrypt(_GCM_NONCE, sealed, bound)
+        except InvalidTag:
+            raise _invalid(entry, "its record was not sealed for it") from None
+    salt, content = salted[:_SALT_BYTES], salted[_SALT_BYTES:]
+    check_commitment(entry, salt, content)
+    return Opened(json.loads(content), salt)
+
+
+def check_commitment(entry: Entry, salt: bytes, content: bytes) -> None:
+    """Check a disclosed record, in its canonical bytes.
+
+    Raises:
+        EntryInvalid: it is not the record that the entry commits to.
+    """
+    if len(salt) != _SALT_BYTES or hashlib.sha256(_RECORD + salt + content).digest() != entry.commitment:
+        raise _invalid(entry, "the record is not the one that it commits to")
+
+
+def search_tag(keys: AuditKeys, key_id: bytes, label: str, value: str) -> bytes:
+    """What an actor or a session is found by: a truncated keyed hash; zeros for none."""
+    return keys.audit_secret(key_id, f"tag-{label}", value.encode())[:TAG_BYTES] if value else NO_TAG
+
+
+def canonical(record: Mapping[str, Any]) -> bytes:
+    """A record's one spelling: JSON with sorted keys and no spaces, in UTF-8."""
+    return _CANONICAL.encode(record).encode()
+
+
+_CANONICAL: Final = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _entry_key(keys: AuditKeys, key_id: bytes, nonce: bytes, commitment: bytes) -> tuple[bytes, bytes]:
+    """The entry's key, and what commits to it. A nonce that came twice, in a cloned machine say, repeats no key."""
+    secret = keys.audit_secret(key_id, "entry", nonce, commitment)
+    key = hmac.digest(secret, b"holdfast-audit-entry\x01", "sha256")
+    return key, hmac.digest(secret, key + b"holdfast-audit-entry\x02", "sha256")
+
+
+def _bound(event_class: int, flags: int, key_id: bytes, nonce: bytes) -> bytes:
+    return _SEALED_HEAD.pack(FORMAT, flags, event_class) + key_id + nonce
+
+
+def _invalid(entry: Entry, cause: str) -> EntryInvalid:
+    return EntryInvalid(
+        f"entry {entry.sequence} of the audit log is not what it says",
+        cause=cause,
+        remedy="Keep a copy of the log; `holdfast audit verify` names everything that is wrong with it",
+    )

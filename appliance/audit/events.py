@@ -1,0 +1,192 @@
+"""The catalogue: every kind of event that the log can hold, once.
+
+Rules:
+
+- The number of a class is in the log's plaintext: it is never given to another class.
+- The documentation (`docs/audit-events.md`) and what a SIEM is sent are made from this.
+- No event holds what a person or a model said. Every field is bounded; what was cut is named in `cut`.
+- Administrative acts are under the system's key: shredding a tenant never hides what an administrator did.
+"""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+MAX_TEXT: Final = 256  # characters of a field
+_UNPRINTABLE: Final = dict.fromkeys((*range(32), *range(127, 160)), "�")
+
+
+class Outcome(enum.StrEnum):
+    """How it ended."""
+
+    SUCCESS = "success"
+    FAILURE = "failure"
+    REFUSED = "refused"
+
+
+class Scope(enum.StrEnum):
+    """Under whose key an event is."""
+
+    TENANT = "tenant"
+    SYSTEM = "system"
+
+
+@dataclass(frozen=True, slots=True)
+class EventClass:
+    """One kind of event.
+
+    Attributes:
+        number: its name in the log's plaintext.
+        action: its name in records.
+        meaning: one sentence for who reads the log.
+        scope: whose key seals it.
+        ocsf: class and activity of OCSF 1.8.0.
+    """
+
+    number: int
+    action: str
+    meaning: str
+    scope: Scope
+    ocsf: tuple[int, int]
+
+
+# OCSF 1.8.0: 3001 Account Change, 3002 Authentication, 3004 Entity Management, 6002 Application Lifecycle, 6003 API
+# Activity.
+LOG_RECOVERED: Final = EventClass(
+    1, "log.recovered", "A start cut off the end of the log that was not whole.", Scope.SYSTEM, (6002, 99)
+)
+GATEWAY_STARTED: Final = EventClass(10, "gateway.started", "A gateway began to serve.", Scope.SYSTEM, (6002, 3))
+GATEWAY_STOPPED: Final = EventClass(11, "gateway.stopped", "A gateway ended in good order.", Scope.SYSTEM, (6002, 4))
+ENGINE_READY: Final = EventClass(12, "engine.ready", "An engine began to serve a model.", Scope.SYSTEM, (6002, 3))
+ENGINE_LOST: Final = EventClass(13, "engine.lost", "An engine stopped answering.", Scope.SYSTEM, (6002, 4))
+VAULT_OPENED: Final = EventClass(20, "vault.opened", "The root key was opened.", Scope.SYSTEM, (3002, 1))
+VAULT_REFUSED: Final = EventClass(21, "vault.refused", "Somebody failed to open the vault.", Scope.SYSTEM, (3002, 1))
+VAULT_SEALED: Final = EventClass(22, "vault.sealed", "The vault was sealed.", Scope.SYSTEM, (3002, 2))
+AUTHENTICATED: Final = EventClass(30, "key.authenticated", "A request brought a valid key.", Scope.TENANT, (3002, 1))
+NOT_AUTHENTICATED: Final = EventClass(
+    31,
+    "key.refused",
+    "Requests brought no valid key; `count` of them since the last such event.",
+    Scope.SYSTEM,
+    (3002, 1),
+)
+MALFORMED: Final = EventClass(
+    32,
+    "request.malformed",
+    "Requests were refused before anybody was asked for; `count` of them since the last such event.",
+    Scope.SYSTEM,
+    (6003, 99),
+)
+TURN_ADMITTED: Final = EventClass(40, "turn.admitted", "A turn was let through to the engine.", Scope.TENANT, (6003, 1))
+TURN_COMPLETED: Final = EventClass(41, "turn.completed", "A turn ended, and is kept.", Scope.TENANT, (6003, 1))
+TURN_INTERRUPTED: Final = EventClass(
+    42, "turn.interrupted", "A turn was broken off; what there was of it is kept.", Scope.TENANT, (6003, 1)
+)
+REQUEST_REFUSED: Final = EventClass(
+    43, "request.refused", "A request of a known caller was refused.", Scope.TENANT, (6003, 99)
+)
+MODELS_READ: Final = EventClass(44, "models.read", "A caller asked which models there are.", Scope.TENANT, (6003, 2))
+TENANT_CREATED: Final = EventClass(50, "tenant.created", "A tenant was made.", Scope.SYSTEM, (3004, 1))
+KEY_CREATED: Final = EventClass(60, "key.created", "An API key was made.", Scope.SYSTEM, (3004, 1))
+KEY_REVOKED: Final = EventClass(61, "key.revoked", "An API key was revoked.", Scope.SYSTEM, (3004, 4))
+SESSIONS_LISTED: Final = EventClass(70, "sessions.listed", "Somebody listed sessions.", Scope.SYSTEM, (6003, 2))
+TRANSCRIPT_READ: Final = EventClass(71, "transcript.read", "Somebody read a transcript.", Scope.SYSTEM, (6003, 2))
+SESSION_SHREDDED: Final = EventClass(72, "session.shredded", "A session's key was destroyed.", Scope.SYSTEM, (6003, 4))
+BACKUP_MADE: Final = EventClass(80, "backup.made", "A copy of the database was written.", Scope.SYSTEM, (6003, 2))
+ADMIN_ACTED: Final = EventClass(90, "admin.acted", "The admin API was used.", Scope.SYSTEM, (6003, 99))
+ADMIN_REFUSED: Final = EventClass(91, "admin.refused", "The admin API refused a request.", Scope.SYSTEM, (6003, 99))
+AUDIT_READ: Final = EventClass(95, "audit.read", "Somebody read the audit log.", Scope.SYSTEM, (6003, 2))
+AUDIT_WITNESSED: Final = EventClass(
+    96, "audit.witnessed", "A witness co-signed a checkpoint.", Scope.SYSTEM, (6003, 99)
+)
+
+CATALOGUE: Final[Mapping[int, EventClass]] = {
+    known.number: known for known in list(globals().values()) if isinstance(known, EventClass)
+}
+BY_ACTION: Final[Mapping[str, EventClass]] = {known.action: known for known in CATALOGUE.values()}
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """Who did it.
+
+    Attributes:
+        kind: `principal`, `user` of the machine, `system`, or `anyone`.
+        id: a principal's id, or a user's number.
+    """
+
+    kind: str
+    id: str = ""
+    role: str = ""
+
+
+SYSTEM: Final = Actor("system")
+ANYONE: Final = Actor("anyone")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened.
+
+    Attributes:
+        tenant_id: whose; empty: the system's.
+        source: the address that it came from.
+        target: what was acted on: kind and id.
+        reason: a code, where it did not succeed.
+        counts: numbers with units in their names: `prompt_tokens`, `bytes`, `duration_ms`, `count`.
+        details: more, by name.
+    """
+
+    kind: EventClass
+    actor: Actor
+    outcome: Outcome = Outcome.SUCCESS
+    tenant_id: str = ""
+    source: str = ""
+    target: tuple[str, str] = ("", "")
+    reason: str = ""
+    request_id: str = ""
+    session_id: str = ""
+    counts: Mapping[str, int | float] = field(default_factory=dict)
+    details: Mapping[str, str] = field(default_factory=dict)
+
+    def scope(self, system_scope: str) -> str:
+        """Whose key seals it."""
+        return self.tenant_id if self.kind.scope is Scope.TENANT and self.tenant_id else system_scope
+
+    def record(self, versions: Mapping[str, str]) -> dict[str, Any]:
+        """What is sealed: names to values, without what is empty, every text bounded."""
+        cut: list[str] = []
+
+        def bounded(name: str, text: str) -> str:
+            if len(text) > MAX_TEXT:
+                cut.append(name)
+                text = text[:MAX_TEXT]
+            # Lone surrogates have no UTF-8, and control characters would be commands to who prints the record.
+            return text.translate(_UNPRINTABLE).encode("utf-8", "replace").decode()
+
+        record: dict[str, Any] = {
+            "action": self.kind.action,
+            "outcome": self.outcome.value,
+            "actor": {
+                name: bounded(f"actor.{name}", text)
+                for name, text in (("kind", self.actor.kind), ("id", self.actor.id), ("role", self.actor.role))
+                if text
+            },
+            "versions": dict(versions),
+        }
+        for name in ("tenant_id", "source", "reason", "request_id", "session_id"):
+            if text := getattr(self, name):
+                record[name] = bounded(name, text)
+        if self.target[0]:
+            record["target"] = {
+                "kind": bounded("target.kind", self.target[0]),
+                "id": bounded("target.id", self.target[1]),
+            }
+        if self.counts:
+            record["counts"] = dict(self.counts)
+        if self.details:
+            record["details"] = {name: bounded(f"details.{name}", text) for name, text in self.details.items()}
+        if cut:
+            record["cut"] = cut
+        return record

@@ -1,0 +1,264 @@
+"""The file that an append waits for: frames of entry and sealed record, many to one `fdatasync`.
+
+Rules:
+
+- What `append` returned is on the disk. What it raised for is not in the log, and never will be.
+- Space is taken ahead of the frames: what follows the last one is zeros, on a full disk too. The last `RESERVE_BYTES`
+  of it are for privileged entries: an administrator can still act, and leave a record of it, when nobody is served.
+- A frame is whole, or the journal ends before it: the length, the sequence and a CRC-32 say so. What ends it is
+  overwritten with zeros, and how much that was is told.
+
+A frame: a 16-bit length of the sealed record, the entry, the sealed record, CRC-32 of these; big-endian.
+"""
+
+import contextlib
+import errno
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from appliance.audit.entry import ENTRY_BYTES, FORMAT
+
+RESERVE_BYTES: Final = 512 << 10
+_AHEAD_BYTES: Final = 4 << 20
+_HEAD: Final = struct.Struct(">16sQ")
+_MAGIC: Final = b"holdfast-audit-1"
+_LENGTH: Final = struct.Struct(">H")
+_CRC: Final = struct.Struct(">I")
+_SEQUENCE: Final = struct.Struct(">Q")
+_SEQUENCE_AT: Final = 4
+
+
+class Frame(NamedTuple):
+    """An entry's bytes, and its sealed record."""
+
+    entry: bytes
+    sealed: bytes
+
+
+class Recovered(NamedTuple):
+    """What a start found: the frames, and the bytes behind them that were no frame."""
+
+    frames: list[Frame]
+    cut_bytes: int
+
+
+class JournalUnusable(Exception):
+    """The journal cannot be read or written; `number` is the system's error, `path` the file."""
+
+    def __init__(self, path: Path, number: int) -> None:
+        super().__init__(f"{path}: {os.strerror(number)}")
+        self.path = path
+        self.number = number
+
+
+class Journal:
+    """An open journal. Made by `Journal.open`; one process has it."""
+
+    def __init__(self, path: Path, descriptor: int, base: int, end: int, taken: int) -> None:
+        self._path = path
+        self._descriptor = descriptor
+        self.base = base  # the sequence of its first frame
+        self._end = end  # everything before it is on the disk
+        self._taken = taken  # the length of the file
+        self._dirty_until = end  # what lies between the two may not be zeros
+
+    @classmethod
+    def open(cls, path: Path) -> tuple["Journal", Recovered]:
+        """Open or create it, and cut off what is not whole.
+
+        Raises:
+            JournalUnusable: it cannot be read or written, or is no journal.
+        """
+        try:
+            if not path.exists():
+                _write_new(path, 0, b"")
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise JournalUnusable(path, error.errno or errno.EIO) from error
+        try:
+            content = _read_all(descriptor)
+            magic, base = _HEAD.unpack_from(content) if len(content) >= _HEAD.size else (b"", 0)
+            if magic != _MAGIC:
+                raise JournalUnusable(path, errno.EILSEQ)
+            frames, end = _frames(content, base)
+            cut_bytes = len(content[end:].rstrip(b"\0"))
+            journal = cls(path, descriptor, base, end, len(content))
+            journal._dirty_until += cut_bytes
+            journal._clean()
+            with contextlib.suppress(OSError):
+                journal._take(0, RESERVE_BYTES)
+        except OSError as error:
+            os.close(descriptor)
+            raise JournalUnusable(path, error.errno or errno.EIO) from error
+        except JournalUnusable:
+            os.close(descriptor)
+            raise
+        return journal, Recovered(frames, cut_bytes)
+
+    @property
+    def length(self) -> int:
+        """Bytes up to the last frame."""
+        return self._end
+
+    def append(self, frames: Sequence[Frame], *, privileged: bool) -> None:
+        """Write frames and wait until they are on the disk.
+
+        Raises:
+            JournalUnusable: none of them is in the log; `errno.ENOSPC`: only privileged ones would be.
+        """
+        data = b"".join([_packed(frame) for frame in frames])
+        try:
+            self._clean()
+            self._take(len(data), 0 if privileged else RESERVE_BYTES)
+            self._dirty_until = self._end + len(data)
+            write_at(self._descriptor, data, self._end)
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            # After a failed sync nobody knows what is on the disk: it is overwritten now, or before the next append.
+            with contextlib.suppress(OSError):
+                self._clean()
+            raise JournalUnusable(self._path, error.errno or errno.EIO) from error
+        self._end += len(data)
+
+    def shorten(self, base: int, frames: Sequence[Frame]) -> None:
+        """Begin anew at `base` with the frames that follow it: what was before is in tiles now.
+
+        Raises:
+            JournalUnusable: the journal is as it was.
+        """
+        data = b"".join([_packed(frame) for frame in frames])
+        try:
+            _write_new(self._path, base, data)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise JournalUnusable(self._path, error.errno or errno.EIO) from error
+        os.close(self._descriptor)
+        self._descriptor = descriptor
+        self.base = base
+        self._end = self._taken = self._dirty_until = _HEAD.size + len(data)
+        with contextlib.suppress(OSError):
+            self._take(0, RESERVE_BYTES)
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self._descriptor)
+
+    def _take(self, size: int, reserve: int) -> None:
+        """Make sure of space for `size` bytes, and of `reserve` behind them."""
+        if self._end + size + reserve <= self._taken:
+            return
+        for ahead in (_AHEAD_BYTES, RESERVE_BYTES):
+            wanted = size + ahead
+            try:
+                os.posix_fallocate(self._descriptor, self._end, wanted)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+            else:
+                # The length is metadata: once synced here, it need not be with every append.
+                os.fsync(self._descriptor)
+                self._taken = self._end + wanted
+                return
+        if self._end + size + reserve > self._taken:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _clean(self) -> None:
+        """Write zeros over what was written behind the last frame. The space stays taken."""
+        if self._dirty_until > self._end:
+            write_at(self._descriptor, bytes(self._dirty_until - self._end), self._end)
+            os.fsync(self._descriptor)
+            self._dirty_until = self._end
+
+
+class JournalContent(NamedTuple):
+    """What a journal holds.
+
+    Attributes:
+        base: the sequence of the first frame.
+        rest_bytes: how much is behind the frames that is not zeros.
+    """
+
+    base: int
+    frames: list[Frame]
+    rest_bytes: int
+
+
+def read_journal(path: Path) -> JournalContent | None:
+    """Read a journal without opening it for writing; None: there is none."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    magic, base = _HEAD.unpack_from(content) if len(content) >= _HEAD.size else (b"", 0)
+    if magic != _MAGIC:
+        return JournalContent(0, [], len(content))
+    frames, end = _frames(content, base)
+    return JournalContent(base, frames, len(content[end:].rstrip(b"\0")))
+
+
+def _packed(frame: Frame) -> bytes:
+    data = _LENGTH.pack(len(frame.sealed)) + frame.entry + frame.sealed
+    return data + _CRC.pack(zlib.crc32(data))
+
+
+def _frames(content: bytes, base: int) -> tuple[list[Frame], int]:
+    """The whole frames from the beginning, and where they end."""
+    frames: list[Frame] = []
+    at = _HEAD.size
+    while at + _LENGTH.size + ENTRY_BYTES + _CRC.size <= len(content):
+        (length,) = _LENGTH.unpack_from(content, at)
+        begin = at + _LENGTH.size
+        middle = begin + ENTRY_BYTES
+        end = middle + length
+        if end + _CRC.size > len(content) or content[begin] != FORMAT:
+            break
+        if _SEQUENCE.unpack_from(content, begin + _SEQUENCE_AT) != (base + len(frames),):
+            break
+        if _CRC.unpack_from(content, end) != (zlib.crc32(content[at:end]),):
+            break
+        frames.append(Frame(content[begin:middle], content[middle:end]))
+        at = end + _CRC.size
+    return frames, at
+
+
+def _write_new(path: Path, base: int, data: bytes) -> None:
+    """Put a new journal in the place of an old one, or of none."""
+    staged = path.with_name(f"{path.name}.new")
+    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        write_at(descriptor, _HEAD.pack(_MAGIC, base) + data, 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    staged.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_at(descriptor: int, data: bytes, offset: int) -> None:
+    """Write all of `data` at a place."""
+    written = 0
+    while written < len(data):
+        written += os.pwrite(descriptor, data[written:], offset + written)
+
+
+def _read_all(descriptor: int) -> bytes:
+    size = os.fstat(descriptor).st_size
+    parts = []
+    at = 0
+    while at < size and (part := os.pread(descriptor, size - at, at)):
+        parts.append(part)
+        at += len(part)
+    return b"".join(parts)

@@ -1,0 +1,339 @@
+"""The log on disk: the journal that appends wait for, and the tiles that everybody reads.
+
+Rules:
+
+- One process has a log: `lock` is held from before anything is read until the process ends.
+- Nothing here has a key. Drafts come sealed; a checkpoint is signed by who called `publish`.
+- Tiles, bundles and records follow from the journal: they may be written twice, and the journal lets go of an entry
+  only when all that holds it is on the disk.
+- A log that is shorter than its own checkpoint is not gone on with: something was taken away.
+
+C2SP tlog-tiles; the layout is in docs/decisions/0010-audit-log.md.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar, Final, NamedTuple
+
+from appliance.audit.entry import Draft, Entry, number
+from appliance.audit.journal import Frame, Journal, JournalUnusable, sync_directory, write_at
+from appliance.audit.tree import EMPTY_ROOT, HASH_BYTES, TILE_HEIGHT, TILE_WIDTH, Frontier, leaf_hash, tile_path
+from appliance.errors import Fault, HoldfastError
+
+CHECKPOINT: Final = "checkpoint"
+JOURNAL: Final = "journal"
+WITNESSED: Final = "checkpoints"
+_LOCK: Final = "lock"
+_LET_GO_AFTER: Final = 16  # bundles: the journal is written anew that seldom
+_LENGTH: Final = struct.Struct(">H")
+
+
+class LogInUse(HoldfastError):
+    """Another process appends to the log."""
+
+    code: ClassVar[str] = "audit_log_in_use"
+    fault: ClassVar[Fault] = Fault.CONFLICT
+
+
+class LogDamaged(HoldfastError):
+    """The log is not what its own checkpoint says."""
+
+    code: ClassVar[str] = "audit_log_damaged"
+    fault: ClassVar[Fault] = Fault.ENVIRONMENT
+
+
+class LogUnwritable(HoldfastError, OSError):
+    """The log cannot be read or written."""
+
+    code: ClassVar[str] = "audit_log_unwritable"
+    fault: ClassVar[Fault] = Fault.ENVIRONMENT
+
+
+class Stamp(NamedTuple):
+    """A moment by both clocks; nanoseconds."""
+
+    wall_ns: int
+    monotonic_ns: int
+
+
+class Head(NamedTuple):
+    """The tree at a size."""
+
+    size: int
+    root: bytes
+
+
+class AuditLog:
+    """An open log. Made by `AuditLog.open`."""
+
+    def __init__(
+        self, directory: Path, lock: int, journal: Journal, *, boot_id: bytes, clock: Callable[[], Stamp]
+    ) -> None:
+        self._directory = directory
+        self._lock = lock
+        self._journal = journal
+        self._boot_id = boot_id
+        self._clock = clock
+        self._tail: list[Frame] = []  # from the journal's base
+        # What each level of tiles has since its last full one: of 0 leaf hashes, of the others roots of tiles below.
+        self._rows: list[list[bytes]] = [[]]
+        self._next_bundle = journal.base // TILE_WIDTH
+        self.cut_bytes = 0
+        self.published = Head(0, EMPTY_ROOT)
+
+    @classmethod
+    def open(cls, directory: Path, *, boot_id: bytes, clock: Callable[[], Stamp]) -> "AuditLog":
+        """Open or create the log in `directory`, and recover it.
+
+        Raises:
+            LogInUse: another process has it.
+            LogDamaged: entries that were published are missing.
+            LogUnwritable: it cannot be read or written.
+        """
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise unwritable(directory, error.errno or errno.EIO) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise LogInUse(
+                "the audit log has an appender already",
+                cause=f"another process holds {directory / _LOCK}",
+                remedy="One node has one log and one appender: end the other one",
+            ) from None
+        try:
+            journal, recovered = Journal.open(directory / JOURNAL)
+            log = cls(directory, lock, journal, boot_id=boot_id, clock=clock)
+            log.cut_bytes = recovered.cut_bytes
+            log._take_up(recovered.frames)
+        except JournalUnusable as error:
+            os.close(lock)
+            raise unwritable(error.path, error.number) from None
+        except OSError as error:
+            os.close(lock)
+            raise unwritable(directory, error.errno or errno.EIO) from None
+        except BaseException:
+            os.close(lock)
+            raise
+        return log
+
+    @property
+    def size(self) -> int:
+        """How many entries it has; all of them are on the disk."""
+        return self._journal.base + len(self._tail)
+
+    def recent_nonces(self) -> list[tuple[int, bytes]]:
+        """The sequence and the nonce of what the journal holds."""
+        return [(entry.sequence, entry.nonce) for entry in (Entry.unpack(frame.entry) for frame in self._tail)]
+
+    def append(self, drafts: Sequence[Draft], *, privileged: bool = False) -> int:
+        """Number, stamp and write drafts; they are on the disk when this returns. The first one's sequence.
+
+        Raises:
+            LogUnwritable: none of them is in the log.
+        """
+        first, stamp = self.size, self._clock()
+        frames = [
+            Frame(
+                number(
+                    draft,
+                    sequence=first + place,
+                    wall_ns=stamp.wall_ns,
+                    monotonic_ns=stamp.monotonic_ns,
+                    boot_id=self._boot_id,
+                ),
+                draft.sealed,
+            )
+            for place, draft in enumerate(drafts)
+        ]
+        try:
+            self._journal.append(frames, privileged=privileged)
+        except JournalUnusable as error:
+            raise unwritable(error.path, error.number) from None
+        self._tail += frames
+        self._rows[0] += [leaf_hash(frame.entry) for frame in frames]
+        return first
+
+    def publish(self, sign: Callable[[Head], str]) -> Head:
+        """Write tiles for everything that was appended, and the checkpoint that `sign` makes of it.
+
+        Raises:
+            LogUnwritable: nothing is lost; call it again.
+        """
+        try:
+            self._write_full_tiles()
+            head = Head(self.size, self._root())
+            self._write_partial_tiles()
+            self._replace(CHECKPOINT, sign(head).encode())
+            self._let_go()
+        except JournalUnusable as error:
+            raise unwritable(error.path, error.number) from None
+        except OSError as error:
+            raise unwritable(Path(error.filename or self._directory), error.errno or errno.EIO) from None
+        self.published = head
+        return head
+
+    def close(self) -> None:
+        """Give the log up."""
+        self._journal.close()
+        os.close(self._lock)
+
+    # Starting
+
+    def _take_up(self, frames: list[Frame]) -> None:
+        base = self._journal.base
+        level, complete = 1, base // TILE_WIDTH
+        while complete:
+            pending = complete % TILE_WIDTH
+            row = [_root_of_full(self._read_tile(level - 1, index)) for index in range(complete - pending, complete)]
+            self._rows.append(row)
+            level, complete = level + 1, complete // TILE_WIDTH
+        self._tail = frames
+        self._rows[0] = [leaf_hash(frame.entry) for frame in frames]
+        claimed = self._claimed_size()
+        if claimed > self.size:
+            raise LogDamaged(
+                f"the audit log in {self._directory} is shorter than its checkpoint",
+                cause=f"its checkpoint is of {claimed} entries, and {self.size} are there",
+                remedy="Put the whole folder back as it was; `holdfast audit verify` names what is wrong with it",
+            )
+
+    def _claimed_size(self) -> int:
+        try:
+            lines = (self._directory / CHECKPOINT).read_text(encoding="utf-8").split("\n", 2)
+        except FileNotFoundError:
+            return 0
+        return int(lines[1]) if len(lines) > 1 and lines[1].isascii() and lines[1].isdigit() else 0
+
+    def _read_tile(self, level: int, index: int) -> bytes:
+        path = self._directory / tile_path(level, index)
+        tile = path.read_bytes()
+        if len(tile) != TILE_WIDTH * HASH_BYTES:
+            raise LogDamaged(
+                f"{path} is not a whole tile",
+                cause=f"it has {len(tile)} bytes",
+                remedy="Restore the file from a copy; `holdfast audit verify` names what is wrong",
+            )
+        return tile
+
+    # Publishing
+
+    def _write_full_tiles(self) -> None:
+        written: set[Path] = set()
+        while len(self._rows[0]) >= TILE_WIDTH:
+            index = self._next_bundle
+            first = index * TILE_WIDTH - self._journal.base
+            frames = self._tail[first : first + TILE_WIDTH]
+            self._write(tile_path("entries", index), _bundle([frame.entry for frame in frames]), written)
+            self._write(record_path(index), _bundle([frame.sealed for frame in frames]), written)
+            self._complete_tile(0, index, written)
+            self._next_bundle += 1
+        for directory in sorted(written, reverse=True):
+            sync_directory(directory)
+
+    def _complete_tile(self, level: int, index: int, written: set[Path]) -> None:
+        tile = b"".join(self._rows[level][:TILE_WIDTH])
+        self._write(tile_path(level, index), tile, written)
+        if level + 1 == len(self._rows):
+            self._rows.append([])
+        self._rows[level + 1].append(_root_of_full(tile))
+        if len(self._rows[level + 1]) == TILE_WIDTH:
+            self._complete_tile(level + 1, index // TILE_WIDTH, written)
+        del self._rows[level][:TILE_WIDTH]
+
+    def _write_partial_tiles(self) -> None:
+        """For readers of the format only: a start does not need them, so nothing waits for the disk."""
+        for level, row in enumerate(self._rows):
+            if not row:
+                continue
+            index = self.size >> (TILE_HEIGHT * (level + 1))
+            self._write_part(tile_path(level, index, len(row)), b"".join(row))
+            if level == 0:
+                frames = self._tail[index * TILE_WIDTH - self._journal.base :]
+                self._write_part(tile_path("entries", index, len(row)), _bundle([frame.entry for frame in frames]))
+                self._write_part(record_path(index, len(row)), _bundle([frame.sealed for frame in frames]))
+
+    def _write_part(self, name: str, content: bytes) -> None:
+        path = self._directory / name
+        _make_private(path.parent)
+        for older in path.parent.iterdir():
+            if older.name != path.name:
+                older.unlink()
+        path.write_bytes(content)
+        path.chmod(0o600)
+
+    def _write(self, name: str, content: bytes, written: set[Path]) -> None:
+        path = self._directory / name
+        _make_private(path.parent)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            write_at(descriptor, content, 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        shutil.rmtree(path.with_name(f"{path.name}.p"), ignore_errors=True)  # its partial tiles, if it is a full one
+        while path != self._directory:
+            path = path.parent
+            written.add(path)
+
+    def _replace(self, name: str, content: bytes) -> None:
+        self._write(f"{name}.new", content, set())
+        (self._directory / f"{name}.new").replace(self._directory / name)
+        sync_directory(self._directory)
+
+    def _let_go(self) -> None:
+        """Begin the journal anew where bundles end, once enough of them are written."""
+        bundled = self._next_bundle * TILE_WIDTH
+        if bundled - self._journal.base >= _LET_GO_AFTER * TILE_WIDTH:
+            kept = self._tail[bundled - self._journal.base :]
+            self._journal.shorten(bundled, kept)
+            self._tail = kept
+
+    def _root(self) -> bytes:
+        edge = Frontier()
+        for level, row in reversed(list(enumerate(self._rows))):
+            for node in row:
+                edge.append_subtree(TILE_HEIGHT * level, node)
+        return edge.root()
+
+
+def record_path(index: int, width: int = TILE_WIDTH) -> str:
+    """Where the sealed records of a bundle are."""
+    return tile_path("entries", index, width).replace("tile/entries/", "record/", 1)
+
+
+def unwritable(path: Path, number_: int) -> LogUnwritable:
+    """What the system's error means to a person."""
+    return LogUnwritable(
+        "the audit log cannot be written",
+        cause=f"{path}: {os.strerror(number_)}",
+        remedy="Make room on its file system"
+        if number_ in (errno.ENOSPC, errno.EDQUOT)
+        else "Mend the file system, or the rights of the folder; the log goes on by itself then",
+    )
+
+
+def _make_private(directory: Path) -> None:
+    """Make a folder and those above it; `Path.mkdir` gives only the last one its mode."""
+    if not directory.is_dir():
+        _make_private(directory.parent)
+        directory.mkdir(mode=0o700, exist_ok=True)
+
+
+def _bundle(parts: Sequence[bytes]) -> bytes:
+    return b"".join([_LENGTH.pack(len(part)) + part for part in parts])
+
+
+def _root_of_full(tile: bytes) -> bytes:
+    edge = Frontier()
+    for at in range(0, len(tile), HASH_BYTES):
+        edge.append(tile[at : at + HASH_BYTES])
+    return edge.root()

@@ -1,0 +1,272 @@
+"""What a producer records events with: seals them, hands them to the appender, and waits until they are on the disk.
+
+Rules:
+
+- What `record` returned for is in the log. When it raises, whatever the event was to allow does not happen.
+- An appender that was lost is started again; what it had not answered for is handed over once more, and not repeated in
+  the log if it was there already. That takes at most `_WAIT_S`: then the caller is told.
+- What waits is bounded. What anybody can cause without a key is counted and told once in a while, so that nobody fills
+  the disk: `count`.
+- While the vault is sealed there are no keys: what happens then is in plaintext, and holds no tenant's name.
+"""
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Final
+
+from appliance.audit import protocol
+from appliance.audit.entry import AuditKeys, Draft, seal
+from appliance.audit.events import Event
+from appliance.errors import ErrorRecord, Fault, HoldfastError
+
+_WAIT_S: Final = 10.0
+_MOST_WAITING: Final = 4096
+_MOST_COUNTED: Final = 64  # kinds of counted events between two tellings
+_TELL_EVERY_S: Final = 60.0
+_PAUSE_S: Final = 0.05
+_LONGEST_PAUSE_S: Final = 5.0
+
+Connect = Callable[[asyncio.Protocol], Awaitable[None]]
+
+
+class AuditUnavailable(HoldfastError):
+    """An event could not be recorded, and what it stands for does not happen."""
+
+    code: ClassVar[str] = "audit_unavailable"
+    fault: ClassVar[Fault] = Fault.UNAVAILABLE
+
+
+@dataclass(slots=True)
+class _Waiting:
+    kind: int
+    body: bytes
+    answer: "asyncio.Future[bytes]"
+
+
+class _Connection(asyncio.Protocol):
+    """The connection with one appender."""
+
+    def __init__(self, recorder: "Recorder") -> None:
+        self._recorder = recorder
+        self._received = bytearray()
+        self.transport: asyncio.WriteTransport | None = None
+        self.lost = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)  # noqa: S101
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        try:
+            for message in protocol.take_messages(self._received):
+                self._recorder._answered(message)
+        except protocol.Malformed:
+            if self.transport is not None:
+                self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  (asyncio's signature)
+        if not self.lost.done():
+            self.lost.set_result(None)
+
+
+class Recorder:
+    """The way into a node's audit log.
+
+    Args:
+        keys: the AUDIT keys; None while the vault is sealed.
+        system_scope: whose key seals what belongs to no tenant.
+        versions: of what runs here, for every record.
+    """
+
+    def __init__(
+        self,
+        keys: Callable[[], AuditKeys | None],
+        *,
+        system_scope: str,
+        versions: Mapping[str, str],
+        random_bytes: Callable[[int], bytes] = os.urandom,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._keys = keys
+        self._system_scope = system_scope
+        self._versions = dict(versions)
+        self._random_bytes = random_bytes
+        self._monotonic = monotonic
+        self._numbers = 0
+        self._waiting: dict[int, _Waiting] = {}
+        self._connection: _Connection | None = None
+        self._signing_key = b""
+        self._counted: dict[tuple[int, str, str], Event] = {}
+        self._counts: dict[tuple[int, str, str], int] = {}
+        self._told_at = -_TELL_EVERY_S
+        self.error: ErrorRecord | None = None
+
+    async def run(self, connect: Connect) -> None:
+        """Stay connected until cancelled. `connect` starts an appender where there is none, and connects with it."""
+        pause_s = _PAUSE_S
+        while True:
+            connection = _Connection(self)
+            try:
+                await connect(connection)
+            except HoldfastError as error:
+                self.error = error.record()
+                self._fail(error)
+            except OSError as error:
+                self._fail(_lost(error.strerror or str(error)))
+            else:
+                pause_s = _PAUSE_S
+                self._taken_up(connection)
+                try:
+                    await connection.lost
+                finally:
+                    self._connection = None
+                    if connection.transport is not None:
+                        connection.transport.close()
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def record(self, *events: Event, privileged: bool = False) -> int:
+        """Append events together; the sequence of the last one. All are on the disk when this returns.
+
+        Args:
+            privileged: an administrator's doing, which a full disk does not stop.
+
+        Raises:
+            AuditUnavailable: says which file and why.
+        """
+        kind = protocol.APPEND_PRIVILEGED if privileged else protocol.APPEND
+        answer = await self._ask(kind, protocol.pack_drafts([self._sealed(event) for event in events]))
+        return int(protocol.SEQUENCE.unpack(answer)[0])
+
+    def count(self, event: Event) -> None:
+        """Note something that anybody can cause: `tell_counted` records it, once for all that are alike."""
+        key = (event.kind.number, event.source, event.reason)
+        if key not in self._counts and len(self._counts) >= _MOST_COUNTED:
+            event = replace(event, source="", reason="others")
+            key = (event.kind.number, "", "others")
+        self._counted.setdefault(key, event)
+        self._counts[key] = self._counts.get(key, 0) + 1
+
+    async def tell_counted(self) -> None:
+        """Record what was counted, if it is time.
+
+        Raises:
+            AuditUnavailable: it stays counted.
+        """
+        if not self._counts or self._monotonic() < self._told_at + _TELL_EVERY_S:
+            return
+        counted, counts = self._counted, self._counts
+        self._counted, self._counts = {}, {}
+        self._told_at = self._monotonic()
+        try:
+            await self.record(
+                *(replace(event, counts={**event.counts, "count": counts[key]}) for key, event in counted.items())
+            )
+        except AuditUnavailable:
+            for key, event in counted.items():
+                self._counted.setdefault(key, event)
+                self._counts[key] = self._counts.get(key, 0) + counts[key]
+            raise
+
+    async def sign_with(self, signing_key: bytes) -> None:
+        """Hand the appender the key that signs checkpoints; again to each one that follows it."""
+        self._signing_key = signing_key
+        if self._connection is not None:
+            await self._ask(protocol.SIGNING_KEY, signing_key)
+
+    async def status(self) -> dict[str, Any]:
+        """What the appender says of the log.
+
+        Raises:
+            AuditUnavailable: there is none.
+        """
+        said: dict[str, Any] = json.loads(await self._ask(protocol.STATUS, b""))
+        return said
+
+    async def checkpoint(self) -> dict[str, Any]:
+        """Have a checkpoint made of all that there is; the status then."""
+        said: dict[str, Any] = json.loads(await self._ask(protocol.CHECKPOINT, b""))
+        return said
+
+    # Private
+
+    def _sealed(self, event: Event) -> Draft:
+        keys = self._keys()
+        scope = event.scope(self._system_scope)
+        if keys is None and scope != self._system_scope:
+            raise ValueError(f"{event.kind.action} of a tenant cannot be recorded while the vault is sealed")
+        return seal(
+            event.kind.number,
+            event.record(self._versions),
+            keys=keys,
+            scope=scope,
+            actor=event.actor.id,
+            session=event.session_id,
+            random=self._random_bytes(32),
+        )
+
+    async def _ask(self, kind: int, body: bytes) -> bytes:
+        if len(self._waiting) >= _MOST_WAITING:
+            raise _lost(f"{_MOST_WAITING} events wait already")
+        self._numbers += 1
+        number = self._numbers
+        waiting = _Waiting(kind, body, asyncio.get_running_loop().create_future())
+        self._waiting[number] = waiting
+        if self._connection is not None and self._connection.transport is not None:
+            self._connection.transport.write(protocol.pack(kind, number, body))
+        try:
+            async with asyncio.timeout(_WAIT_S):
+                return await waiting.answer
+        except TimeoutError:
+            raise _lost(f"no answer in {_WAIT_S:g} s") from None
+        finally:
+            self._waiting.pop(number, None)
+
+    def _taken_up(self, connection: _Connection) -> None:
+        """A new connection: the key first, then whatever waits."""
+        self._connection = connection
+        assert connection.transport is not None  # noqa: S101
+        if self._signing_key:
+            connection.transport.write(protocol.pack(protocol.SIGNING_KEY, 0, self._signing_key))
+        for number, waiting in self._waiting.items():
+            kind = protocol.APPEND_AGAIN if waiting.kind == protocol.APPEND else waiting.kind
+            connection.transport.write(protocol.pack(kind, number, waiting.body))
+
+    def _answered(self, message: protocol.Message) -> None:
+        waiting = self._waiting.get(message.number)
+        if message.kind == protocol.REFUSED:
+            self.error = json.loads(message.body)
+        elif waiting is not None and waiting.kind == protocol.APPEND:
+            self.error = None
+        if waiting is None or waiting.answer.done():
+            return
+        if message.kind == protocol.DONE:
+            waiting.answer.set_result(message.body)
+        else:
+            waiting.answer.set_exception(_refused(json.loads(message.body)))
+
+    def _fail(self, error: HoldfastError) -> None:
+        """Tell everybody who waits that there is no appender to be had."""
+        self.error = error.record()
+        for waiting in self._waiting.values():
+            if not waiting.answer.done():
+                waiting.answer.set_exception(_refused(error.record()))
+
+
+def _refused(record: Mapping[str, Any]) -> AuditUnavailable:
+    return AuditUnavailable(
+        "nothing is served that cannot be recorded", cause=str(record["cause"]), remedy=str(record["remedy"])
+    )
+
+
+def _lost(cause: str) -> AuditUnavailable:
+    return AuditUnavailable(
+        "nothing is served that cannot be recorded",
+        cause=f"the audit log's appender does not answer: {cause}",
+        remedy="It is started again by itself; `holdfast status` tells how it is, `holdfast logs gateway` why",
+    )

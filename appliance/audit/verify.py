@@ -1,0 +1,411 @@
+"""Checks a whole log with its public key and nothing else.
+
+Rules:
+
+- Verification raises, and names the first entry that is wrong and the file that says so.
+- Everything is read once, bundle by bundle: memory does not grow with the log.
+- What is checked: the checkpoint's signature; every entry's number, format and sealed record; every tile against the
+  entries; the root; every co-signed checkpoint; both clocks. Nobody's key is needed, and nothing is decrypted.
+- What follows the newest checkpoint is in the journal alone. It is checked as far as it can be, and counted apart:
+  whoever can write the folder can still cut it off.
+- A clock that was set is no tampering: it is reported with the entry at which it was.
+"""
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+from appliance.audit.entry import ENTRY_BYTES, FORMAT, Entry
+from appliance.audit.journal import Frame, JournalContent, read_journal
+from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED, record_path
+from appliance.audit.notes import Checkpoint, NoteInvalid, VerifierKey, cosignatures, decode_note, open_checkpoint
+from appliance.audit.tree import HASH_BYTES, TILE_HEIGHT, TILE_WIDTH, Frontier, leaf_hash, tile_path
+from appliance.errors import Fault, HoldfastError
+
+_PREFIXED: Final = struct.Struct(f">H{ENTRY_BYTES}s")
+_FIELDS: Final = struct.Struct(">BxxxQqQ16s112x32s")  # format, sequence, wall, monotonic, boot id, sealed hash
+_CLOCK_STEP_NS: Final = 1_000_000_000
+_MOST_STEPS: Final = 1000
+
+Progress = Callable[[int, int], None]
+
+
+class LogTampered(HoldfastError, ValueError):
+    """The log is not what was written.
+
+    Attributes:
+        sequence: the first entry that is wrong; None: it is not an entry that is wrong.
+    """
+
+    code: ClassVar[str] = "audit_log_tampered"
+    fault: ClassVar[Fault] = Fault.CONFLICT
+
+    def __init__(self, message: str, *, cause: str, sequence: int | None = None) -> None:
+        remedy = "Keep this copy as it is, and compare it with a witness's checkpoint and with what the SIEM received"
+        super().__init__(message, cause=cause, remedy=remedy)
+        self.sequence = sequence
+
+
+@dataclass(frozen=True, slots=True)
+class ClockStep:
+    """A place where the wall clock and the monotonic one disagree.
+
+    Attributes:
+        sequence: the first entry after it.
+        step_ns: how far the wall clock was set forward; back, if negative.
+    """
+
+    sequence: int
+    step_ns: int
+
+
+@dataclass(slots=True)
+class Verified:
+    """What was found to hold.
+
+    Attributes:
+        size: entries under the checkpoint.
+        unsigned: entries behind it, which only the journal has.
+        boots: how many starts of the machine wrote them.
+        witnessed: the largest size that each witness co-signed, and when, in seconds since the epoch.
+        clock_steps: where the wall clock was set; at most 1,000 of them.
+    """
+
+    origin: str
+    size: int
+    root: bytes
+    first_wall_ns: int | None = None
+    last_wall_ns: int | None = None
+    unsigned: int = 0
+    boots: int = 0
+    witnessed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    clock_steps: list[ClockStep] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "origin": self.origin,
+            "size": self.size,
+            "root": self.root.hex(),
+            "unsigned": self.unsigned,
+            "boots": self.boots,
+            "first_wall_ns": self.first_wall_ns,
+            "last_wall_ns": self.last_wall_ns,
+            "witnessed": {name: {"size": size, "time_s": time_s} for name, (size, time_s) in self.witnessed.items()},
+            "clock_steps": [{"sequence": step.sequence, "step_ns": step.step_ns} for step in self.clock_steps],
+        }
+
+
+def verify_log(
+    directory: Path,
+    key: VerifierKey,
+    *,
+    witnesses: Sequence[VerifierKey] = (),
+    at_least: int = 0,
+    progress: Progress | None = None,
+) -> Verified:
+    """Check the log in `directory`.
+
+    Args:
+        key: the log's public key. From outside of the folder: whoever changes the log can change `log.vkey`.
+        witnesses: whose co-signatures are checked; each must have co-signed something.
+        at_least: a size that the log is known to have had.
+        progress: told of entries done, and of all.
+
+    Raises:
+        LogTampered: names the first entry that is wrong, or the file.
+    """
+    checkpoint = _newest(directory, key)
+    if checkpoint.size < at_least:
+        raise LogTampered(
+            "the log was cut off",
+            cause=f"it has {checkpoint.size} entries, and had {at_least}",
+            sequence=checkpoint.size,
+        )
+    run = _Run(directory, checkpoint, _witnessed(directory, key, witnesses))
+    run.entries(progress)
+    run.journal(read_journal(directory / JOURNAL))
+    found = run.found
+    for witness in witnesses:
+        if witness.name not in found.witnessed:
+            raise LogTampered(
+                f"{witness.name} co-signed nothing of this log",
+                cause=f"there is no checkpoint with its co-signature in {directory / WITNESSED}",
+            )
+    return found
+
+
+class _Run:
+    """One pass over a log."""
+
+    def __init__(self, directory: Path, checkpoint: Checkpoint, witnessed: "list[_Witnessed]") -> None:
+        self._directory = directory
+        self._size = checkpoint.size
+        self._root = checkpoint.root
+        self._edge = Frontier()
+        self._roots: list[list[bytes]] = []  # of full tiles, by the level above, since that level's last full tile
+        self._pending = sorted(witnessed, key=lambda each: each.checkpoint.size)
+        self._boot = b""
+        self._boots: set[bytes] = set()
+        self._clocks = (0, 0)
+        self.found = Verified(checkpoint.origin, checkpoint.size, checkpoint.root)
+
+    def entries(self, progress: Progress | None) -> None:
+        """Everything under the checkpoint."""
+        for bundle in range((self._size + TILE_WIDTH - 1) // TILE_WIDTH):
+            first = bundle * TILE_WIDTH
+            width = min(TILE_WIDTH, self._size - first)
+            frames = self._frames(bundle, first, width)
+            hashes = self._checked(frames, first)
+            self._check_tile(0, bundle, width, hashes)
+            self._check_witnessed(first, hashes)
+            if width == TILE_WIDTH:
+                self._add_tile(hashes)
+            else:
+                for each in hashes:
+                    self._edge.append(each)
+            if progress is not None:
+                progress(first + width, self._size)
+        self._check_upper_tiles()
+        root = self._edge.root()
+        if root != self._root:
+            raise LogTampered(
+                "the log is not the one of its checkpoint",
+                cause=f"its {self._size} entries have the root {root.hex()}, and {self._root.hex()} is signed",
+            )
+        self.found.boots = len(self._boots)
+
+    def journal(self, content: JournalContent | None) -> None:
+        """What the journal has: again what is in the last bundles, and what no checkpoint names yet."""
+        if content is None:
+            raise LogTampered("the journal is missing", cause=f"{self._directory / JOURNAL} is not there")
+        if content.base > self._size or content.base % TILE_WIDTH:
+            raise LogTampered(
+                "the journal does not follow the log",
+                cause=f"{self._directory / JOURNAL} begins at {content.base}, and the checkpoint is of {self._size}",
+                sequence=self._size,
+            )
+        end = content.base + len(content.frames)
+        if end < self._size or content.rest_bytes:
+            raise LogTampered(
+                f"the journal is damaged at entry {end}",
+                cause=f"{self._directory / JOURNAL} has {content.rest_bytes} bytes there that are no entry",
+                sequence=end,
+            )
+        for at in range(content.base, self._size, TILE_WIDTH):
+            bundle, width = at // TILE_WIDTH, min(TILE_WIDTH, self._size - at)
+            published = self._frames(bundle, at, width)
+            again = content.frames[at - content.base : at - content.base + width]
+            for place, (one, other) in enumerate(zip(published, again, strict=True)):
+                if one != other:
+                    raise LogTampered(
+                        f"entry {at + place} is two",
+                        cause=f"{self._directory / JOURNAL} and the bundles differ",
+                        sequence=at + place,
+                    )
+        self._checked(content.frames[self._size - content.base :], self._size)
+        self.found.unsigned = end - self._size
+
+    def _frames(self, bundle: int, first: int, width: int) -> list[Frame]:
+        """A bundle's entries with their sealed records."""
+        entries_path = self._directory / tile_path("entries", bundle, width)
+        data = _read(entries_path, first)
+        if len(data) != width * _PREFIXED.size:
+            raise LogTampered(
+                f"the bundle from entry {first} on is damaged",
+                cause=f"{entries_path} has {len(data)} bytes instead of {width * _PREFIXED.size}",
+                sequence=first,
+            )
+        records_path = self._directory / record_path(bundle, width)
+        records = _prefixed(_read(records_path, first))
+        frames = []
+        for place, (length, entry) in enumerate(_PREFIXED.iter_unpack(data)):
+            sealed = next(records, None)
+            if length != ENTRY_BYTES or sealed is None:
+                raise LogTampered(
+                    f"entry {first + place} is damaged",
+                    cause=f"{entries_path if length != ENTRY_BYTES else records_path} does not hold it whole",
+                    sequence=first + place,
+                )
+            frames.append(Frame(entry, sealed))
+        if next(records, None) is not None:
+            raise LogTampered(
+                f"there is a record too many behind entry {first + width - 1}",
+                cause=f"{records_path} has more than {width} records",
+                sequence=first + width,
+            )
+        return frames
+
+    def _checked(self, frames: Sequence[Frame], first: int) -> list[bytes]:
+        """The leaf hashes of frames that are what they have to be."""
+        hashes = []
+        found, boot = self.found, self._boot
+        wall, monotonic = self._clocks
+        for expected, (entry, sealed) in enumerate(frames, first):
+            known, sequence, now_wall, now_monotonic, now_boot, sealed_hash = _FIELDS.unpack(entry)
+            if known != FORMAT or sequence != expected:
+                raise LogTampered(
+                    f"entry {expected} is another one",
+                    cause=f"it has the format {known} and the number {sequence}",
+                    sequence=expected,
+                )
+            if sha256(sealed).digest() != sealed_hash:
+                raise LogTampered(
+                    f"the record of entry {expected} was changed",
+                    cause="it is not the one whose hash the entry holds",
+                    sequence=expected,
+                )
+            if now_boot != boot:
+                boot = now_boot
+                self._boots.add(boot)
+                if now_wall < wall:
+                    self._step(expected, now_wall - wall)
+            elif now_monotonic < monotonic:
+                raise LogTampered(
+                    f"entry {expected} is older than the one before it",
+                    cause=f"within one boot its clock goes back by {(monotonic - now_monotonic) / 1e9:.3f} s",
+                    sequence=expected,
+                )
+            elif not -_CLOCK_STEP_NS < (now_wall - wall) - (now_monotonic - monotonic) < _CLOCK_STEP_NS:
+                self._step(expected, (now_wall - wall) - (now_monotonic - monotonic))
+            wall, monotonic = now_wall, now_monotonic
+            hashes.append(leaf_hash(entry))
+        if frames:
+            if found.first_wall_ns is None:
+                found.first_wall_ns = Entry.unpack(frames[0].entry).wall_ns
+            found.last_wall_ns = wall
+        self._boot, self._clocks = boot, (wall, monotonic)
+        return hashes
+
+    def _step(self, sequence: int, step_ns: int) -> None:
+        if len(self.found.clock_steps) < _MOST_STEPS:
+            self.found.clock_steps.append(ClockStep(sequence, step_ns))
+
+    def _check_tile(self, level: int, index: int, width: int, hashes: list[bytes]) -> None:
+        first = index << (TILE_HEIGHT * (level + 1))
+        path = self._directory / tile_path(level, index, width)
+        tile = _read(path, first)
+        if tile == b"".join(hashes):
+            return
+        place = next(
+            (place for place, each in enumerate(hashes) if tile[place * HASH_BYTES : (place + 1) * HASH_BYTES] != each),
+            width,
+        )
+        entry = first + (place << (TILE_HEIGHT * level))
+        raise LogTampered(
+            f"entry {entry} and the tree differ",
+            cause=f"{path} does not hold the hash of what is there",
+            sequence=entry,
+        )
+
+    def _add_tile(self, hashes: list[bytes]) -> None:
+        """A full tile of level 0: its root, and those of the levels above that it fills."""
+        edge = Frontier()
+        for each in hashes:
+            edge.append(each)
+        root, level = edge.root(), 1
+        self._edge.append_subtree(TILE_HEIGHT, root)
+        while True:
+            if len(self._roots) < level:
+                self._roots.append([])
+            row = self._roots[level - 1]
+            row.append(root)
+            if len(row) < TILE_WIDTH:
+                return
+            end = self._edge.size >> (TILE_HEIGHT * (level + 1))
+            self._check_tile(level, end - 1, TILE_WIDTH, row)
+            edge = Frontier()
+            for each in row:
+                edge.append(each)
+            root = edge.root()
+            row.clear()
+            level += 1
+
+    def _check_upper_tiles(self) -> None:
+        """Those that are not full."""
+        for level, row in enumerate(self._roots, 1):
+            if row:
+                self._check_tile(level, self._size >> (TILE_HEIGHT * (level + 1)), len(row), row)
+
+    def _check_witnessed(self, first: int, hashes: list[bytes]) -> None:
+        """The co-signed checkpoints that end in this bundle."""
+        while self._pending and self._pending[0].checkpoint.size <= first + len(hashes):
+            seen = self._pending.pop(0)
+            edge = Frontier(self._edge.size, self._edge.peaks)
+            for each in hashes[: seen.checkpoint.size - first]:
+                edge.append(each)
+            if edge.root() != seen.checkpoint.root:
+                raise LogTampered(
+                    f"a witness saw another log of {seen.checkpoint.size} entries",
+                    cause=f"{seen.path} is co-signed, and has another root: the log's history was written anew",
+                )
+            for name, time_s in seen.by.items():
+                self.found.witnessed[name] = (seen.checkpoint.size, time_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Witnessed:
+    """A checkpoint that witnesses co-signed, and when each of them did."""
+
+    path: Path
+    checkpoint: Checkpoint
+    by: dict[str, int]
+
+
+def _newest(directory: Path, key: VerifierKey) -> Checkpoint:
+    path = directory / CHECKPOINT
+    try:
+        return open_checkpoint(decode_note(path.read_bytes()), key)
+    except OSError as error:
+        raise LogTampered("there is no checkpoint", cause=f"{path}: {error.strerror}") from None
+    except NoteInvalid as error:
+        raise LogTampered("the checkpoint does not hold", cause=f"{path}: {error.cause}") from None
+
+
+def _witnessed(directory: Path, key: VerifierKey, witnesses: Sequence[VerifierKey]) -> list[_Witnessed]:
+    """What is kept with co-signatures. The largest must not be larger than the log: that is for the pass to find."""
+    found = []
+    newest = _newest(directory, key)
+    folder = directory / WITNESSED
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        try:
+            note = decode_note(path.read_bytes())
+            checkpoint = open_checkpoint(note, key)
+            by = {}
+            for witness in witnesses:
+                if f"\n\N{EM DASH} {witness.name} " in note:
+                    by[witness.name] = max(each.time_s for each in cosignatures(note, witness))
+        except NoteInvalid as error:
+            raise LogTampered("a co-signed checkpoint does not hold", cause=f"{path}: {error.cause}") from None
+        if checkpoint.size > newest.size:
+            raise LogTampered(
+                "the log was cut off",
+                cause=f"a witness saw {checkpoint.size} entries ({path}), and the checkpoint is of {newest.size}",
+                sequence=newest.size,
+            )
+        found.append(_Witnessed(path, checkpoint, by))
+    return found
+
+
+def _read(path: Path, sequence: int) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise LogTampered(
+            f"what holds entry {sequence} is missing", cause=f"{path}: {error.strerror}", sequence=sequence
+        ) from None
+
+
+def _prefixed(data: bytes) -> Iterator[bytes]:
+    """The parts of a record file; one that is cut off is none."""
+    at = 0
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 2], "big")
+        part = data[at + 2 : at + 2 + length]
+        if len(part) != length or at + 2 > len(data):
+            return
+        yield part
+        at += 2 + length

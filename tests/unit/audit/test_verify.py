@@ -1,0 +1,228 @@
+"""Whoever changes a log is found, and the first entry that is wrong is named."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from appliance.audit.entry import ENTRY_BYTES
+from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED, Head
+from appliance.audit.notes import Algorithm, Checkpoint, SigningKey, VerifierKey, cosign, sign_checkpoint
+from appliance.audit.verify import LogTampered, Verified, verify_log
+from tests.unit.audit.making import KEY, Clock, drafts, make_log, open_log, sign
+
+VERIFIER = KEY.verifier()
+WITNESS = SigningKey("witness.example", b"w" * 32, Algorithm.COSIGNATURE)
+OTHER = SigningKey(KEY.name, b"o" * 32)
+
+
+def _verify(directory: Path, *witnesses: VerifierKey, at_least: int = 0) -> Verified:
+    return verify_log(directory, VERIFIER, witnesses=witnesses, at_least=at_least)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A log of 600 entries: two bundles and a part."""
+    directory = tmp_path_factory.mktemp("made")
+    make_log(directory, 600)
+    return directory
+
+
+@pytest.fixture
+def log(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "log"))
+
+
+def test_a_whole_log_holds(log: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    found = verify_log(log, VERIFIER, progress=lambda done, of: seen.append((done, of)))
+    assert (found.size, found.unsigned, found.boots, found.clock_steps) == (600, 0, 1, [])
+    assert seen[-1] == (600, 600)
+
+
+@pytest.mark.timeout(600)
+def test_every_flipped_byte_of_a_small_log_is_found(tmp_path: Path) -> None:
+    make_log(tmp_path, 3)
+    size = _verify(tmp_path).size
+    assert size == 3
+    for path in sorted(path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size):
+        content = path.read_bytes()
+        # Behind the frames lie zeros that were taken ahead: a few of them stand for all.
+        end = len(content.rstrip(b"\0"))
+        for at in [*range(end), *range(end, len(content), 100_003)]:
+            changed = bytearray(content)
+            changed[at] ^= 0x01
+            path.write_bytes(changed)
+            with pytest.raises(LogTampered):
+                _verify(tmp_path)
+        path.write_bytes(content)
+    assert _verify(tmp_path).size == 3
+
+
+@pytest.mark.parametrize("entry", [0, 255, 256, 511, 512, 599])
+def test_the_first_changed_entry_is_named(log: Path, entry: int) -> None:
+    bundle, place = divmod(entry, 256)
+    name = f"{bundle:03}" if bundle < 2 else "002.p/88"
+    for folder, at in (("tile/entries", place * (ENTRY_BYTES + 2) + 2 + 100), ("tile/0", place * 32)):
+        path = log / folder / name
+        content = bytearray(path.read_bytes())
+        content[at] ^= 0x80
+        path.write_bytes(content)
+        with pytest.raises(LogTampered) as found:
+            _verify(log)
+        assert found.value.sequence == entry
+        assert str(entry) in found.value.message
+        content[at] ^= 0x80
+        path.write_bytes(content)
+
+
+def test_a_changed_record_names_its_entry(log: Path) -> None:
+    path = log / "record/001"
+    content = bytearray(path.read_bytes())
+    at = 0
+    for _ in range(10):
+        at += 2 + int.from_bytes(content[at : at + 2], "big")
+    content[at + 40] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(LogTampered, match="record of entry 266 was changed"):
+        _verify(log)
+
+
+def test_swapped_entries_are_found(log: Path) -> None:
+    path = log / "tile/entries/000"
+    content = path.read_bytes()
+    stride = ENTRY_BYTES + 2
+    one, two = content[10 * stride : 11 * stride], content[11 * stride : 12 * stride]
+    path.write_bytes(content[: 10 * stride] + two + one + content[12 * stride :])
+    with pytest.raises(LogTampered) as found:
+        _verify(log)
+    assert found.value.sequence == 10
+
+
+@pytest.mark.parametrize(
+    "name", ["tile/0/001", "tile/entries/001", "record/001", "tile/1/000.p/2", JOURNAL, CHECKPOINT]
+)
+def test_what_is_missing_is_named(log: Path, name: str) -> None:
+    (log / name).unlink()
+    with pytest.raises(LogTampered) as found:
+        _verify(log)
+    assert name.split("/")[0] in found.value.cause
+
+
+def test_a_deleted_log_is_found(tmp_path: Path) -> None:
+    with pytest.raises(LogTampered, match="no checkpoint"):
+        _verify(tmp_path)
+
+
+def test_a_log_written_anew_with_another_key_is_found(log: Path) -> None:
+    head = Head(600, _verify(log).root)
+    (log / CHECKPOINT).write_text(sign_checkpoint(Checkpoint(KEY.name, head.size, head.root), OTHER))
+    with pytest.raises(LogTampered, match="does not hold"):
+        _verify(log)
+
+
+def test_a_checkpoint_of_another_log_is_found(log: Path) -> None:
+    stranger = SigningKey("other.example", b"s" * 32)
+    (log / CHECKPOINT).write_text(sign_checkpoint(Checkpoint("other.example", 600, _verify(log).root), stranger))
+    with pytest.raises(LogTampered):
+        _verify(log)
+
+
+def _witness(log: Path, note: str, time_s: int = 1_700_000_000) -> None:
+    folder = log / WITNESSED
+    folder.mkdir(exist_ok=True)
+    (folder / note.split("\n")[1]).write_text(note + cosign(note, WITNESS, time_s))
+
+
+def test_a_restored_older_copy_is_found_by_what_a_witness_saw(tmp_path: Path) -> None:
+    log, older = tmp_path / "log", tmp_path / "older"
+    make_log(log, 300)
+    shutil.copytree(log, older)
+    again = open_log(log)
+    again.append(drafts(range(300, 400)))
+    again.publish(sign)
+    again.close()
+    _witness(log, (log / CHECKPOINT).read_text())
+    assert _verify(log, WITNESS.verifier()).witnessed == {"witness.example": (400, 1_700_000_000)}
+    shutil.copytree(log / WITNESSED, older / WITNESSED)
+    with pytest.raises(LogTampered, match="cut off"):
+        _verify(older, WITNESS.verifier())
+    shutil.rmtree(older / WITNESSED)
+    with pytest.raises(LogTampered, match="cut off"):
+        _verify(older, at_least=400)
+
+
+def test_a_forked_history_is_found_by_what_a_witness_saw(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    make_log(one, 300)
+    _witness(one, (one / CHECKPOINT).read_text())
+    forked = open_log(other)
+    forked.append(drafts(range(1000, 1300)))
+    forked.append(drafts(range(300, 400)))
+    forked.publish(sign)
+    forked.close()
+    shutil.copytree(one / WITNESSED, other / WITNESSED)
+    with pytest.raises(LogTampered, match="another log of 300 entries"):
+        _verify(other, WITNESS.verifier())
+
+
+def test_a_log_that_the_witness_never_saw_is_told(log: Path) -> None:
+    with pytest.raises(LogTampered, match="co-signed nothing"):
+        _verify(log, WITNESS.verifier())
+
+
+def test_a_forged_co_signature_is_found(log: Path) -> None:
+    note = (log / CHECKPOINT).read_text()
+    impostor = SigningKey(WITNESS.name, b"x" * 32, Algorithm.COSIGNATURE)
+    folder = log / WITNESSED
+    folder.mkdir()
+    (folder / "600").write_text(note + cosign(note, impostor, 5))
+    with pytest.raises(LogTampered):
+        _verify(log, WITNESS.verifier())
+
+
+@pytest.mark.parametrize("years", [-2, 2])
+def test_a_clock_that_was_set_is_told_and_is_no_tampering(tmp_path: Path, years: int) -> None:
+    clock = Clock()
+    log = open_log(tmp_path, clock=clock)
+    log.append(drafts(range(3)))
+    step_ns = years * 365 * 86_400 * 1_000_000_000
+    clock.wall_ns += step_ns
+    log.append(drafts(range(3, 6)))
+    log.publish(sign)
+    log.close()
+    (step,) = _verify(tmp_path).clock_steps
+    assert step.sequence == 3
+    assert abs(step.step_ns - step_ns) < 1_000_000_000
+
+
+def test_a_monotonic_clock_that_goes_back_within_a_boot_is_tampering(tmp_path: Path) -> None:
+    clock = Clock()
+    log = open_log(tmp_path, clock=clock)
+    log.append(drafts(range(3)))
+    clock.monotonic_ns -= 5_000_000_000
+    log.append(drafts(range(3, 6)))
+    log.publish(sign)
+    log.close()
+    with pytest.raises(LogTampered, match="entry 3 is older"):
+        _verify(tmp_path)
+
+
+def test_a_new_boot_begins_its_monotonic_clock_anew(tmp_path: Path) -> None:
+    clock = Clock()
+    log = open_log(tmp_path, clock=clock)
+    log.append(drafts(range(3)))
+    log.close()
+    clock.monotonic_ns = 1
+    log = open_log(tmp_path, clock=clock, boot_id=b"c" * 16)
+    log.append(drafts(range(3, 6)))
+    log.publish(sign)
+    log.close()
+    assert _verify(tmp_path).boots == 2
+
+
+def test_entries_behind_the_checkpoint_are_checked_and_counted_apart(log: Path) -> None:
+    again = open_log(log)
+    again.append(drafts(range(600, 610)))
+    again.close()
+    assert _verify(log).unsigned == 10
