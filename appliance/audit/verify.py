@@ -12,7 +12,7 @@ Rules:
 """
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +22,7 @@ from appliance.audit.entry import ENTRY_BYTES, FORMAT, Entry
 from appliance.audit.journal import Frame, JournalContent, read_journal
 from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED, record_path
 from appliance.audit.notes import Checkpoint, NoteInvalid, VerifierKey, cosignatures, decode_note, open_checkpoint
+from appliance.audit.reading import prefixed_parts
 from appliance.audit.tree import HASH_BYTES, TILE_HEIGHT, TILE_WIDTH, Frontier, leaf_hash, tile_path
 from appliance.errors import Fault, HoldfastError
 
@@ -220,7 +221,7 @@ class _Run:
                 sequence=first,
             )
         records_path = self._directory / record_path(bundle, width)
-        records = _prefixed(_read(records_path, first))
+        records = prefixed_parts(_read(records_path, first))
         frames = []
         for place, (length, entry) in enumerate(_PREFIXED.iter_unpack(data)):
             sealed = next(records, None)
@@ -397,15 +398,3 @@ def _read(path: Path, sequence: int) -> bytes:
         raise LogTampered(
             f"what holds entry {sequence} is missing", cause=f"{path}: {error.strerror}", sequence=sequence
         ) from None
-
-
-def _prefixed(data: bytes) -> Iterator[bytes]:
-    """The parts of a record file; one that is cut off is none."""
-    at = 0
-    while at < len(data):
-        length = int.from_bytes(data[at : at + 2], "big")
-        part = data[at + 2 : at + 2 + length]
-        if len(part) != length or at + 2 > len(data):
-            return
-        yield part
-        at += 2 + length

@@ -1,0 +1,171 @@
+"""Reads a log that somebody else writes: entries, sealed records and hashes, by their number.
+
+Rules:
+
+- Nothing is verified here: who needs that calls `verify_log`, or checks a proof.
+- What is read is what the newest checkpoint names, and behind it what the journal has. A log that grows meanwhile is
+  read as it was when the reader was made.
+"""
+
+import bisect
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar, Final
+
+from appliance.audit.entry import ENTRY_BYTES, Entry
+from appliance.audit.journal import Frame, read_journal
+from appliance.audit.log import CHECKPOINT, JOURNAL, record_path
+from appliance.audit.notes import decode_note, parse_number
+from appliance.audit.tree import HASH_BYTES, TILE_WIDTH, TileHashes, tile_path
+from appliance.errors import Fault, HoldfastError
+
+_CACHED_BUNDLES: Final = 8
+_STRIDE: Final = 2 + ENTRY_BYTES
+
+
+class NoSuchEntry(HoldfastError, LookupError):
+    """The log has no entry of that number, or does not have it any more."""
+
+    code: ClassVar[str] = "audit_no_such_entry"
+    fault: ClassVar[Fault] = Fault.MISSING
+
+
+class LogUnreadable(HoldfastError, OSError):
+    """There is no log, or a file of it cannot be read."""
+
+    code: ClassVar[str] = "audit_log_unreadable"
+    fault: ClassVar[Fault] = Fault.ENVIRONMENT
+
+
+class LogReader:
+    """The log in `directory`, as it is now.
+
+    Attributes:
+        note: its newest checkpoint, signed; empty: there is none yet.
+        published: how many entries that names.
+        size: how many there are.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._bundles: OrderedDict[int, list[Frame]] = OrderedDict()
+        # The checkpoint first: the journal lets go only of what an earlier one names.
+        self.note = self._note()
+        self.published = parse_number(self.note.split("\n", 2)[1], "its size") if self.note else 0
+        try:
+            journal = read_journal(directory / JOURNAL)
+        except OSError as error:
+            raise _unreadable(directory / JOURNAL, error) from None
+        if journal is None:
+            raise LogUnreadable(
+                f"there is no audit log in {directory}",
+                cause=f"{directory / JOURNAL} is not there",
+                remedy="Name the folder of the log with --log",
+            )
+        self._base = journal.base
+        self._tail = journal.frames
+        self.size = max(self.published, self._base + len(self._tail))
+
+    def frame(self, sequence: int) -> Frame:
+        """An entry's bytes and its sealed record.
+
+        Raises:
+            NoSuchEntry: there is none of that number.
+            LogUnreadable: its file cannot be read.
+        """
+        if not 0 <= sequence < self.size:
+            raise NoSuchEntry(
+                f"the audit log has no entry {sequence}",
+                cause=f"it has {self.size}, counted from 0",
+                remedy="`holdfast audit status` tells how many there are",
+            )
+        if sequence >= self._base:
+            return self._tail[sequence - self._base]
+        bundle, place = divmod(sequence, TILE_WIDTH)
+        return self._bundle(bundle)[place]
+
+    def entry(self, sequence: int) -> Entry:
+        """An entry's fields. Raises as `frame`."""
+        return Entry.unpack(self.frame(sequence).entry)
+
+    def backwards(self, end: int, start: int = 0) -> Iterator[tuple[Entry, bytes]]:
+        """The entries of [start, end) with their sealed records, the newest first. Raises as `frame`."""
+        for sequence in range(end - 1, start - 1, -1):
+            frame = self.frame(sequence)
+            yield Entry.unpack(frame.entry), frame.sealed
+
+    def first_at(self, wall_ns: int) -> int:
+        """The first entry that is not older than a moment; by the wall clock, which is taken not to have been set."""
+        return bisect.bisect_left(range(self.size), wall_ns, key=lambda sequence: self.entry(sequence).wall_ns)
+
+    def hashes(self) -> TileHashes:
+        """The hashes of what the checkpoint names."""
+        return TileHashes(self._read_tile, self.published)
+
+    def _note(self) -> str:
+        path = self._directory / CHECKPOINT
+        try:
+            return decode_note(path.read_bytes())
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            raise _unreadable(path, error) from None
+
+    def _bundle(self, index: int) -> list[Frame]:
+        frames = self._bundles.get(index)
+        if frames is None:
+            entries = self._read(tile_path("entries", index))
+            sealed = list(prefixed_parts(self._read(record_path(index))))
+            frames = [
+                Frame(entries[at + 2 : at + _STRIDE], record)
+                for at, record in zip(range(0, len(entries), _STRIDE), sealed, strict=False)
+            ]
+            if len(frames) != TILE_WIDTH:
+                raise LogUnreadable(
+                    f"the bundle from entry {index * TILE_WIDTH} on is damaged",
+                    cause=f"it has {len(frames)} entries instead of {TILE_WIDTH}",
+                    remedy="`holdfast audit verify` names what is wrong",
+                )
+            self._bundles[index] = frames
+            if len(self._bundles) > _CACHED_BUNDLES:
+                self._bundles.popitem(last=False)
+        return frames
+
+    def _read_tile(self, level: int, index: int, width: int) -> bytes:
+        try:
+            return self._read(tile_path(level, index, width))
+        except LogUnreadable:
+            # A newer checkpoint has put a wider one in its place.
+            wider = (each for each in range(width + 1, TILE_WIDTH + 1))
+            for more in wider:
+                path = self._directory / tile_path(level, index, more)
+                if path.is_file():
+                    return self._read(tile_path(level, index, more))[: width * HASH_BYTES]
+            raise
+
+    def _read(self, name: str) -> bytes:
+        path = self._directory / name
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise _unreadable(path, error) from None
+
+
+def prefixed_parts(data: bytes) -> Iterator[bytes]:
+    """The parts of a file, each with 16 bits of length before it; one that is cut off is none."""
+    at = 0
+    while at + 2 <= len(data):
+        end = at + 2 + int.from_bytes(data[at : at + 2], "big")
+        if end > len(data):
+            return
+        yield data[at + 2 : end]
+        at = end
+
+
+def _unreadable(path: Path, error: OSError) -> LogUnreadable:
+    return LogUnreadable(
+        "the audit log cannot be read",
+        cause=f"{path}: {error.strerror}",
+        remedy="Read it as the appliance's user, or from a copy of the whole folder",
+    )

@@ -1,0 +1,101 @@
+"""A proof stands by itself: who has it and the log's public key needs neither the log nor its keys."""
+
+from pathlib import Path
+
+import pytest
+
+from appliance.audit.entry import EntryInvalid, open_record
+from appliance.audit.notes import NoteInvalid, SigningKey
+from appliance.audit.proof import ProofUnreadable, prove, verify_proof
+from appliance.audit.reading import LogReader, LogUnreadable, NoSuchEntry
+from appliance.audit.tree import ProofInvalid
+from appliance.errors import HoldfastError
+from tests.unit.audit.making import KEY, Keys, drafts, make_log, open_log, sign
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("proved") / "audit"
+    make_log(directory, 600)
+    return directory
+
+
+@pytest.mark.parametrize("sequence", [0, 255, 256, 599])
+def test_an_entry_is_proved_without_its_record(made: Path, sequence: int) -> None:
+    found = verify_proof(prove(LogReader(made), sequence), KEY.verifier())
+    assert (found.entry.sequence, found.checkpoint.size, found.record) == (sequence, 600, None)
+
+
+def test_a_disclosed_record_is_checked_with_it(made: Path) -> None:
+    log = LogReader(made)
+    frame = log.frame(300)
+    opened = open_record(log.entry(300), frame.sealed, Keys())
+    proof = prove(log, 300, salt=opened.salt, record=opened.record)
+    assert verify_proof(proof, KEY.verifier()).record == opened.record
+    with pytest.raises(EntryInvalid):
+        verify_proof(prove(log, 300, salt=opened.salt, record={**opened.record, "outcome": "failure"}), KEY.verifier())
+
+
+def test_a_changed_proof_does_not_hold(made: Path) -> None:
+    proof = prove(LogReader(made), 300)
+    for at in range(0, len(proof), 3):
+        if proof[at] == "\n":
+            continue
+        changed = proof[:at] + ("A" if proof[at] != "A" else "B") + proof[at + 1 :]
+        with pytest.raises(HoldfastError):
+            verify_proof(changed, KEY.verifier())
+
+
+def test_a_proof_of_another_entry_or_log_does_not_hold(made: Path) -> None:
+    log = LogReader(made)
+    one, other = prove(log, 10).split("\n"), prove(log, 11).split("\n")
+    with pytest.raises(ProofInvalid):
+        verify_proof("\n".join([one[0], other[1], *one[2:]]), KEY.verifier())
+    with pytest.raises(NoteInvalid):
+        verify_proof("\n".join(one), SigningKey(KEY.name, b"o" * 32).verifier())
+    with pytest.raises(ProofUnreadable):
+        verify_proof("hello", KEY.verifier())
+
+
+def test_what_no_checkpoint_names_yet_is_read_and_not_proved(tmp_path: Path) -> None:
+    make_log(tmp_path, 300)
+    log = open_log(tmp_path)
+    log.append(drafts(range(300, 310)))
+    reader = LogReader(tmp_path)
+    assert (reader.published, reader.size) == (300, 310)
+    assert reader.entry(309).sequence == 309
+    with pytest.raises(NoSuchEntry, match="newest checkpoint"):
+        prove(reader, 305)
+    with pytest.raises(NoSuchEntry):
+        reader.frame(310)
+    log.close()
+
+
+def test_a_reader_outlives_newer_checkpoints(tmp_path: Path) -> None:
+    """Partial tiles that it would read have been put away: wider ones serve as well."""
+    make_log(tmp_path, 300)
+    reader = LogReader(tmp_path)
+    log = open_log(tmp_path)
+    for first in (300, 400, 500, 600):
+        log.append(drafts(range(first, first + 100)))
+        log.publish(sign)
+    log.close()
+    assert verify_proof(prove(reader, 299), KEY.verifier()).checkpoint.size == 300
+
+
+def test_an_entry_is_found_by_its_time(made: Path) -> None:
+    log = LogReader(made)
+    wall_ns = log.entry(437).wall_ns
+    first = log.first_at(wall_ns)
+    assert log.entry(first).wall_ns == wall_ns
+    assert log.entry(first - 1).wall_ns < wall_ns
+    assert log.first_at(wall_ns + 10**18) == 600
+
+
+def test_entries_are_read_backwards(made: Path) -> None:
+    assert [entry.sequence for entry, _ in LogReader(made).backwards(260, 250)] == list(range(259, 249, -1))
+
+
+def test_where_no_log_is_that_is_said(tmp_path: Path) -> None:
+    with pytest.raises(LogUnreadable, match="no audit log"):
+        LogReader(tmp_path)

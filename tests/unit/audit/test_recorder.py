@@ -1,0 +1,159 @@
+"""Recording through a real appender: durable when it returns, and told when it is not."""
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from appliance.audit.entry import Entry, open_record
+from appliance.audit.events import ANYONE, NOT_AUTHENTICATED, VAULT_REFUSED, Event, Outcome
+from appliance.audit.journal import read_journal
+from appliance.audit.launch import SOCKET_NAME, AppenderFailed, Launcher
+from appliance.audit.log import CHECKPOINT, JOURNAL
+from appliance.audit.notes import open_checkpoint
+from appliance.audit.recorder import AuditUnavailable, Recorder
+from appliance.audit.verify import verify_log
+from tests.unit.audit.making import KEY, Keys, event, open_log
+
+pytestmark = pytest.mark.anyio
+
+
+class Recording:
+    """A recorder with its appender."""
+
+    def __init__(self, directory: Path) -> None:
+        self.keys: Keys | None = Keys()
+        self.log = directory / "audit"
+        run_dir = directory / "run"
+        run_dir.mkdir(mode=0o700, exist_ok=True)
+        self.launcher = Launcher(self.log, run_dir)
+        self.now_s = 0.0
+        self.recorder = Recorder(
+            lambda: self.keys, system_scope="system", versions={"holdfast": "0"}, monotonic=lambda: self.now_s
+        )
+
+    def nonces(self) -> list[bytes]:
+        content = read_journal(self.log / JOURNAL)
+        assert content is not None
+        return [Entry.unpack(frame.entry).nonce for frame in content.frames]
+
+
+@contextlib.asynccontextmanager
+async def recording(directory: Path) -> AsyncIterator[Recording]:
+    made = Recording(directory)
+    running = asyncio.create_task(made.recorder.run(made.launcher.connect))
+    try:
+        yield made
+    finally:
+        running.cancel()
+        await made.launcher.stop()
+
+
+async def test_what_record_returned_for_is_on_the_disk(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        assert await it.recorder.record(event(1)) == 0
+        assert await it.recorder.record(event(2), event(3)) == 2
+        content = read_journal(it.log / JOURNAL)
+        assert content is not None
+        opened = [open_record(Entry.unpack(frame.entry), frame.sealed, Keys()).record for frame in content.frames]
+        assert [record["request_id"] for record in opened] == ["req_1", "req_2", "req_3"]
+
+
+async def test_many_at_once_share_their_syncs_and_keep_their_order(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        sequences = await asyncio.gather(*(it.recorder.record(event(number)) for number in range(500)))
+        assert sequences == list(range(500))
+
+
+async def test_a_checkpoint_is_signed_when_the_key_is_there_and_at_the_end(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        await it.recorder.record(event(1))
+        assert (await it.recorder.status())["signs"] is False
+        assert not (it.log / CHECKPOINT).exists()
+        await it.recorder.sign_with(KEY.to_bytes())
+        assert (await it.recorder.checkpoint())["checkpoint_size"] == 1
+        await it.recorder.record(*(event(number) for number in range(2000)))
+        assert (await it.recorder.status())["checkpoint_size"] == 2001
+        await it.recorder.record(event(1))
+    assert open_checkpoint((it.log / CHECKPOINT).read_text(), KEY.verifier()).size == 2002
+    assert verify_log(it.log, KEY.verifier()).unsigned == 0
+    assert not (tmp_path / "run" / SOCKET_NAME).exists()
+
+
+async def test_an_appender_that_is_killed_is_started_again_and_repeats_nothing(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        await it.recorder.sign_with(KEY.to_bytes())
+        await it.recorder.record(event(0))
+        done = 1
+        for _ in range(8):
+            pid = it.launcher.pid
+            assert pid is not None
+            waiting = [asyncio.create_task(it.recorder.record(event(number))) for number in range(200)]
+            await asyncio.sleep(0)
+            os.kill(pid, signal.SIGKILL)
+            done += len(await asyncio.gather(*waiting))
+            nonces = it.nonces()
+            assert len(nonces) == len(set(nonces)) == done
+        assert (await it.recorder.checkpoint())["signs"] is True
+    assert verify_log(it.log, KEY.verifier()).size == done
+
+
+async def test_what_cannot_be_written_is_told_with_the_file_and_the_cause(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        await it.recorder.record(event(1))
+        pid = it.launcher.pid
+        assert pid is not None
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, 4096))
+        many = (event(1),) * 100
+        with contextlib.suppress(AuditUnavailable):
+            for _ in range(1000):
+                await it.recorder.record(*many)
+        with pytest.raises(AuditUnavailable) as refused:
+            await it.recorder.record(*many)
+        assert str(it.log / JOURNAL) in refused.value.cause
+        assert "File too large" in refused.value.cause
+        assert it.recorder.error is not None
+        assert (await it.recorder.status())["error"]["code"] == "audit_log_unwritable"
+
+
+async def test_a_log_that_another_appender_has_is_told(tmp_path: Path) -> None:
+    (tmp_path / "audit").mkdir()
+    log = open_log(tmp_path / "audit")
+    made = Recording(tmp_path)
+    with pytest.raises(AppenderFailed, match="has an appender already"):
+        await made.launcher.connect(asyncio.Protocol())
+    log.close()
+
+
+async def test_while_the_vault_is_sealed_events_are_recorded_in_plaintext(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        it.keys = None
+        await it.recorder.record(Event(VAULT_REFUSED, ANYONE, Outcome.REFUSED, source="uid 1000"))
+        with pytest.raises(ValueError, match="sealed"):
+            await it.recorder.record(event(1))
+        content = read_journal(it.log / JOURNAL)
+        assert content is not None
+        assert b"vault.refused" in content.frames[0].sealed
+
+
+async def test_what_anybody_can_cause_is_counted_and_told_once_a_minute(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        for number in range(100_000):
+            source = f"10.0.{number // 256 % 256}.{number % 256}"
+            it.recorder.count(Event(NOT_AUTHENTICATED, ANYONE, Outcome.REFUSED, source=source, reason="key_unknown"))
+            if number in (10, 50_000):
+                await it.recorder.tell_counted()
+        assert len(it.nonces()) == 11
+        it.now_s = 61.0
+        await it.recorder.tell_counted()
+        content = read_journal(it.log / JOURNAL)
+        assert content is not None
+        records = [open_record(Entry.unpack(frame.entry), frame.sealed, Keys()).record for frame in content.frames]
+        assert len(records) <= 11 + 65
+        assert sum(record["counts"]["count"] for record in records) == 100_000
+        assert records[-1]["reason"] == "others"
