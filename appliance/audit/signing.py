@@ -1,0 +1,64 @@
+"""The key that signs this log's checkpoints, sealed beside the log.
+
+Rules:
+
+- The key is made with the log, and sealed under the system's RECORDS key: who has the folder alone signs nothing.
+- A log that has a checkpoint and no key is not given another one: that would be another log under the same folder.
+"""
+
+import os
+from pathlib import Path
+from typing import ClassVar, Final
+
+from appliance.audit.journal import sync_directory, write_at
+from appliance.audit.log import CHECKPOINT
+from appliance.audit.notes import SigningKey
+from appliance.errors import Fault, HoldfastError
+from appliance.vault import SYSTEM_SCOPE, Binding, KeyPurpose, Vault
+
+SIGNING_KEY: Final = "signing-key"
+PUBLIC_KEY: Final = "log.vkey"
+_BINDING: Final = Binding("audit", "signing_key", "log", SYSTEM_SCOPE, 1)
+
+
+class SigningKeyMissing(HoldfastError):
+    """The log was signed, and the key that did it is gone."""
+
+    code: ClassVar[str] = "audit_signing_key_missing"
+    fault: ClassVar[Fault] = Fault.ENVIRONMENT
+
+
+def signing_key(directory: Path, vault: Vault) -> SigningKey:
+    """The key of the log in `directory`, made if there is no log yet. Blocks.
+
+    Raises:
+        VaultSealed: the vault is sealed.
+        TamperedValue: the file was changed, or is another appliance's.
+        SigningKeyMissing: there is a log, and its key is not with it.
+    """
+    path = directory / SIGNING_KEY
+    try:
+        return SigningKey.from_bytes(vault.decrypt(path.read_bytes(), _BINDING))
+    except FileNotFoundError:
+        if (directory / CHECKPOINT).exists():
+            raise SigningKeyMissing(
+                "the audit log cannot be signed",
+                cause=f"it has a checkpoint, and {path} is not there",
+                remedy=f"Put {SIGNING_KEY} back from a copy; or move the whole folder away, and a new log begins",
+            ) from None
+    key = SigningKey.generate(f"holdfast.{os.urandom(8).hex()}")
+    sealed = vault.encrypt(SYSTEM_SCOPE, KeyPurpose.RECORDS, key.to_bytes(), _BINDING)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _write(directory / PUBLIC_KEY, f"{key.verifier()}\n".encode())
+    _write(path, sealed)
+    sync_directory(directory)
+    return key
+
+
+def _write(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        write_at(descriptor, content, 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

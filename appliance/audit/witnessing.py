@@ -1,0 +1,91 @@
+"""The log's side of being witnessed: requests to carry out, and replies to keep.
+
+Rules:
+
+- A request goes on from what that witness co-signed last, as far as this folder knows.
+- The checkpoint that a request carries is kept in `checkpoints/`, and the reply is put with it: `verify_log` holds the
+  log to every one of them.
+- A reply is checked before it is kept.
+"""
+
+import os
+from pathlib import Path
+
+from appliance.audit.journal import sync_directory, write_at
+from appliance.audit.log import WITNESSED
+from appliance.audit.notes import Checkpoint, NoteInvalid, VerifierKey, cosignatures, decode_note, open_checkpoint
+from appliance.audit.reading import LogReader, NoSuchEntry
+from appliance.audit.tree import consistency_proof
+from appliance.audit.witness import Request, read_request, verify_reply, write_request
+
+
+def make_request(directory: Path, *, old_size: int) -> bytes:
+    """What a witness that saw `old_size` entries is asked; 0: it saw none.
+
+    Raises:
+        NoSuchEntry: there is no checkpoint yet, or `old_size` is larger than it.
+        LogUnreadable, TileInvalid: the log's files do not do.
+    """
+    log = LogReader(directory)
+    if not log.note or old_size > log.published:
+        raise NoSuchEntry(
+            "there is nothing to co-sign",
+            cause=f"the newest checkpoint names {log.published} entries, and the witness saw {old_size}",
+            remedy="Wait for a checkpoint: one is signed every minute, once the vault is open",
+        )
+    proof = consistency_proof(log.hashes(), old_size, log.published) if old_size else []
+    _keep(directory, log.published, log.note)
+    return write_request(old_size, proof, log.note)
+
+
+def take_reply(directory: Path, request: bytes, reply: bytes, log_key: VerifierKey, witness: VerifierKey) -> Checkpoint:
+    """Keep a witness's reply with the checkpoint that it co-signs, which is returned.
+
+    Raises:
+        RequestInvalid, ReplyInvalid, NoteInvalid: they do not go together, or are not of this log.
+    """
+    asked: Request = read_request(request)
+    checkpoint = open_checkpoint(asked.note, log_key)
+    cosignature = verify_reply(reply, asked.note, witness)
+    note = _kept(directory, checkpoint.size) or asked.note
+    if open_checkpoint(note, log_key).root != checkpoint.root:
+        note = asked.note  # two roots of one size: the co-signed one is the one to hold the log to
+    if cosignature.line not in note:
+        _keep(directory, checkpoint.size, note + cosignature.line)
+    return checkpoint
+
+
+def last_seen(directory: Path, witness: VerifierKey) -> int:
+    """The largest size that a witness co-signed, as far as this folder knows; 0: none."""
+    folder = directory / WITNESSED
+    sizes = [0]
+    for path in folder.iterdir() if folder.is_dir() else ():
+        try:
+            cosignatures(decode_note(path.read_bytes()), witness)
+            sizes.append(int(path.name))
+        except (NoteInvalid, ValueError, OSError):
+            continue
+    return max(sizes)
+
+
+def _kept(directory: Path, size: int) -> str:
+    try:
+        return decode_note((directory / WITNESSED / str(size)).read_bytes())
+    except FileNotFoundError:
+        return ""
+
+
+def _keep(directory: Path, size: int, note: str) -> None:
+    folder = directory / WITNESSED
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if _kept(directory, size).startswith(note):
+        return
+    staged = folder / f".{size}.new"
+    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        write_at(descriptor, note.encode(), 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    staged.rename(folder / str(size))
+    sync_directory(folder)

@@ -1,0 +1,114 @@
+"""Entries are found by what their header and their tags say, and only what is found is opened."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.audit import search as searching
+from appliance.audit.entry import seal
+from appliance.audit.events import SYSTEM, VAULT_OPENED, Event
+from appliance.audit.reading import LogReader
+from appliance.audit.search import Findings, Query, search
+from appliance.errors import HoldfastError
+from appliance.vault import KeyMissing
+from tests.unit.audit.making import Keys, drafts, open_log, sign
+
+
+class CountingKeys(Keys):
+    """Keys that count the records that were opened, and lose those that were shredded as the vault does."""
+
+    opened = 0
+
+    def audit_secret(self, key_id: bytes, label: str, *parts: bytes) -> bytes:
+        if key_id in self.shredded:
+            raise KeyMissing("key_" + key_id.hex())
+        self.opened += label == "entry"
+        return super().audit_secret(key_id, label, *parts)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("searched") / "audit"
+    log = open_log(directory)
+    for first in range(0, 600, 20):
+        log.append(drafts(range(first, first + 20)))
+        if first == 300:
+            record = Event(VAULT_OPENED, SYSTEM).record({})
+            opened = seal(20, record, keys=Keys(), scope="system", actor="", session="", random=b"o" * 32)
+            log.append([opened])
+    log.publish(sign)
+    log.close()
+    return directory
+
+
+def _search(directory: Path, keys: Keys | None = None, **wanted: Any) -> Findings:
+    return search(LogReader(directory), keys or Keys(), Query(**wanted))
+
+
+def _requests(findings: Findings) -> list[str]:
+    return [found.record["request_id"] if found.record else "" for found in findings.found]
+
+
+def test_the_newest_come_first_and_the_rest_can_be_asked_for(directory: Path) -> None:
+    first = _search(directory, limit=3)
+    assert _requests(first) == ["req_599", "req_598", "req_597"]
+    assert _requests(_search(directory, limit=2, before=first.go_on_before)) == ["req_596", "req_595"]
+
+
+def test_what_is_not_meant_is_not_opened(directory: Path) -> None:
+    keys = CountingKeys()
+    findings = _search(directory, keys, scope="ten_1", actor="pri_2", session="ses_4", limit=1000)
+    expected = [f"req_{number}" for number in reversed(range(600)) if (number % 2, number % 3, number % 5) == (1, 2, 4)]
+    assert _requests(findings) == expected
+    assert keys.opened == len(expected)
+    assert findings.go_on_before is None
+
+
+def test_an_action_is_found_by_its_name_or_a_pattern(directory: Path) -> None:
+    (opened,) = _search(directory, action="vault.*").found
+    assert opened.record is not None
+    assert opened.record["action"] == "vault.opened"
+    assert len(_search(directory, action="turn.admitted", limit=1000).found) == 600
+    assert not _search(directory, action="nothing.such").found
+
+
+def test_a_time_is_looked_up_and_not_looked_for(directory: Path) -> None:
+    log = LogReader(directory)
+    since, until = log.entry(100).wall_ns, log.entry(140).wall_ns
+    keys = CountingKeys()
+    found = _search(directory, keys, since_ns=since, until_ns=until, limit=1000).found
+    assert [each.entry.sequence for each in found] == list(range(139, 99, -1))
+    assert keys.opened == 40
+
+
+def test_an_outcome_is_found(directory: Path) -> None:
+    assert not _search(directory, outcome="failure").found
+    assert len(_search(directory, outcome="success", limit=5).found) == 5
+
+
+def test_a_shredded_tenants_entries_are_shown_without_their_content(directory: Path) -> None:
+    keys = CountingKeys()
+    keys.shredded.add(keys.audit_key_id("ten_1"))
+    found = _search(directory, keys, limit=2).found
+    assert [each.record is None for each in found] == [True, False]
+    assert "is not there" in found[0].why_not
+
+
+def test_a_search_looks_at_so_much_and_says_where_it_stopped(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searching, "MOST_LOOKED_AT", 100)
+    findings = _search(directory, session="ses_none")
+    assert (findings.found, findings.go_on_before) == ([], 501)
+
+
+def test_a_record_that_was_changed_is_not_shown(directory: Path, tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    log.append(drafts([1]))
+    log.close()
+    journal = tmp_path / "journal"
+    reader = LogReader(tmp_path)
+    frame = reader.frame(0)
+    reader._tail = [frame._replace(sealed=frame.sealed[:-1] + b"x")]
+    with pytest.raises(HoldfastError, match="not what it says"):
+        search(reader, Keys(), Query())
+    assert journal.exists()

@@ -1,0 +1,94 @@
+"""A checkpoint travels to a witness and back, and the log is held to it from then on."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from appliance.audit.notes import Algorithm, NoteInvalid, SigningKey
+from appliance.audit.reading import NoSuchEntry
+from appliance.audit.verify import LogTampered, verify_log
+from appliance.audit.witness import ReplyInvalid, Witness
+from appliance.audit.witnessing import last_seen, make_request, take_reply
+from tests.unit.audit.making import KEY, drafts, make_log, open_log, sign
+
+WITNESS = SigningKey("witness.example", b"w" * 32, Algorithm.COSIGNATURE)
+LOG_KEY, WITNESS_KEY = KEY.verifier(), WITNESS.verifier()
+
+
+def _grow(directory: Path, first: int, end: int) -> None:
+    log = open_log(directory)
+    log.append(drafts(range(first, end)))
+    log.publish(sign)
+    log.close()
+
+
+def test_a_log_is_witnessed_again_and_again(tmp_path: Path) -> None:
+    log, witness = tmp_path / "audit", Witness(tmp_path / "witness", WITNESS)
+    make_log(log, 300)
+    for number, end in enumerate((700, 1000, 1100)):
+        request = make_request(log, old_size=last_seen(log, WITNESS_KEY))
+        reply = witness.cosign(request, LOG_KEY, 1_700_000_000 + number)
+        seen = take_reply(log, request, reply, LOG_KEY, WITNESS_KEY).size
+        assert last_seen(log, WITNESS_KEY) == seen
+        assert verify_log(log, LOG_KEY, witnesses=[WITNESS_KEY]).witnessed == {
+            "witness.example": (seen, 1_700_000_000 + number)
+        }
+        _grow(log, seen, end)
+
+
+def test_a_reply_comes_back_after_the_log_has_grown(tmp_path: Path) -> None:
+    log, witness = tmp_path / "audit", Witness(tmp_path / "witness", WITNESS)
+    make_log(log, 300)
+    request = make_request(log, old_size=0)
+    reply = witness.cosign(request, LOG_KEY, 1_700_000_000)
+    _grow(log, 300, 5000)
+    assert take_reply(log, request, reply, LOG_KEY, WITNESS_KEY).size == 300
+    assert verify_log(log, LOG_KEY, witnesses=[WITNESS_KEY]).witnessed["witness.example"][0] == 300
+
+
+def test_two_witnesses_can_co_sign_one_checkpoint(tmp_path: Path) -> None:
+    log = tmp_path / "audit"
+    make_log(log, 300)
+    request = make_request(log, old_size=0)
+    keys = []
+    for name in ("one", "two"):
+        key = SigningKey(f"{name}.example", name.encode().ljust(32), Algorithm.COSIGNATURE)
+        reply = Witness(tmp_path / name, key).cosign(request, LOG_KEY, 1_700_000_000)
+        take_reply(log, request, reply, LOG_KEY, key.verifier())
+        take_reply(log, request, reply, LOG_KEY, key.verifier())
+        keys.append(key.verifier())
+    assert set(verify_log(log, LOG_KEY, witnesses=keys).witnessed) == {"one.example", "two.example"}
+
+
+def test_a_reply_to_something_else_is_not_kept(tmp_path: Path) -> None:
+    log, other = tmp_path / "audit", tmp_path / "other"
+    make_log(log, 300)
+    make_log(other, 301)
+    request, strange = make_request(log, old_size=0), make_request(other, old_size=0)
+    reply = Witness(tmp_path / "witness", WITNESS).cosign(strange, LOG_KEY, 1_700_000_000)
+    with pytest.raises(ReplyInvalid):
+        take_reply(log, request, reply, LOG_KEY, WITNESS_KEY)
+    with pytest.raises(NoteInvalid):
+        take_reply(log, request, reply, SigningKey(KEY.name, b"o" * 32).verifier(), WITNESS_KEY)
+    assert last_seen(log, WITNESS_KEY) == 0
+
+
+def test_a_log_restored_from_before_it_was_witnessed_is_found(tmp_path: Path) -> None:
+    log, older = tmp_path / "audit", tmp_path / "older"
+    witness = Witness(tmp_path / "witness", WITNESS)
+    make_log(log, 300)
+    shutil.copytree(log, older)
+    _grow(log, 300, 400)
+    request = make_request(log, old_size=0)
+    reply = witness.cosign(request, LOG_KEY, 1_700_000_000)
+    # The reply is brought to the copy that was restored meanwhile.
+    take_reply(older, request, reply, LOG_KEY, WITNESS_KEY)
+    with pytest.raises(LogTampered, match="cut off"):
+        verify_log(older, LOG_KEY, witnesses=[WITNESS_KEY])
+
+
+def test_there_is_nothing_to_co_sign_before_the_first_checkpoint(tmp_path: Path) -> None:
+    open_log(tmp_path).close()
+    with pytest.raises(NoSuchEntry, match="nothing to co-sign"):
+        make_request(tmp_path, old_size=0)
