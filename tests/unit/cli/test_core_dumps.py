@@ -55,7 +55,7 @@ def test_a_command_forbids_its_cores_before_it_takes_a_passphrase(command: str) 
 
 def test_while_a_passphrase_is_read_no_core_can_be_dumped(tmp_path: Path) -> None:
     given, giving = os.pipe()
-    command = [_HOLDFAST, "--state-dir", str(tmp_path / "state"), "init", "--passphrase-fd", str(given)]
+    command = [str(_HOLDFAST), "--state-dir", str(tmp_path / "state"), "init", "--passphrase-fd", str(given)]
     with subprocess.Popen(
         command, pass_fds=[given], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, preexec_fn=_allow_cores
     ) as process:
