@@ -28,10 +28,16 @@ _ACCEPTING = re.compile(r"accepting connections on https?://[^:]+:(\d+)/v1")
 
 @dataclass(slots=True)
 class Running:
-    """A process, and where it listens."""
+    """A process, and where it listens.
+
+    Attributes:
+        accepting_after_s: from its spawning to a connection that it accepted; of a gateway, once it has.
+    """
 
     process: "subprocess.Popen[bytes]"
     port: int = 0
+    spawned_at: float = 0.0
+    accepting_after_s: float = 0.0
 
     @property
     def rss_bytes(self) -> int:
@@ -107,6 +113,8 @@ def running_gateway(
                 return it.port != 0
 
             _wait(it, listens)
+            socket.create_connection(("127.0.0.1", it.port), timeout=_DEADLINE_S).close()
+            it.accepting_after_s = time.monotonic() - it.spawned_at
             if ready:
                 _wait(it, lambda: get_status(it.port, "/readyz", certificate) == 200)
             yield it
@@ -157,13 +165,14 @@ def _started(
     # An installed appliance has its bytecode compiled; a process that must compile it first is not what is meant here.
     inherited.pop("PYTHONDONTWRITEBYTECODE", None)
     inherited["PYTHONPYCACHEPREFIX"] = str(REPOSITORY / "build" / "pycache")
+    spawned_at = time.monotonic()
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stderr=stderr,
         env={**inherited, "PYTHONPATH": str(REPOSITORY), **(environment or {})},
     )
-    running = Running(process)
+    running = Running(process, spawned_at=spawned_at)
     try:
         if cores:
             os.sched_setaffinity(process.pid, cores)
