@@ -4,7 +4,8 @@ Rules:
 
 - No more than the bound is ever held, whatever `Content-Length` says or does not say.
 - The whole body has one deadline, so that a slow trickle ends too.
-- All bodies that are held at once have a bound together.
+- What is held of all long bodies at once has a bound. A body of usual length does not count: whoever sends long ones
+  slowly must not keep it out.
 - How long a body can keep the event loop is bounded before it is parsed: by the number of its values.
 """
 
@@ -16,28 +17,34 @@ from api.openai.errors import BodyTooLarge, BodyTooSlow, TooManyTurns, TooManyVa
 
 _DEADLINE_S = 30.0
 _HELD_BYTES = 128 << 20
+USUAL_BYTES = 1 << 20  # of each body, what does not count
 
 
 @dataclass(slots=True)
 class HeldBodies:
-    """What all bodies hold that are arriving or being read now; in bytes."""
+    """What long bodies hold that are arriving or being read now; in bytes."""
 
     held_bytes: int = 0
     most_bytes: int = _HELD_BYTES
+    usual_bytes: int = USUAL_BYTES
 
-    def take(self, size: int) -> None:
-        """Hold `size` more. Raises TooManyTurns when that is too much."""
-        if self.held_bytes + size > self.most_bytes:
+    def grow(self, before: int, size: int) -> None:
+        """Hold a body of `size` that was of `before`. Raises TooManyTurns when that is too much."""
+        more = self._counted(size) - self._counted(before)
+        if more and self.held_bytes + more > self.most_bytes:
             raise TooManyTurns(
                 "the gateway is busy",
-                cause=f"the bodies of requests that are arriving hold {self.held_bytes} bytes already",
+                cause=f"the long bodies of requests that are arriving hold {self.held_bytes} bytes already",
                 remedy="Send the request again in a moment",
             )
-        self.held_bytes += size
+        self.held_bytes += more
 
     def give_back(self, size: int) -> None:
-        """Hold `size` less."""
-        self.held_bytes -= size
+        """Hold a body of `size` no more."""
+        self.held_bytes -= self._counted(size)
+
+    def _counted(self, size: int) -> int:
+        return max(0, size - self.usual_bytes)
 
 
 class ClientGone(Exception):
@@ -49,7 +56,7 @@ async def read_body(request: Request, receive: Receive, max_bytes: int, held: He
 
     Raises:
         BodyTooLarge: it is longer than `max_bytes`.
-        TooManyTurns: all bodies together are too long.
+        TooManyTurns: all long bodies together hold too much.
         BodyTooSlow: it did not arrive in time.
         ClientGone: it will not arrive.
     """
@@ -99,7 +106,7 @@ async def _read(receive: Receive, max_bytes: int, held: HeldBodies) -> bytes | b
             part: bytes = message.get("body", b"")
             if taken + len(part) > max_bytes:
                 raise too_large(max_bytes)
-            held.take(len(part))
+            held.grow(taken, taken + len(part))
             taken += len(part)
             if not message.get("more_body", False):
                 return whole + part if whole else part

@@ -43,15 +43,15 @@ class Lifecycle:
         endpoint: the address that clients use, with the port that was really bound: `http://127.0.0.1:8321/v1`.
         draining: no new request is admitted; those that run are let finish.
         turns: those that run now.
-        arriving: how many turns are being read and have not begun to run.
-        bodies: what those that arrive hold in memory.
+        placing: how many turns have been read and are about to run.
+        bodies: what requests that arrive hold in memory.
     """
 
     started_at: float
     endpoint: str = ""
     draining: bool = False
     turns: set[Interruptible] = field(default_factory=set)
-    arriving: int = 0
+    placing: int = 0
     bodies: HeldBodies = field(default_factory=HeldBodies)
 
 

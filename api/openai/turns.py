@@ -131,25 +131,20 @@ class Turns:
             await refuse(send, request, error)
 
     async def _serve(self, request: Request, receive: Receive, send: Send) -> None:
-        services = self._services
-        lifecycle, settings = services.lifecycle, self._settings
-        if len(lifecycle.turns) + lifecycle.arriving >= settings.max_streams:
-            raise TooManyTurns(
-                "the gateway is busy",
-                cause=f"{settings.max_streams} turns run already (gateway.max_streams)",
-                remedy="Send the request again in a moment",
-            )
+        services, lifecycle = self._services, self._services.lifecycle
+        self._refuse_busy()
         admission = services.quotas.enter(request.known_caller())
         running: _Running | None = None
         try:
-            lifecycle.arriving += 1
+            asked, body_bytes = await self._read(request, receive)
+            self._refuse_busy()
+            lifecycle.placing += 1
             try:
-                asked, body_bytes = await self._read(request, receive)
                 admission.reserve(asked.turn.model, self._reservation(asked, body_bytes))
                 running = await self._place(request, asked, admission, body_bytes)
                 lifecycle.turns.add(running)
             finally:
-                lifecycle.arriving -= 1
+                lifecycle.placing -= 1
             watcher = asyncio.get_running_loop().create_task(_watch(receive, running))
             try:
                 await (self._stream if asked.stream else self._whole)(request, running, send)
@@ -160,6 +155,16 @@ class Turns:
                 lifecycle.turns.discard(running)
             if running is None or not running.settled:
                 admission.release()
+
+    def _refuse_busy(self) -> None:
+        lifecycle, most = self._services.lifecycle, self._settings.max_streams
+        # A body that only arrives takes no place: whoever sends slowly would keep others out.
+        if len(lifecycle.turns) + lifecycle.placing >= most:
+            raise TooManyTurns(
+                "the gateway is busy",
+                cause=f"{most} turns run already (gateway.max_streams)",
+                remedy="Send the request again in a moment",
+            )
 
     async def _read(self, request: Request, receive: Receive) -> tuple[Asked, int]:
         """What is asked, and how many bytes said so."""

@@ -226,6 +226,14 @@ def test_no_more_turns_run_than_allowed(tmp_path: Path) -> None:
         until(lambda: served.ask().status == 200)
 
 
+def test_a_body_that_only_arrives_takes_no_turn_s_place(tmp_path: Path) -> None:
+    with serving(tmp_path, environment={"HOLDFAST_GATEWAY__MAX_STREAMS": "1"}) as served, served.connect() as slow:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {served.api_key}\r\n"
+        slow.sendall(f"{head}Expect: 100-continue\r\nContent-Length: 9\r\n\r\n".encode())
+        read_until(slow, b"100 Continue")  # it waits for the body now
+        assert served.ask().status == 200
+
+
 # Stopping
 
 

@@ -58,17 +58,25 @@ async def test_a_trickle_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 async def test_bodies_that_arrive_at_once_have_a_bound_together() -> None:
-    held = HeldBodies(most_bytes=10)
-    assert await read_body(Request("r", {}), arriving(b"abc", b"def")[0], 10, held) == b"abcdef"
+    held = HeldBodies(most_bytes=10, usual_bytes=2)
+    assert await read_body(Request("r", {}), arriving(b"abcd", b"efgh")[0], 12, held) == b"abcdefgh"
     with pytest.raises(TooManyTurns):
-        await read_body(Request("r", {}), arriving(b"gh", b"ijk")[0], 10, held)
+        await read_body(Request("r", {}), arriving(b"ijk", b"lmnop")[0], 12, held)
     assert held.held_bytes == 6  # what was refused is not held
-    held.give_back(6)
-    assert await read_body(Request("r", {}), arriving(b"0123456789")[0], 10, held) == b"0123456789"
+    held.give_back(8)
+    assert await read_body(Request("r", {}), arriving(b"0123456789ab")[0], 12, held) == b"0123456789ab"
+    assert held.held_bytes == 10
+
+
+async def test_a_body_of_usual_length_is_let_in_whatever_the_long_ones_hold() -> None:
+    held = HeldBodies(held_bytes=10, most_bytes=10, usual_bytes=2)
+    assert await read_body(Request("r", {}), arriving(b"a", b"b")[0], 12, held) == b"ab"
+    held.give_back(2)
+    assert held.held_bytes == 10
 
 
 async def test_what_did_not_arrive_is_not_held() -> None:
-    held = HeldBodies()
+    held = HeldBodies(usual_bytes=0)
     with pytest.raises(ClientGone):
         await read_body(Request("r", {}), arriving(b"abc", ends=False)[0], 10, held)
     with pytest.raises(BodyTooLarge):
