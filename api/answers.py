@@ -36,6 +36,7 @@ class Request:
         headers: by lower-case name; none of those that decide anything appears twice.
         caller: who is asking; None on the routes that anybody may ask.
         answer_headers: what every answer to this request carries.
+        session_id: what the client knows the request's session by; None where it is not known, or there is none.
         body_read: nothing of the body is left on the connection.
     """
 
@@ -43,6 +44,7 @@ class Request:
     headers: dict[bytes, bytes]
     caller: Caller | None = None
     answer_headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    session_id: bytes | None = None
     body_read: bool = False
     began: bool = False
 

@@ -198,6 +198,8 @@ def up(
 ) -> None:
     """Start the appliance and say when it serves.
 
+    Without --model, and without the setting engine.model, it serves the demonstration model, which is for trying only.
+
     Stays in the foreground until Ctrl-C, which lets what runs finish and leaves with status 0 (130 when it was not
     serving yet). With --detach it returns when the appliance serves.
 
@@ -215,6 +217,8 @@ def up(
     if model is not None:
         environment["HOLDFAST_ENGINE__MODEL"] = json.dumps(str(find_model(model, console.state_dir)))
     settings = console.settings()
+    if model is None:
+        _warn_of_demonstration_model(console, settings)
     passphrase = None
     if passphrase_fd is not None:
         passphrase = console.secret("Passphrase", passphrase_fd, option="--passphrase-fd")
@@ -237,6 +241,16 @@ def up(
             if gateway is not None:
                 gateway.stop(settings.gateway.drain_timeout_s + _STOP_MARGIN_S)
             raise
+
+
+def _warn_of_demonstration_model(console: Console, settings: "Settings") -> None:
+    engine = settings.engine
+    if settings.demo or engine.model is not None or engine.socket is not None:
+        return
+    console.say(
+        "Warning: no model was chosen, so this appliance serves the demonstration model, which is for trying only: its "
+        "answers are of no use. Choose one with `holdfast up --model PATH`, or with engine.model in holdfast.toml."
+    )
 
 
 def _choose_demo(console: Console) -> None:

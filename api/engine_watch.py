@@ -8,15 +8,24 @@ Rules:
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from appliance.engine.client import EngineClient, ModelCard
+from appliance.engine.launcher import EngineState
 from appliance.errors import HoldfastError
 
 _WHILE_ABSENT_S = 0.25
 _WHILE_PRESENT_S = 5.0
 _DEADLINE_S = 5.0
+_IN_WORDS: Mapping[EngineState | None, str] = {
+    EngineState.STOPPED: "it is not running",
+    EngineState.STARTING: "it is starting",
+    EngineState.READY: "it runs and does not answer",
+    EngineState.RESTARTING: "it ended, and is started again in a moment",
+    EngineState.FAILED: "it failed for good, and is not started again",
+    None: "it does not answer; it is started elsewhere",
+}
 
 
 class EngineWatch:
@@ -25,14 +34,22 @@ class EngineWatch:
     Args:
         client: how the engine is asked.
         reason: why an engine that does not answer may not be answering, for people.
+        state: where the engine's process stands; None: somebody else runs it.
 
     Attributes:
         models: what the engine serves; empty while it does not answer.
     """
 
-    def __init__(self, client: EngineClient, *, reason: Callable[[], str] = lambda: "") -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        *,
+        reason: Callable[[], str] = lambda: "",
+        state: Callable[[], EngineState | None] = lambda: None,
+    ) -> None:
         self._client = client
         self._reason = reason
+        self._state = state
         self._ask_now = asyncio.Event()
         self._seen = asyncio.Event()
         self._failure = "it has not answered yet"
@@ -45,8 +62,13 @@ class EngineWatch:
 
     @property
     def summary(self) -> str:
-        """Why it is not ready, in words that anybody may read."""
-        return "it is starting, or starting again"
+        """Why it is not ready, in words that anybody may read: they hold no path and nothing that the engine said."""
+        return _IN_WORDS[self._state()]
+
+    @property
+    def failed(self) -> bool:
+        """Whether the engine will not become ready by itself."""
+        return not self.ready and self._state() is EngineState.FAILED
 
     @property
     def detail(self) -> str:

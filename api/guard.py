@@ -3,11 +3,13 @@
 Rules:
 
 - Routes are compared with the raw path, byte for byte. What is not exactly a route is none: an encoded slash, `//`,
-  `..`, another case, a trailing dot or `;` leads nowhere.
+  `..`, another case, a trailing dot or `;` leads nowhere. What follows `/v1/models/` is the name of a model, compared
+  as it stands with those that are served.
 - Everything but `/healthz` and `/readyz` needs a key, what does not exist too: who has no key learns no route.
 - Host is one of `gateway.allowed_hosts`, once.
 - Headers that decide something come once. A body announced too long is refused before it is read.
-- Every answer carries `X-Request-ID`; the client's own is kept if it is harmless.
+- Every answer carries `X-Request-ID`; the client's own is kept if it is harmless. Every answer of a turn whose session
+  is known, be it from its headers only, carries `X-Session-ID`: refusals too.
 - While the vault is sealed or the gateway drains, only health is answered.
 - An error that nobody thought of is logged with the request's id and answers 500 without a word of it.
 """
@@ -17,7 +19,6 @@ import re
 import traceback
 from collections.abc import Mapping, MutableMapping
 from typing import Any
-from urllib.parse import quote
 
 from api.answers import REQUEST, App, Receive, Request, Scope, Send, refuse
 from api.authentication import authenticate
@@ -31,13 +32,13 @@ from api.openai.errors import (
     RouteMissing,
 )
 from api.openai.hints import HEADERS as SESSION_HEADERS
+from api.openai.hints import named_session
 from api.services import Services
 from appliance.errors import HoldfastError
 from appliance.vault import VaultSealed
 
-MODEL_PREFIX = b"/v1/models/"
-
 _LOG = logging.getLogger("holdfast.gateway")
+_MODEL_PATH = re.compile(rb"/v1/models/(?:[A-Za-z0-9._~:@/+-]|%[2-7][0-9A-Fa-f])+")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _ONCE = frozenset({b"host", b"authorization", b"content-length", b"x-request-id"}) | SESSION_HEADERS
 
@@ -86,6 +87,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 request.began = True
                 message["headers"] = [*message["headers"], *request.answer_headers]
+                if request.session_id is not None:
+                    message["headers"].append((b"x-session-id", request.session_id))
                 answered(route, message["status"])
             await send(message)
 
@@ -116,6 +119,8 @@ class Guard:
         if health is not None:
             _check_method(method, health)
             return self._open_app
+        if raw_path in self._turns:
+            request.session_id = named_session(request.headers)
         if services.lifecycle.draining:
             raise Draining(
                 "the gateway is stopping",
@@ -127,7 +132,7 @@ class Guard:
         request.caller = await authenticate(services.identity, request)
         methods = self._routes.get(raw_path)
         if methods is None:
-            if not self._is_model(raw_path):
+            if _MODEL_PATH.fullmatch(raw_path) is None:
                 raise RouteMissing(
                     "there is nothing at this path",
                     cause="paths are compared exactly, encoded characters included",
@@ -160,12 +165,6 @@ class Guard:
         announced = headers.get(b"content-length")
         if announced is not None and (not announced.isdigit() or int(announced[:15]) > self._max_body_bytes):
             raise too_large(self._max_body_bytes)
-
-    def _is_model(self, raw_path: bytes) -> bool:
-        if not raw_path.startswith(MODEL_PREFIX):
-            return False
-        asked = raw_path[len(MODEL_PREFIX) :].decode("latin-1")
-        return any(asked in (model.id, quote(model.id, safe="")) for model in self._services.watch.models)
 
 
 def _check_method(method: str, methods: tuple[str, ...]) -> None:

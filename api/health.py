@@ -4,11 +4,21 @@ Rules:
 
 - `/healthz` answers while the process does: it asks no part.
 - `/readyz` says of each part whether it is ready and, if not, why. It answers 503 while one is not.
+- The store is asked within a deadline, and once a second at most: whoever may ask this may ask it often.
 - Both are open to anybody who reaches a listener. What may hold a path or a name is told on the admin listener only.
 """
 
+import asyncio
+import time
+from collections.abc import Callable
+
 from api.answers import Receive, Scope, Send, answer_json
 from api.services import Services
+from appliance.errors import HoldfastError
+from appliance.store import StoreFull
+
+_STORE_DEADLINE_S = 3.0
+_STORE_FRESH_S = 1.0
 
 HEALTH_ROUTES: dict[bytes, tuple[str, ...]] = {b"/healthz": ("GET",), b"/readyz": ("GET",)}
 
@@ -17,31 +27,56 @@ class Health:
     """The two routes, as an ASGI application.
 
     Args:
-        in_full: tell what the engine's process said, which may hold a path.
+        in_full: tell what the engine's process and the store said, which may hold a path.
+        monotonic: seconds.
     """
 
-    def __init__(self, services: Services, *, in_full: bool) -> None:
+    def __init__(self, services: Services, *, in_full: bool, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._services = services
         self._in_full = in_full
+        self._monotonic = monotonic
+        self._store_asked_at = -_STORE_FRESH_S
+        self._store_why_not = ""
+        self._asking = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  (ASGI's signature)
         """Answer one of `HEALTH_ROUTES`."""
         if scope["raw_path"] == b"/healthz":
             await answer_json(send, 200, {"status": "alive"})
             return
-        parts = self._parts()
+        parts = await self._parts()
         ready = all(part["ready"] for part in parts.values())
         await answer_json(send, 200 if ready else 503, {"ready": ready, "parts": parts})
 
-    def _parts(self) -> dict[str, dict[str, object]]:
+    async def _parts(self) -> dict[str, dict[str, object]]:
         services = self._services
         sealed, draining = services.vault.sealed, services.lifecycle.draining
         watch = services.watch
         return {
             "gateway": _part(not draining, "it is stopping"),
             "vault": _part(not sealed, "it is sealed; an administrator opens it with `holdfast unseal`"),
+            "store": _part(not (why_not := await self._store()), why_not),
             "engine": _part(watch.ready, watch.detail if self._in_full else watch.summary),
         }
+
+    async def _store(self) -> str:
+        """Why the store is not ready; empty: it is."""
+        async with self._asking:
+            if self._monotonic() - self._store_asked_at >= _STORE_FRESH_S:
+                try:
+                    async with asyncio.timeout(_STORE_DEADLINE_S):
+                        await self._services.store.check()
+                    self._store_why_not = ""
+                except HoldfastError as error:
+                    self._store_why_not = str(error) if self._in_full else _in_words(error)
+                except TimeoutError:
+                    self._store_why_not = f"it does not answer within {_STORE_DEADLINE_S:g} s"
+                self._store_asked_at = self._monotonic()
+            return self._store_why_not
+
+
+def _in_words(error: HoldfastError) -> str:
+    return "there is no room left on its disk" if isinstance(error, StoreFull) else "it cannot be read or written"
 
 
 def _part(ready: bool, why_not: str) -> dict[str, object]:

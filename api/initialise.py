@@ -198,10 +198,12 @@ _SETTINGS = """\
 # tls_private_key = ""      # a path
 # max_body_bytes = 16777216
 # max_header_bytes = 65536
+# max_json_values = 250000  # in a body; counted by its brackets, braces and commas
 # max_messages = 20000
 # max_streams = 1024
 # request_timeout_s = 600.0
 # drain_timeout_s = 30.0    # how long a stop lets what runs finish
+# unread_timeout_s = 10.0   # how long an answer waits for a client that does not read it
 
 [vault]
 seal = "{seal}"             # how this appliance was made; changing it here changes nothing

@@ -4,6 +4,8 @@ Rules:
 
 - The request line and the headers of one request have a size and a deadline: a connection that sends neither more nor
   less than it must is never waited for.
+- An answer waits for a client that does not read it only so long: then the connection is aborted, and whatever waits
+  to send is told that the client is gone.
 - What is not HTTP, or too much of it, is answered in the same shape as every other error, with an `X-Request-ID`, and
   the connection is closed.
 """
@@ -27,9 +29,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     Attributes:
         max_header_bytes: of the request line and all headers together.
+        unread_timeout_s: how long what was written may lie unread.
     """
 
     max_header_bytes = 64 << 10
+    unread_timeout_s = 10.0
 
     def __init__(
         self,
@@ -43,6 +47,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_headers = True
         self._refused = False
         self._header_timer: asyncio.TimerHandle | None = None
+        self._unread_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for headers."""
@@ -52,7 +57,19 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
         self._stop_timer()
+        self._stop_unread_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """More was written than the client reads."""
+        super().pause_writing()
+        if self._unread_timer is None:
+            self._unread_timer = self.loop.call_later(self.unread_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It reads again."""
+        self._stop_unread_timer()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """Count what comes before the headers are complete."""
@@ -109,6 +126,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self._header_timer.cancel()
             self._header_timer = None
 
+    def _stop_unread_timer(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
+
     def _headers_late(self) -> None:
         if not self.transport.is_closing():
             self.transport.close()
@@ -138,6 +160,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def bounded_by(max_header_bytes: int) -> type[BoundedProtocol]:
-    """`BoundedProtocol` with its own bound: uvicorn makes protocols itself, from a class."""
-    return type("BoundedProtocol", (BoundedProtocol,), {"max_header_bytes": max_header_bytes})
+def bounded_by(max_header_bytes: int, unread_timeout_s: float) -> type[BoundedProtocol]:
+    """`BoundedProtocol` with its own bounds: uvicorn makes protocols itself, from a class."""
+    bounds = {"max_header_bytes": max_header_bytes, "unread_timeout_s": unread_timeout_s}
+    return type("BoundedProtocol", (BoundedProtocol,), bounds)

@@ -102,7 +102,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
     servers = [
         _Server(
             create_app(services),
-            bounded_by(gateway.max_header_bytes),
+            bounded_by(gateway.max_header_bytes, gateway.unread_timeout_s),
             certificate=gateway.tls_certificate,
             private_key=gateway.tls_private_key,
         ),
@@ -190,7 +190,11 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             silence_timeout_s=settings.gateway.request_timeout_s,
         )
         process = None if spec is None else EngineProcess(spec, engine)
-        watch = EngineWatch(engine, reason=(lambda: "") if process is None else lambda: process.detail)
+        watch = EngineWatch(
+            engine,
+            reason=lambda: "" if process is None else process.detail,
+            state=lambda: None if process is None else process.state,
+        )
         metrics = Metrics()
         lifecycle = Lifecycle(started_at=time.time())
         services = Services(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from api.bodies import HeldBodies
 from api.engine_watch import EngineWatch
 from api.identifiers import RandomIds
 from api.metrics import Metrics
@@ -42,12 +43,16 @@ class Lifecycle:
         endpoint: the address that clients use, with the port that was really bound: `http://127.0.0.1:8321/v1`.
         draining: no new request is admitted; those that run are let finish.
         turns: those that run now.
+        placing: how many turns have been read and are about to run.
+        bodies: what requests that arrive hold in memory.
     """
 
     started_at: float
     endpoint: str = ""
     draining: bool = False
     turns: set[Interruptible] = field(default_factory=set)
+    placing: int = 0
+    bodies: HeldBodies = field(default_factory=HeldBodies)
 
 
 @dataclass(frozen=True, slots=True)

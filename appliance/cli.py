@@ -7,6 +7,7 @@ Rules:
 - What a program reads goes to stdout, and is JSON with `--json`, errors too (`{code, message, cause, remedy}`, and a
   status other than 0). Everything else goes to stderr.
 - The exit status says whose fault it was; `EXIT_STATUS` is the whole list.
+- No core dump holds what a command held: that is forbidden before a command is looked for.
 - A secret comes over a file descriptor or is asked for on the terminal: never in an argument, never in the environment.
 - The commands are clients of the admin API. Only `init`, `up`, `restore` and `doctor` open files themselves.
 - Text from elsewhere (a model's, a tenant's) reaches the terminal without its control characters.
@@ -539,4 +540,8 @@ def holdfast() -> None:
 
 def main() -> NoReturn:
     """The `holdfast` script."""
+    # Before anything else: the commands that hold a passphrase or a root key hold it in this process.
+    from appliance.vault.process import forbid_core_dumps
+
+    forbid_core_dumps()
     holdfast.main()

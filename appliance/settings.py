@@ -45,10 +45,12 @@ class GatewaySettings(_Section):
     tls_private_key: Path | None = None
     max_body_bytes: int = Field(16 << 20, ge=1024)
     max_header_bytes: int = Field(64 << 10, ge=4096)
+    max_json_values: int = Field(250_000, ge=1000)  # in a body; counted by its brackets, braces and commas
     max_messages: int = Field(20_000, ge=1)
     max_streams: int = Field(1024, ge=1)
     request_timeout_s: float = Field(600.0, gt=0)
     drain_timeout_s: float = Field(30.0, ge=0)
+    unread_timeout_s: float = Field(10.0, gt=0)  # how long an answer waits for a client that does not read it
 
     @model_validator(mode="after")
     def _tls_beyond_loopback(self) -> Self:

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -27,10 +28,16 @@ _ACCEPTING = re.compile(r"accepting connections on https?://[^:]+:(\d+)/v1")
 
 @dataclass(slots=True)
 class Running:
-    """A process, and where it listens."""
+    """A process, and where it listens.
+
+    Attributes:
+        accepting_after_s: from its spawning to a connection that it accepted; of a gateway, once it has.
+    """
 
     process: "subprocess.Popen[bytes]"
     port: int = 0
+    spawned_at: float = 0.0
+    accepting_after_s: float = 0.0
 
     @property
     def rss_bytes(self) -> int:
@@ -73,15 +80,27 @@ def running_stub(path: Path, *, cores: Sequence[int] = ()) -> Iterator[Running]:
 
 @contextlib.contextmanager
 def running_gateway(
-    state_dir: Path, engine: Path, *, environment: Mapping[str, str] | None = None, cores: Sequence[int] = ()
+    state_dir: Path,
+    engine: Path | None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    cores: Sequence[int] = (),
+    certificate: Path | None = None,
+    ready: bool = True,
 ) -> Iterator[Running]:
-    """A gateway over the engine on the Unix socket `engine`, on a port of its own choosing; ready to answer turns."""
+    """A gateway on a port of its own choosing; ready to answer turns.
+
+    Args:
+        engine: the Unix socket of its engine; None: it starts one, as its settings say.
+        certificate: it serves TLS with this one, as `environment` says.
+        ready: False: it listens, and may not be ready.
+    """
     log = state_dir / "log" / "gateway.log"
     log.parent.mkdir(mode=0o700, exist_ok=True)
     chosen = {
         "HOLDFAST_STATE_DIR": str(state_dir),
         "HOLDFAST_GATEWAY__PORT": "0",
-        "HOLDFAST_ENGINE__SOCKET": str(engine),
+        **({} if engine is None else {"HOLDFAST_ENGINE__SOCKET": str(engine)}),
         **(environment or {}),
     }
     with log.open("ab") as into:
@@ -94,7 +113,10 @@ def running_gateway(
                 return it.port != 0
 
             _wait(it, listens)
-            _wait(it, lambda: get_status(it.port, "/readyz") == 200)
+            socket.create_connection(("127.0.0.1", it.port), timeout=_DEADLINE_S).close()
+            it.accepting_after_s = time.monotonic() - it.spawned_at
+            if ready:
+                _wait(it, lambda: get_status(it.port, "/readyz", certificate) == 200)
             yield it
 
 
@@ -108,9 +130,12 @@ def running_bare_proxy(engine: Path, *, cores: Sequence[int] = ()) -> Iterator[R
         yield proxy
 
 
-def get_status(port: int, path: str) -> int:
-    """The status that a GET answers with; 0 when nothing answers."""
+def get_status(port: int, path: str, certificate: Path | None = None) -> int:
+    """The status that a GET answers with, over TLS where a `certificate` is trusted; 0 when nothing answers."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    if certificate is not None:
+        context = ssl.create_default_context(cafile=str(certificate))
+        connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=5, context=context)
     try:
         connection.request("GET", path)
         return connection.getresponse().status
@@ -140,13 +165,14 @@ def _started(
     # An installed appliance has its bytecode compiled; a process that must compile it first is not what is meant here.
     inherited.pop("PYTHONDONTWRITEBYTECODE", None)
     inherited["PYTHONPYCACHEPREFIX"] = str(REPOSITORY / "build" / "pycache")
+    spawned_at = time.monotonic()
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stderr=stderr,
         env={**inherited, "PYTHONPATH": str(REPOSITORY), **(environment or {})},
     )
-    running = Running(process)
+    running = Running(process, spawned_at=spawned_at)
     try:
         if cores:
             os.sched_setaffinity(process.pid, cores)

@@ -14,23 +14,27 @@ from typing import Any
 
 PREFILL_REDUCTION = 0.983
 TTFT_REDUCTION = 0.90
-# The gateway's own share of a first token (it encrypts and commits), and the noise of a median over ten turns.
-TTFT_OVER_VANILLA = 1.10
-# Where the answers differ (random weights), so does what is prefilled.
-PREFILL_OVER_VANILLA = 1.05
+# No worse than vanilla: in tokens exactly; in time but for what `gateway_overhead` allows the gateway at the median,
+# and 5 % for the noise of a median over ten turns.
+TTFT_ADDED_S = 0.002
+TTFT_NOISE = 0.05
 
 
 def missed(figures: Mapping[str, Any]) -> list[str]:
     """What `figures`, as the command prints them, do not reach; empty when they hold."""
     stateful, vanilla = figures["stateful"], figures["vanilla"]
-    few = vanilla["prefill_tokens_per_turn"] * (1 if figures["identical_output"] else PREFILL_OVER_VANILLA)
-    soon_s = vanilla["ttft_p50_s"] * TTFT_OVER_VANILLA
+    few = vanilla["prefill_tokens_per_turn"]
+    # Where the answers differ (random weights), so do the prompts after them: then each arm's own account compares.
+    comparable = bool(figures["identical_output"])
+    lost, lost_by_vanilla = stateful["account_per_turn"]["lost"], vanilla["account_per_turn"]["lost"]
+    soon_s = vanilla["ttft_p50_s"] * (1 + TTFT_NOISE) + TTFT_ADDED_S
     fewer, sooner = figures["prefill_reduction"], figures["ttft_reduction"]
     prefilled, first_s = stateful["prefill_tokens_per_turn"], stateful["ttft_p50_s"]
     checks = {
         f"prefills {fewer:.2%} fewer tokens, not {PREFILL_REDUCTION:.1%}": fewer >= PREFILL_REDUCTION,
         f"the first token comes {sooner:.1%} sooner, not {TTFT_REDUCTION:.0%}": sooner >= TTFT_REDUCTION,
-        f"prefills {prefilled:g} tokens a turn; by vanilla at most {few:g}": prefilled <= few,
+        f"prefills {prefilled:g} tokens a turn; vanilla {few:g}": prefilled <= few or not comparable,
+        f"loses {lost:g} tokens a turn that could be found again; vanilla {lost_by_vanilla:g}": lost <= lost_by_vanilla,
         f"the first token takes {first_s * 1e3:.1f} ms; by vanilla at most {soon_s * 1e3:.1f}": first_s <= soon_s,
     }
     return [text for text, holds in checks.items() if not holds]

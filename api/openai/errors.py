@@ -69,6 +69,12 @@ class BodyTooLarge(RequestError):
     status: ClassVar[int | None] = 413
 
 
+class TooManyValues(RequestError):
+    """The body has more values than `gateway.max_json_values`."""
+
+    code: ClassVar[str] = "too_many_values"
+
+
 class BodyTooSlow(RequestError):
     """The body did not arrive in time."""
 
@@ -133,7 +139,30 @@ class EngineStarting(HoldfastError):
 
     code: ClassVar[str] = "engine_starting"
     fault: ClassVar[Fault] = Fault.UNAVAILABLE
-    retry_after_s: ClassVar[float] = 2.0
+    retry_after_s: ClassVar[float | None] = 2.0
+
+
+class EngineGone(EngineStarting):
+    """The engine is not ready to answer, and will not be by itself."""
+
+    retry_after_s: ClassVar[float | None] = None
+
+
+def engine_not_ready(why: str, *, for_good: bool) -> EngineStarting:
+    """The error of a request that needs the engine.
+
+    Args:
+        for_good: waiting does not help.
+    """
+    if for_good:
+        return EngineGone(
+            "the engine is not ready", cause=why, remedy="An administrator has to mend it: `holdfast status` says what"
+        )
+    return EngineStarting(
+        "the engine is not ready",
+        cause=why,
+        remedy="Send the request again in a moment; GET /readyz tells when",
+    )
 
 
 class AnswerBroken(HoldfastError):

@@ -52,6 +52,15 @@ def read_hints(headers: Mapping[bytes, bytes], body: Mapping[str, Any]) -> Sessi
     return _NONE
 
 
+def named_session(headers: Mapping[bytes, bytes]) -> bytes | None:
+    """The id of the session that the headers name; None where they name none, or none that can be one."""
+    try:
+        named = read_hints(headers, {}).client_id
+    except RequestError:
+        return None
+    return None if named is None else named.encode("ascii")
+
+
 def _of_header(name: bytes, headers: Mapping[bytes, bytes]) -> SessionHints:
     session = _header(name, headers)
     agent = _header(_CLAUDE_AGENT, headers) if name == _CLAUDE_SESSION and _CLAUDE_AGENT in headers else None

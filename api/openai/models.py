@@ -4,7 +4,7 @@ from typing import Any
 from urllib.parse import quote
 
 from api.answers import REQUEST, Receive, Request, Scope, Send, answer_json, refuse
-from api.openai.errors import EngineStarting, ModelMissing
+from api.openai.errors import ModelMissing, engine_not_ready
 from api.services import Services
 from appliance.engine.client import ModelCard
 from appliance.errors import HoldfastError
@@ -43,11 +43,7 @@ class Models:
     def _visible(self, request: Request) -> list[ModelCard]:
         watch = self._services.watch
         if not watch.ready:
-            raise EngineStarting(
-                "the engine is not ready",
-                cause=watch.summary,
-                remedy="Send the request again in a moment; GET /readyz tells when",
-            )
+            raise engine_not_ready(watch.summary, for_good=watch.failed)
         key = request.known_caller().key
         allowed = key.scopes.models if key is not None else None
         return [model for model in watch.models if allowed is None or model.id in allowed]

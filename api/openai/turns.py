@@ -2,13 +2,16 @@
 
 Rules:
 
-- Before the engine is asked: the key's quota is reserved and the session is known.
+- A request enters its key's quota before its body is read. Before the engine is asked: its tokens are reserved and the
+  session is known.
 - The answer goes to the client as it comes, save its end: the chunk with the last `finish_reason`, the usage and
   `[DONE]` are held back until request, answer and token ids are durable. A client that saw any of them will find its
   transcript. Where the commit fails, an error event takes their place.
 - A turn that was broken off (client gone, engine lost, deadline, gateway stopping) is committed as interrupted, with
   what was generated, if anything was; the engine's work is cancelled at once.
-- What was reserved is settled exactly once, on every way out.
+- What was reserved is settled exactly once, on every way out. Where the engine worked and did not say what it cost,
+  because the client left or the time was up, all that was reserved counts as used.
+- Every send has a deadline, the listener's: a client that does not read is one that is gone (`api.listener`).
 - The status line waits for the engine's first chunk, so that what fails before it has a status of its own.
 """
 
@@ -22,16 +25,16 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 from api.answers import REQUEST, Receive, Request, Scope, Send, answer_json, refuse
-from api.bodies import ClientGone, read_body
+from api.bodies import ClientGone, read_body, refuse_many_values
 from api.openai.chunks import Answer
 from api.openai.errors import (
     AnswerBroken,
     ContextTooLong,
     EngineRefused,
-    EngineStarting,
     ModelMissing,
     TooManyTurns,
     TurnTooLong,
+    engine_not_ready,
     error_object,
 )
 from api.openai.hints import read_hints
@@ -128,23 +131,20 @@ class Turns:
             await refuse(send, request, error)
 
     async def _serve(self, request: Request, receive: Receive, send: Send) -> None:
-        services, settings = self._services, self._settings
-        body = await read_body(request, receive, settings.max_body_bytes)
-        asked = self._endpoint.read(body, lambda given: read_hints(request.headers, given), settings)
-        dropped = asked.dropped.header()
-        if dropped is not None:
-            request.answer_headers.append((b"x-holdfast-dropped", dropped.encode("ascii")))
-        if len(services.lifecycle.turns) >= settings.max_streams:
-            raise TooManyTurns(
-                "the gateway is busy",
-                cause=f"{settings.max_streams} turns run already (gateway.max_streams)",
-                remedy="Send the request again in a moment",
-            )
-        admission = services.quotas.admit(request.known_caller(), asked.turn.model, self._reservation(asked, body))
+        services, lifecycle = self._services, self._services.lifecycle
+        self._refuse_busy()
+        admission = services.quotas.enter(request.known_caller())
         running: _Running | None = None
         try:
-            running = await self._place(request, asked, admission, len(body))
-            services.lifecycle.turns.add(running)
+            asked, body_bytes = await self._read(request, receive)
+            self._refuse_busy()
+            lifecycle.placing += 1
+            try:
+                admission.reserve(asked.turn.model, self._reservation(asked, body_bytes))
+                running = await self._place(request, asked, admission, body_bytes)
+                lifecycle.turns.add(running)
+            finally:
+                lifecycle.placing -= 1
             watcher = asyncio.get_running_loop().create_task(_watch(receive, running))
             try:
                 await (self._stream if asked.stream else self._whole)(request, running, send)
@@ -152,27 +152,47 @@ class Turns:
                 watcher.cancel()
         finally:
             if running is not None:
-                services.lifecycle.turns.discard(running)
+                lifecycle.turns.discard(running)
             if running is None or not running.settled:
                 admission.release()
 
-    def _reservation(self, asked: Asked, body: bytes | bytearray) -> int:
+    def _refuse_busy(self) -> None:
+        lifecycle, most = self._services.lifecycle, self._settings.max_streams
+        # A body that only arrives takes no place: whoever sends slowly would keep others out.
+        if len(lifecycle.turns) + lifecycle.placing >= most:
+            raise TooManyTurns(
+                "the gateway is busy",
+                cause=f"{most} turns run already (gateway.max_streams)",
+                remedy="Send the request again in a moment",
+            )
+
+    async def _read(self, request: Request, receive: Receive) -> tuple[Asked, int]:
+        """What is asked, and how many bytes said so."""
+        settings, held = self._settings, self._services.lifecycle.bodies
+        body = await read_body(request, receive, settings.max_body_bytes, held)
+        try:
+            refuse_many_values(body, settings.max_json_values)
+            asked = self._endpoint.read(body, lambda given: read_hints(request.headers, given), settings)
+        finally:
+            held.give_back(len(body))
+        dropped = asked.dropped.header()
+        if dropped is not None:
+            request.answer_headers.append((b"x-holdfast-dropped", dropped.encode("ascii")))
+        return asked, len(body)
+
+    def _reservation(self, asked: Asked, body_bytes: int) -> int:
         """Tokens, before anything is known but the bounds."""
-        prompt = len(body) // _BYTES_PER_TOKEN
+        prompt = body_bytes // _BYTES_PER_TOKEN
         if asked.max_tokens is not None:
             return prompt + asked.choices * asked.max_tokens
         model = self._services.watch.model(asked.turn.model)
         longest = model.max_model_len if model is not None and model.max_model_len else prompt
-        return max(longest, prompt)
+        return asked.choices * max(longest, prompt)
 
     async def _place(self, request: Request, asked: Asked, admission: Admission, prompt_bytes: int) -> _Running:
         services = self._services
         if not services.watch.ready:
-            raise EngineStarting(
-                "the engine is not ready",
-                cause=services.watch.summary,
-                remedy="Send the request again in a moment; GET /readyz tells when",
-            )
+            raise engine_not_ready(services.watch.summary, for_good=services.watch.failed)
         if services.watch.model(asked.turn.model) is None:
             raise ModelMissing(
                 "there is no such model here",
@@ -182,7 +202,7 @@ class Turns:
             )
         started_at = services.now()
         session = await services.sessions.resolve(request.known_caller(), asked.turn)
-        request.answer_headers.append((b"x-session-id", session.visible_id.encode("latin-1", "replace")))
+        request.session_id = session.visible_id.encode("latin-1", "replace")
         response_id = f"{self._endpoint.id_prefix}{services.new_id()}"
         answer = Answer(
             self._endpoint.kind,
@@ -317,12 +337,14 @@ class Turns:
         )
 
     async def _settle_unanswered(self, running: _Running, failure: HoldfastError | None) -> None:
-        """Nothing was answered: a client that went away pays for its prompt, one that was refused pays nothing."""
+        """Nothing was answered: what a client did not wait for, or asked too much for, it pays; else nothing."""
         self._services.metrics.unanswered()
-        if failure is not None:
+        if failure is not None and not isinstance(failure, TurnTooLong):
             return
         running.settled = True
-        used = running.admission.settle(running.prompt_bytes // _BYTES_PER_TOKEN)
+        # Of a stream, what was generated has been seen: nothing. An answer in one piece may have been nearly whole.
+        at_most = running.prompt_bytes // _BYTES_PER_TOKEN if running.asked.stream else running.admission.reserved
+        used = running.admission.settle(at_most)
         if used:
             await self._services.store.write(used)
 

@@ -4,6 +4,8 @@ Rules:
 
 - An API key is 256 random bits, shown once. The store holds a keyed hash of it; nothing here logs or returns it again.
 - Names and labels are encrypted; they are found by keyed hash.
+- What says who may do what is bound to its row's ciphertext: a row is opened before anything is believed of it, and
+  sealed again when it changes.
 - A revoked key is refused at the very next request: whatever is remembered of keys is dropped by a revocation, and a
   look at the store that one overtook is not remembered.
 - A store that others write to is asked every time.
@@ -22,13 +24,14 @@ from sqlalchemy.engine import RowMapping
 
 from appliance.identity.errors import InvalidApiKey, NameTaken, NotAnAdministrator, UnknownIdentity
 from appliance.identity.types import ApiKey, Caller, Permission, Principal, Role, Scopes, Tenant
-from appliance.store import Change, RowCipher, Store, StoreConflict, key_changes, rotation_changes, tables
+from appliance.store import Change, RowCipher, Store, StoreBusy, StoreConflict, key_changes, rotation_changes, tables
 from appliance.vault import SYSTEM_SCOPE, KeyPurpose, Vault
 
 SECRET_PREFIX = "hf_"  # noqa: S105 (says what a secret begins with)
 _SECRET_BYTES = 32
 _SECRET_LENGTH = len(SECRET_PREFIX) + 43  # base64url without padding
 _KNOWN_CALLERS = 10_000
+_REVOKE_ATTEMPTS = 8
 _INSERT_TENANT = insert(tables.tenants)
 _INSERT_PRINCIPAL = insert(tables.principals)
 _INSERT_API_KEY = insert(tables.api_keys)
@@ -231,7 +234,7 @@ class Identity:
             "principal_id": key.principal_id,
             "tenant_id": key.tenant_id,
             "secret_lookup": self._secret_lookup(secret),
-            "label": label,
+            "label": label or "",
             "scopes": _scopes_text(scopes),
             "created_at": key.created_at,
             "expires_at": expires_at,
@@ -256,30 +259,45 @@ class Identity:
 
         Raises:
             UnknownIdentity: there is no such key.
+            TamperedValue: its row was changed outside; it opens nothing as it is.
+            StoreBusy: others changed it again and again meanwhile.
         """
-        api_keys = tables.api_keys
-        revoked_at = self._now()
-
-        def work(db: Connection) -> RowMapping | None:
-            db.execute(
-                update(api_keys)
-                .where(api_keys.c.key_id == key_id, api_keys.c.revoked_at.is_(None))
-                .values(revoked_at=revoked_at)
-            )
-            return db.execute(select(api_keys).where(api_keys.c.key_id == key_id)).mappings().first()
-
         self._forget_callers()
         try:
-            row = await self._store.transact(work)
+            for _ in range(_REVOKE_ATTEMPTS):
+                row = await self._key_row(key_id)
+                if row["revoked_at"] is not None or await self._revoke(row):
+                    return self._api_key(await self._key_row(key_id))
         finally:
             self._forget_callers()
+        raise StoreBusy(
+            f"the API key {key_id} is not revoked",
+            cause="somebody else changed it each time that it was looked at",
+            remedy="Revoke it again",
+        )
+
+    # Private
+
+    async def _key_row(self, key_id: str) -> RowMapping:
+        query = select(tables.api_keys).where(tables.api_keys.c.key_id == key_id)
+        row = await self._store.read(lambda db: db.execute(query).mappings().first())
         if row is None:
             raise UnknownIdentity(
                 f"there is no API key {key_id}", cause="no key has that id", remedy="`holdfast key list` names them"
             )
-        return self._api_key(row)
+        return row
 
-    # Private
+    async def _revoke(self, row: RowMapping) -> bool:
+        """Whether the key was revoked: not when its row has become another one since it was read."""
+        api_keys = tables.api_keys
+        opened = self._rows.open(api_keys, row)
+        revoked = {**opened, "revoked_at": self._now(), "row_version": row["row_version"] + 1}
+        statement = (
+            update(api_keys)
+            .where(api_keys.c.key_id == row["key_id"], api_keys.c.row_version == row["row_version"])
+            .values(self._seal(api_keys, revoked))
+        )
+        return await self._store.transact(lambda db: db.execute(statement).rowcount == 1)
 
     async def _caller_of_secret(self, lookup: bytes) -> Caller:
         api_keys, principals, tenants = tables.api_keys, tables.principals, tables.tenants
@@ -340,7 +358,7 @@ class Identity:
             key_id=row["key_id"],
             tenant_id=row["tenant_id"],
             principal_id=row["principal_id"],
-            label=_text(self._rows.open(tables.api_keys, row)["label"]),
+            label=_text(self._rows.open(tables.api_keys, row)["label"]) or None,
             scopes=_scopes(row["scopes"]),
             created_at=row["created_at"],
             expires_at=row["expires_at"],

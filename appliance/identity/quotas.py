@@ -2,9 +2,11 @@
 
 Rules:
 
-- A turn's tokens are reserved when it is admitted, as if it used all that it may, and settled when it is over.
+- A request enters first, which costs nothing to decide: its rate and how many run at once. What it asks for is looked
+  at afterwards. One that was refused then has been a request all the same.
+- A turn's tokens are reserved before it runs, as if it used all that it may, and settled when it is over.
 - What was admitted is settled or released exactly once; doing it again changes nothing.
-- A day is a UTC day. A turn counts for the day on which it was admitted.
+- A day is a UTC day. A turn counts for the day on which its tokens were reserved.
 - What a day has used is stored with the turn that used it, in one transaction; reservations live in memory only.
 """
 
@@ -38,24 +40,37 @@ class _Use:
 
 
 class Admission:
-    """A turn that was let in. Settle it with what it used, or release it."""
+    """A request that was let in. Reserve its tokens; then settle it with what it used, or release it.
 
-    __slots__ = ("_day", "_key_id", "_open", "_quotas", "_reserved", "_stored")
+    Attributes:
+        reserved: tokens.
+    """
 
-    def __init__(self, quotas: "Quotas", key_id: str, day: str, reserved: int, *, stored: bool) -> None:
+    __slots__ = ("_day", "_key", "_open", "_quotas", "reserved")
+
+    def __init__(self, quotas: "Quotas", key: ApiKey) -> None:
         self._quotas = quotas
-        self._key_id = key_id
-        self._day = day
-        self._reserved = reserved
-        self._stored = stored
+        self._key = key
+        self._day = ""
         self._open = True
+        self.reserved = 0
+
+    def reserve(self, model: str, tokens: int) -> None:
+        """Let the turn run that may use `tokens`. Blocks for one read when a key is first seen in a day.
+
+        Raises:
+            ModelNotAllowed: the key may not ask for the model.
+            DailyTokensSpent: the day's tokens do not suffice.
+        """
+        self._day = self._quotas._reserve(self._key, model, tokens)
+        self.reserved = tokens
 
     def settle(self, tokens: int) -> list[Change]:
         """The turn is over and used `tokens`; returns what to commit with it."""
         if not self._open:
             return []
         self._open = False
-        return self._quotas._end(self._key_id, self._day, self._reserved, tokens, stored=self._stored)
+        return self._quotas._end(self._key, self._day, self.reserved, tokens)
 
     def release(self) -> None:
         """The turn is over and used nothing."""
@@ -75,23 +90,16 @@ class Quotas:
         self._uses: dict[str, _Use] = {}
         self._add = _add_statement(store.dialect)
 
-    def admit(self, caller: Caller, model: str, reserve_tokens: int) -> Admission:
-        """Let a turn in that may use `reserve_tokens` tokens. Blocks for one read when a key is first seen in a day.
+    def enter(self, caller: Caller) -> Admission:
+        """Let a request in, before anything of it is read.
 
         Raises:
-            ModelNotAllowed: the key may not ask for the model.
-            RateLimited, TooManyConcurrent, DailyTokensSpent: it asked for too much.
+            RateLimited, TooManyConcurrent: the key asks too often, or for too much at once.
         """
         key = caller.key
         if key is None:
             raise TypeError("only an API key is admitted to a model")
         scopes, now = key.scopes, self._now()
-        if scopes.models is not None and model not in scopes.models:
-            raise ModelNotAllowed(
-                f"this key may not use the model {model!r}",
-                cause=f"it is for {', '.join(sorted(scopes.models)) or 'no model'}",
-                remedy="Ask for one of those, or ask an administrator for another key",
-            )
         use = self._uses.setdefault(key.key_id, _Use())
         self._check_rate(use, scopes.requests_per_minute, now)
         if scopes.concurrent_requests is not None and use.running >= scopes.concurrent_requests:
@@ -100,13 +108,25 @@ class Quotas:
                 cause=f"{use.running} of this key's requests are running, and it may have {scopes.concurrent_requests}",
                 remedy="Wait until one is over",
             )
-        day = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d")
-        self._check_day(key, use, day, now, reserve_tokens)
         if scopes.requests_per_minute is not None:
             use.recent.append(now)
         use.running += 1
-        use.reserved += reserve_tokens
-        return Admission(self, key.key_id, day, reserve_tokens, stored=scopes.tokens_per_day is not None)
+        return Admission(self, key)
+
+    def _reserve(self, key: ApiKey, model: str, tokens: int) -> str:
+        """The day that the tokens are of."""
+        scopes, now = key.scopes, self._now()
+        if scopes.models is not None and model not in scopes.models:
+            raise ModelNotAllowed(
+                f"this key may not use the model {model!r}",
+                cause=f"it is for {', '.join(sorted(scopes.models)) or 'no model'}",
+                remedy="Ask for one of those, or ask an administrator for another key",
+            )
+        use = self._uses[key.key_id]
+        day = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d")
+        self._check_day(key, use, day, now, tokens)
+        use.reserved += tokens
+        return day
 
     def _check_rate(self, use: _Use, limit: int | None, now: float) -> None:
         if limit is None:
@@ -145,15 +165,15 @@ class Quotas:
         query = select(quota_days.c.tokens).where(quota_days.c.api_key_id == key_id, quota_days.c.day == day)
         return self._store.read_blocking(lambda db: db.execute(query).scalar()) or 0
 
-    def _end(self, key_id: str, day: str, reserved: int, tokens: int, *, stored: bool) -> list[Change]:
-        use = self._uses[key_id]
+    def _end(self, key: ApiKey, day: str, reserved: int, tokens: int) -> list[Change]:
+        use = self._uses[key.key_id]
         use.running -= 1
         if use.day == day:
             use.reserved -= reserved
             use.used += tokens
-        if not stored or tokens == 0:
+        if key.scopes.tokens_per_day is None or tokens == 0:
             return []
-        return [Change(self._add, {"api_key_id": key_id, "day": day, "tokens": tokens})]
+        return [Change(self._add, {"api_key_id": key.key_id, "day": day, "tokens": tokens})]
 
 
 def _add_statement(dialect: str) -> Executable:

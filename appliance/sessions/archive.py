@@ -5,6 +5,7 @@ Rules:
 - A client sees its own sessions; whoever watches over a tenant sees the tenant's; one of the appliance sees all.
 - To know of a session is not to read it: another principal's text needs the scope `transcript:read`.
 - A session that may not be known of is as missing as one that never was.
+- Whose a session is, is believed of a row that opens, and of no other.
 """
 
 import asyncio
@@ -103,6 +104,9 @@ class Archive:
 
         A client sees its own; an operator, an auditor or an administrator of a tenant sees the tenant's; one of the
         appliance sees all.
+
+        Raises:
+            TamperedValue: a row was changed outside the appliance; it is named.
         """
         sessions = tables.sessions
         query = select(sessions).order_by(sessions.c.last_used_at.desc()).limit(limit)
@@ -113,7 +117,7 @@ class Archive:
         if caller.principal.role is Role.CLIENT:
             query = query.where(sessions.c.principal_id == caller.principal.principal_id)
         rows = await self._store.read(lambda db: db.execute(query).mappings().all())
-        return [self._summary(row) for row in rows]
+        return await asyncio.to_thread(lambda: [self._summary(self._verified(row)) for row in rows])
 
     async def summary(self, caller: Caller, session_id: str) -> SessionSummary:
         """What may be known of one session.
@@ -154,6 +158,11 @@ class Archive:
         row = await self._store.read(lambda db: db.execute(query).mappings().first())
         if row is None:
             raise unknown_session(session_id)
+        return self._verified(row)
+
+    def _verified(self, row: RowMapping) -> RowMapping:
+        """The row of a session, when it opens; raises TamperedValue when it does not."""
+        self._rows.open(tables.sessions, row)
         return row
 
     def _read_transcript(self, row: RowMapping, rows: Sequence[RowMapping]) -> Transcript:
@@ -183,7 +192,7 @@ class Archive:
                 )
             )
         client_id = self._rows.open(tables.sessions, row)["client_id"]
-        return Transcript(self._summary(row), text_or_none(client_id), turns)
+        return Transcript(self._summary(row), text_or_none(client_id) or None, turns)
 
     def _summary(self, row: RowMapping) -> SessionSummary:
         return SessionSummary(

@@ -224,7 +224,7 @@ class Sessions(Archive):
         if positions:
             links = self._links(tenant_id, principal_id, messages)
             candidates = [links[position - 1] for position in positions]
-            known = await self._known_link(tenant_id, candidates)
+            known = await self._known_link(tenant_id, principal_id, candidates)
             if known is not None:
                 live, at_turn = known
                 if live.turns == at_turn:
@@ -232,8 +232,10 @@ class Sessions(Archive):
                 return self._begin(tenant_id, principal_id, Origin.INFERRED, parent=live), links
         return self._begin(tenant_id, principal_id, Origin.NEW), links
 
-    async def _known_link(self, tenant_id: str, candidates: Sequence[bytes]) -> tuple[_Live, int] | None:
-        """The session and turn of the first candidate that was an answer of ours."""
+    async def _known_link(
+        self, tenant_id: str, principal_id: str, candidates: Sequence[bytes]
+    ) -> tuple[_Live, int] | None:
+        """The session and turn of the first candidate that was an answer of ours to this principal."""
         for link in candidates:
             session_id, at_turn = self._by_link.get(link, ("", 0))
             live = self._live.get(session_id)
@@ -246,6 +248,8 @@ class Sessions(Archive):
                 select(sessions, chain.c.link.label("link"), chain.c.turn_number.label("turn_number"))
                 .join(sessions, chain.c.session_id == sessions.c.session_id)
                 .where(chain.c.tenant_id == tenant_id, chain.c.link.in_(candidates))
+                # A link is nobody's but its principal's; but which session it leads to is bound to nothing.
+                .where(sessions.c.tenant_id == tenant_id, sessions.c.principal_id == principal_id)
             ).mappings()
             by_link = {bytes(row["link"]): row for row in rows}
             return next((by_link[link] for link in candidates if link in by_link), None)
@@ -255,10 +259,11 @@ class Sessions(Archive):
 
     async def _load(self, row: RowMapping) -> _Live:
         session_id = row["session_id"]
+        # First of all: that the row is this caller's is so far only what the database says.
+        opened = self._rows.open(tables.sessions, row)
         known = self._live.get(session_id)
         if known is not None:
             return known
-        opened = self._rows.open(tables.sessions, row)
         tree_id = row["tree_id"]
         epoch = await self._epoch(tree_id)
         known = self._live.get(session_id)
@@ -269,7 +274,7 @@ class Sessions(Archive):
             tenant_id=row["tenant_id"],
             principal_id=row["principal_id"],
             tree_id=tree_id,
-            client_id=text_or_none(opened["client_id"]),
+            client_id=text_or_none(opened["client_id"]) or None,
             epoch=epoch,
             turns=row["turns"],
             origin=Origin(row["origin"]),
@@ -398,7 +403,7 @@ class Sessions(Archive):
             "tree_id": live.tree_id,
             "parent_session_id": live.parent_session_id,
             "client_id_lookup": lookup,
-            "client_id": live.client_id,
+            "client_id": live.client_id or "",
             "model": turn.model,
             "origin": live.origin.value,
             "created_at": outcome.started_at,

@@ -1,22 +1,32 @@
-"""Columns that hold ciphertext only, and the cipher that fills and reads them.
+"""Columns that hold ciphertext only, columns that are bound to them, and the cipher that fills and reads both.
 
 Rules:
 
 - An `Encrypted` column takes an `Envelope` and nothing else: text that nobody encrypted cannot be stored by mistake.
 - A ciphertext is bound to its table, column, row, tenant and the row's version. One that was moved, cut or put under
   another version of its row does not open; the error names the row.
+- A column with `info=BOUND` is in plaintext, for the database to search and for nobody to change: every ciphertext of
+  its row is bound to its value too. Whoever updates one seals the row again, under the next version.
 - Reading returns the plaintext or raises. No function says whether a row is authentic.
 """
 
+import hashlib
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Dialect, LargeBinary, Table
+from sqlalchemy import Dialect, Double, Integer, LargeBinary, Table, Text
 from sqlalchemy.engine import RowMapping
-from sqlalchemy.types import TypeDecorator
+from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from appliance.vault import SYSTEM_SCOPE, Binding, KeyPurpose, TamperedValue, Vault
+from appliance.vault.keys import length_prefixed
+
+BOUND: dict[Any, Any] = {"bound": True}
+"""The `info` of a column whose value every ciphertext of its row is bound to."""
+
+_DOUBLE = struct.Struct(">d")
 
 
 class Envelope(bytes):
@@ -44,6 +54,7 @@ class _Layout:
     table: str
     row_id: str
     encrypted: tuple[tuple[str, bool], ...]  # column, may be NULL
+    bound: tuple[tuple[str, bytes, TypeEngine[Any]], ...]  # column, its name as bytes, its type; by name
 
 
 class RowCipher:
@@ -57,14 +68,16 @@ class RowCipher:
         """A copy of `row` with its plaintext `bytes` and `str` encrypted; NULL stays NULL.
 
         Args:
-            row: holds the primary key, `tenant_id` (NULL: the appliance's own) and `row_version`.
+            row: holds the primary key, `tenant_id` (NULL: the appliance's own), `row_version` and every bound column.
             scope: whose key: `SYSTEM_SCOPE`, a tenant or a session.
 
         Raises:
             VaultSealed, KeyMissing, KeyExhausted: the key cannot be used.
+            TypeError: a value is not of its column's type.
         """
         layout = self._layout(table)
-        row_id, tenant, version = _bound(layout, row)
+        row_id, tenant, version = _place(layout, row)
+        beside = _beside(layout, row)
         sealed = dict(row)
         for column, _ in layout.encrypted:
             plaintext = row.get(column)
@@ -74,24 +87,31 @@ class RowCipher:
                 plaintext = plaintext.encode()
             elif not isinstance(plaintext, bytes):
                 raise TypeError(f"{layout.table}.{column} takes bytes or str, not {type(plaintext).__name__}")
-            binding = Binding(layout.table, column, row_id, tenant, version)
+            binding = Binding(layout.table, column, row_id, tenant, version, beside)
             sealed[column] = Envelope(self._vault.encrypt(scope, purpose, plaintext, binding))
         return sealed
 
     def open(self, table: Table, row: RowMapping | Mapping[str, Any]) -> dict[str, object]:
         """A copy of `row` with its `Encrypted` columns as plaintext `bytes`; NULL stays NULL.
 
+        Args:
+            row: a whole row; an encrypted column may be left out, a bound one may not.
+
         Raises:
             TamperedValue: a value was changed, cut, moved or removed outside; it names table, row and column.
             VaultSealed, KeyMissing: the key cannot be used.
         """
         layout = self._layout(table)
-        row_id, tenant, version = _bound(layout, row)
+        row_id, tenant, version = _place(layout, row)
+        try:
+            beside = _beside(layout, row)
+        except TypeError:  # SQLite keeps what it is given, of whatever type
+            raise TamperedValue(Binding(layout.table, layout.encrypted[0][0], row_id, tenant, version)) from None
         opened: dict[str, object] = dict(row)
         for column, nullable in layout.encrypted:
             if column not in opened:
                 continue
-            binding = Binding(layout.table, column, row_id, tenant, version)
+            binding = Binding(layout.table, column, row_id, tenant, version, beside)
             envelope = opened[column]
             if envelope is None:
                 if not nullable:
@@ -107,10 +127,43 @@ class RowCipher:
             encrypted = tuple(
                 (column.name, bool(column.nullable)) for column in table.columns if isinstance(column.type, Encrypted)
             )
-            layout = self._layouts[table.name] = _Layout(table.name, row_id, encrypted)
+            bound = tuple(
+                (name, length_prefixed(name.encode()), table.columns[name].type)
+                for name in sorted(column.name for column in table.columns if column.info.get("bound"))
+            )
+            layout = self._layouts[table.name] = _Layout(table.name, row_id, encrypted, bound)
         return layout
 
 
-def _bound(layout: _Layout, row: RowMapping | Mapping[str, Any]) -> tuple[str, str, int]:
-    """What a row's ciphertexts are bound to: its id, its tenant, its version."""
+def _place(layout: _Layout, row: RowMapping | Mapping[str, Any]) -> tuple[str, str, int]:
+    """Where a row's ciphertexts belong: its id, its tenant, its version."""
     return row[layout.row_id], row["tenant_id"] or SYSTEM_SCOPE, row["row_version"]
+
+
+def _beside(layout: _Layout, row: RowMapping | Mapping[str, Any]) -> bytes:
+    """The digest of a row's bound columns: SHA-256 of each name and value, with its length before it; empty for none.
+
+    Raises:
+        TypeError: a value is not of its column's type.
+    """
+    if not layout.bound:
+        return b""
+    said = [named + _canonical(kind, row[name]) for name, named, kind in layout.bound]
+    return hashlib.sha256(b"".join(said)).digest()
+
+
+def _canonical(kind: TypeEngine[Any], value: object) -> bytes:
+    """A value as bytes that any database gives back the same; NULL is not the empty value."""
+    if value is None:
+        return b"\0"
+    if isinstance(kind, Text) and isinstance(value, str):
+        said = value.encode()
+    elif isinstance(kind, Integer) and isinstance(value, int) and not isinstance(value, bool):
+        said = b"%d" % value
+    elif isinstance(kind, Double) and isinstance(value, int | float) and not isinstance(value, bool):
+        said = _DOUBLE.pack(value)
+    elif isinstance(kind, LargeBinary) and isinstance(value, bytes | memoryview):
+        said = bytes(value)
+    else:
+        raise TypeError(f"a column of {kind!r} holds no {type(value).__name__}")
+    return b"\1" + length_prefixed(said)

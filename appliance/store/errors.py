@@ -68,6 +68,13 @@ class SchemaTooNew(HoldfastError):
     fault: ClassVar[Fault] = Fault.CONFLICT
 
 
+class SchemaUnreleased(HoldfastError):
+    """The database was written by a version in development, before any release."""
+
+    code: ClassVar[str] = "schema_unreleased"
+    fault: ClassVar[Fault] = Fault.CONFLICT
+
+
 class BackupUnsupported(HoldfastError):
     """This database is backed up with its own tools."""
 

@@ -1,15 +1,16 @@
-"""Brings a database to the schema of this version, and refuses one that is newer.
+"""Brings a database to the schema of this version, and refuses one that is newer or was never released.
 
 Alembic is imported only when there is something to do: it costs a quarter of a second that a start does not have.
 """
 
 import logging
+import shlex
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine, text
 
-from appliance.store.errors import SchemaTooNew
-from appliance.store.migrations import HEAD
+from appliance.store.errors import SchemaTooNew, SchemaUnreleased
+from appliance.store.migrations import HEAD, UNRELEASED
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _ADVISORY_LOCK = 0x486F6C64  # two gateways that start at once migrate one after the other
@@ -20,6 +21,7 @@ def upgrade(engine: Engine, place: str) -> None:
 
     Raises:
         SchemaTooNew: the database is at a revision that this version does not know.
+        SchemaUnreleased: it is at one that no release ever wrote.
     """
     with engine.begin() as db:
         if db.dialect.name == "postgresql":
@@ -37,6 +39,12 @@ def _revision(db: Connection) -> str | None:
 
 
 def _run_migrations(db: Connection, revision: str | None, place: str) -> None:
+    if revision in UNRELEASED:
+        raise SchemaUnreleased(
+            f"{place} was written by a version in development",
+            cause=f"its schema is at revision {revision}, which was never released; what it encrypted does not open",
+            remedy=_start_again(db, place),
+        )
     from alembic import command
     from alembic.config import Config
     from alembic.script import ScriptDirectory
@@ -53,3 +61,13 @@ def _run_migrations(db: Connection, revision: str | None, place: str) -> None:
         )
     logging.getLogger("alembic").setLevel(logging.WARNING)
     command.upgrade(config, HEAD)
+
+
+def _start_again(db: Connection, place: str) -> str:
+    if db.dialect.name != "sqlite":
+        return "Make a new database and name it in store.url; nothing of the old one can be carried over"
+    directory = Path(place).parent
+    return (
+        f"Remove the directory, a demonstration's too, with `rm -r {shlex.quote(str(directory))}`, and start "
+        "again with `holdfast init` or `holdfast up --demo`"
+    )

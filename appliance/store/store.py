@@ -22,9 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, bindparam, delete, insert, literal, select
 
-from appliance.store import connections, erasure, schema
+from appliance.store import connections, erasure, schema, tables
 from appliance.store.checkpoints import Checkpoints
 from appliance.store.connections import Connections
 from appliance.store.errors import BackupFailed, BackupUnsupported, busy, closed, meaning
@@ -33,6 +33,10 @@ from appliance.store.writer import Change, Waiting, Writer
 T = TypeVar("T")
 
 _WAITING_READS = 4096
+_PROBE = "written-to"
+_LOOK = select(literal(1))
+_PROBED = insert(tables.meta)
+_FORGET_PROBE = delete(tables.meta).where(tables.meta.c.name == bindparam("b_name"))
 
 
 class Store:
@@ -149,6 +153,18 @@ class Store:
                 return work(db)
 
         return await self._alone(alone)
+
+    async def check(self) -> None:
+        """Whether this can be read and, where the last write failed, written to again.
+
+        Raises:
+            StoreFull, StoreBusy, StoreUnavailable: it cannot.
+        """
+        if self._writer.failure is not None:
+            await self.write(
+                [Change(_FORGET_PROBE, {"b_name": _PROBE}), Change(_PROBED, {"name": _PROBE, "value": ""})]
+            )
+        await self.read(lambda db: db.execute(_LOOK).scalar())
 
     async def erase(self) -> None:
         """Make the deletion of keys true on disk: what was deleted is in no file of the database when this returns.

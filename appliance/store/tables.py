@@ -6,7 +6,10 @@ Rules:
 - A person's words, names and ids are in `Encrypted` columns only; what must be found again has a keyed hash beside it
   (`…_lookup`).
 - A table with `Encrypted` columns has one primary key column, a `tenant_id` and a `row_version`: all three are bound
-  into its ciphertexts. `row_version` counts the versions of what is encrypted.
+  into its ciphertexts. `row_version` counts the versions of what is encrypted or bound.
+- What says who may do what, whose a row is, or how it is found, is bound (`info=BOUND`): who can write the database and
+  has no key cannot change it unnoticed. Such a table has an `Encrypted` column that is never NULL; where there may be
+  nothing to say in it, nothing is sealed. A new bound column needs the rows sealed again.
 - A change here needs a migration: `tests/unit/store` compares the two.
 """
 
@@ -25,7 +28,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-from appliance.store.encrypted import Encrypted
+from appliance.store.encrypted import BOUND, Encrypted
 
 metadata = MetaData(
     naming_convention={
@@ -64,10 +67,10 @@ tenants = Table(
     "tenants",
     metadata,
     Column("tenant_id", Text, primary_key=True),
-    Column("name_lookup", LargeBinary, nullable=False, unique=True),
+    Column("name_lookup", LargeBinary, nullable=False, unique=True, info=BOUND),
     Column("name", Encrypted, nullable=False),
-    Column("idle_timeout_s", Double),
-    Column("isolation", Text, nullable=False, server_default="session"),
+    Column("idle_timeout_s", Double, info=BOUND),
+    Column("isolation", Text, nullable=False, server_default="session", info=BOUND),
     Column("created_at", Double, nullable=False),
     Column("row_version", Integer, nullable=False),
 )
@@ -77,11 +80,11 @@ principals = Table(
     metadata,
     Column("principal_id", Text, primary_key=True),
     Column("tenant_id", Text, ForeignKey("tenants.tenant_id")),
-    Column("name_lookup", LargeBinary, nullable=False, unique=True),
+    Column("name_lookup", LargeBinary, nullable=False, unique=True, info=BOUND),
     Column("name", Encrypted, nullable=False),
-    Column("role", Text, nullable=False),
-    Column("uid", BigInteger, unique=True),
-    Column("permissions", Text, nullable=False),
+    Column("role", Text, nullable=False, info=BOUND),
+    Column("uid", BigInteger, unique=True, info=BOUND),
+    Column("permissions", Text, nullable=False, info=BOUND),
     Column("created_at", Double, nullable=False),
     Column("row_version", Integer, nullable=False),
     Index(None, "tenant_id"),
@@ -91,14 +94,14 @@ api_keys = Table(
     "api_keys",
     metadata,
     Column("key_id", Text, primary_key=True),
-    Column("principal_id", Text, ForeignKey("principals.principal_id"), nullable=False),
+    Column("principal_id", Text, ForeignKey("principals.principal_id"), nullable=False, info=BOUND),
     Column("tenant_id", Text, ForeignKey("tenants.tenant_id")),
-    Column("secret_lookup", LargeBinary, nullable=False, unique=True),
-    Column("label", Encrypted),
-    Column("scopes", Text, nullable=False),
+    Column("secret_lookup", LargeBinary, nullable=False, unique=True, info=BOUND),
+    Column("label", Encrypted, nullable=False),
+    Column("scopes", Text, nullable=False, info=BOUND),
     Column("created_at", Double, nullable=False),
-    Column("expires_at", Double),
-    Column("revoked_at", Double),
+    Column("expires_at", Double, info=BOUND),
+    Column("revoked_at", Double, info=BOUND),
     Column("row_version", Integer, nullable=False),
     Index(None, "principal_id"),
     Index(None, "tenant_id"),
@@ -118,11 +121,11 @@ sessions = Table(
     metadata,
     Column("session_id", Text, primary_key=True),
     Column("tenant_id", Text, nullable=False),
-    Column("principal_id", Text, nullable=False),
-    Column("tree_id", Text, nullable=False),
+    Column("principal_id", Text, nullable=False, info=BOUND),
+    Column("tree_id", Text, nullable=False, info=BOUND),
     Column("parent_session_id", Text),
-    Column("client_id_lookup", LargeBinary),
-    Column("client_id", Encrypted),
+    Column("client_id_lookup", LargeBinary, info=BOUND),
+    Column("client_id", Encrypted, nullable=False),
     Column("model", Text, nullable=False),
     Column("origin", Text, nullable=False),
     Column("turns", Integer, nullable=False),
@@ -140,9 +143,9 @@ turns = Table(
     "turns",
     metadata,
     Column("turn_id", Text, primary_key=True),
-    Column("session_id", Text, ForeignKey("sessions.session_id"), nullable=False),
+    Column("session_id", Text, ForeignKey("sessions.session_id"), nullable=False, info=BOUND),
     Column("tenant_id", Text, nullable=False),
-    Column("number", Integer, nullable=False),
+    Column("number", Integer, nullable=False, info=BOUND),
     Column("response_id", Text, nullable=False),
     Column("model", Text, nullable=False),
     Column("state", Text, nullable=False),

@@ -21,6 +21,7 @@ from typing import Any
 
 from sqlalchemy import Engine, Executable, PoolProxiedConnection, exc
 
+from appliance.errors import HoldfastError
 from appliance.store.errors import StoreFull, StoreUnavailable, busy, closed
 from appliance.store.prepared import Prepared
 
@@ -77,6 +78,9 @@ class Writer:
         committed: told how many change sets a commit had, outside of a transaction.
         capacity: how many change sets may wait.
         most_together: how many go into one transaction at most.
+
+    Attributes:
+        failure: why the last transaction was not written, where that was the database's or its disk's fault.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class Writer:
         self._waiting: deque[Waiting] = deque()
         self._wake = threading.Condition()
         self._closed = False
+        self.failure: HoldfastError | None = None
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
         self._thread.start()
 
@@ -138,9 +143,18 @@ class Writer:
                 outcomes = [self._alone(together[0])] if together[0].alone is not None else self._commit(together)
             except BaseException as error:  # a defect of ours: whoever waits must not wait for ever
                 outcomes = [(waiting, None, error) for waiting in together]
+            self._remember(outcomes)
             _deliver(outcomes)
             self._committed(len(together))
         self._let_go()
+
+    def _remember(self, outcomes: Sequence[_Outcome]) -> None:
+        errors = [error for _, _, error in outcomes]
+        broken = [error for error in errors if isinstance(error, StoreFull | StoreUnavailable)]
+        if broken:
+            self.failure = broken[-1]
+        elif None in errors:
+            self.failure = None
 
     def _next(self) -> list[Waiting]:
         """What goes into the next transaction; empty: there is nothing left and the writer is closed."""

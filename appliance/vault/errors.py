@@ -86,7 +86,7 @@ class TamperedValue(HoldfastError):
     def __init__(self, binding: Binding) -> None:
         super().__init__(
             f"the value of {binding.table}.{binding.column} in row {binding.row} is refused",
-            cause="it was changed, cut, or moved from another row, column, tenant or version outside the appliance",
+            cause="outside the appliance, it was changed, cut or moved, or a value of its row was that is bound to it",
             remedy="Find out who can write the database; restore the row from a backup",
         )
         self.binding = binding

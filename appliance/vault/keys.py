@@ -98,18 +98,23 @@ class Rotation:
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """The place that a ciphertext belongs to. It opens there and nowhere else."""
+    """The place that a ciphertext belongs to. It opens there and nowhere else.
+
+    Attributes:
+        beside: a digest of what stands beside it in plaintext and must stay as it is; empty where nothing must.
+    """
 
     table: str
     column: str
     row: str
     tenant: str
     version: int
+    beside: bytes = b""
 
     def associated_data(self) -> bytes:
         """The place as bytes: each part with its length before it, so that no two places read the same."""
-        parts = (self.table.encode(), self.column.encode(), self.row.encode(), self.tenant.encode())
-        return b"".join((b"holdfast-1", *map(length_prefixed, parts), _UINT64.pack(self.version)))
+        parts = (self.table.encode(), self.column.encode(), self.row.encode(), self.tenant.encode(), self.beside)
+        return b"".join((b"holdfast-2", *map(length_prefixed, parts), _UINT64.pack(self.version)))
 
 
 def length_prefixed(part: bytes) -> bytes:

@@ -3,7 +3,8 @@
 import contextlib
 import json
 import socket
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,14 @@ def _unchunked(body: bytes) -> bytes:
         count = int(size, 16)
         whole, body = whole + rest[:count], rest[count + 2 :]
     return whole
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another process is about to do; fails at the deadline."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager

@@ -1,15 +1,16 @@
 """Input that is wrong, hostile, or too much: each has an answer, and none reaches the engine."""
 
+import contextlib
 import json
 import resource
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from api.openai.fields import CHAT, COMPLETION
 from benchmarks.stub import MODEL
-from tests.e2e.api.conftest import Answer, Served
+from tests.e2e.api.conftest import Answer, Served, until
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -104,8 +105,30 @@ def test_media_is_refused_and_reaches_nothing(served: Served, part: dict[str, An
 
 def test_100_000_messages_are_refused(served: Served) -> None:
     answer = chat(served, {"model": MODEL, "messages": [{"role": "user", "content": "x"}] * 100_000})
-    assert answer.status == 400
-    assert "100000" in answer.json["error"]["message"]
+    assert (answer.status, answer.code) == (400, "too_many_values")
+
+
+def test_a_message_more_than_allowed_is_one_too_many(served: Served) -> None:
+    answer = chat(served, {"model": MODEL, "messages": [{"role": "user", "content": "x"}] * 20_001})
+    assert (answer.status, answer.code) == (400, "invalid_request")
+    assert "20001" in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize("value", [b"[],", b"{},", b"1,", b'{"a":[]},'])
+def test_a_body_of_many_values_is_refused_before_it_is_parsed(served: Served, value: bytes) -> None:
+    before = served.gateway.cpu_s
+    answer = chat(served, b'{"x":[' + value * ((15 << 20) // len(value)) + b"0]}")
+    assert (answer.status, answer.code) == (400, "too_many_values")
+    assert "gateway.max_json_values" in answer.json["error"]["cause"]
+    assert served.gateway.cpu_s - before < 0.5  # parsing it takes several seconds
+
+
+def test_a_key_that_may_not_ask_now_is_refused_before_its_body_is_read(served: Served) -> None:
+    key = served.new_key(principal="hasty", requests_per_minute=1).secret
+    assert served.ask(api_key=key).status == 200
+    refused = served.send("POST", "/v1/completions", headers={"Content-Length": str(8 << 20)}, api_key=key)
+    assert (refused.status, refused.code) == (429, "rate_limit_exceeded")
+    assert refused.headers["connection"] == "close"
 
 
 OUT_OF_BOUNDS: list[dict[str, Any]] = [
@@ -291,21 +314,46 @@ def test_a_refusal_that_quotes_the_salt_is_not_repeated(served: Served) -> None:
     assert "as it was told to" in plain.json["error"]["message"]
 
 
-def test_when_the_disk_is_full_a_turn_is_refused_by_name_and_goes_on_when_there_is_room(
-    served: Served, tmp_path: Path
-) -> None:
+@contextlib.contextmanager
+def full_disk(served: Served) -> Iterator[None]:
+    """Within it, the gateway can extend no file, nor write behind the first page of one."""
     pid = served.gateway.process.pid
     unlimited = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-    full = max(path.stat().st_size for path in served.state_dir.glob("holdfast.db*"))
-    resource.prlimit(pid, resource.RLIMIT_FSIZE, (full, unlimited[1]))
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, unlimited[1]))
     try:
-        whole = served.ask("x" * 200_000 + ' @stub {"chunks": 2}', session="full", max_tokens=5)
-        events = served.ask("y" * 20_000 + ' @stub {"chunks": 2}', session="full", stream=True).events
+        yield
     finally:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
-    assert whole.status in (400, 503)
-    assert "[DONE]" not in events
-    assert events[-1]["error"]["code"] == "store_full"
-    assert str(served.state_dir) in events[-1]["error"]["message"]
-    assert not any(event.get("choices", [{}])[0].get("finish_reason") for event in events)
-    assert served.ask("room again", session="full").status == 200
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_when_the_disk_is_full_a_turn_is_refused_by_name_and_goes_on_when_there_is_room(
+    served: Served, stream: bool
+) -> None:
+    session = f"full-{stream}"
+    before = served.engine_seen()["requests"]
+    with full_disk(served):
+        answer = served.ask('hello @stub {"chunks": 2}', session=session, stream=stream)
+    assert served.engine_seen()["requests"] == before + 1  # it was answered, and could not be kept
+    if stream:
+        error = answer.events[-1]["error"]
+        assert "[DONE]" not in answer.events
+        assert not any(event.get("choices", [{}])[0].get("finish_reason") for event in answer.events)
+    else:
+        assert answer.status == 503
+        error = answer.json["error"]
+        assert "choices" not in answer.json
+    assert error["code"] == "store_full"
+    assert str(served.state_dir) in error["message"]
+    assert served.ask("room again", session=session).status == 200
+    turns = served.transcript(served.newest_session().session_id).turns
+    assert [turn.new_messages[-1]["content"] for turn in turns] == ["room again"]
+
+
+def test_a_store_that_cannot_be_written_is_not_ready_until_it_can(served: Served) -> None:
+    with full_disk(served):
+        assert served.ask().code == "store_full"
+        until(lambda: served.send("GET", "/readyz").status == 503)
+        store = served.send("GET", "/readyz").json["parts"]["store"]
+    assert store == {"ready": False, "why": "there is no room left on its disk"}
+    until(lambda: served.send("GET", "/readyz").status == 200)

@@ -9,24 +9,17 @@ import sqlite3
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from benchmarks.running import running_gateway, running_stub
-from benchmarks.stub import MODEL
-from tests.e2e.api.conftest import DEADLINE_S, Served, read_answer, serving
+from benchmarks.running import make_appliance, running_gateway, running_stub
+from benchmarks.stub import MAX_MODEL_LEN, MODEL
+from tests.e2e.api.conftest import DEADLINE_S, Served, read_answer, serving, until
 
+UNHURRIED = '@stub {"pause_s": 0.002}'
 SLOW = '@stub {"chunks": 400, "pause_s": 0.05}'
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another process is about to do; fails at the deadline."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -88,9 +81,32 @@ def test_an_engine_killed_before_it_answers_is_a_503(fragile: Served) -> None:
     assert fragile.send("GET", "/healthz").status == 200
     until(lambda: fragile.send("GET", "/readyz").status == 503)
     parts = fragile.send("GET", "/readyz").json["parts"]
+    assert parts.keys() == {"gateway", "vault", "store", "engine"}
     assert [name for name, part in parts.items() if not part["ready"]] == ["engine"]
+    assert parts["engine"]["why"] == "it does not answer; it is started elsewhere"
     assert fragile.ask().code in ("engine_starting", "engine_unavailable")
-    assert fragile.send("GET", "/v1/models").code == "engine_starting"
+    for path in ("/v1/models", f"/v1/models/{MODEL}", "/v1/models/nothing"):
+        down = fragile.send("GET", path)
+        assert (down.status, down.code) == (503, "engine_starting")
+        assert down.json["error"]["cause"] == parts["engine"]["why"]
+
+
+def test_an_engine_that_failed_for_good_is_told_as_one(tmp_path: Path) -> None:
+    """No engine can be started with this interpreter, and it would not help to try again."""
+    state_dir = tmp_path / "state"
+    api_key = make_appliance(state_dir)
+    environment = {"HOLDFAST_ENGINE__PYTHON": str(tmp_path / "no-python")}
+    with running_gateway(state_dir, None, environment=environment, ready=False) as gateway:
+        served = Served(state_dir, tmp_path, gateway, api_key)
+        until(lambda: "for good" in served.send("GET", "/readyz").json["parts"]["engine"].get("why", ""))
+        ready = served.send("GET", "/readyz", headers={"Authorization": ""})
+        assert ready.json["parts"]["engine"]["why"] == "it failed for good, and is not started again"
+        assert str(tmp_path).encode() not in ready.body
+        for answer in (served.ask(), served.send("GET", f"/v1/models/{MODEL}")):
+            assert (answer.status, answer.code) == (503, "engine_starting")
+            assert "for good" in answer.json["error"]["cause"]
+            assert "administrator" in answer.json["error"]["remedy"]
+            assert "retry-after" not in answer.headers
 
 
 @pytest.mark.parametrize(
@@ -164,6 +180,43 @@ def test_a_client_that_left_gives_its_place_back(served: Served) -> None:
     until(lambda: mine.ask().status == 200)
 
 
+def test_a_client_that_does_not_read_loses_its_place(tmp_path: Path) -> None:
+    environment = {"HOLDFAST_GATEWAY__MAX_STREAMS": "1", "HOLDFAST_GATEWAY__UNREAD_TIMEOUT_S": "0.5"}
+    more_than_buffers = '@stub {"chunks": 60000}'
+    with serving(tmp_path, environment=environment) as served, begin(served, more_than_buffers) as connection:
+        until(lambda: served.admin.status().running_turns == 1)
+        until(lambda: served.ask().status == 200)
+        # And its connection is gone: what is left in the buffers ends without an end.
+        received = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := connection.recv(1 << 20):
+                received += part
+        assert b"[DONE]" not in received
+        assert served.send("GET", "/healthz").status == 200
+
+
+def test_an_answer_in_one_piece_that_its_client_did_not_wait_for_costs_what_it_may_have_cost(served: Served) -> None:
+    mine = Served(
+        served.state_dir,
+        served.engine,
+        served.gateway,
+        served.new_key(principal="impatient", tokens_per_day=MAX_MODEL_LEN + 100).secret,
+    )
+    before = served.engine_seen()
+    with begin(mine, SLOW, stream=False):
+        until(lambda: served.engine_seen()["requests"] > before["requests"])
+    until(lambda: served.engine_seen()["abandoned"] > before["abandoned"])
+    until(lambda: served.admin.status().running_turns == 0)
+    refused = mine.ask(max_tokens=100)
+    assert (refused.status, refused.code) == (429, "daily_tokens_spent")
+
+
+def test_without_a_bound_of_its_own_each_choice_reserves_what_the_model_can_say(served: Served) -> None:
+    key = served.new_key(principal="many-choices", tokens_per_day=2 * MAX_MODEL_LEN).secret
+    assert served.ask(api_key=key, n=2).status == 200
+    assert served.ask(api_key=key, n=2).code == "daily_tokens_spent"
+
+
 def test_no_more_turns_run_than_allowed(tmp_path: Path) -> None:
     with serving(tmp_path, environment={"HOLDFAST_GATEWAY__MAX_STREAMS": "1"}) as served:
         with begin(served, SLOW) as connection:
@@ -171,6 +224,14 @@ def test_no_more_turns_run_than_allowed(tmp_path: Path) -> None:
             refused = served.ask()
             assert (refused.status, refused.code) == (503, "too_many_turns")
         until(lambda: served.ask().status == 200)
+
+
+def test_a_body_that_only_arrives_takes_no_turn_s_place(tmp_path: Path) -> None:
+    with serving(tmp_path, environment={"HOLDFAST_GATEWAY__MAX_STREAMS": "1"}) as served, served.connect() as slow:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {served.api_key}\r\n"
+        slow.sendall(f"{head}Expect: 100-continue\r\nContent-Length: 9\r\n\r\n".encode())
+        read_until(slow, b"100 Continue")  # it waits for the body now
+        assert served.ask().status == 200
 
 
 # Stopping
@@ -220,6 +281,7 @@ def test_sealed_it_answers_503_by_name_and_unsealed_it_goes_on(fragile: Served) 
     fragile.admin.seal()
     for answer in (fragile.ask(), fragile.send("GET", "/v1/models"), fragile.send("GET", "/nowhere", api_key="")):
         assert (answer.status, answer.code) == (503, "vault_sealed")
+    assert fragile.ask(session="kept").headers["x-session-id"] == "kept"
     assert fragile.send("GET", "/healthz").status == 200
     ready = fragile.send("GET", "/readyz")
     assert (ready.status, ready.json["parts"]["vault"]["ready"]) == (503, False)
@@ -310,12 +372,15 @@ def test_killed_in_the_middle_of_turns_a_hundred_times_it_loses_no_transcript_th
     What a client saw the end of is there, whole; what it did not may be there whole, or not at all.
     """
     acknowledged: set[str] = set()
+    cut_short: set[str] = set()
     with serving(tmp_path) as served:
         port, state_dir, engine = served.gateway.port, served.state_dir, served.engine
         stop = threading.Event()
         environment = {"HOLDFAST_GATEWAY__PORT": str(port)}
         clients = [
-            threading.Thread(target=_write_turns, args=(port, served.api_key, f"c{number}", acknowledged, stop))
+            threading.Thread(
+                target=_write_turns, args=(port, served.api_key, f"c{number}", acknowledged, cut_short, stop)
+            )
             for number in range(4)
         ]
         served.gateway.end(signal.SIGKILL)
@@ -337,19 +402,22 @@ def test_killed_in_the_middle_of_turns_a_hundred_times_it_loses_no_transcript_th
             kept = _read_every_turn(served)
     assert acknowledged <= kept
     assert len(acknowledged) >= 3 * len(kills)
+    assert cut_short, "no kill came in the middle of a turn"
 
 
-def _write_turns(port: int, api_key: str, client: str, acknowledged: set[str], stop: threading.Event) -> None:
+def _write_turns(
+    port: int, api_key: str, client: str, acknowledged: set[str], cut_short: set[str], stop: threading.Event
+) -> None:
     headers = {"Authorization": f"Bearer {api_key}", "X-Session-ID": client}
     number = 0
     while not stop.is_set():
         number += 1
-        text = f"{client} turn {number}"
+        text = f"{client} turn {number} {UNHURRIED}"
         body = json.dumps({"model": MODEL, "stream": True, "messages": [{"role": "user", "content": text}]})
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        connection, received = http.client.HTTPConnection("127.0.0.1", port, timeout=5), b""
         try:
             connection.request("POST", "/v1/chat/completions", body, headers)
-            response, received = connection.getresponse(), b""
+            response = connection.getresponse()
             while part := response.read1():
                 received += part
                 if b'finish_reason":"stop' in received:  # who sees this may take it for the end
@@ -358,6 +426,8 @@ def _write_turns(port: int, api_key: str, client: str, acknowledged: set[str], s
             stop.wait(0.01)
         finally:
             connection.close()
+            if received and b"[DONE]" not in received:
+                cut_short.add(text)
 
 
 def _read_every_turn(served: Served) -> set[str]:

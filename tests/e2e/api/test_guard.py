@@ -64,7 +64,8 @@ def test_a_path_that_is_not_exactly_a_route_is_none_and_needs_a_key_all_the_same
     assert without.status in (400, 401)
     with_key = served.send(method, target, body)
     assert with_key.status in (400, 404)
-    assert with_key.status == 400 or with_key.code == "route_not_found"
+    nothing = "model_not_found" if target.startswith("/v1/models/") else "route_not_found"
+    assert with_key.status == 400 or with_key.code in (nothing, "route_not_found")
 
 
 @pytest.mark.parametrize("target", ["http://evil.example/v1/models", "//evil.example/v1/models", "*", "v1/models"])
@@ -103,6 +104,16 @@ def test_without_a_key_nothing_is_told_apart(served: Served, path: str, authoriz
 @pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/metrics", "/v1/status", "/v1", "/v1/models/x/y"])
 def test_with_a_key_there_is_nothing_but_the_routes(served: Served, path: str) -> None:
     assert served.send("GET", path).status == 404
+
+
+def test_a_model_that_is_not_served_and_one_that_the_key_may_not_use_are_the_same(served: Served) -> None:
+    narrow = served.new_key(principal="narrow", models=["another"]).secret
+    same = {"X-Request-ID": "the-same"}
+    unserved = served.send("GET", "/v1/models/nothing", headers=same)
+    forbidden = served.send("GET", f"/v1/models/{MODEL}", api_key=narrow, headers=same)
+    assert (unserved.status, unserved.code) == (404, "model_not_found")
+    assert (forbidden.status, forbidden.body) == (404, unserved.body)
+    assert served.send("GET", f"/v1/models/{MODEL}").status == 200
 
 
 @pytest.mark.parametrize(("path", "method"), [*ROUTES.items(), *OPEN_ROUTES.items()])

@@ -43,6 +43,31 @@ def test_the_session_is_named_in_the_answer_and_goes_on_under_its_name(served: S
     assert served.newest_session().turns == 2
 
 
+def test_a_session_that_the_client_named_is_named_in_refusals_too(served: Served) -> None:
+    mine = name()
+    key = served.new_key(principal=f"once-{mine}", requests_per_minute=1).secret
+    refusals = {
+        200: served.ask(session=mine, api_key=key),
+        429: served.ask(session=mine, api_key=key),
+        400: ask(served, [], {"X-Session-ID": mine}),
+        404: served.ask(session=mine, model="nothing"),
+        413: served.send(
+            "POST", "/v1/chat/completions", headers={"Content-Length": str(200 << 20), "X-Session-ID": mine}
+        ),
+    }
+    for status, answer in refusals.items():
+        expected = None if status == 413 else mine  # refused before anything else of it was looked at
+        assert (answer.status, answer.headers.get("x-session-id")) == (status, expected)
+
+
+def test_what_belongs_to_no_session_names_none(served: Served) -> None:
+    headers = {"X-Session-ID": "mine"}
+    for path in ("/healthz", "/readyz", "/v1/models", f"/v1/models/{MODEL}", "/nowhere"):
+        assert "x-session-id" not in served.send("GET", path, headers=headers).headers
+    assert "x-session-id" not in ask(served, [{"role": "user", "content": "x"}], {"X-Session-ID": "a b"}).headers
+    assert "x-session-id" not in ask(served, []).headers
+
+
 @pytest.mark.parametrize(
     "headers",
     [

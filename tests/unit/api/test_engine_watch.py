@@ -4,8 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
+
 from api.engine_watch import EngineWatch
 from appliance.engine.client import EngineUnavailable, ModelCard
+from appliance.engine.launcher import EngineState
 
 
 class Engine:
@@ -78,3 +81,31 @@ async def test_why_it_is_not_there_is_told_by_who_started_it() -> None:
     engine = Engine()
     watch = EngineWatch(engine, reason=lambda: "it was killed by signal 9")  # type: ignore[arg-type]
     assert watch.detail == "it was killed by signal 9"
+
+
+@pytest.mark.parametrize(
+    ("state", "why", "failed"),
+    [
+        (EngineState.STOPPED, "it is not running", False),
+        (EngineState.STARTING, "it is starting", False),
+        (EngineState.READY, "it runs and does not answer", False),
+        (EngineState.RESTARTING, "it ended, and is started again in a moment", False),
+        (EngineState.FAILED, "it failed for good, and is not started again", True),
+        (None, "it does not answer; it is started elsewhere", False),
+    ],
+)
+def test_anybody_may_know_where_the_engine_stands_and_nothing_more(
+    state: EngineState | None, why: str, failed: bool
+) -> None:
+    watch = EngineWatch(Engine(), reason=lambda: "/a/path", state=lambda: state)  # type: ignore[arg-type]
+    assert (watch.summary, watch.failed) == (why, failed)
+
+
+async def test_an_engine_that_answers_has_not_failed_whatever_its_process_says() -> None:
+    engine = Engine()
+    engine.up = True
+    watch = EngineWatch(engine, state=lambda: EngineState.FAILED)  # type: ignore[arg-type]
+    task = asyncio.create_task(watch.run())
+    await watch.wait_ready()
+    assert not watch.failed
+    task.cancel()

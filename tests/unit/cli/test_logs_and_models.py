@@ -1,13 +1,19 @@
-"""Reading logs, and finding a model by name: what needs no appliance that runs."""
+"""Reading logs, and finding a model by name or being told that there is none: what needs no appliance that runs."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from api.commands import ModelNotFound, _Tail, find_model
+from api.initialise import initialise
 from appliance.cli import holdfast
+from appliance.errors import HoldfastError
+from appliance.settings import load_settings
+
+Started = Callable[..., str]
 
 
 @pytest.fixture
@@ -83,3 +89,45 @@ def test_a_model_is_found_by_path_or_by_name(shelf: Path) -> None:
 def test_a_model_that_is_not_there_is_answered_with_those_that_are(named: str, shelf: Path) -> None:
     with pytest.raises(ModelNotFound, match="alpha, beta"):
         find_model(named, shelf)
+
+
+class NotToday(HoldfastError):
+    """The gateway is not started in these tests."""
+
+
+@pytest.fixture
+def started_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Started:
+    """What `up` says before it starts the gateway of an appliance that `init` made."""
+    settings = load_settings({"vault": {"seal": "key-file"}}, environment={}, state_dir=tmp_path / "state")
+    initialise(settings, passphrase=None, tenant_name="tenant")
+
+    def no_gateway(*_: object, **__: object) -> None:
+        raise NotToday("no", cause="", remedy="")
+
+    monkeypatch.setattr("api.launch.Gateway", no_gateway)
+
+    def up(*words: str, **environment: str) -> str:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return run(tmp_path / "state", "up", *words)[2]
+
+    return up
+
+
+def test_an_appliance_without_a_model_warns_that_it_serves_the_demonstration_s(started_with: Started) -> None:
+    said = started_with()
+    assert "Warning: no model was chosen" in said
+    assert "--model PATH" in said
+
+
+def test_one_with_a_model_does_not(started_with: Started, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    model = str(tmp_path / "model")
+    assert "Starting" in started_with("--model", model)
+    assert "Warning" not in started_with("--model", model)
+    assert "Warning" not in started_with(HOLDFAST_ENGINE__MODEL=model)
+
+
+def test_one_whose_engine_somebody_else_runs_does_not(started_with: Started, tmp_path: Path) -> None:
+    assert "Warning" not in started_with(HOLDFAST_ENGINE__SOCKET=str(tmp_path / "engine.sock"))

@@ -298,6 +298,118 @@ async def test_a_label_moved_to_another_key_is_refused(identity: Identity, store
         await identity.keys()
 
 
+# Authority that was written into the database from outside
+
+
+PROMOTED = {"role": "admin", "permissions": '["transcript:read"]'}
+
+
+@pytest.mark.parametrize("values", [{name: value} for name, value in PROMOTED.items()])
+async def test_a_principal_cannot_be_promoted_in_the_database(
+    identity: Identity, store: Store, client: Principal, values: dict[str, str]
+) -> None:
+    _, secret = await identity.create_key(client, Scopes())
+    await store.transact(lambda db: db.execute(update(tables.principals).values(**values)))
+    with pytest.raises(TamperedValue, match=client.principal_id):
+        await reopened(store).authenticate(secret)
+
+
+async def test_a_user_of_the_machine_cannot_be_made_an_administrator_in_the_database(
+    identity: Identity, store: Store
+) -> None:
+    root = await identity.create_principal(None, "administrator", Role.ADMIN, uid=1000)
+    await store.transact(lambda db: db.execute(update(tables.principals).values(uid=1001)))
+    with pytest.raises(TamperedValue, match=root.principal_id):
+        await identity.caller_of_uid(1001)
+
+
+async def test_a_key_cannot_be_unrevoked_in_the_database(identity: Identity, store: Store, client: Principal) -> None:
+    key, secret = await identity.create_key(client, Scopes())
+    await identity.revoke_key(key.key_id)
+    await store.transact(lambda db: db.execute(update(tables.api_keys).values(revoked_at=None)))
+    with pytest.raises(TamperedValue, match=key.key_id):
+        await reopened(store).authenticate(secret)
+
+
+@pytest.mark.parametrize("column", ["expires_at", "scopes"])
+async def test_a_key_cannot_be_widened_in_the_database(
+    identity: Identity, store: Store, client: Principal, column: str
+) -> None:
+    narrow, secret = await identity.create_key(client, Scopes(requests_per_minute=1), expires_at=2_000.0)
+    wide, _ = await identity.create_key(client, Scopes())
+    api_keys = tables.api_keys
+
+    def widen(db: Connection) -> None:
+        value = db.execute(select(api_keys.c[column]).where(api_keys.c.key_id == wide.key_id)).scalar_one()
+        db.execute(update(api_keys).where(api_keys.c.key_id == narrow.key_id).values({column: value}))
+
+    await store.transact(widen)
+    with pytest.raises(TamperedValue, match=narrow.key_id):
+        await reopened(store).authenticate(secret)
+
+
+async def test_a_key_cannot_take_anothers_place_in_the_database(
+    identity: Identity, store: Store, client: Principal
+) -> None:
+    mine, secret = await identity.create_key(client, Scopes())
+    root = await identity.create_principal(None, "administrator", Role.ADMIN)
+    other = await identity.create_principal(await identity.create_tenant("Other"), "other", Role.OPERATOR)
+    roots, _ = await identity.create_key(root, Scopes())
+    others, _ = await identity.create_key(other, Scopes())
+    api_keys = tables.api_keys
+
+    def lookup(db: Connection, key_id: str) -> bytes:
+        query = select(api_keys.c.secret_lookup).where(api_keys.c.key_id == key_id)
+        return bytes(db.execute(query).scalar_one())
+
+    def put(db: Connection, key_id: str, **values: object) -> None:
+        db.execute(update(api_keys).where(api_keys.c.key_id == key_id).values(**values))
+
+    def impersonate(db: Connection) -> None:
+        known = lookup(db, mine.key_id)
+        put(db, mine.key_id, secret_lookup=b"nobody's")
+        put(db, roots.key_id, secret_lookup=known)
+
+    await store.transact(lambda db: put(db, others.key_id, principal_id=root.principal_id))
+    with pytest.raises(TamperedValue, match=others.key_id):
+        await reopened(store).keys()
+    await store.transact(impersonate)
+    with pytest.raises(TamperedValue, match=roots.key_id):
+        await reopened(store).authenticate(secret)
+
+
+@pytest.mark.parametrize("values", [{"isolation": "tenant"}, {"idle_timeout_s": 86_400.0}])
+async def test_a_tenants_rules_cannot_be_changed_in_the_database(
+    identity: Identity, store: Store, tenant: Tenant, client: Principal, values: dict[str, object]
+) -> None:
+    _, secret = await identity.create_key(client, Scopes())
+    await store.transact(lambda db: db.execute(update(tables.tenants).values(**values)))
+    for asked in (reopened(store).authenticate(secret), reopened(store).tenant(tenant.tenant_id)):
+        with pytest.raises(TamperedValue, match=tenant.tenant_id):
+            await asked
+
+
+async def test_a_revoked_key_opens_under_the_next_version_of_its_row(
+    identity: Identity, store: Store, client: Principal
+) -> None:
+    key, secret = await identity.create_key(client, Scopes(), label="night batch", expires_at=2_000.0)
+    revoked = await identity.revoke_key(key.key_id)
+    assert [revoked] == await reopened(store).keys()
+    assert (revoked.label, revoked.expires_at) == ("night batch", 2_000.0)
+    versions = select(tables.api_keys.c.row_version)
+    assert await store.read(lambda db: db.execute(versions).scalar_one()) == 2
+    with pytest.raises(InvalidApiKey, match="revoked"):
+        await reopened(store).authenticate(secret)
+
+
+async def test_a_key_that_two_revoke_at_once_is_revoked_once(
+    identity: Identity, client: Principal, clock: Clock
+) -> None:
+    key, _ = await identity.create_key(client, Scopes())
+    one, other = await asyncio.gather(identity.revoke_key(key.key_id), identity.revoke_key(key.key_id))
+    assert one == other
+
+
 # Rotation
 
 

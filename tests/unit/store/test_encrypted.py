@@ -1,13 +1,13 @@
-"""Encrypted columns: what was changed, cut or moved outside is refused, and named."""
+"""Encrypted columns: what was changed, cut or moved outside is refused, and named; what is bound to them too."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Column, Connection, Integer, MetaData, Table, Text, insert, select, update
 from sqlalchemy.engine import RowMapping
 
-from appliance.store import Change, Envelope, RowCipher, Store, tables
+from appliance.store import Change, Encrypted, Envelope, RowCipher, Store, tables
 from appliance.vault import SYSTEM_SCOPE, KeyPurpose, TamperedValue, Vault
 
 principals = tables.principals
@@ -36,6 +36,7 @@ def rows(store: Store, vault: Vault) -> RowCipher:
             "tenant_id": tenant,
             "name_lookup": tenant.encode(),
             "name": f"the name of {tenant}",
+            "idle_timeout_s": 30,
             "isolation": "session",
             "created_at": 1.0,
             "row_version": 1,
@@ -65,9 +66,17 @@ def test_what_belongs_to_no_tenant_is_under_the_systems_key(store: Store, rows: 
 
 
 def test_null_stays_null(rows: RowCipher) -> None:
-    session = {"session_id": "ses_1", "tenant_id": "ten_1", "row_version": 1, "client_id": None}
-    sealed = rows.seal(tables.sessions, session, scope="ten_1", purpose=KeyPurpose.RECORDS)
-    assert rows.open(tables.sessions, sealed)["client_id"] is None
+    notes = Table(
+        "notes",
+        MetaData(),
+        Column("note_id", Text, primary_key=True),
+        Column("tenant_id", Text),
+        Column("text", Encrypted),
+        Column("row_version", Integer),
+    )
+    note = {"note_id": "n_1", "tenant_id": "ten_1", "row_version": 1, "text": None}
+    sealed = rows.seal(notes, note, scope="ten_1", purpose=KeyPurpose.RECORDS)
+    assert rows.open(notes, sealed)["text"] is None
 
 
 async def test_text_that_nobody_encrypted_is_not_stored(store: Store, vault: Vault) -> None:
@@ -151,7 +160,7 @@ async def test_a_ciphertext_that_is_not_in_its_place_is_refused_and_its_row_name
 def test_a_ciphertext_of_another_column_is_refused(vault: Vault) -> None:
     cipher = RowCipher(vault)
     turn: dict[str, object] = {"turn_id": "trn_1", "tenant_id": "ten_1", "row_version": 1}
-    turn |= {"request": b"question", "response": b"answer", "token_ids": None}
+    turn |= {"session_id": "ses_1", "number": 1, "request": b"question", "response": b"answer", "token_ids": None}
     sealed = cipher.seal(tables.turns, turn, scope="ten_1", purpose=KeyPurpose.RECORDS)
     sealed["request"], sealed["response"] = sealed["response"], sealed["request"]
     with pytest.raises(TamperedValue, match=r"turns\.request in row trn_1"):
@@ -161,6 +170,55 @@ def test_a_ciphertext_of_another_column_is_refused(vault: Vault) -> None:
 def test_a_value_that_was_removed_is_refused(store: Store, rows: RowCipher) -> None:
     with pytest.raises(TamperedValue, match=r"principals\.name in row prn_ada"):
         rows.open(principals, {**stored(store, "ada"), "name": None})
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("role", "admin"), ("uid", 0), ("permissions", '["transcript:read"]'), ("name_lookup", b"root"), ("role", 7)],
+)
+async def test_a_bound_value_that_was_changed_is_refused_and_its_row_named(
+    store: Store, rows: RowCipher, column: str, value: object
+) -> None:
+    changed: dict[str, Any] = {**stored(store, "ada"), column: value}
+    with pytest.raises(TamperedValue, match=r"principals\.name in row prn_ada"):
+        rows.open(principals, changed)
+
+
+def test_what_a_database_makes_of_a_bound_number_is_the_same_number(store: Store, rows: RowCipher) -> None:
+    query = select(tables.tenants).where(tables.tenants.c.tenant_id == "ten_1")
+    tenant = store.read_blocking(lambda db: db.execute(query).mappings().one())
+    assert rows.open(tables.tenants, tenant)["idle_timeout_s"] == 30.0
+    with pytest.raises(TamperedValue, match="ten_1"):
+        rows.open(tables.tenants, {**tenant, "idle_timeout_s": None})
+
+
+def test_values_of_neighbouring_bound_columns_cannot_run_into_each_other(vault: Vault) -> None:
+    cipher = RowCipher(vault)
+    made = row("ada") | {"role": "admin", "permissions": "[]"}
+    sealed = cipher.seal(principals, made, scope="ten_1", purpose=KeyPurpose.RECORDS)
+    with pytest.raises(TamperedValue):
+        cipher.open(principals, sealed | {"role": "admin[]", "permissions": ""})
+
+
+def test_a_row_with_bound_values_can_always_be_opened() -> None:
+    for table in tables.metadata.sorted_tables:
+        if any(column.info.get("bound") for column in table.columns):
+            sealed = [column for column in table.columns if isinstance(column.type, Encrypted)]
+            assert any(not column.nullable for column in sealed), table.name
+
+
+@pytest.mark.parametrize(
+    ("table", "columns"),
+    [
+        (tables.principals, {"role", "permissions", "uid", "name_lookup"}),
+        (tables.api_keys, {"principal_id", "secret_lookup", "scopes", "expires_at", "revoked_at"}),
+        (tables.tenants, {"isolation", "idle_timeout_s", "name_lookup"}),
+        (tables.sessions, {"principal_id", "tree_id", "client_id_lookup"}),
+        (tables.turns, {"session_id", "number"}),
+    ],
+)
+def test_what_says_who_may_do_what_is_bound(table: Table, columns: set[str]) -> None:
+    assert {column.name for column in table.columns if column.info.get("bound")} == columns
 
 
 async def test_no_word_is_in_the_rows(store: Store, rows: RowCipher) -> None:

@@ -11,7 +11,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, insert, select, text
 
-from appliance.store import SchemaTooNew, Store, StoreUnavailable, migrations, tables
+from appliance.store import SchemaTooNew, SchemaUnreleased, Store, StoreUnavailable, migrations, tables
 from tests.postgres import PostgresServer
 
 
@@ -50,6 +50,19 @@ async def test_a_newer_schema_is_refused_and_left_alone(store: Store, database_u
         Store.open(database_url)
     with pytest.raises(SchemaTooNew):  # the first refusal has let the file go
         Store.open(database_url)
+
+
+async def test_a_schema_that_was_never_released_is_refused_with_what_to_remove(store: Store, database_url: str) -> None:
+    await store.transact(lambda db: migrate_to("0001", db))
+    store.close()
+    with pytest.raises(SchemaUnreleased, match="development") as refused:
+        Store.open(database_url)
+    if database_url.startswith("sqlite"):
+        directory = Path(database_url.removeprefix("sqlite:///")).parent
+        assert f"rm -r {directory}" in refused.value.remedy
+        assert "demonstration" in refused.value.remedy
+    else:
+        assert "store.url" in refused.value.remedy
 
 
 def test_a_database_that_is_not_ours_is_refused_and_left_alone(tmp_path: Path) -> None:

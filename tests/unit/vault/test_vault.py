@@ -73,7 +73,7 @@ def test_what_was_encrypted_is_read_after_a_restart(vault: Vault, keys: MemoryKe
 # Where an envelope opens
 
 _NAMES = st.text(max_size=8)
-_PLACES = st.builds(Binding, _NAMES, _NAMES, _NAMES, _NAMES, st.integers(0, 2**64 - 1))
+_PLACES = st.builds(Binding, _NAMES, _NAMES, _NAMES, _NAMES, st.integers(0, 2**64 - 1), st.binary(max_size=8))
 
 
 @_at_any_speed
@@ -85,8 +85,8 @@ def test_an_envelope_does_not_open_when_one_part_of_its_place_is_another(
     vault.open(RootKey(b"r" * 32))
     vault.new_system_keys()
     envelope = vault.encrypt("system", KeyPurpose.RECORDS, b"hello", place)
-    values: st.SearchStrategy[object] = st.integers(0, 2**64 - 1) if part == "version" else _NAMES
-    moved = {part: data.draw(values.filter(lambda value: value != getattr(place, part)))}
+    values = {"version": st.integers(0, 2**64 - 1), "beside": st.binary(max_size=8)}
+    moved = {part: data.draw(values.get(part, _NAMES).filter(lambda value: value != getattr(place, part)))}
     other = dataclasses.replace(place, **moved)  # type: ignore[arg-type]
     assert vault.decrypt(envelope, place) == b"hello"
     with pytest.raises(TamperedValue) as caught:

@@ -100,7 +100,7 @@ def test_envelopes_are_encrypted_as_nist_encrypts_them_and_refused_where_it_refu
         vault = Vault(MemoryKeys(), random_bytes=_Drawn(key, nonce))
         vault.open(RootKey(b"r" * 32))
         vault.new_system_keys()
-        place = _VectorBinding("t", "c", "r", "system", 1, bytes.fromhex(vector["aad"]))
+        place = _VectorBinding("t", "c", "r", "system", 1, aad=bytes.fromhex(vector["aad"]))
         envelope = vault.encrypt("system", KeyPurpose.RECORDS, bytes.fromhex(vector["pt"]), place)
         assert envelope == b"\x01" + bytes([2]) * 16 + nonce + bytes.fromhex(vector["ct"] + vector["tag"])
         assert vault.decrypt(envelope, place).hex() == vector["pt"]

@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0001"
+revision = "0001_bound"
 down_revision = None
 branch_labels = None
 depends_on = None
@@ -76,7 +76,7 @@ def _identity() -> None:
         sa.Column("principal_id", sa.Text, nullable=False),
         sa.Column("tenant_id", sa.Text),
         sa.Column("secret_lookup", sa.LargeBinary, nullable=False),
-        sa.Column("label", sa.LargeBinary),
+        sa.Column("label", sa.LargeBinary, nullable=False),
         sa.Column("scopes", sa.Text, nullable=False),
         sa.Column("created_at", sa.Double, nullable=False),
         sa.Column("expires_at", sa.Double),
@@ -108,7 +108,7 @@ def _sessions() -> None:
         sa.Column("tree_id", sa.Text, nullable=False),
         sa.Column("parent_session_id", sa.Text),
         sa.Column("client_id_lookup", sa.LargeBinary),
-        sa.Column("client_id", sa.LargeBinary),
+        sa.Column("client_id", sa.LargeBinary, nullable=False),
         sa.Column("model", sa.Text, nullable=False),
         sa.Column("origin", sa.Text, nullable=False),
         sa.Column("turns", sa.Integer, nullable=False),
