@@ -15,7 +15,7 @@ import os
 from typing import Any
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from api.openai.errors import HeadersTooLarge, NotHttp, error_object, status_of
@@ -33,6 +33,7 @@ class BoundedProtocol(HttpToolsProtocol):
     """
 
     max_header_bytes = 64 << 10
+    cycle: RequestResponseCycle | None  # type: ignore[assignment]  # none before the first request
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._bytes_without_body += len(data)
         super().data_received(data)
-        if not self._refused and self._bytes_without_body > self.max_header_bytes:
+        if self._bytes_without_body > self.max_header_bytes:
             self._refuse_headers()
 
     def on_message_begin(self) -> None:
@@ -103,7 +104,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Go on with the connection if all of the request was read."""
-        if self._in_body and self.cycle.response_complete:
+        if self._in_body and self.cycle is not None and self.cycle.response_complete:
             self.transport.close()
         super().on_response_complete()
 
@@ -140,6 +141,8 @@ class BoundedProtocol(HttpToolsProtocol):
         )
 
     def _refuse(self, error: HoldfastError) -> None:
+        if self._refused:
+            return
         self._refused = True
         self._stop_timer()
         if self.transport.is_closing():
@@ -163,7 +166,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return True
         if self._in_body:
             return not self.pipeline and not self.cycle.response_started
-        return bool(self.cycle.response_complete)
+        return self.cycle.response_complete
 
 
 def bounded_by(max_header_bytes: int) -> type[BoundedProtocol]:

@@ -240,6 +240,7 @@ def _engine_spec(settings: Settings) -> EngineSpec:
         model=_DEMO_MODEL if model is None else model,
         run_dir=settings.state_dir / ENGINE_DIR,
         log_path=settings.state_dir / "log" / "engine.log",
+        hidden_dir=settings.state_dir,
         tool_call_parser=parser,
     )
 
