@@ -81,7 +81,7 @@ class EngineSpec:
     `run_dir` is the engine's own directory: private, with the socket in it. `cpu_threads` counts the threads that
     compute on a CPU; None leaves it to vLLM. `max_model_len` is in tokens; None: what the model says.
     `tool_call_parser` names one of vLLM's parsers, for a model that calls tools. `cache_dir` holds what vLLM works out
-    once for a model and a device (compiled kernels, what a model can do); None: in `run_dir`. Where it has namespaces the
+    once for a model and a device (compiled kernels, what a model can do); None: in `run_dir`. With namespaces the
     engine sees of `hidden_dir` no more than `run_dir` and its model.
     """
 

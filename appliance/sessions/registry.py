@@ -4,11 +4,14 @@ Rules:
 
 - A session is found only within the tenant and the principal that own it. Anybody else's is as unknown as one that
   never was.
-- An unknown session id makes a session; an unknown `previous_response_id` is an error.
+- An unknown session id makes a session; an unknown `previous_response_id` is an error. An id of our own form names the
+  session that has it; one that names none is as if there were none, for a session must not be called by another's id.
 - Without any id, the longest history that this principal was answered before is continued; a second continuation of one
   point is a branch: a session of its own in the same tree.
 - The salt is an HMAC of principal, tree and epoch under the tenant's key. Forgetting raises the epoch, so that whatever
   is still resident cannot be reached again.
+- A session's key is made when its first turn is written down: what can be dropped from memory before it is stored would
+  take the turn with it.
 - A turn is durable, whole and encrypted when `record` returns, and not there at all when it raises.
 - What is remembered between turns is bounded, and can be lost without losing anything but speed.
 
@@ -17,6 +20,7 @@ One gateway owns a session at a time; the numbers of its turns are given out und
 
 import asyncio
 import os
+import re
 import time
 import weakref
 from collections import OrderedDict
@@ -31,16 +35,17 @@ from sqlalchemy.engine import RowMapping
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Caller, Role
 from appliance.sessions.archive import Archive, SessionSummary, TranscriptForbidden, text_or_none, unknown_session
-from appliance.sessions.deltas import Tip, encode_request, encode_token_ids, token_array
+from appliance.sessions.deltas import Tip, encode_request, encode_token_ids, message_chain, token_array
 from appliance.sessions.history import answered_positions, history_links, shared_length
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind
 from appliance.settings import SessionSettings
 from appliance.store import Change, Store, key_changes, tables
-from appliance.vault import KeyPurpose, KeyRecord, Vault
+from appliance.vault import KeyPurpose, Vault
 
 _LIVE_SESSIONS = 4096
 _TIP_BYTES = 32 << 20
 _KNOWN_LINKS = 32_768
+_OWN_ID = re.compile(r"ses_[0-9a-f]{32}")
 _LOOKUP_LINKS = 512  # how far back from its end a history is searched for an answer of ours
 
 
@@ -71,7 +76,7 @@ class _Live:
     turns: int
     origin: Origin
     parent_session_id: str | None = None
-    new_key: KeyRecord | None = None  # not yet in the store, as the session itself is not
+    stored: bool = False
     forgotten: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     __weakref__: Any = field(init=False, repr=False)
@@ -145,10 +150,14 @@ class Sessions(Archive):
         links: Sequence[bytes] = ()
         if hints.previous_response_id is not None:
             live = await self._of_response(tenant_id, principal_id, hints.previous_response_id)
-        elif hints.client_id is not None:
+        elif hints.client_id is not None and not _OWN_ID.fullmatch(hints.client_id):
             live = await self._of_client_id(tenant_id, principal_id, hints.client_id, hints)
         else:
-            live, links = await self._of_history(tenant_id, principal_id, turn.messages)
+            named = hints.client_id and await self._of_session_id(tenant_id, principal_id, hints.client_id)
+            if named:
+                live = named
+            else:
+                live, links = await self._of_history(tenant_id, principal_id, turn.messages)
         self._remember(live)
         return self._session(caller, turn.model, live, links)
 
@@ -181,8 +190,7 @@ class Sessions(Archive):
             return found
         parent: _Live | None = None
         if hints.parent_client_id is not None:
-            parent_lookup = self._client_id_lookup(tenant_id, principal_id, hints.parent_client_id)
-            parent = await self._by_lookup(tenant_id, principal_id, parent_lookup)
+            parent = await self._of_parent(tenant_id, principal_id, hints.parent_client_id)
         # Another turn may have made it while this one asked the store: no await between this look and the making.
         known = self._live.get(self._by_client_id.get(lookup, ""))
         if known is not None and not known.forgotten:
@@ -190,6 +198,27 @@ class Sessions(Archive):
         live = self._begin(tenant_id, principal_id, hints.origin, client_id=client_id, parent=parent)
         _keep(self._by_client_id, lookup, live.session_id, _LIVE_SESSIONS)
         return live
+
+    async def _of_parent(self, tenant_id: str, principal_id: str, parent_id: str) -> _Live | None:
+        if _OWN_ID.fullmatch(parent_id):
+            return await self._of_session_id(tenant_id, principal_id, parent_id)
+        return await self._by_lookup(
+            tenant_id, principal_id, self._client_id_lookup(tenant_id, principal_id, parent_id)
+        )
+
+    async def _of_session_id(self, tenant_id: str, principal_id: str, session_id: str) -> _Live | None:
+        known = self._live.get(session_id)
+        if known is not None:
+            ours = (known.tenant_id, known.principal_id) == (tenant_id, principal_id)
+            return known if ours and not known.forgotten else None
+        sessions = tables.sessions
+        query = select(sessions).where(
+            sessions.c.session_id == session_id,
+            sessions.c.tenant_id == tenant_id,
+            sessions.c.principal_id == principal_id,
+        )
+        row = await self._store.read(lambda db: db.execute(query).mappings().first())
+        return None if row is None else await self._load(row)
 
     async def _by_lookup(self, tenant_id: str, principal_id: str, lookup: bytes) -> _Live | None:
         known = self._live.get(self._by_client_id.get(lookup, ""))
@@ -274,6 +303,7 @@ class Sessions(Archive):
             turns=row["turns"],
             origin=Origin(row["origin"]),
             parent_session_id=row["parent_session_id"],
+            stored=True,
         )
         self._live[session_id] = live
         return live
@@ -304,7 +334,6 @@ class Sessions(Archive):
             turns=0,
             origin=origin,
             parent_session_id=parent.session_id if parent is not None else None,
-            new_key=self._vault.new_session_key(tenant_id, session_id),
         )
         self._live[session_id] = live
         return live
@@ -330,7 +359,7 @@ class Sessions(Archive):
             tenant_label=mac(tenant_id, KeyPurpose.SALT, "tenant-label").hex()[:32],
             idle_timeout_s=self._idle_timeout_s(caller, model),
             origin=live.origin,
-            is_new=live.new_key is not None,
+            is_new=not live.stored,
             _live=live,
             _links=links,
         )
@@ -347,6 +376,7 @@ class Sessions(Archive):
 
         Raises:
             SessionForgotten: the session was forgotten while the turn ran; `also` is not written either.
+            VaultSealed: the vault was sealed meanwhile; nothing was written.
             StoreFull, StoreUnavailable: nothing of the turn was written.
         """
         live = session._live
@@ -360,9 +390,15 @@ class Sessions(Archive):
             number = live.turns + 1
             links = self._turn_links(session, turn, outcome)
             tip = self._tips.get(live.session_id)
-            changes, new_tip = self._turn_changes(live, turn, outcome, number, links, tip)
-            await self._store.write([*self._session_changes(live, turn, outcome, number), *changes, *also])
-            live.turns, live.new_key = number, None
+            try:
+                session_changes = self._session_changes(live, turn, outcome, number)
+                changes, new_tip = self._turn_changes(live, turn, outcome, number, links, tip)
+                await self._store.write([*session_changes, *changes, *also])
+            except BaseException:
+                if not live.stored:
+                    self._vault.forget(live.session_id)  # the next try makes a key of its own
+                raise
+            live.turns, live.stored = number, True
             self._tips.put(live.session_id, new_tip)
             if links:
                 _keep(self._by_link, links[-1], (live.session_id, number), _KNOWN_LINKS)
@@ -381,11 +417,11 @@ class Sessions(Archive):
             "completion_tokens": outcome.completion_tokens,
             "last_used_at": outcome.ended_at,
         }
-        if live.new_key is None:
+        if live.stored:
             named = {f"b_{name}": value for name, value in totals.items()}
             return [Change(_UPDATE_SESSION, {"b_session_id": live.session_id, **named})]
         changes = [
-            *key_changes([live.new_key]),
+            *key_changes([self._vault.new_session_key(live.tenant_id, live.session_id)]),
             Change(_INSERT_TREE, {"b_tree_id": live.tree_id, "b_tenant_id": live.tenant_id}),
         ]
         lookup = None
@@ -413,7 +449,8 @@ class Sessions(Archive):
     ) -> tuple[list[Change], Tip]:
         parameters = to_json(turn.parameters)
         ids = token_array(outcome.prompt_token_ids, outcome.completion_token_ids)
-        shared = min(shared_length(tip.links, links), len(turn.messages)) if tip is not None else 0
+        chain = message_chain([*turn.messages, outcome.answer])
+        shared = min(shared_length(tip.chain, chain), len(turn.messages)) if tip is not None else 0
         row = {
             "turn_id": self._new_id("trn"),
             "session_id": live.session_id,
@@ -440,7 +477,7 @@ class Sessions(Archive):
             at = {"tenant_id": live.tenant_id, "link": links[-1]}
             changes.append(Change(_DELETE_LINK, {f"b_{name}": value for name, value in at.items()}))
             changes.append(Change(_INSERT_LINK, {**at, "session_id": live.session_id, "turn_number": number}))
-        return changes, Tip(number, links, parameters, ids)
+        return changes, Tip(number, chain, parameters, ids)
 
     # Forgetting
 
