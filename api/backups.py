@@ -42,6 +42,7 @@ from appliance.vault import seal_kind
 FORMAT = "holdfast-backup"
 FORMAT_VERSION = 1
 DATABASE = "holdfast.db"
+BACKUP_PREFIX = "backup-"  # of folders in `run`, while a backup is written
 _MANIFEST = "manifest.json"
 _MEMBERS = (DATABASE, "root.sealed", "holdfast.toml")
 _CARRIED_OVER = ("root.key", "demo-api-key")  # never in a backup: kept from the state directory that is replaced
@@ -139,7 +140,7 @@ async def stream_backup(
     Raises:
         BackupUnsupported: the database is a server's, which has tools of its own.
     """
-    with tempfile.TemporaryDirectory(dir=settings.state_dir / "run", prefix="backup-") as folder:
+    with tempfile.TemporaryDirectory(dir=settings.state_dir / "run", prefix=BACKUP_PREFIX) as folder:
         sources = {name: settings.state_dir / name for name in _MEMBERS}
         sources[DATABASE] = Path(folder) / DATABASE
         await store.backup(sources[DATABASE])

@@ -336,8 +336,9 @@ async def _forget(session_id: str, services: ServicesOf, asker: AskerOf) -> type
     forgotten = await services.sessions.forget(asker.named, session_id)
     return types.Forgotten(
         session_id=session_id,
-        turns=forgotten.turns,
-        lease_released=await _released(services, forgotten.lease_label),
+        turns=forgotten.session.turns,
+        erased=forgotten.erased,
+        lease_released=await _released(services, forgotten.session.lease_label),
     )
 
 

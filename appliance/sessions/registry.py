@@ -12,6 +12,8 @@ Rules:
   is still resident cannot be reached again.
 - A session's key is made when its first turn is written down: what can be dropped from memory before it is stored would
   take the turn with it.
+- Forgetting deletes first and then erases what deletion left on the disk. That the second is due stands in the database
+  from the moment of the first: it is done at the next start, and again until it succeeds.
 - A turn is durable, whole and encrypted when `record` returns, and not there at all when it raises.
 - What is remembered between turns is bounded, and can be lost without losing anything but speed.
 
@@ -19,14 +21,15 @@ One gateway owns a session at a time; the numbers of its turns are given out und
 """
 
 import asyncio
+import logging
 import os
 import re
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from pydantic_core import to_json
 from sqlalchemy import Connection, Text, bindparam, delete, exists, insert, literal, select, update
@@ -42,11 +45,14 @@ from appliance.settings import SessionSettings
 from appliance.store import Change, Store, key_changes, tables
 from appliance.vault import KeyPurpose, Vault
 
+_ERASURE_DUE = "erasure-due"  # in the table `meta`; its value is another for each deletion
+_ERASURE_PAUSES_S = (1.0, 600.0)  # after the first failure, and at most
 _LIVE_SESSIONS = 4096
 _TIP_BYTES = 32 << 20
 _KNOWN_LINKS = 32_768
 _OWN_ID = re.compile(r"ses_[0-9a-f]{32}")
 _LOOKUP_LINKS = 512  # how far back from its end a history is searched for an answer of ours
+_LOG = logging.getLogger("holdfast.sessions")
 
 
 class UnknownResponse(HoldfastError):
@@ -108,6 +114,19 @@ class Session:
     _links: Sequence[bytes] = field(default=(), repr=False, compare=False)  # of the request, where they were needed
 
 
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """A session that is no more.
+
+    Attributes:
+        session: what it was.
+        erased: nothing of its key is left in the database's files; False: that could not be done yet, and will be.
+    """
+
+    session: SessionSummary
+    erased: bool
+
+
 class Sessions(Archive):
     """The sessions of one appliance: an archive that also finds and writes them.
 
@@ -115,6 +134,7 @@ class Sessions(Archive):
         settings: idle timeouts.
         now: wall clock, epoch seconds.
         random_bytes: source of identifiers.
+        sleep: waits for some seconds.
     """
 
     def __init__(
@@ -125,11 +145,14 @@ class Sessions(Archive):
         *,
         now: Callable[[], float] = time.time,
         random_bytes: Callable[[int], bytes] = os.urandom,
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
         super().__init__(store, vault)
         self._settings = settings
         self._now = now
         self._random_bytes = random_bytes
+        self._sleep = sleep
+        self._erasure_failed = asyncio.Event()
         self._live: weakref.WeakValueDictionary[str, _Live] = weakref.WeakValueDictionary()
         self._recent: OrderedDict[str, _Live] = OrderedDict()
         self._by_client_id: OrderedDict[bytes, str] = OrderedDict()
@@ -481,7 +504,7 @@ class Sessions(Archive):
 
     # Forgetting
 
-    async def forget(self, caller: Caller, session_id: str) -> SessionSummary:
+    async def forget(self, caller: Caller, session_id: str) -> Forgotten:
         """Shred a session: its key, its turns and its place in the index; what is resident of it becomes unreachable.
 
         The session's own principal may, and an administrator or operator who may know of it.
@@ -495,7 +518,8 @@ class Sessions(Archive):
             raise unknown_session(session_id)
         live = await self._load(row)
         async with live.lock:
-            await self._store.transact(lambda db: _shred(db, session_id, live.tree_id))
+            due = self._new_id("era")
+            await self._store.transact(lambda db: _shred(db, session_id, live.tree_id, due))
             live.forgotten = True
         for other in list(self._live.values()):
             if other.tree_id == live.tree_id:
@@ -504,8 +528,44 @@ class Sessions(Archive):
         self._live.pop(session_id, None)
         self._tips.drop(session_id)
         self._vault.forget(session_id)
-        await self._store.erase()
-        return self._summary(row)
+        try:
+            await self._erase_what_is_due()
+        except HoldfastError as error:
+            _LOG.warning("%s is forgotten; erasing it is due: %s", session_id, error.code)
+            self._erasure_failed.set()
+            return Forgotten(self._summary(row), erased=False)
+        return Forgotten(self._summary(row), erased=True)
+
+    async def finish_erasures(self) -> NoReturn:
+        """Erase what earlier deletions left on the disk, now and whenever `forget` could not. Runs until cancelled."""
+        first, longest = _ERASURE_PAUSES_S
+        pause = first
+        while True:
+            self._erasure_failed.clear()
+            try:
+                await self._erase_what_is_due()
+            except HoldfastError as error:
+                _LOG.warning("what was forgotten is not erased yet (%s); again in %.0f s", error.code, pause)
+                await self._sleep(pause)
+                pause = min(2 * pause, longest)
+            else:
+                pause = first
+                await self._erasure_failed.wait()
+
+    async def _erase_what_is_due(self) -> None:
+        """Make deletions true on disk, if some are not.
+
+        Raises:
+            StoreFull, StoreBusy, StoreUnavailable: it is due still.
+        """
+        meta = tables.meta
+        due = await self._store.read(
+            lambda db: db.execute(select(meta.c.value).where(meta.c.name == _ERASURE_DUE)).scalar()
+        )
+        if due is not None:
+            await self._store.erase()
+            done = delete(meta).where(meta.c.name == _ERASURE_DUE, meta.c.value == due)
+            await self._store.transact(lambda db: db.execute(done))
 
     # Small things
 
@@ -570,7 +630,9 @@ def _owner(caller: Caller) -> tuple[str, str]:
     return tenant_id, caller.principal.principal_id
 
 
-def _shred(db: Connection, session_id: str, tree_id: str) -> None:
+def _shred(db: Connection, session_id: str, tree_id: str, due: str) -> None:
+    db.execute(delete(tables.meta).where(tables.meta.c.name == _ERASURE_DUE))
+    db.execute(insert(tables.meta).values(name=_ERASURE_DUE, value=due))
     db.execute(delete(tables.chain).where(tables.chain.c.session_id == session_id))
     db.execute(delete(tables.turns).where(tables.turns.c.session_id == session_id))
     db.execute(

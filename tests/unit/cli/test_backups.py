@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from api import server
 from api.backups import (
     ApplianceInUse,
     BackupDamaged,
@@ -91,6 +92,15 @@ def test_a_backup_holds_what_is_sealed_and_no_secret(backup: Path, state_dir: Pa
 
 def test_a_backup_leaves_no_copy_of_the_database_behind(backup: Path, state_dir: Path) -> None:
     assert list((state_dir / "run").iterdir()) == []
+
+
+def test_what_a_killed_gateway_left_of_a_backup_is_removed_at_the_next_start(state_dir: Path) -> None:
+    run = state_dir / "run"
+    for name in ("backup-x1y2", "engine"):
+        (run / name).mkdir()
+        (run / name / "holdfast.db").write_text("a copy")
+    with server._only_gateway(run):
+        assert sorted(path.name for path in run.iterdir()) == ["engine", "lock"]
 
 
 def test_a_restore_into_nothing_gives_the_same_files(backup: Path, tmp_path: Path) -> None:

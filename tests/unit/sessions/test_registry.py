@@ -26,7 +26,7 @@ from appliance.sessions import (
     UnknownSession,
 )
 from appliance.settings import SessionSettings
-from appliance.store import Change, DatabaseKeys, Store, key_changes, tables
+from appliance.store import Change, DatabaseKeys, Store, StoreUnavailable, key_changes, tables
 from appliance.vault import Binding, KeyMissing, KeyPurpose, KeyRecord, RootKey, TamperedValue, Vault, VaultSealed
 
 pytestmark = pytest.mark.anyio
@@ -251,7 +251,7 @@ async def test_a_forgotten_session_is_gone_from_the_files_and_its_salt_is_never_
     await world.sessions.record(branch, branch_turn, outcome("x"))
     assert key.wrapped in world.files()
 
-    await world.sessions.forget(caller(), mine.session_id)
+    assert (await world.sessions.forget(caller(), mine.session_id)).erased
 
     assert key.wrapped not in world.files()
     with pytest.raises(UnknownSession):
@@ -261,6 +261,77 @@ async def test_a_forgotten_session_is_gone_from_the_files_and_its_salt_is_never_
         assert (await sessions.resolve(caller(), branch_turn)).salt != mine.salt
     with pytest.raises(KeyMissing):
         world.vault.encrypt(mine.session_id, KeyPurpose.SESSION, b"", Binding("t", "c", "r", "ten_1", 1))
+
+
+class Stopped(BaseException):
+    """The process ends here."""
+
+
+async def forgotten_but_not_erased(world: World, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> bytes:
+    """Forget a session, and fail where its key is to be erased; the wrapped key."""
+    mine = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    key = DatabaseKeys(world.store).active(mine.session_id, KeyPurpose.SESSION)
+    assert key is not None
+
+    async def fail() -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.store, "erase", fail)
+        if isinstance(error, Stopped):
+            with pytest.raises(Stopped):
+                await world.sessions.forget(caller(), mine.session_id)
+        else:
+            assert not (await world.sessions.forget(caller(), mine.session_id)).erased
+    with pytest.raises(UnknownSession):
+        await world.reopened().forget(caller(), mine.session_id)
+    assert key.wrapped in world.files()
+    return key.wrapped
+
+
+async def until_nothing_is_due(world: World) -> None:
+    async with asyncio.timeout(30):
+        while await world.store.read(lambda db: db.execute(select(tables.meta)).first()) is not None:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("error", [Stopped(), StoreUnavailable("x", cause="", remedy="")], ids=["stopped", "failed"])
+async def test_what_was_forgotten_and_not_erased_is_erased_at_the_next_start(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    wrapped = await forgotten_but_not_erased(world, monkeypatch, error)
+    erasing = asyncio.create_task(world.reopened().finish_erasures())
+    await until_nothing_is_due(world)
+    erasing.cancel()
+    assert wrapped not in world.files()
+
+
+async def test_an_erasure_that_failed_is_tried_again_with_growing_pauses(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    erase = world.store.erase
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 12:
+            monkeypatch.setattr(world.store, "erase", erase)
+
+    async def fail() -> None:
+        raise StoreUnavailable("x", cause="", remedy="")
+
+    world.sessions = Sessions(world.store, world.vault, SessionSettings(idle_timeout_s=15.0), sleep=sleep)
+    erasing = asyncio.create_task(world.sessions.finish_erasures())
+    await asyncio.sleep(0)
+    mine = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    key = DatabaseKeys(world.store).active(mine.session_id, KeyPurpose.SESSION)
+    assert key is not None
+    monkeypatch.setattr(world.store, "erase", fail)
+    assert not (await world.sessions.forget(caller(), mine.session_id)).erased
+    await until_nothing_is_due(world)
+    erasing.cancel()
+    assert pauses == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 600, 600]
+    assert key.wrapped not in world.files()
 
 
 async def test_a_turn_that_ends_after_its_session_was_forgotten_is_not_written(world: World) -> None:
