@@ -95,8 +95,8 @@ def forget_session(console: Console, session_id: str, yes: str | None, api_key_f
         done = f"its key is destroyed and its {turns} are erased from the database files."
     else:
         done = (
-            f"nobody can reach its {turns} any more. Its key may be in the database files still: the appliance erases it"
-            " as soon as it can, also after a restart. `holdfast logs gateway` says what is in the way."
+            f"nobody can reach its {turns} any more. Its key may be in the database files still: the appliance erases"
+            " it as soon as it can, also after a restart. `holdfast logs gateway` says what is in the way."
         )
     console.result(forgotten, f"Forgot {session_id}: {done}")
     if not forgotten.lease_released:
