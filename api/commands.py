@@ -622,8 +622,8 @@ def restore(console: Console, file: Path, replace: str | None) -> None:
     if restored.settings_to_review is not None:
         console.say(
             f"Its settings are in {restored.settings_to_review} and are not used: nothing vouches for them. Review what"
-            " names programs, sockets and addresses (engine.python, engine.model, engine.socket, store.url, gateway.host)"
-            f", and copy what you want into {state_dir / 'holdfast.toml'}."
+            " names programs, sockets and addresses (engine.python, engine.model, engine.socket, store.url,"
+            f" gateway.host), and copy what you want into {state_dir / 'holdfast.toml'}."
         )
     console.result(
         restored,
