@@ -10,7 +10,9 @@ Rules:
   with a folder in them are refused.
 - A state directory changes hands in one rename: there is the old one or the new one, never a mixture. The old one is
   kept.
-- Hashes tell damage, not forgery: what was forged is refused by the vault when it is opened.
+- Hashes tell damage, not forgery. A forged row or seal is refused by the vault when it is opened. Settings name
+  programs, sockets and addresses and nothing vouches for them: a backup's are put beside, for a person to review, and
+  those that are there already, or the defaults, are used.
 - A session that was forgotten after a backup is in that backup still.
 """
 
@@ -42,9 +44,12 @@ from appliance.vault import seal_kind
 FORMAT = "holdfast-backup"
 FORMAT_VERSION = 1
 DATABASE = "holdfast.db"
+BACKUP_PREFIX = "backup-"  # of folders in `run`, while a backup is written
 _MANIFEST = "manifest.json"
 _MEMBERS = (DATABASE, "root.sealed", "holdfast.toml")
-_CARRIED_OVER = ("root.key", "demo-api-key")  # never in a backup: kept from the state directory that is replaced
+_SETTINGS = "holdfast.toml"
+_SETTINGS_TO_REVIEW = "holdfast.toml.from-backup"
+_CARRIED_OVER = ("root.key", "demo-api-key", _SETTINGS)  # never taken from a backup: kept from what is replaced
 _MOVED_OVER = ("models",)
 _CHUNK = 1 << 20
 _MAX_MANIFEST_BYTES = 64 << 10
@@ -120,12 +125,18 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What a restore did. `kept`: where the state that was replaced is now."""
+    """What a restore did.
+
+    Attributes:
+        kept: where the state that was replaced is now.
+        settings_to_review: where the backup's settings are, which are not used; None: they are those that are used.
+    """
 
     manifest: Manifest
     state_dir: Path
     kept: Path | None
     key_file_missing: bool
+    settings_to_review: Path | None
 
 
 # Writing
@@ -139,7 +150,7 @@ async def stream_backup(
     Raises:
         BackupUnsupported: the database is a server's, which has tools of its own.
     """
-    with tempfile.TemporaryDirectory(dir=settings.state_dir / "run", prefix="backup-") as folder:
+    with tempfile.TemporaryDirectory(dir=settings.state_dir / "run", prefix=BACKUP_PREFIX) as folder:
         sources = {name: settings.state_dir / name for name in _MEMBERS}
         sources[DATABASE] = Path(folder) / DATABASE
         await store.backup(sources[DATABASE])
@@ -232,7 +243,17 @@ def restore_backup(path: Path, state_dir: Path, *, replace: bool, now: Callable[
             remedy="Mend that and run the command again; nothing was changed",
         ) from error
     missing = manifest.seal == "key-file" and not (state_dir / "root.key").exists()
-    return Restored(manifest, state_dir, kept, missing)
+    return Restored(manifest, state_dir, kept, missing, _settings_to_review(state_dir))
+
+
+def _settings_to_review(state_dir: Path) -> Path | None:
+    review, used = state_dir / _SETTINGS_TO_REVIEW, state_dir / _SETTINGS
+    if not review.exists():
+        return None
+    if used.exists() and used.read_bytes() == review.read_bytes():
+        review.unlink()
+        return None
+    return review
 
 
 @contextmanager
@@ -343,7 +364,8 @@ def _unpack(path: Path, folder: Path) -> None:
     with _archive(path) as archive:
         for member, content in _members(path, archive, _read_manifest(path, archive)):
             # The file may have changed since it was verified: hashes are compared again while it is written.
-            with new_private_file(folder / member.name) as into:
+            name = _SETTINGS_TO_REVIEW if member.name == _SETTINGS else member.name
+            with new_private_file(folder / name) as into:
                 _copy(path, member, content, into)
     sync_folder(folder)
 

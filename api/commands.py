@@ -633,6 +633,12 @@ def restore(console: Console, file: Path, replace: str | None) -> None:
         console.say(f"What was there is kept in {restored.kept}; remove it when you are sure.")
     if restored.key_file_missing:
         console.say(f"Its key file was never in the backup: put it at {state_dir / 'root.key'}, mode 0600.")
+    if restored.settings_to_review is not None:
+        console.say(
+            f"Its settings are in {restored.settings_to_review} and are not used: nothing vouches for them. Review what"
+            " names programs, sockets and addresses (engine.python, engine.model, engine.socket, store.url,"
+            f" gateway.host), and copy what you want into {state_dir / 'holdfast.toml'}."
+        )
     console.result(
         restored,
         f"Restored the appliance of {moment(manifest.created_at)} ({ago(manifest.created_at)}) into {state_dir}.",

@@ -6,8 +6,10 @@ Rules:
   less than it must is never waited for.
 - An answer waits for a client that does not read it only so long: then the connection is aborted, and whatever waits
   to send is told that the client is gone.
+- What comes around a body (chunk extensions, trailer fields) has the size of the headers. Trailers are not kept.
 - What is not HTTP, or too much of it, is answered in the same shape as every other error, with an `X-Request-ID`, and
-  the connection is closed.
+  the connection is closed. Where an answer has begun already it is closed only.
+- An answer that is over before its request was read ends the connection: nobody would bound the rest.
 """
 
 import asyncio
@@ -15,7 +17,7 @@ import os
 from typing import Any
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from api.openai.errors import HeadersTooLarge, NotHttp, error_object, status_of
@@ -28,12 +30,14 @@ class BoundedProtocol(HttpToolsProtocol):
     """What the data listener speaks.
 
     Attributes:
-        max_header_bytes: of the request line and all headers together.
+        max_header_bytes: of the request line and all headers together, and of what comes between pieces of a body and
+            after the last.
         unread_timeout_s: how long what was written may lie unread.
     """
 
     max_header_bytes = 64 << 10
     unread_timeout_s = 10.0
+    cycle: RequestResponseCycle | None  # type: ignore[assignment]  # none before the first request
 
     def __init__(
         self,
@@ -43,8 +47,9 @@ class BoundedProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._header_bytes = 0
+        self._bytes_without_body = 0
         self._in_headers = True
+        self._in_body = False
         self._refused = False
         self._header_timer: asyncio.TimerHandle | None = None
         self._unread_timer: asyncio.TimerHandle | None = None
@@ -72,13 +77,12 @@ class BoundedProtocol(HttpToolsProtocol):
         super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
-        """Count what comes before the headers are complete."""
+        """Count what brings a body no further: the parser holds a field, however long, until it is complete."""
         if self._refused:
             return
-        if self._in_headers:
-            self._header_bytes += len(data)
+        self._bytes_without_body += len(data)
         super().data_received(data)
-        if self._in_headers and self._header_bytes > self.max_header_bytes:
+        if self._bytes_without_body > self.max_header_bytes:
             self._refuse_headers()
 
     def on_message_begin(self) -> None:
@@ -87,25 +91,39 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self._in_headers:
             self._await_headers()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header, and no trailer."""
+        if self._in_headers:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """Hand the request to the application, unless it brought too much."""
-        self._in_headers = False
+        self._in_headers, self._bytes_without_body = False, 0
         self._stop_timer()
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > self.max_header_bytes:
             self._refuse_headers()
             return
+        self._in_body = True
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """Nothing of a refused request is kept."""
+        self._bytes_without_body = 0
         if not self._refused:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Nothing of a refused request is answered twice."""
+        self._in_body = False
         if not self._refused:
             super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Go on with the connection if all of the request was read."""
+        if self._in_body and self.cycle is not None and self.cycle.response_complete:
+            self.transport.close()
+        super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002  (uvicorn's signature)
         """What came is no HTTP."""
@@ -118,7 +136,7 @@ class BoundedProtocol(HttpToolsProtocol):
         )
 
     def _await_headers(self) -> None:
-        self._in_headers, self._header_bytes = True, 0
+        self._in_headers, self._bytes_without_body = True, 0
         self._header_timer = self.loop.call_later(_HEADER_DEADLINE_S, self._headers_late)
 
     def _stop_timer(self) -> None:
@@ -145,9 +163,14 @@ class BoundedProtocol(HttpToolsProtocol):
         )
 
     def _refuse(self, error: HoldfastError) -> None:
+        if self._refused:
+            return
         self._refused = True
         self._stop_timer()
         if self.transport.is_closing():
+            return
+        if not self._may_answer():
+            self.transport.close()
             return
         request_id = os.urandom(16).hex()
         content = error_object(error, request_id)
@@ -158,6 +181,14 @@ class BoundedProtocol(HttpToolsProtocol):
             + content
         )
         self.transport.close()
+
+    def _may_answer(self) -> bool:
+        """Whether an answer would stand where the client expects one, and not in the middle of another."""
+        if self.cycle is None:
+            return True
+        if self._in_body:
+            return not self.pipeline and not self.cycle.response_started
+        return self.cycle.response_complete
 
 
 def bounded_by(max_header_bytes: int, unread_timeout_s: float) -> type[BoundedProtocol]:

@@ -17,6 +17,7 @@ import fcntl
 import gc
 import logging
 import os
+import shutil
 import signal
 import socket
 import time
@@ -31,6 +32,7 @@ from api.admin.peers import PeerCredentialsProtocol
 from api.admin.routes import admin_app
 from api.answers import App, Receive, Scope, Send
 from api.app import create_app
+from api.backups import BACKUP_PREFIX
 from api.engine_watch import EngineWatch
 from api.health import HEALTH_ROUTES, Health
 from api.listener import bounded_by
@@ -110,6 +112,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
     ]
     async with asyncio.TaskGroup() as tasks:
         watch = tasks.create_task(services.watch.run())
+        erasing = tasks.create_task(services.sessions.finish_erasures())
         serving = [
             tasks.create_task(server.serve(sockets=[listener]))
             for server, listener in zip(servers, (data, admin), strict=True)
@@ -126,6 +129,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         await stop.asked.wait()
         await _drain(services, stop)
         watch.cancel()
+        erasing.cancel()
         if services.engine_process is not None:
             await services.engine_process.stop()
         for server in servers:
@@ -244,6 +248,7 @@ def _engine_spec(settings: Settings) -> EngineSpec:
         model=_DEMO_MODEL if model is None else model,
         run_dir=settings.state_dir / ENGINE_DIR,
         log_path=settings.state_dir / "log" / "engine.log",
+        hidden_dir=settings.state_dir,
         tool_call_parser=parser,
     )
 
@@ -387,6 +392,8 @@ def _only_gateway(run_dir: Path) -> Iterator[None]:
             remedy="`holdfast status` tells how it is, `holdfast down` stops it",
         ) from None
     try:
+        for leftover in run_dir.glob(f"{BACKUP_PREFIX}*"):  # a copy of the database, of a gateway that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         yield
     finally:
         os.close(descriptor)

@@ -3,6 +3,7 @@
 Rules:
 
 - The uid comes from SO_PEERCRED: it is the peer's at the moment it connected, and cannot be forged.
+- The pid comes with it. It is not who asks, but tells the engine, which runs as the same user, from people.
 - A connection whose peer cannot be told has no uid, and is nobody.
 """
 
@@ -40,3 +41,8 @@ def uid_of(client: tuple[str, int] | None) -> int | None:
     if client is None or not client[0].startswith(_PREFIX):
         return None
     return int(client[0].removeprefix(_PREFIX))
+
+
+def pid_of(client: tuple[str, int] | None) -> int | None:
+    """The pid of whoever connected, None when the connection did not come over the admin socket."""
+    return None if client is None or uid_of(client) is None else client[1]

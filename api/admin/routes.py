@@ -6,6 +6,7 @@ Rules:
   table and the routes differ.
 - Who asks is told by the kernel (the peer's uid) or by an API key. A key that is offered and does not hold is refused,
   whatever the uid.
+- The engine is nobody, though its uid is the gateway's own and whatever key it may have found.
 - While the vault is sealed nobody's name can be read: only what `RULES` opens then is open, and only to the user whose
   process this is. Unsealing needs the passphrase besides.
 - Whose session is it, and may it be read: `appliance.sessions` decides, not the routes.
@@ -29,7 +30,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.admin import status, types
-from api.admin.peers import uid_of
+from api.admin.peers import pid_of, uid_of
 from api.backups import stream_backup
 from api.openai.errors import status_of
 from api.roots import open_root
@@ -199,12 +200,20 @@ def _check(asker: Asker, rule: Rule | None) -> None:
 
 
 async def _asker(services: Services, request: Request) -> Asker:
+    client = None if request.client is None else (request.client.host, request.client.port)
+    pid = pid_of(client)
+    if pid is not None and services.engine_process is not None and services.engine_process.owns(pid):
+        _LOG.warning("refused process %d: it is the engine's, or has ended", pid)
+        raise PeerUnknown(
+            "this process may ask for nothing",
+            cause="it is one of the engine's, or cannot be told from them because it has ended or is out of sight",
+            remedy="Use `holdfast` on this machine, outside the engine and in the gateway's own process namespace",
+        )
     offered = request.headers.get("authorization")
     if offered is not None:
         scheme, _, secret = offered.partition(" ")
         return Asker(await services.identity.authenticate(secret.strip() if scheme.lower() == "bearer" else ""))
-    client = request.client
-    uid = uid_of((client.host, client.port) if client is not None else None)
+    uid = uid_of(client)
     if uid is None:
         raise PeerUnknown(
             "who asks is not known",
@@ -327,8 +336,9 @@ async def _forget(session_id: str, services: ServicesOf, asker: AskerOf) -> type
     forgotten = await services.sessions.forget(asker.named, session_id)
     return types.Forgotten(
         session_id=session_id,
-        turns=forgotten.turns,
-        lease_released=await _released(services, forgotten.lease_label),
+        turns=forgotten.session.turns,
+        erased=forgotten.erased,
+        lease_released=await _released(services, forgotten.session.lease_label),
     )
 
 

@@ -91,9 +91,14 @@ def forget_session(console: Console, session_id: str, yes: str | None, api_key_f
         f"{session_id}: {turns}, last used {ago(found.last_used_at)}. Nothing brings it back.", session_id, yes
     )
     forgotten = client.forget(session_id)
-    console.result(
-        forgotten, f"Forgot {session_id}: its key is destroyed and its {turns} are erased from the database files."
-    )
+    if forgotten.erased:
+        done = f"its key is destroyed and its {turns} are erased from the database files."
+    else:
+        done = (
+            f"nobody can reach its {turns} any more. Its key may be in the database files still: the appliance erases"
+            " it as soon as it can, also after a restart. `holdfast logs gateway` says what is in the way."
+        )
+    console.result(forgotten, f"Forgot {session_id}: {done}")
     if not forgotten.lease_released:
         console.say(
             "The engine could not be told; what it still holds cannot be reached any more and is overwritten in use."

@@ -235,12 +235,15 @@ class Transcript(Wire):
 
 
 class Forgotten(Wire):
-    """A session that is no more: its key is destroyed, its rows are erased on disk.
+    """A session that is no more: its key is destroyed.
 
+    `erased`: nothing of its key is left in the database's files; False when that could not be done yet. The gateway
+    tries again by itself, also after a restart.
     `lease_released`: the engine was told to let go of what it held; False when the engine could not be reached. What
     it holds is out of reach either way, because the session's salt changed.
     """
 
     session_id: str
     turns: int
+    erased: bool
     lease_released: bool

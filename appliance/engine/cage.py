@@ -6,6 +6,8 @@ Rules:
 - Where the system allows, vLLM gets namespaces of its own (namespaces(7)): a network with a loopback device and nothing
   else, private /tmp, /dev/shm and /proc, its own processes and System V objects. As root directly, otherwise through a
   user namespace. All of them or none: what could not be had is said in the report, and refused where it is required.
+- Of the folders that it is told to cover vLLM sees what it is told to keep, and nothing else: no key, database or
+  socket of the gateway's, whose user it shares.
 - The gateway holds a pipe to this process. When the pipe closes, because the gateway let go or was killed, everything
   dies: at once with the namespaces where there are some, else process by process.
 - As root, vLLM keeps the rights to read, to pin memory and to place threads, and none else; no right can be gained.
@@ -17,10 +19,11 @@ Rules:
 
     gateway ─pipe─▶ supervisor ─▶ [unsharer ─▶] reaper (process 1 of its namespace) ─▶ vLLM and its children
 
-Usage: `python -I -m appliance.engine.cage --isolation where-allowed --report-fd 3 --keep FOLDER … -- COMMAND …`, with
-the engine's private folder as the working directory and the pipe as standard input. A line in the pipe asks vLLM to
-stop; its end does not ask. What happens is reported on the descriptor, one JSON object a line: `{"event": "started",
-"isolated": …, "detail": …}`, `{"event": "refused", "detail": …}`, `{"event": "exited", "code": …, "signal": …}`.
+Usage: `python -I -m appliance.engine.cage --isolation where-allowed --report-fd 3 --cover FOLDER … --keep FOLDER …
+-- COMMAND …`, with the engine's private folder as the working directory and the pipe as standard input. A line in the
+pipe asks vLLM to stop; its end does not ask. What happens is reported on the descriptor, one JSON object a line:
+`{"event": "started", "isolated": …, "detail": …}`, `{"event": "refused", "detail": …}`, `{"event": "exited", "code": …,
+"signal": …}`.
 """
 
 import argparse
@@ -70,6 +73,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 @dataclass(frozen=True)
 class _Order:
     command: list[str]
+    cover: list[str]
     keep: list[str]
     isolation: str
     report_fd: int
@@ -106,12 +110,14 @@ def _order(arguments: Sequence[str]) -> _Order:
     parser = argparse.ArgumentParser(prog="python -m appliance.engine.cage", allow_abbrev=False)
     parser.add_argument("--isolation", choices=("required", "where-allowed"), required=True)
     parser.add_argument("--report-fd", type=int, required=True)
+    parser.add_argument("--cover", action="append", default=[], metavar="FOLDER")
     parser.add_argument("--keep", action="append", default=[], metavar="FOLDER")
     parser.add_argument("command", nargs="+")
     parsed = parser.parse_args(arguments)
     here = [sys.prefix, sys.base_prefix, str(Path(__file__).resolve().parents[2])]
     keep = [os.path.realpath(folder) for folder in [*parsed.keep, *here, str(Path.cwd())]]
-    return _Order(parsed.command, keep, parsed.isolation, parsed.report_fd, time.time())
+    cover = [os.path.realpath(folder) for folder in parsed.cover]
+    return _Order(parsed.command, cover, keep, parsed.isolation, parsed.report_fd, time.time())
 
 
 # The supervisor: outside the namespaces, so that it can fall back and clean up.
@@ -204,7 +210,7 @@ def _unshare_and_reap(order: _Order, control: int, status: int) -> NoReturn:
             if os.read(ready_read, 1) != b"!":  # the parent died before the signal was asked for
                 os._exit(1)
             try:
-                _furnish(order.keep)
+                _furnish(order.cover, order.keep)
             except OSError as error:
                 _refuse(status, f"the namespaces could not be furnished ({_words(error)})")
             _reaper(order, control, status, _isolated_environment())
@@ -229,21 +235,31 @@ def _map_identity(user: int, group: int) -> None:
     Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
 
 
-def _furnish(keep: Sequence[str]) -> None:
-    """Give the namespaces a loopback device and private /proc, /tmp and /dev/shm; folders in `keep` stay visible."""
+def _furnish(cover: Sequence[str], keep: Sequence[str]) -> None:
+    """Give the namespaces a loopback device, private /proc, /tmp and /dev/shm, and nothing in the folders of `cover`.
+
+    Folders in `keep` stay visible.
+    """
+    here = Path.cwd()
     _loopback_up()
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE, "")
-    for covered in ("/tmp", "/dev/shm"):  # noqa: S108 -- these are mount points
+    for covered, options in (
+        ("/tmp", "mode=1777,size=50%"),  # noqa: S108 -- a mount point
+        ("/dev/shm", "mode=1777,size=50%"),  # noqa: S108
+        *((folder, "mode=0700,size=1m") for folder in cover),
+    ):
         if not Path(covered).is_dir():
             continue
         inside = sorted({folder for folder in keep if folder.startswith(f"{covered}/")})
         held = {folder: os.open(folder, os.O_PATH | os.O_DIRECTORY) for folder in inside if Path(folder).is_dir()}
-        _mount("tmpfs", covered, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=1777,size=50%")
+        _mount("tmpfs", covered, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
         for folder, descriptor in held.items():
             if not Path(folder).exists():  # a folder within one that is mounted already is there
                 Path(folder).mkdir(parents=True, mode=0o700)
                 _mount(f"/proc/self/fd/{descriptor}", folder, "", _MS_BIND | _MS_REC, "")
             os.close(descriptor)
+    # Until now it is the folder below what covers it: `..`, and /proc/1/cwd, would lead to what was covered.
+    os.chdir(here)
     _mount("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "")
 
 
@@ -358,6 +374,33 @@ def sweep(folder: Path, since: float) -> None:
         in_use = _shared_memory_in_use() if in_use is None else in_use
         if str(path) not in in_use:
             path.unlink(missing_ok=True)
+
+
+def belongs_to(process: int, cage: int | None, folder: Path) -> bool:
+    """Whether a process is a cage or below it, or carries the mark of the engine that runs in `folder`.
+
+    Also when that cannot be told, because the process has ended or is out of sight.
+    """
+    with contextlib.suppress(OSError):
+        if f"{_MARK}={folder}".encode() in Path(f"/proc/{process}/environ").read_bytes().split(b"\0"):
+            return True
+    at, hidden = process, 0
+    while at > 1 and at != cage:
+        above = _parent(at)
+        if above is not None:
+            at = above
+        elif at in (process, hidden):
+            return at == process  # above a process of ours it is another user's (proc(5), hidepid), and so no cage
+        else:
+            at, hidden = process, at  # hidden, or it has just ended: then what was below it has another parent now
+    return at == cage or process < 1
+
+
+def _parent(process: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _kill_marked(folder: str) -> None:

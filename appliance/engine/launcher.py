@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
-from appliance.engine.cage import sweep
+from appliance.engine.cage import belongs_to, sweep
 from appliance.engine.client import EngineClient, EngineUnavailable
 from appliance.engine.log import logging_config
 from appliance.engine.protocol import PLUGIN_ENVIRONMENT, connector_arguments
@@ -81,7 +81,8 @@ class EngineSpec:
     `run_dir` is the engine's own directory: private, with the socket in it. `cpu_threads` counts the threads that
     compute on a CPU; None leaves it to vLLM. `max_model_len` is in tokens; None: what the model says.
     `tool_call_parser` names one of vLLM's parsers, for a model that calls tools. `cache_dir` holds what vLLM works out
-    once for a model and a device (compiled kernels, what a model can do); None: in `run_dir`.
+    once for a model and a device (compiled kernels, what a model can do); None: in `run_dir`. With namespaces the
+    engine sees of `hidden_dir` no more than `run_dir` and its model.
     """
 
     python: Path
@@ -100,6 +101,7 @@ class EngineSpec:
     tool_call_parser: str | None = None
     cpu_threads: int | None = None
     cache_dir: Path | None = None
+    hidden_dir: Path | None = None
     ready_timeout_s: float = 600.0
     restart_backoff_s: float = 1.0
 
@@ -117,6 +119,7 @@ class EngineSpec:
         model: Path,
         run_dir: Path,
         log_path: Path,
+        hidden_dir: Path | None = None,
         tool_call_parser: str | None = None,
     ) -> "EngineSpec":
         """The engine that `settings` describe, with the interpreter and the model that were found for it."""
@@ -139,6 +142,7 @@ class EngineSpec:
             tool_call_parser=tool_call_parser,
             cpu_threads=compute_threads() if device == "cpu" else None,
             cache_dir=installed / "cache" if os.access(installed, os.W_OK) else None,
+            hidden_dir=hidden_dir,
             ready_timeout_s=settings.ready_timeout_s,
             restart_backoff_s=settings.restart_backoff_s,
         )
@@ -320,6 +324,10 @@ class EngineProcess:
     def pid(self) -> int | None:
         """The cage's process, while there is one."""
         return None if self._process is None else self._process.pid
+
+    def owns(self, process: int) -> bool:
+        """Whether a process of this machine is the engine's, or may be: one that has ended cannot be told from it."""
+        return belongs_to(process, self.pid, self.spec.run_dir)
 
     async def start(self) -> None:
         """Start the engine and return at once; `wait_ready` waits.
@@ -603,6 +611,7 @@ def _cage_line(spec: EngineSpec, report_fd: int, command: Sequence[str]) -> list
         *("-I", "-m", "appliance.engine.cage"),
         *("--isolation", spec.isolation),
         *("--report-fd", str(report_fd)),
+        *(("--cover", str(spec.hidden_dir)) if spec.hidden_dir is not None else ()),
         *("--keep", str(spec.model)),
         *("--keep", str(spec.python.parent.parent)),
         "--",

@@ -9,11 +9,12 @@ from appliance.sessions.archive import (
     UnknownSession,
 )
 from appliance.sessions.deltas import TranscriptBroken
-from appliance.sessions.registry import Session, SessionForgotten, Sessions, UnknownResponse
+from appliance.sessions.registry import Forgotten, Session, SessionForgotten, Sessions, UnknownResponse
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind, TurnState
 
 __all__ = [
     "Archive",
+    "Forgotten",
     "Message",
     "Origin",
     "Outcome",

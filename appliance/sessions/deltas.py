@@ -7,12 +7,14 @@ Rules:
 
 - Reading needs the turns in order and nothing else; `Reader` raises on a base that is not the turn before.
 - What a record does not change it does not repeat: messages, parameters and token ids alike.
+- A message is the same as before only if it is so in every field: what recognises a session overlooks some of them.
 """
 
 import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, ClassVar
 
 from pydantic_core import from_json, to_json
@@ -36,13 +38,23 @@ class Tip:
     """What is remembered of a session's latest turn, to write the next one as a difference."""
 
     number: int
-    links: Sequence[bytes]  # of the request's messages, then of the answer
+    chain: Sequence[bytes]  # `message_chain` of the request's messages and the answer
     parameters: bytes
     token_ids: "array[int]"  # prompt, then completion
 
     def size(self) -> int:
         """Bytes held, roughly."""
-        return 64 * len(self.links) + len(self.parameters) + 4 * len(self.token_ids) + 256
+        return 64 * len(self.chain) + len(self.parameters) + 4 * len(self.token_ids) + 256
+
+
+def message_chain(messages: Sequence[Message]) -> list[bytes]:
+    """A hash of 32 bytes after each message: of it and all before it, as they go to the engine. None is absence."""
+    link, chain = b"", []
+    for message in messages:
+        said = sorted((name, value) for name, value in message.items() if value is not None)
+        link = sha256(link + to_json(said)).digest()
+        chain.append(link)
+    return chain
 
 
 def token_array(prompt: Sequence[int], completion: Sequence[int]) -> "array[int]":

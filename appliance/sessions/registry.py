@@ -4,11 +4,16 @@ Rules:
 
 - A session is found only within the tenant and the principal that own it. Anybody else's is as unknown as one that
   never was.
-- An unknown session id makes a session; an unknown `previous_response_id` is an error.
+- An unknown session id makes a session; an unknown `previous_response_id` is an error. An id of our own form names the
+  session that has it; one that names none is as if there were none, for a session must not be called by another's id.
 - Without any id, the longest history that this principal was answered before is continued; a second continuation of one
   point is a branch: a session of its own in the same tree.
 - The salt is an HMAC of principal, tree and epoch under the tenant's key. Forgetting raises the epoch, so that whatever
   is still resident cannot be reached again.
+- A session's key is made when its first turn is written down: what can be dropped from memory before it is stored would
+  take the turn with it.
+- Forgetting deletes first and then erases what deletion left on the disk. That the second is due stands in the database
+  from the moment of the first: it is done at the next start, and again until it succeeds.
 - A turn is durable, whole and encrypted when `record` returns, and not there at all when it raises.
 - What is remembered between turns is bounded, and can be lost without losing anything but speed.
 
@@ -16,13 +21,15 @@ One gateway owns a session at a time; the numbers of its turns are given out und
 """
 
 import asyncio
+import logging
 import os
+import re
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from pydantic_core import to_json
 from sqlalchemy import Connection, Text, bindparam, delete, exists, insert, literal, select, update
@@ -31,17 +38,21 @@ from sqlalchemy.engine import RowMapping
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Caller, Role
 from appliance.sessions.archive import Archive, SessionSummary, TranscriptForbidden, text_or_none, unknown_session
-from appliance.sessions.deltas import Tip, encode_request, encode_token_ids, token_array
+from appliance.sessions.deltas import Tip, encode_request, encode_token_ids, message_chain, token_array
 from appliance.sessions.history import answered_positions, history_links, shared_length
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind
 from appliance.settings import SessionSettings
 from appliance.store import Change, Store, key_changes, tables
-from appliance.vault import KeyPurpose, KeyRecord, Vault
+from appliance.vault import KeyPurpose, Vault
 
+_ERASURE_DUE = "erasure-due"  # in the table `meta`; its value is another for each deletion
+_ERASURE_PAUSES_S = (1.0, 600.0)  # after the first failure, and at most
 _LIVE_SESSIONS = 4096
 _TIP_BYTES = 32 << 20
 _KNOWN_LINKS = 32_768
+_OWN_ID = re.compile(r"ses_[0-9a-f]{32}")
 _LOOKUP_LINKS = 512  # how far back from its end a history is searched for an answer of ours
+_LOG = logging.getLogger("holdfast.sessions")
 
 
 class UnknownResponse(HoldfastError):
@@ -71,7 +82,7 @@ class _Live:
     turns: int
     origin: Origin
     parent_session_id: str | None = None
-    new_key: KeyRecord | None = None  # not yet in the store, as the session itself is not
+    stored: bool = False
     forgotten: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     __weakref__: Any = field(init=False, repr=False)
@@ -103,6 +114,19 @@ class Session:
     _links: Sequence[bytes] = field(default=(), repr=False, compare=False)  # of the request, where they were needed
 
 
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """A session that is no more.
+
+    Attributes:
+        session: what it was.
+        erased: nothing of its key is left in the database's files; False: that could not be done yet, and will be.
+    """
+
+    session: SessionSummary
+    erased: bool
+
+
 class Sessions(Archive):
     """The sessions of one appliance: an archive that also finds and writes them.
 
@@ -110,6 +134,7 @@ class Sessions(Archive):
         settings: idle timeouts.
         now: wall clock, epoch seconds.
         random_bytes: source of identifiers.
+        sleep: waits for some seconds.
     """
 
     def __init__(
@@ -120,11 +145,14 @@ class Sessions(Archive):
         *,
         now: Callable[[], float] = time.time,
         random_bytes: Callable[[int], bytes] = os.urandom,
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
         super().__init__(store, vault)
         self._settings = settings
         self._now = now
         self._random_bytes = random_bytes
+        self._sleep = sleep
+        self._erasure_failed = asyncio.Event()
         self._live: weakref.WeakValueDictionary[str, _Live] = weakref.WeakValueDictionary()
         self._recent: OrderedDict[str, _Live] = OrderedDict()
         self._by_client_id: OrderedDict[bytes, str] = OrderedDict()
@@ -145,10 +173,14 @@ class Sessions(Archive):
         links: Sequence[bytes] = ()
         if hints.previous_response_id is not None:
             live = await self._of_response(tenant_id, principal_id, hints.previous_response_id)
-        elif hints.client_id is not None:
+        elif hints.client_id is not None and not _OWN_ID.fullmatch(hints.client_id):
             live = await self._of_client_id(tenant_id, principal_id, hints.client_id, hints)
         else:
-            live, links = await self._of_history(tenant_id, principal_id, turn.messages)
+            named = hints.client_id and await self._of_session_id(tenant_id, principal_id, hints.client_id)
+            if named:
+                live = named
+            else:
+                live, links = await self._of_history(tenant_id, principal_id, turn.messages)
         self._remember(live)
         return self._session(caller, turn.model, live, links)
 
@@ -181,8 +213,7 @@ class Sessions(Archive):
             return found
         parent: _Live | None = None
         if hints.parent_client_id is not None:
-            parent_lookup = self._client_id_lookup(tenant_id, principal_id, hints.parent_client_id)
-            parent = await self._by_lookup(tenant_id, principal_id, parent_lookup)
+            parent = await self._of_parent(tenant_id, principal_id, hints.parent_client_id)
         # Another turn may have made it while this one asked the store: no await between this look and the making.
         known = self._live.get(self._by_client_id.get(lookup, ""))
         if known is not None and not known.forgotten:
@@ -190,6 +221,27 @@ class Sessions(Archive):
         live = self._begin(tenant_id, principal_id, hints.origin, client_id=client_id, parent=parent)
         _keep(self._by_client_id, lookup, live.session_id, _LIVE_SESSIONS)
         return live
+
+    async def _of_parent(self, tenant_id: str, principal_id: str, parent_id: str) -> _Live | None:
+        if _OWN_ID.fullmatch(parent_id):
+            return await self._of_session_id(tenant_id, principal_id, parent_id)
+        return await self._by_lookup(
+            tenant_id, principal_id, self._client_id_lookup(tenant_id, principal_id, parent_id)
+        )
+
+    async def _of_session_id(self, tenant_id: str, principal_id: str, session_id: str) -> _Live | None:
+        known = self._live.get(session_id)
+        if known is not None:
+            ours = (known.tenant_id, known.principal_id) == (tenant_id, principal_id)
+            return known if ours and not known.forgotten else None
+        sessions = tables.sessions
+        query = select(sessions).where(
+            sessions.c.session_id == session_id,
+            sessions.c.tenant_id == tenant_id,
+            sessions.c.principal_id == principal_id,
+        )
+        row = await self._store.read(lambda db: db.execute(query).mappings().first())
+        return None if row is None else await self._load(row)
 
     async def _by_lookup(self, tenant_id: str, principal_id: str, lookup: bytes) -> _Live | None:
         known = self._live.get(self._by_client_id.get(lookup, ""))
@@ -279,6 +331,7 @@ class Sessions(Archive):
             turns=row["turns"],
             origin=Origin(row["origin"]),
             parent_session_id=row["parent_session_id"],
+            stored=True,
         )
         self._live[session_id] = live
         return live
@@ -309,7 +362,6 @@ class Sessions(Archive):
             turns=0,
             origin=origin,
             parent_session_id=parent.session_id if parent is not None else None,
-            new_key=self._vault.new_session_key(tenant_id, session_id),
         )
         self._live[session_id] = live
         return live
@@ -335,7 +387,7 @@ class Sessions(Archive):
             tenant_label=mac(tenant_id, KeyPurpose.SALT, "tenant-label").hex()[:32],
             idle_timeout_s=self._idle_timeout_s(caller, model),
             origin=live.origin,
-            is_new=live.new_key is not None,
+            is_new=not live.stored,
             _live=live,
             _links=links,
         )
@@ -352,6 +404,7 @@ class Sessions(Archive):
 
         Raises:
             SessionForgotten: the session was forgotten while the turn ran; `also` is not written either.
+            VaultSealed: the vault was sealed meanwhile; nothing was written.
             StoreFull, StoreUnavailable: nothing of the turn was written.
         """
         live = session._live
@@ -365,9 +418,15 @@ class Sessions(Archive):
             number = live.turns + 1
             links = self._turn_links(session, turn, outcome)
             tip = self._tips.get(live.session_id)
-            changes, new_tip = self._turn_changes(live, turn, outcome, number, links, tip)
-            await self._store.write([*self._session_changes(live, turn, outcome, number), *changes, *also])
-            live.turns, live.new_key = number, None
+            try:
+                session_changes = self._session_changes(live, turn, outcome, number)
+                changes, new_tip = self._turn_changes(live, turn, outcome, number, links, tip)
+                await self._store.write([*session_changes, *changes, *also])
+            except BaseException:
+                if not live.stored:
+                    self._vault.forget(live.session_id)  # the next try makes a key of its own
+                raise
+            live.turns, live.stored = number, True
             self._tips.put(live.session_id, new_tip)
             if links:
                 _keep(self._by_link, links[-1], (live.session_id, number), _KNOWN_LINKS)
@@ -386,11 +445,11 @@ class Sessions(Archive):
             "completion_tokens": outcome.completion_tokens,
             "last_used_at": outcome.ended_at,
         }
-        if live.new_key is None:
+        if live.stored:
             named = {f"b_{name}": value for name, value in totals.items()}
             return [Change(_UPDATE_SESSION, {"b_session_id": live.session_id, **named})]
         changes = [
-            *key_changes([live.new_key]),
+            *key_changes([self._vault.new_session_key(live.tenant_id, live.session_id)]),
             Change(_INSERT_TREE, {"b_tree_id": live.tree_id, "b_tenant_id": live.tenant_id}),
         ]
         lookup = None
@@ -418,7 +477,8 @@ class Sessions(Archive):
     ) -> tuple[list[Change], Tip]:
         parameters = to_json(turn.parameters)
         ids = token_array(outcome.prompt_token_ids, outcome.completion_token_ids)
-        shared = min(shared_length(tip.links, links), len(turn.messages)) if tip is not None else 0
+        chain = message_chain([*turn.messages, outcome.answer])
+        shared = min(shared_length(tip.chain, chain), len(turn.messages)) if tip is not None else 0
         row = {
             "turn_id": self._new_id("trn"),
             "session_id": live.session_id,
@@ -445,11 +505,11 @@ class Sessions(Archive):
             at = {"tenant_id": live.tenant_id, "link": links[-1]}
             changes.append(Change(_DELETE_LINK, {f"b_{name}": value for name, value in at.items()}))
             changes.append(Change(_INSERT_LINK, {**at, "session_id": live.session_id, "turn_number": number}))
-        return changes, Tip(number, links, parameters, ids)
+        return changes, Tip(number, chain, parameters, ids)
 
     # Forgetting
 
-    async def forget(self, caller: Caller, session_id: str) -> SessionSummary:
+    async def forget(self, caller: Caller, session_id: str) -> Forgotten:
         """Shred a session: its key, its turns and its place in the index; what is resident of it becomes unreachable.
 
         The session's own principal may, and an administrator or operator who may know of it.
@@ -463,7 +523,8 @@ class Sessions(Archive):
             raise unknown_session(session_id)
         live = await self._load(row)
         async with live.lock:
-            await self._store.transact(lambda db: _shred(db, session_id, live.tree_id))
+            due = self._new_id("era")
+            await self._store.transact(lambda db: _shred(db, session_id, live.tree_id, due))
             live.forgotten = True
         for other in list(self._live.values()):
             if other.tree_id == live.tree_id:
@@ -472,8 +533,44 @@ class Sessions(Archive):
         self._live.pop(session_id, None)
         self._tips.drop(session_id)
         self._vault.forget(session_id)
-        await self._store.erase()
-        return self._summary(row)
+        try:
+            await self._erase_what_is_due()
+        except HoldfastError as error:
+            _LOG.warning("%s is forgotten; erasing it is due: %s", session_id, error.code)
+            self._erasure_failed.set()
+            return Forgotten(self._summary(row), erased=False)
+        return Forgotten(self._summary(row), erased=True)
+
+    async def finish_erasures(self) -> NoReturn:
+        """Erase what earlier deletions left on the disk, now and whenever `forget` could not. Runs until cancelled."""
+        first, longest = _ERASURE_PAUSES_S
+        pause = first
+        while True:
+            self._erasure_failed.clear()
+            try:
+                await self._erase_what_is_due()
+            except HoldfastError as error:
+                _LOG.warning("what was forgotten is not erased yet (%s); again in %.0f s", error.code, pause)
+                await self._sleep(pause)
+                pause = min(2 * pause, longest)
+            else:
+                pause = first
+                await self._erasure_failed.wait()
+
+    async def _erase_what_is_due(self) -> None:
+        """Make deletions true on disk, if some are not.
+
+        Raises:
+            StoreFull, StoreBusy, StoreUnavailable: it is due still.
+        """
+        meta = tables.meta
+        due = await self._store.read(
+            lambda db: db.execute(select(meta.c.value).where(meta.c.name == _ERASURE_DUE)).scalar()
+        )
+        if due is not None:
+            await self._store.erase()
+            done = delete(meta).where(meta.c.name == _ERASURE_DUE, meta.c.value == due)
+            await self._store.transact(lambda db: db.execute(done))
 
     # Small things
 
@@ -538,7 +635,9 @@ def _owner(caller: Caller) -> tuple[str, str]:
     return tenant_id, caller.principal.principal_id
 
 
-def _shred(db: Connection, session_id: str, tree_id: str) -> None:
+def _shred(db: Connection, session_id: str, tree_id: str, due: str) -> None:
+    db.execute(delete(tables.meta).where(tables.meta.c.name == _ERASURE_DUE))
+    db.execute(insert(tables.meta).values(name=_ERASURE_DUE, value=due))
     db.execute(delete(tables.chain).where(tables.chain.c.session_id == session_id))
     db.execute(delete(tables.turns).where(tables.turns.c.session_id == session_id))
     db.execute(

@@ -57,7 +57,7 @@ _NONCE_BYTES = 12
 _HEADER_BYTES = len(_FORMAT) + _KEY_ID_BYTES + _NONCE_BYTES
 _MAX_USES = 1 << 32
 _RESERVED_USES = 4096
-_CACHED_KEYS = 16_384  # above the most turns that run at once: a key that is not stored yet must not be dropped
+_CACHED_KEYS = 16_384  # a key that is not stored yet can be dropped too: who makes one uses it before waiting
 _CACHED_LABELS = 64  # of one key
 _ENCRYPTING = frozenset({KeyPurpose.RECORDS, KeyPurpose.SESSION})
 _HASHING = frozenset({KeyPurpose.LOOKUP, KeyPurpose.SALT, KeyPurpose.AUDIT})
@@ -169,7 +169,7 @@ class Vault:
         return self._new_family(tenant_id, purposes)
 
     def new_session_key(self, tenant_id: str, session_id: str) -> KeyRecord:
-        """The key of a new session, under its tenant's."""
+        """The key of a new session, under its tenant's. Until it is stored it can be dropped, also by sealing."""
         with self._lock:
             key = self._make(session_id, KeyPurpose.SESSION, self._key_of(tenant_id, KeyPurpose.WRAPPING))
             self._activate(key)

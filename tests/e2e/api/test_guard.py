@@ -1,5 +1,6 @@
 """What stands before every route: paths, hosts, keys, sizes. Spoken in bytes: an SDK would mend what is wrong here."""
 
+import contextlib
 import itertools
 import json
 import re
@@ -7,7 +8,7 @@ import re
 import pytest
 
 from benchmarks.stub import MODEL
-from tests.e2e.api.conftest import Served
+from tests.e2e.api.conftest import Served, read_answer
 
 ROUTES = {
     "/v1/models": "GET",
@@ -230,6 +231,76 @@ def test_a_request_line_has_a_bound(served: Served) -> None:
 def test_headers_that_never_end_have_a_bound(served: Served) -> None:
     answer = served.send_raw(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 80_000)
     assert answer.status == 431
+
+
+TRAILERS = {
+    "many": b"".join(b"X-%d: %s\r\n" % (number, b"x" * 1000) for number in range(64)),
+    "one that never ends": b"x" * (64 << 10),
+}
+
+
+@pytest.mark.parametrize("trailers", TRAILERS.values(), ids=TRAILERS)
+def test_trailers_of_a_request_that_is_still_read_have_a_bound(served: Served, trailers: bytes) -> None:
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        f"Authorization: Bearer {served.api_key}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    sent, highest = 0, served.gateway.rss_bytes
+    before = highest
+    with served.connect() as connection:
+        connection.sendall(head.encode() + b"1\r\n{\r\n0\r\nX: ")
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while sent < 64 << 20:
+                connection.sendall(trailers)
+                sent += len(trailers)
+                highest = max(highest, served.gateway.rss_bytes)
+    assert sent < 64 << 20, "the connection was closed before all of it was taken"
+    assert highest - before < 16 << 20
+
+
+def test_trailers_that_are_too_long_are_told_so(served: Served) -> None:
+    with served.connect() as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
+            b"Expect: 100-continue\r\nAuthorization: Bearer %s\r\n\r\n" % served.api_key.encode()
+        )
+        assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(b"0\r\nX: " + b"x" * 66_000)
+        answer = read_answer(connection)
+    assert (answer.status, answer.code) == (431, "headers_too_large")
+
+
+def test_trailers_within_the_bound_are_dropped(served: Served) -> None:
+    body = b'{"model": "stub", "messages": [{"role": "user", "content": "hello"}]}'
+    request = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        f"Authorization: Bearer {served.api_key}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    ).encode()
+    chunks = b"%x\r\n%s\r\n0\r\nX-Session-ID: another\r\n\r\n" % (len(body), body)
+    answer = served.send_raw(request + chunks)
+    assert answer.status == 200
+    assert answer.headers["x-session-id"] != "another"
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/v1/models"])
+def test_an_answer_that_is_over_before_its_request_ends_the_connection(served: Served, path: str) -> None:
+    with served.connect() as connection:
+        connection.sendall(
+            f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {served.api_key}\r\n"
+            "Transfer-Encoding: chunked\r\n\r\n".encode()
+        )
+        assert read_answer(connection).status == 200
+        connection.settimeout(10)  # less than an idle connection is kept
+        assert connection.recv(1) == b""
+
+
+def test_a_request_that_was_read_leaves_the_connection_open(served: Served) -> None:
+    with served.connect() as connection:
+        for _ in range(2):
+            connection.sendall(
+                b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: x\r\n\r\n"
+            )
+            assert read_answer(connection).status == 200
 
 
 def test_every_answer_carries_a_request_id_and_a_harmless_one_of_the_client_s_is_kept(served: Served) -> None:

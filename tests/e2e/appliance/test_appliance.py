@@ -157,6 +157,20 @@ def test_the_engine_is_reached_by_its_socket_only(appliance: Appliance) -> None:
         connection.close()
 
 
+def test_the_engine_sees_neither_keys_nor_the_admin_socket_and_is_refused_there(
+    appliance: Appliance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes = _engine_processes(appliance)
+    assert processes
+    for pid in processes:
+        seen = Path(f"/proc/{pid}/root", appliance.state_dir.relative_to("/"))
+        assert [path.name for path in seen.iterdir()] == ["run"]
+        assert [path.name for path in (seen / "run").iterdir()] == ["engine"]
+        assert os.listdir(f"/proc/{pid}/cwd/..") == ["engine"]  # noqa: PTH208 (a Path would drop the dots)
+    monkeypatch.setenv("HOLDFAST_ENGINE_DIR", str((appliance.state_dir / "run" / "engine").resolve()))
+    assert appliance.run("session", "list", check=False)["code"] == "admin_peer_unknown"
+
+
 def test_an_engine_that_is_killed_ends_the_stream_well_and_the_session_survives(appliance: Appliance) -> None:
     client, model = appliance.client(), _model(appliance)
     headers = {"X-Session-ID": "survivor"}

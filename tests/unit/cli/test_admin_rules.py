@@ -14,6 +14,7 @@ from appliance.errors import Fault, HoldfastError
 from appliance.identity import Caller, Principal, Role, Tenant
 
 OWN_UID = 1000
+PID = 4711
 TENANT = Tenant(tenant_id="ten_1", name="treasury", idle_timeout_s=None, isolation="session", created_at=0.0)
 
 
@@ -67,7 +68,7 @@ def services(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     endpoints = dict.fromkeys(routes._ENDPOINTS, (reached, None))
     monkeypatch.setattr(routes, "_ENDPOINTS", endpoints)
     monkeypatch.setattr(os, "geteuid", lambda: OWN_UID)
-    return SimpleNamespace(identity=FakeIdentity(), vault=SimpleNamespace(sealed=False))
+    return SimpleNamespace(identity=FakeIdentity(), vault=SimpleNamespace(sealed=False), engine_process=None)
 
 
 async def ask(
@@ -111,7 +112,7 @@ async def call(
         "query_string": b"",
         "root_path": "",
         "headers": headers,
-        "client": (f"uid={uid}" if uid is not None else "127.0.0.1", 1),
+        "client": (f"uid={uid}" if uid is not None else "127.0.0.1", PID),
         "server": ("localhost", None),
     }
     pieces = list(body)
@@ -155,6 +156,16 @@ async def test_only_an_administrator_makes_tenants_keys_and_backups(role: Role, 
 async def test_the_kernel_vouches_for_the_local_administrator(services: Any) -> None:
     assert (await ask(services, ("GET", "/v1/status"), uid=OWN_UID))[1] == "test_reached"
     assert (await ask(services, ("GET", "/v1/status"), uid=OWN_UID + 1))[1] == "test_key_refused"
+
+
+@pytest.mark.parametrize("key", [None, "admin@appliance"])
+@pytest.mark.parametrize("sealed", [False, True])
+async def test_the_engine_is_nobody_though_it_has_our_uid(services: Any, sealed: bool, key: str | None) -> None:
+    services.vault.sealed = sealed
+    services.engine_process = SimpleNamespace(owns=lambda pid: pid == PID)
+    assert await ask(services, ("GET", "/v1/status"), uid=OWN_UID, key=key) == (401, "admin_peer_unknown")
+    services.engine_process = SimpleNamespace(owns=lambda pid: pid != PID)
+    assert (await ask(services, ("GET", "/v1/status"), uid=OWN_UID, key=key))[1] == "test_reached"
 
 
 @pytest.mark.parametrize("route", RULES)
@@ -214,7 +225,7 @@ async def test_what_is_no_route_is_missing(method: str, path: str, services: Any
 
 
 async def test_a_body_that_is_too_long_is_refused_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    services = SimpleNamespace(identity=FakeIdentity(), vault=SimpleNamespace(sealed=True))
+    services = SimpleNamespace(identity=FakeIdentity(), vault=SimpleNamespace(sealed=True), engine_process=None)
     monkeypatch.setattr(os, "geteuid", lambda: OWN_UID)
     pieces = [b"x" * 1024] * (MAX_BODY_BYTES // 1024 + 1)
     answered = await ask(services, ("POST", "/v1/vault/unseal"), uid=OWN_UID, body=pieces)
@@ -222,7 +233,7 @@ async def test_a_body_that_is_too_long_is_refused_as_it_comes(monkeypatch: pytes
 
 
 async def test_an_answer_repeats_nothing_of_a_request_that_cannot_be_used() -> None:
-    services: Any = SimpleNamespace(identity=FakeIdentity(), vault=SimpleNamespace(sealed=False))
+    services: Any = SimpleNamespace(identity=FakeIdentity(), vault=SimpleNamespace(sealed=False), engine_process=None)
     body = b'{"name": "tre\\u001basury", "secret": "hf_x"}'
     status, answer = await call(admin_app(services), ("POST", "/v1/tenants"), uid=OWN_UID, body=[body])
     assert status == 400

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from api import server
 from api.backups import (
     ApplianceInUse,
     BackupDamaged,
@@ -25,7 +26,7 @@ from api.backups import (
     stream_backup,
     verify_backup,
 )
-from appliance.settings import Settings
+from appliance.settings import Settings, load_settings
 from appliance.store import Store
 from appliance.vault import RootKey, create_key_file_seal
 
@@ -93,6 +94,15 @@ def test_a_backup_leaves_no_copy_of_the_database_behind(backup: Path, state_dir:
     assert list((state_dir / "run").iterdir()) == []
 
 
+def test_what_a_killed_gateway_left_of_a_backup_is_removed_at_the_next_start(state_dir: Path) -> None:
+    run = state_dir / "run"
+    for name in ("backup-x1y2", "engine"):
+        (run / name).mkdir()
+        (run / name / "holdfast.db").write_text("a copy")
+    with server._only_gateway(run):
+        assert sorted(path.name for path in run.iterdir()) == ["engine", "lock"]
+
+
 def test_a_restore_into_nothing_gives_the_same_files(backup: Path, tmp_path: Path) -> None:
     restored = restore_backup(backup, tmp_path / "new" / "state", replace=False)
     assert restored.kept is None
@@ -100,8 +110,9 @@ def test_a_restore_into_nothing_gives_the_same_files(backup: Path, tmp_path: Pat
     put_back = tmp_path / "new" / "state"
     for name, content in members(backup).items():
         if name != "manifest.json":
-            assert (put_back / name).read_bytes() == content
-            assert (put_back / name).stat().st_mode & 0o777 == 0o600
+            placed = "holdfast.toml.from-backup" if name == "holdfast.toml" else name
+            assert (put_back / placed).read_bytes() == content
+            assert (put_back / placed).stat().st_mode & 0o777 == 0o600
     assert put_back.stat().st_mode & 0o777 == 0o700
     with sqlite3.connect(put_back / "holdfast.db") as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -119,6 +130,33 @@ def test_an_appliance_is_set_aside_only_when_that_is_said_and_is_kept(backup: Pa
     assert (state_dir / "demo-api-key").stat().st_mode & 0o777 == 0o600
     assert (state_dir / "models" / "mine").is_dir()
     assert not restored.key_file_missing
+
+
+def test_settings_of_a_backup_are_put_beside_and_not_used(backup: Path, state_dir: Path, tmp_path: Path) -> None:
+    evil = b'[engine]\npython = "/evil"\n'
+    files = members(backup)
+    files["holdfast.toml"] = evil
+
+    def vouch(manifest: Any) -> None:
+        manifest["files"][2].update(size=len(evil), sha256=hashlib.sha256(evil).hexdigest())
+
+    manifest_change(vouch)(files)
+    forged = packed(tmp_path / "forged.tar", files)
+
+    anew = restore_backup(forged, tmp_path / "new", replace=False)
+    assert anew.settings_to_review == tmp_path / "new" / "holdfast.toml.from-backup"
+    assert anew.settings_to_review.read_bytes() == evil
+    assert load_settings(environment={}, state_dir=tmp_path / "new").engine.python is None
+
+    replaced = restore_backup(forged, state_dir, replace=True)
+    assert replaced.settings_to_review is not None
+    assert (state_dir / "holdfast.toml").read_text() == "demo = true\n"
+    assert load_settings(environment={}, state_dir=state_dir).engine.python is None
+
+
+def test_settings_that_are_the_same_need_no_review(backup: Path, state_dir: Path) -> None:
+    assert restore_backup(backup, state_dir, replace=True).settings_to_review is None
+    assert not (state_dir / "holdfast.toml.from-backup").exists()
 
 
 def test_an_appliance_that_runs_is_not_replaced(backup: Path, state_dir: Path) -> None:

@@ -5,15 +5,16 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from appliance.engine import launcher
+from appliance.engine import cage, launcher
 from appliance.engine.client import EngineClient, EngineLost, EngineUnavailable
 from appliance.engine.launcher import EngineFailed, EngineProcess, EngineSpec, EngineState, Patience
 from tests.unit.engine.conftest import left_behind
@@ -157,6 +158,99 @@ async def test_the_user_namespace_of_an_ordinary_user_does_as_well(
     await engine.process.wait_ready(30)
     seen = await engine.seen()
     assert (engine.process.isolated, seen["interfaces"]) == (True, ["lo"])
+
+
+class State:
+    """A gateway's state directory, with an admin socket that listens, in a folder that the engine is given."""
+
+    def __init__(self, folder: Path, spec: EngineSpec) -> None:
+        self.path = folder.joinpath(*["a-home-that-is-very-deep"] * 6, "state")
+        self.run_dir = self.path / "run" / "engine"
+        self.model = self.path / "models" / "mine"
+        for made in (self.run_dir, self.model):
+            made.mkdir(parents=True)
+        (self.path / "root.key").write_text("secret")
+        (self.model / "config.json").write_text("{}")
+        (folder / "config.json").write_text("{}")
+        # What holds the state directory is kept, so that nothing but its own cover hides it.
+        self.changes = {"model": folder, "run_dir": self.run_dir, "hidden_dir": self.path}
+        self.admin = socket.socket(socket.AF_UNIX)
+        run = os.open(self.run_dir.parent, os.O_PATH)
+        self.admin.bind(f"/proc/self/fd/{run}/admin.sock")
+        os.close(run)
+        self.admin.listen()
+
+    async def looked_at(self, engine: Engine, *names: str) -> list[str]:
+        """What the engine finds at these paths."""
+        (self.run_dir / "look-at").write_text("\n".join(names))
+        await engine.process.start()
+        await engine.process.wait_ready(30)
+        files = (await engine.seen())["files"]
+        assert isinstance(files, dict)
+        return [files[name] for name in names]
+
+
+@pytest.fixture
+def state(tmp_path: Path, spec: EngineSpec) -> Iterator[State]:
+    state = State(tmp_path / "home", spec)
+    yield state
+    state.admin.close()
+
+
+@pytest.mark.parametrize("ordinary_user", [False, True], ids=["root", "ordinary user"])
+async def test_an_isolated_engine_sees_its_own_folder_of_the_state_directory_and_no_more(
+    make: Start, state: State, python_in_user_namespace: Path, ordinary_user: bool
+) -> None:
+    changes = state.changes | ({"python": python_in_user_namespace} if ordinary_user else {})
+    engine = make(isolation="required", **changes)
+    looked = await state.looked_at(
+        engine,
+        "../admin.sock",
+        "/proc/1/cwd/../admin.sock",
+        "../../root.key",
+        str(state.path / "root.key"),
+        str(state.path),
+        str(state.path / "run"),
+        str(state.run_dir / "look-at"),
+    )
+    assert set(looked[:4]) <= {"FileNotFoundError", "PermissionError"}
+    assert looked[4:6] == ["run", "engine"]
+    assert "admin.sock" in looked[6]
+
+
+async def test_a_model_in_the_state_directory_is_seen(make: Start, state: State) -> None:
+    engine = make(isolation="required", **(state.changes | {"model": state.model}))
+    looked = await state.looked_at(engine, str(state.path), str(state.model / "config.json"), "../../root.key")
+    assert looked == ["models run", "{}", "FileNotFoundError"]
+
+
+@pytest.mark.parametrize("isolated", [True, False], ids=["isolated", "not isolated"])
+async def test_processes_of_the_engine_are_told_from_all_others(
+    make: Start, mark: str, isolated: bool, python_without_namespaces: Path
+) -> None:
+    engine = make(**({} if isolated else {"python": python_without_namespaces}))
+    await engine.process.start()
+    await engine.process.wait_ready(30)
+    # One of them has left its session; its parent may go too, and its environment be another.
+    theirs = [int(path.removeprefix("/proc/")) for path in left_behind(mark) if path.startswith("/proc/")]
+    assert len(theirs) >= 3
+    assert [process for process in theirs if not engine.process.owns(process)] == []
+    assert not engine.process.owns(os.getpid())
+    assert not engine.process.owns(1)
+    ended = await asyncio.create_subprocess_exec("true")
+    await ended.wait()
+    for untold in (ended.pid, 0):
+        assert engine.process.owns(untold)
+
+
+async def test_a_process_of_the_engine_is_told_without_its_mark(make: Start, mark: str) -> None:
+    engine = make()
+    await engine.process.start()
+    await engine.process.wait_ready(30)
+    theirs = [int(path.removeprefix("/proc/")) for path in left_behind(mark) if path.startswith("/proc/")]
+    elsewhere = Path("/another")
+    assert [process for process in theirs if not cage.belongs_to(process, engine.process.pid, elsewhere)] == []
+    assert any(cage.belongs_to(process, None, engine.process.spec.run_dir) for process in theirs)
 
 
 async def test_no_process_of_the_engine_dumps_core_or_holds_rights_it_does_not_need(make: Start, mark: str) -> None:

@@ -26,8 +26,8 @@ from appliance.sessions import (
     UnknownSession,
 )
 from appliance.settings import SessionSettings
-from appliance.store import Change, DatabaseKeys, Store, StoreConflict, key_changes, tables
-from appliance.vault import Binding, KeyMissing, KeyPurpose, KeyRecord, RootKey, TamperedValue, Vault
+from appliance.store import Change, DatabaseKeys, Store, StoreConflict, StoreUnavailable, key_changes, tables
+from appliance.vault import Binding, KeyMissing, KeyPurpose, KeyRecord, RootKey, TamperedValue, Vault, VaultSealed
 
 pytestmark = pytest.mark.anyio
 
@@ -251,7 +251,7 @@ async def test_a_forgotten_session_is_gone_from_the_files_and_its_salt_is_never_
     await world.sessions.record(branch, branch_turn, outcome("x"))
     assert key.wrapped in world.files()
 
-    await world.sessions.forget(caller(), mine.session_id)
+    assert (await world.sessions.forget(caller(), mine.session_id)).erased
 
     assert key.wrapped not in world.files()
     with pytest.raises(UnknownSession):
@@ -261,6 +261,77 @@ async def test_a_forgotten_session_is_gone_from_the_files_and_its_salt_is_never_
         assert (await sessions.resolve(caller(), branch_turn)).salt != mine.salt
     with pytest.raises(KeyMissing):
         world.vault.encrypt(mine.session_id, KeyPurpose.SESSION, b"", Binding("t", "c", "r", "ten_1", 1))
+
+
+class Stopped(BaseException):
+    """The process ends here."""
+
+
+async def forgotten_but_not_erased(world: World, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> bytes:
+    """Forget a session, and fail where its key is to be erased; the wrapped key."""
+    mine = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    key = DatabaseKeys(world.store).active(mine.session_id, KeyPurpose.SESSION)
+    assert key is not None
+
+    async def fail() -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.store, "erase", fail)
+        if isinstance(error, Stopped):
+            with pytest.raises(Stopped):
+                await world.sessions.forget(caller(), mine.session_id)
+        else:
+            assert not (await world.sessions.forget(caller(), mine.session_id)).erased
+    with pytest.raises(UnknownSession):
+        await world.reopened().forget(caller(), mine.session_id)
+    assert key.wrapped in world.files()
+    return key.wrapped
+
+
+async def until_nothing_is_due(world: World) -> None:
+    async with asyncio.timeout(30):
+        while await world.store.read(lambda db: db.execute(select(tables.meta)).first()) is not None:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("error", [Stopped(), StoreUnavailable("x", cause="", remedy="")], ids=["stopped", "failed"])
+async def test_what_was_forgotten_and_not_erased_is_erased_at_the_next_start(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    wrapped = await forgotten_but_not_erased(world, monkeypatch, error)
+    erasing = asyncio.create_task(world.reopened().finish_erasures())
+    await until_nothing_is_due(world)
+    erasing.cancel()
+    assert wrapped not in world.files()
+
+
+async def test_an_erasure_that_failed_is_tried_again_with_growing_pauses(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    erase = world.store.erase
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 12:
+            monkeypatch.setattr(world.store, "erase", erase)
+
+    async def fail() -> None:
+        raise StoreUnavailable("x", cause="", remedy="")
+
+    world.sessions = Sessions(world.store, world.vault, SessionSettings(idle_timeout_s=15.0), sleep=sleep)
+    erasing = asyncio.create_task(world.sessions.finish_erasures())
+    await asyncio.sleep(0)
+    mine = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    key = DatabaseKeys(world.store).active(mine.session_id, KeyPurpose.SESSION)
+    assert key is not None
+    monkeypatch.setattr(world.store, "erase", fail)
+    assert not (await world.sessions.forget(caller(), mine.session_id)).erased
+    await until_nothing_is_due(world)
+    erasing.cancel()
+    assert pauses == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 600, 600]
+    assert key.wrapped not in world.files()
 
 
 async def test_a_turn_that_ends_after_its_session_was_forgotten_is_not_written(world: World) -> None:
@@ -350,6 +421,74 @@ async def test_a_turn_that_could_not_be_written_leaves_no_trace_and_the_next_one
     await world.sessions.record(session, turn, outcome("kept"))
     transcript = await world.sessions.transcript(caller(), session.session_id)
     assert [(turn.number, turn.answer["content"]) for turn in transcript.turns] == [(1, "kept")]
+
+
+async def test_a_first_turn_is_kept_however_many_sessions_begin_meanwhile(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.vault.vault._CACHED_KEYS", 8)
+    turn = chat(HELLO, client_id="long")
+    session = await world.sessions.resolve(caller(), turn)
+    for number in range(20):
+        await world.sessions.resolve(caller(), chat(HELLO, client_id=f"job-{number}"))
+    await world.sessions.record(session, turn, outcome("done"))
+    assert (await world.sessions.transcript(caller(), session.session_id)).turns[0].answer["content"] == "done"
+
+
+async def test_a_first_turn_is_kept_when_the_vault_was_sealed_and_opened_meanwhile(world: World) -> None:
+    turn = chat(HELLO, client_id="long")
+    session = await world.sessions.resolve(caller(), turn)
+    world.vault.seal()
+    with pytest.raises(VaultSealed):
+        await world.sessions.record(session, turn, outcome("lost"))
+    world.vault.open(RootKey(b"r" * 32))
+    await world.sessions.record(session, turn, outcome("done"))
+    again = await world.sessions.resolve(caller(), turn)
+    await world.sessions.record(again, turn, outcome("and again"))
+    transcript = await world.reopened().transcript(caller(), session.session_id)
+    assert [turn.answer["content"] for turn in transcript.turns] == ["done", "and again"]
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "name": {"name": "somebody else"},
+    "reasoning_content": {"reasoning_content": "hm"},
+    "refusal": {"refusal": "no"},
+    "function_call": {"function_call": {"name": "f", "arguments": "{}"}},
+    "tool_call_id": {"tool_call_id": "call_2"},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+async def test_a_field_that_changed_in_an_old_message_is_in_the_transcript(
+    world: World, change: dict[str, Any]
+) -> None:
+    answer = {"role": "assistant", "content": "Hello."}
+    first = await say(world.sessions, caller(), chat(SYSTEM, HELLO), "Hello.")
+    changed = {**HELLO, **change}
+    second = await say(world.sessions, caller(), chat(SYSTEM, changed, answer, HELLO), "Yes.")
+    assert second.session_id == first.session_id  # what recognises a session does not look at it
+    transcript = await world.reopened().transcript(caller(), first.session_id)
+    assert [turn.new_messages for turn in transcript.turns] == [[SYSTEM, HELLO], [changed, answer, HELLO]]
+
+
+async def test_our_own_id_sent_back_goes_on_with_the_session(world: World) -> None:
+    first = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    for sessions in (world.sessions, world.reopened()):
+        again = await say(sessions, caller(), chat(SYSTEM, client_id=first.visible_id, origin=Origin.HEADER), "x")
+        assert (again.session_id, again.visible_id, again.salt) == (first.session_id, first.visible_id, first.salt)
+    child = await world.reopened().resolve(caller(), chat(HELLO, client_id="c", parent_client_id=first.visible_id))
+    assert child.salt == first.salt
+
+
+@pytest.mark.parametrize("stranger", [caller("prn_2"), caller("prn_1", "ten_2")])
+async def test_an_id_of_our_form_that_is_not_ours_names_nothing(world: World, stranger: Caller) -> None:
+    mine = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    for sessions in (world.sessions, world.reopened()):
+        for named in (mine.session_id, "ses_" + "0" * 32):
+            other = await sessions.resolve(stranger, chat(HELLO, client_id=named))
+            assert other.is_new
+            assert other.visible_id == other.session_id != named
+            assert other.salt != mine.salt
 
 
 async def test_the_idle_timeout_is_the_tenants_else_the_models_else_the_default(world: World) -> None:
