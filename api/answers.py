@@ -34,6 +34,7 @@ class Request:
 
     Attributes:
         headers: by lower-case name; none of those that decide anything appears twice.
+        source: the address that it came from.
         caller: who is asking; None on the routes that anybody may ask.
         answer_headers: what every answer to this request carries.
         session_id: what the client knows the request's session by; None where it is not known, or there is none.
@@ -42,6 +43,7 @@ class Request:
 
     request_id: str
     headers: dict[bytes, bytes]
+    source: str = ""
     caller: Caller | None = None
     answer_headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     session_id: bytes | None = None

@@ -8,7 +8,7 @@ Rules:
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from appliance.engine.client import EngineClient, ModelCard
@@ -35,6 +35,7 @@ class EngineWatch:
         client: how the engine is asked.
         reason: why an engine that does not answer may not be answering, for people.
         state: where the engine's process stands; None: somebody else runs it.
+        on_change: told what the engine serves when that has changed; nothing: it is lost.
 
     Attributes:
         models: what the engine serves; empty while it does not answer.
@@ -46,6 +47,7 @@ class EngineWatch:
         *,
         reason: Callable[[], str] = lambda: "",
         state: Callable[[], EngineState | None] = lambda: None,
+        on_change: Callable[[Sequence[ModelCard]], None] = lambda _: None,
     ) -> None:
         self._client = client
         self._reason = reason
@@ -53,6 +55,7 @@ class EngineWatch:
         self._ask_now = asyncio.Event()
         self._seen = asyncio.Event()
         self._failure = "it has not answered yet"
+        self._on_change = on_change
         self.models: tuple[ModelCard, ...] = ()
 
     @property
@@ -93,6 +96,7 @@ class EngineWatch:
 
     async def run(self) -> None:
         """Ask until cancelled."""
+        told: tuple[ModelCard, ...] = ()
         while True:
             self._ask_now.clear()
             try:
@@ -105,6 +109,9 @@ class EngineWatch:
                 self._seen.set()
             else:
                 self._seen.clear()
+            if self.models != told:
+                told = self.models
+                self._on_change(told)
             with suppress(TimeoutError):
                 async with asyncio.timeout(_WHILE_PRESENT_S if self.models else _WHILE_ABSENT_S):
                     await self._ask_now.wait()

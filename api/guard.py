@@ -11,15 +11,18 @@ Rules:
 - Every answer carries `X-Request-ID`; the client's own is kept if it is harmless. Every answer of a turn whose session
   is known, be it from its headers only, carries `X-Session-ID`: refusals too.
 - While the vault is sealed or the gateway drains, only health is answered.
+- What is refused is recorded; what anybody can have refused is counted, and told once a minute.
 - An error that nobody thought of is logged with the request's id and answers 500 without a word of it.
 """
 
+import contextlib
 import logging
 import re
 import traceback
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+from api import trail
 from api.answers import REQUEST, App, Receive, Request, Scope, Send, refuse
 from api.authentication import authenticate
 from api.bodies import ClientGone, too_large
@@ -34,6 +37,7 @@ from api.openai.errors import (
 from api.openai.hints import HEADERS as SESSION_HEADERS
 from api.openai.hints import named_session
 from api.services import Services
+from appliance.audit import AuditUnavailable
 from appliance.errors import HoldfastError
 from appliance.vault import VaultSealed
 
@@ -78,7 +82,8 @@ class Guard:
         headers = dict(pairs)
         given_id = headers.get(b"x-request-id", b"")
         request_id = given_id if _REQUEST_ID.fullmatch(given_id) else self._services.new_id().encode()
-        request = Request(request_id.decode(), headers)
+        client = scope.get("client")
+        request = Request(request_id.decode(), headers, source=client[0] if client else "")
         request.answer_headers.append((b"x-request-id", request_id))
         answered = self._services.metrics.answered
         route = "other"
@@ -102,6 +107,7 @@ class Guard:
         except ClientGone:
             return
         except HoldfastError as error:
+            await self._tell_refused(request, route, error)
             await refuse(send_named, request, error)
         except Exception as error:
             # Not its message: that may quote what a person said.
@@ -110,6 +116,15 @@ class Guard:
             # An answer that has begun is cut off: a client must not take it for whole.
             if not request.began:
                 await refuse(send_named, request, _defect(error))
+
+    async def _tell_refused(self, request: Request, route: str, error: HoldfastError) -> None:
+        audit = self._services.audit
+        event = trail.refused(request, route, error)
+        if trail.is_counted(request, error):
+            audit.count(event)
+            return
+        with contextlib.suppress(AuditUnavailable, VaultSealed):  # it is refused all the same
+            await audit.record(event)
 
     async def _admit(self, scope: Scope, request: Request, raw_path: bytes) -> App:
         services = self._services

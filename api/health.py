@@ -55,9 +55,17 @@ class Health:
         return {
             "gateway": _part(not draining, "it is stopping"),
             "vault": _part(not sealed, "it is sealed; an administrator opens it with `holdfast unseal`"),
+            "audit": _part(services.audit.error is None, self._audit()),
             "store": _part(not (why_not := await self._store()), why_not),
             "engine": _part(watch.ready, watch.detail if self._in_full else watch.summary),
         }
+
+    def _audit(self) -> str:
+        """Why nothing can be recorded, and therefore nothing is served."""
+        error = self._services.audit.error
+        if error is None:
+            return ""
+        return error["cause"] if self._in_full else "its log cannot be written or signed"
 
     async def _store(self) -> str:
         """Why the store is not ready; empty: it is."""

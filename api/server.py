@@ -30,6 +30,7 @@ import uvloop
 
 from api.admin.peers import PeerCredentialsProtocol
 from api.admin.routes import admin_app
+from api.admin.status import versions
 from api.answers import App, Receive, Scope, Send
 from api.app import create_app
 from api.backups import BACKUP_PREFIX
@@ -40,6 +41,8 @@ from api.metrics import CONTENT_TYPE, Metrics
 from api.openai.errors import Draining
 from api.roots import open_root, read_seal
 from api.services import Lifecycle, Services
+from appliance.audit import AuditUnavailable, Event, NodeAudit
+from appliance.audit.events import ENGINE_LOST, ENGINE_READY, GATEWAY_STARTED, GATEWAY_STOPPED, SYSTEM
 from appliance.engine.client import EngineClient
 from appliance.engine.launcher import SOCKET_NAME, EngineFailed, EngineProcess, EngineSpec, engine_python
 from appliance.errors import Fault, HoldfastError
@@ -111,6 +114,9 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         _Server(_with_health_and_metrics(services), PeerCredentialsProtocol),
     ]
     async with asyncio.TaskGroup() as tasks:
+        await services.audit.start()
+        tasks.create_task(_record_start(services))
+        recording = tasks.create_task(_record_engine(services))
         watch = tasks.create_task(services.watch.run())
         erasing = tasks.create_task(services.sessions.finish_erasures())
         serving = [
@@ -130,11 +136,34 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         await _drain(services, stop)
         watch.cancel()
         erasing.cancel()
+        recording.cancel()
         if services.engine_process is not None:
             await services.engine_process.stop()
         for server in servers:
             server.should_exit = True
         await asyncio.wait(serving)
+        with contextlib.suppress(AuditUnavailable):
+            await services.audit.record(Event(GATEWAY_STOPPED, SYSTEM), privileged=True)
+        await services.audit.stop()
+
+
+async def _record_start(services: Services) -> None:
+    """That the gateway begins. Where that cannot be recorded it begins and admits nothing: health says why."""
+    try:
+        await services.audit.record(Event(GATEWAY_STARTED, SYSTEM, details={"pid": str(os.getpid())}), privileged=True)
+        if not services.vault.sealed:
+            await services.audit.sign()
+    except HoldfastError as error:
+        _LOG.error("%s", error)
+
+
+async def _record_engine(services: Services) -> None:
+    """What the engine begins and ceases to serve, as the watch saw it."""
+    while True:
+        models = await services.lifecycle.engine_changes.get()
+        event = Event(ENGINE_READY if models else ENGINE_LOST, SYSTEM, target=("model", ", ".join(models)))
+        with contextlib.suppress(AuditUnavailable):
+            await services.audit.record(event)
 
 
 async def _drain(services: Services, stop: "_Stop") -> None:
@@ -198,6 +227,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             engine,
             reason=lambda: "" if process is None else process.detail,
             state=lambda: None if process is None else process.state,
+            on_change=lambda models: lifecycle.engine_changes.put_nowait([model.id for model in models]),
         )
         metrics = Metrics()
         lifecycle = Lifecycle(started_at=time.time())
@@ -205,6 +235,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             settings=settings,
             vault=vault,
             store=store,
+            audit=NodeAudit(settings.state_dir, vault, versions=versions(process)),
             identity=Identity(store, vault),
             quotas=Quotas(store),
             sessions=Sessions(store, vault, settings.sessions),
@@ -228,6 +259,11 @@ def _observe(services: Services) -> None:
     metrics.observe("holdfast_turns_running", "Turns that run now.", lambda: float(len(lifecycle.turns)))
     metrics.observe("holdfast_vault_sealed", "1 while the vault is sealed.", lambda: float(services.vault.sealed))
     metrics.observe("holdfast_engine_ready", "1 while the engine answers.", lambda: float(services.watch.ready))
+    metrics.observe(
+        "holdfast_audit_failing",
+        "1 while the audit log cannot be written or signed.",
+        lambda: float(services.audit.error is not None),
+    )
     metrics.observe(
         "holdfast_store_waiting_writes", "Change sets that wait to be written.", lambda: services.store.waiting_writes
     )

@@ -8,6 +8,7 @@ Rules:
   `api.server`.
 """
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from api.bodies import HeldBodies
 from api.engine_watch import EngineWatch
 from api.identifiers import RandomIds
 from api.metrics import Metrics
+from appliance.audit import NodeAudit
 from appliance.engine.client import EngineClient
 from appliance.engine.launcher import EngineProcess
 from appliance.errors import HoldfastError
@@ -43,6 +45,7 @@ class Lifecycle:
         endpoint: the address that clients use, with the port that was really bound: `http://127.0.0.1:8321/v1`.
         draining: no new request is admitted; those that run are let finish.
         turns: those that run now.
+        engine_changes: what the engine serves, each time that has changed; nothing: it is lost.
         placing: how many turns have been read and are about to run.
         bodies: what requests that arrive hold in memory.
     """
@@ -51,6 +54,7 @@ class Lifecycle:
     endpoint: str = ""
     draining: bool = False
     turns: set[Interruptible] = field(default_factory=set)
+    engine_changes: "asyncio.Queue[list[str]]" = field(default_factory=asyncio.Queue)
     placing: int = 0
     bodies: HeldBodies = field(default_factory=HeldBodies)
 
@@ -60,6 +64,7 @@ class Services:
     """The parts of one gateway.
 
     Attributes:
+        audit: where everything that happens is recorded before it counts.
         engine: how the engine is spoken to; it may not be up.
         engine_process: the engine that this gateway started and watches; None when somebody else runs it.
         watch: whether the engine answers, and what it serves.
@@ -70,6 +75,7 @@ class Services:
     settings: Settings
     vault: Vault
     store: Store
+    audit: NodeAudit
     identity: Identity
     quotas: Quotas
     sessions: Sessions

@@ -152,6 +152,28 @@ class AdminClient:
         """Shred a session: its key, its rows, what the engine holds of it."""
         return self._call(types.Forgotten, "POST", f"/v1/sessions/{_quote(session_id)}/forget")
 
+    def audit_status(self) -> types.AuditStatus:
+        """How long the audit log is, and what is in its way."""
+        return self._call(types.AuditStatus, "GET", "/v1/audit")
+
+    def audit_entries(self, **wanted: str | float | None) -> types.AuditPage:
+        """Entries of the audit log, the newest first. `since` and `until` are epoch seconds."""
+        return self._call(types.AuditPage, "GET", "/v1/audit/entries", query=wanted)
+
+    def audit_entry(self, sequence: int) -> types.AuditEntry:
+        """One entry of the audit log."""
+        return self._call(types.AuditEntry, "GET", f"/v1/audit/entries/{sequence}")
+
+    def audit_witness_request(self, *, witness: str | None, old_size: int | None) -> types.AuditWitnessAsked:
+        """What to carry to a witness."""
+        query = {"witness": witness, "old_size": old_size}
+        return self._call(types.AuditWitnessAsked, "GET", "/v1/audit/witness", query=query)
+
+    def audit_witness_reply(self, *, request: str, reply: str, witness: str) -> types.AuditWitnessed:
+        """Keep what a witness replied."""
+        body = {"request": request, "reply": reply, "witness": witness}
+        return self._call(types.AuditWitnessed, "POST", "/v1/audit/witness", body=body)
+
     @contextmanager
     def backup(self) -> Iterator[Iterator[bytes]]:
         """The pieces of a backup file, made while the appliance serves."""
@@ -166,7 +188,7 @@ class AdminClient:
         *,
         body: Mapping[str, object] | None = None,
         raw: bytes | bytearray | None = None,
-        query: Mapping[str, str | int | None] | None = None,
+        query: Mapping[str, str | float | None] | None = None,
     ) -> _Answer:
         with self._answer(method, path, body=body, raw=raw, query=query) as response:
             if (response.length or 0) > _MAX_ANSWER_BYTES:
@@ -181,7 +203,7 @@ class AdminClient:
         *,
         body: Mapping[str, object] | None = None,
         raw: bytes | bytearray | None = None,
-        query: Mapping[str, str | int | None] | None = None,
+        query: Mapping[str, str | float | None] | None = None,
     ) -> Iterator[http.client.HTTPResponse]:
         given = {name: value for name, value in (query or {}).items() if value is not None}
         target = f"{path}?{urllib.parse.urlencode(given)}" if given else path

@@ -10,7 +10,8 @@ Rules:
 - While the vault is sealed nobody's name can be read: only what `RULES` opens then is open, and only to the user whose
   process this is. Unsealing needs the passphrase besides.
 - Whose session is it, and may it be read: `appliance.sessions` decides, not the routes.
-- What changes something is logged with who asked, and so is what was refused: ids, never names or secrets.
+- Everything but a look at the status is in the audit log: that it was asked for before it is done, what came of it
+  after, what was refused too; ids, never names or secrets. What cannot be recorded is not done, and not shown.
 - No answer repeats what a request contained.
 """
 
@@ -20,6 +21,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from fastapi import Depends, FastAPI, Query, Request
@@ -29,12 +31,42 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api import trail
 from api.admin import status, types
 from api.admin.peers import pid_of, uid_of
 from api.backups import stream_backup
 from api.openai.errors import status_of
 from api.roots import open_root
 from api.services import Services
+from appliance.audit import Actor, Event, NodeAudit, Outcome
+from appliance.audit.events import (
+    ADMIN_ACTED,
+    ADMIN_REFUSED,
+    ANYONE,
+    AUDIT_READ,
+    AUDIT_WITNESSED,
+    BACKUP_MADE,
+    CATALOGUE,
+    KEY_CREATED,
+    KEY_REVOKED,
+    NOT_AUTHENTICATED,
+    SESSION_SHREDDED,
+    SESSIONS_LISTED,
+    TENANT_CREATED,
+    TRANSCRIPT_READ,
+    VAULT_OPENED,
+    VAULT_REFUSED,
+    VAULT_SEALED,
+    EventClass,
+)
+from appliance.audit.notes import Checkpoint, VerifierKey
+from appliance.audit.reading import LogReader
+from appliance.audit.search import Found, look_at, search
+from appliance.audit.search import Query as AuditQuery
+from appliance.audit.signing import public_key
+from appliance.audit.tree import leaf_hash
+from appliance.audit.witness import read_request
+from appliance.audit.witnessing import last_seen, make_request, take_reply
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import ApiKey, Caller, Permission, Role, Scopes, Tenant
 from appliance.sessions import SessionSummary, Transcript
@@ -48,6 +80,7 @@ _PEOPLE = frozenset({Role.ADMIN, Role.OPERATOR, Role.AUDITOR})
 _EVERYBODY = frozenset(Role)
 _MASTERS = frozenset({Role.ADMIN, Role.OPERATOR})
 _ADMINS = frozenset({Role.ADMIN})
+_AUDITORS = frozenset({Role.ADMIN, Role.AUDITOR})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,15 +90,17 @@ class Rule:
     Attributes:
         appliance_wide: only principals of the appliance, not those of one tenant.
         while_sealed: open to the gateway's own user while the vault is sealed.
+        recorded: that it is asked for is an event; else its route records what was shown, or it looks at the status.
     """
 
     roles: frozenset[Role]
     appliance_wide: bool = False
     while_sealed: bool = False
+    recorded: bool = True
 
 
 RULES: Mapping[tuple[str, str], Rule] = {
-    ("GET", "/v1/status"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True),
+    ("GET", "/v1/status"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False),
     ("POST", "/v1/vault/unseal"): Rule(_MASTERS, appliance_wide=True, while_sealed=True),
     ("POST", "/v1/vault/seal"): Rule(_MASTERS, appliance_wide=True, while_sealed=True),
     ("GET", "/v1/tenants"): Rule(_PEOPLE),
@@ -73,11 +108,16 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", "/v1/keys"): Rule(_PEOPLE),
     ("POST", "/v1/keys"): Rule(_ADMINS),
     ("POST", "/v1/keys/{key_id}/revoke"): Rule(_MASTERS),
-    ("GET", "/v1/sessions"): Rule(_EVERYBODY),
+    ("GET", "/v1/sessions"): Rule(_EVERYBODY, recorded=False),
     ("GET", "/v1/sessions/{session_id}"): Rule(_EVERYBODY),
-    ("GET", "/v1/sessions/{session_id}/transcript"): Rule(_EVERYBODY),
+    ("GET", "/v1/sessions/{session_id}/transcript"): Rule(_EVERYBODY, recorded=False),
     ("POST", "/v1/sessions/{session_id}/forget"): Rule(frozenset({Role.ADMIN, Role.OPERATOR, Role.CLIENT})),
     ("POST", "/v1/backup"): Rule(_ADMINS, appliance_wide=True),
+    ("GET", "/v1/audit"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False),
+    ("GET", "/v1/audit/entries"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
+    ("GET", "/v1/audit/entries/{sequence}"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
+    ("GET", "/v1/audit/witness"): Rule(_PEOPLE, appliance_wide=True),
+    ("POST", "/v1/audit/witness"): Rule(_PEOPLE, appliance_wide=True),
 }
 
 
@@ -121,6 +161,36 @@ class Asker:
     """Who a request is made for. `caller` is None while the vault is sealed: the gateway's own user, nameless."""
 
     caller: Caller | None
+    source: str
+    audit: NodeAudit
+
+    async def did(
+        self,
+        kind: EventClass,
+        target: tuple[str, str],
+        *,
+        outcome: Outcome = Outcome.SUCCESS,
+        reason: str = "",
+        tenant_id: str | None = None,
+        details: Mapping[str, str] | None = None,
+    ) -> None:
+        """Record what the asker did, or asked for.
+
+        Raises:
+            AuditUnavailable: it is not in the log.
+        """
+        actor = Actor("user", self.source) if self.caller is None else trail.actor_of(self.caller)
+        event = Event(
+            kind,
+            actor,
+            outcome,
+            tenant_id=tenant_id or "",
+            source=self.source,
+            target=target,
+            reason=reason,
+            details=details or {},
+        )
+        await self.audit.record(event, privileged=True)
 
     def __str__(self) -> str:
         return "the gateway's own user" if self.caller is None else self.caller.principal.principal_id
@@ -175,13 +245,19 @@ async def _authorise(request: Request) -> None:
     services: Services = request.app.state.services
     route = (request.method, request.scope["route"].path)
     asker = await _asker(services, request)
+    details = {"route": " ".join(route)}
+    target = next(((name.removesuffix("_id"), str(given)) for name, given in request.path_params.items()), ("", ""))
+    rule = RULES.get(route)
     try:
-        _check(asker, RULES.get(route))
+        _check(asker, rule)
     except AdminDenied as error:
         _LOG.warning("refused %s %s to %s: %s", *route, asker, error.cause)
+        await asker.did(ADMIN_REFUSED, target, outcome=Outcome.REFUSED, reason=error.code, details=details)
         raise
     if request.method != "GET":
         _LOG.info("%s %s for %s", *route, asker)
+    if rule is not None and rule.recorded:
+        await asker.did(ADMIN_ACTED, target, details=details)
     request.state.asker = asker
 
 
@@ -201,6 +277,7 @@ def _check(asker: Asker, rule: Rule | None) -> None:
 
 async def _asker(services: Services, request: Request) -> Asker:
     client = None if request.client is None else (request.client.host, request.client.port)
+    source = "" if client is None else client[0]
     pid = pid_of(client)
     if pid is not None and services.engine_process is not None and services.engine_process.owns(pid):
         _LOG.warning("refused process %d: it is the engine's, or has ended", pid)
@@ -212,7 +289,12 @@ async def _asker(services: Services, request: Request) -> Asker:
     offered = request.headers.get("authorization")
     if offered is not None:
         scheme, _, secret = offered.partition(" ")
-        return Asker(await services.identity.authenticate(secret.strip() if scheme.lower() == "bearer" else ""))
+        try:
+            caller = await services.identity.authenticate(secret.strip() if scheme.lower() == "bearer" else "")
+        except HoldfastError as error:
+            services.audit.count(Event(NOT_AUTHENTICATED, ANYONE, Outcome.REFUSED, source=source, reason=error.code))
+            raise
+        return Asker(caller, source, services.audit)
     uid = uid_of(client)
     if uid is None:
         raise PeerUnknown(
@@ -223,8 +305,8 @@ async def _asker(services: Services, request: Request) -> Asker:
     if services.vault.sealed:
         if uid != os.geteuid():
             raise _denied("while the vault is sealed it is open to the gateway's own user only")
-        return Asker(None)
-    return Asker(await services.identity.caller_of_uid(uid))
+        return Asker(None, source, services.audit)
+    return Asker(await services.identity.caller_of_uid(uid), source, services.audit)
 
 
 def _services(request: Request) -> Services:
@@ -248,7 +330,7 @@ async def _status(services: ServicesOf) -> types.Status:
     return await status.observe(services)
 
 
-async def _unseal(request: Request, services: ServicesOf) -> types.VaultState:
+async def _unseal(request: Request, services: ServicesOf, asker: AskerOf) -> types.VaultState:
     passphrase = bytearray(await request.body())
     try:
         async with request.app.state.unsealing:
@@ -256,13 +338,20 @@ async def _unseal(request: Request, services: ServicesOf) -> types.VaultState:
                 return types.VaultState(sealed=False, changed=False)
             root = await asyncio.to_thread(open_root, services.settings.state_dir, passphrase)
             services.vault.open(root)
+    except HoldfastError as error:
+        await asker.did(VAULT_REFUSED, ("vault", ""), outcome=Outcome.REFUSED, reason=error.code)
+        raise
     finally:
         passphrase[:] = bytes(len(passphrase))
+    await asker.did(VAULT_OPENED, ("vault", services.vault.root_id))
+    await services.audit.sign()
     return types.VaultState(sealed=False, changed=True)
 
 
-async def _seal(services: ServicesOf) -> types.VaultState:
+async def _seal(services: ServicesOf, asker: AskerOf) -> types.VaultState:
     changed = not services.vault.sealed
+    if changed:
+        await asker.did(VAULT_SEALED, ("vault", services.vault.root_id))
     services.vault.seal()
     return types.VaultState(sealed=True, changed=changed)
 
@@ -276,8 +365,10 @@ async def _tenants(services: ServicesOf, asker: AskerOf) -> types.Tenants:
     return types.Tenants(tenants=[_tenant_view(tenant) for tenant in tenants])
 
 
-async def _create_tenant(new: types.NewTenant, services: ServicesOf) -> types.Tenant:
-    return _tenant_view(await services.identity.create_tenant(new.name, idle_timeout_s=new.idle_timeout_s))
+async def _create_tenant(new: types.NewTenant, services: ServicesOf, asker: AskerOf) -> types.Tenant:
+    tenant = await services.identity.create_tenant(new.name, idle_timeout_s=new.idle_timeout_s)
+    await asker.did(TENANT_CREATED, ("tenant", tenant.tenant_id), tenant_id=tenant.tenant_id)
+    return _tenant_view(tenant)
 
 
 async def _keys(services: ServicesOf, asker: AskerOf, tenant: str | None = None) -> types.Keys:
@@ -296,6 +387,8 @@ async def _create_key(new: types.NewKey, services: ServicesOf, asker: AskerOf) -
     key, secret = await services.identity.create_key(
         principal, _scopes(new.limits), label=new.label, expires_at=expires_at
     )
+    details = {"principal_id": principal.principal_id, "role": principal.role.value}
+    await asker.did(KEY_CREATED, ("key", key.key_id), tenant_id=key.tenant_id, details=details)
     (view,) = await _key_views(services, [key])
     return types.CreatedKey(key=view, secret=secret)
 
@@ -304,7 +397,9 @@ async def _revoke_key(key_id: str, services: ServicesOf, asker: AskerOf) -> type
     known = await services.identity.keys(asker.named.tenant)
     if all(key.key_id != key_id for key in known):
         raise _unknown("key", key_id, "key list")
-    (view,) = await _key_views(services, [await services.identity.revoke_key(key_id)])
+    revoked = await services.identity.revoke_key(key_id)
+    await asker.did(KEY_REVOKED, ("key", key_id), tenant_id=revoked.tenant_id)
+    (view,) = await _key_views(services, [revoked])
     return view
 
 
@@ -321,6 +416,8 @@ async def _sessions(
     found = await services.sessions.summaries(
         asker.named, tenant_id=None if chosen is None else chosen.tenant_id, limit=limit + 1
     )
+    scope = ("sessions", "" if chosen is None else chosen.tenant_id)
+    await asker.did(SESSIONS_LISTED, scope, tenant_id=scope[1])
     return types.SessionPage(sessions=[_session_view(each) for each in found[:limit]], truncated=len(found) > limit)
 
 
@@ -329,11 +426,18 @@ async def _session(session_id: str, services: ServicesOf, asker: AskerOf) -> typ
 
 
 async def _transcript(session_id: str, services: ServicesOf, asker: AskerOf) -> types.Transcript:
-    return _transcript_view(await services.sessions.transcript(asker.named, session_id))
+    try:
+        transcript = await services.sessions.transcript(asker.named, session_id)
+    except HoldfastError as error:
+        await asker.did(TRANSCRIPT_READ, ("session", session_id), outcome=Outcome.REFUSED, reason=error.code)
+        raise
+    await asker.did(TRANSCRIPT_READ, ("session", session_id), tenant_id=transcript.session.tenant_id)
+    return _transcript_view(transcript)
 
 
 async def _forget(session_id: str, services: ServicesOf, asker: AskerOf) -> types.Forgotten:
     forgotten = await services.sessions.forget(asker.named, session_id)
+    await asker.did(SESSION_SHREDDED, ("session", session_id), details={"erased": str(forgotten.erased).lower()})
     return types.Forgotten(
         session_id=session_id,
         turns=forgotten.session.turns,
@@ -355,10 +459,11 @@ async def _released(services: Services, lease_label: str) -> bool:
 # Backups
 
 
-async def _backup(services: ServicesOf) -> StreamingResponse:
+async def _backup(services: ServicesOf, asker: AskerOf) -> StreamingResponse:
     pieces = stream_backup(services.store, services.settings, now=services.now)
     # The first piece is made before the answer begins, so that what fails is an error and not half a file.
     first = await anext(pieces)
+    await asker.did(BACKUP_MADE, ("database", ""))
     return StreamingResponse(_with_first(first, pieces), media_type="application/x-tar")
 
 
@@ -367,6 +472,80 @@ async def _with_first(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncI
         yield first
         async for piece in rest:
             yield piece
+
+
+# The audit log
+
+
+async def _audit_status(services: ServicesOf) -> types.AuditStatus:
+    return await status.audit_status(services)
+
+
+async def _audit_entries(
+    services: ServicesOf,
+    asker: AskerOf,
+    since: float | None = None,
+    until: float | None = None,
+    tenant: str | None = None,
+    action: str | None = None,
+    actor: str | None = None,
+    session: str | None = None,
+    outcome: str | None = None,
+    before: int | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+) -> types.AuditPage:
+    query = AuditQuery(
+        since_ns=None if since is None else int(since * 1e9),
+        until_ns=None if until is None else int(until * 1e9),
+        scope=tenant,
+        action=action,
+        actor=actor,
+        session=session,
+        outcome=outcome,
+        before=before,
+        limit=limit,
+    )
+    given = {name: str(value) for name, value in dataclasses.asdict(query).items() if value is not None}
+    await asker.did(AUDIT_READ, ("audit", ""), details=given)
+    found = await asyncio.to_thread(lambda: search(LogReader(services.audit.directory), services.vault, query))
+    return types.AuditPage(entries=[_audit_view(each) for each in found.found], go_on_before=found.go_on_before)
+
+
+async def _audit_entry(sequence: int, services: ServicesOf, asker: AskerOf) -> types.AuditEntry:
+    await asker.did(AUDIT_READ, ("entry", str(sequence)))
+    return await asyncio.to_thread(_look_up, services, sequence)
+
+
+def _look_up(services: Services, sequence: int) -> types.AuditEntry:
+    log = LogReader(services.audit.directory)
+    return _audit_view(look_at(log.entry(sequence), log.frame(sequence).sealed, services.vault))
+
+
+async def _audit_witness_request(
+    services: ServicesOf, witness: str | None = None, old_size: int | None = None
+) -> types.AuditWitnessAsked:
+    await services.audit.checkpoint()
+    return await asyncio.to_thread(_ask_witness, services.audit.directory, witness, old_size)
+
+
+def _ask_witness(directory: Path, witness: str | None, old_size: int | None) -> types.AuditWitnessAsked:
+    if old_size is None:
+        old_size = 0 if witness is None else last_seen(directory, VerifierKey.parse(witness))
+    asked = make_request(directory, old_size=old_size)
+    size = Checkpoint.parse(read_request(asked).note.partition("\n\n")[0] + "\n").size
+    return types.AuditWitnessAsked(request=asked.decode(), size=size, public_key=str(public_key(directory)))
+
+
+async def _audit_witness_reply(
+    came: types.AuditWitnessReply, services: ServicesOf, asker: AskerOf
+) -> types.AuditWitnessed:
+    directory = services.audit.directory
+    witness = VerifierKey.parse(came.witness)
+    seen = await asyncio.to_thread(
+        take_reply, directory, came.request.encode(), came.reply.encode(), public_key(directory), witness
+    )
+    await asker.did(AUDIT_WITNESSED, ("witness", str(witness)), details={"size": str(seen.size)})
+    return types.AuditWitnessed(witness=witness.name, size=seen.size)
 
 
 _ENDPOINTS: Mapping[tuple[str, str], tuple[Callable[..., Awaitable[Any]], type[types.Wire] | None]] = {
@@ -383,6 +562,11 @@ _ENDPOINTS: Mapping[tuple[str, str], tuple[Callable[..., Awaitable[Any]], type[t
     ("GET", "/v1/sessions/{session_id}/transcript"): (_transcript, types.Transcript),
     ("POST", "/v1/sessions/{session_id}/forget"): (_forget, types.Forgotten),
     ("POST", "/v1/backup"): (_backup, None),
+    ("GET", "/v1/audit"): (_audit_status, types.AuditStatus),
+    ("GET", "/v1/audit/entries"): (_audit_entries, types.AuditPage),
+    ("GET", "/v1/audit/entries/{sequence}"): (_audit_entry, types.AuditEntry),
+    ("GET", "/v1/audit/witness"): (_audit_witness_request, types.AuditWitnessAsked),
+    ("POST", "/v1/audit/witness"): (_audit_witness_reply, types.AuditWitnessed),
 }
 
 
@@ -512,6 +696,20 @@ def _transcript_view(transcript: Transcript) -> types.Transcript:
             )
             for turn in transcript.turns
         ],
+    )
+
+
+def _audit_view(found: Found) -> types.AuditEntry:
+    entry = found.entry
+    known = CATALOGUE.get(entry.event_class)
+    return types.AuditEntry(
+        sequence=entry.sequence,
+        time_s=entry.wall_ns / 1e9,
+        action=f"class {entry.event_class}" if known is None else known.action,
+        leaf_hash=leaf_hash(entry.pack()).hex(),
+        record=found.record,
+        salt=found.salt.hex() or None,
+        why_not=found.why_not or None,
     )
 
 

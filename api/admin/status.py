@@ -18,7 +18,8 @@ from sqlalchemy import func, select
 from api.admin import types
 from api.roots import read_seal
 from api.services import Services
-from appliance.engine.launcher import EngineState
+from appliance.audit.witnessing import largest_witnessed
+from appliance.engine.launcher import EngineProcess, EngineState
 from appliance.errors import HoldfastError
 from appliance.store import tables
 from appliance.vault import SealUnusable, seal_kind
@@ -42,12 +43,12 @@ async def observe(services: Services) -> types.Status:
     """Look at every part now."""
     now = services.now()
     seal = _seal_kind(services)
-    vault, engine = _vault(services, seal), _engine(services)
+    vault, audit, engine = _vault(services, seal), await _audit(services), _engine(services)
     store, sessions = await _store(services, now)
     process = services.engine_process
     models = services.watch.models
     return types.Status(
-        ready=all(part.state == "ready" for part in (vault, store, engine)) and not services.lifecycle.draining,
+        ready=all(part.state == "ready" for part in (vault, audit, store, engine)) and not services.lifecycle.draining,
         endpoint=services.lifecycle.endpoint,
         model=models[0].id if models else None,
         demo=services.settings.demo,
@@ -58,13 +59,13 @@ async def observe(services: Services) -> types.Status:
         uptime_s=now - services.lifecycle.started_at,
         draining=services.lifecycle.draining,
         running_turns=len(services.lifecycle.turns),
-        parts=[vault, store, engine],
+        parts=[vault, audit, store, engine],
         engine_restarts=None if process is None else process.restarts,
         engine_isolated=None if process is None else process.isolated,
         engine_isolation_detail=None if process is None else process.isolation_detail or None,
         leases=await _leases(services),
         sessions=sessions,
-        versions=_versions(services),
+        versions=versions(services.engine_process),
         state_dir=str(services.settings.state_dir),
     )
 
@@ -80,6 +81,41 @@ def _vault(services: Services, seal: str) -> types.Part:
     if services.vault.sealed:
         return types.Part(name="vault", state="sealed", detail="requests get 503 until `holdfast unseal`")
     return types.Part(name="vault", state="ready", detail=f"open; its root key is sealed by a {seal}")
+
+
+async def audit_status(services: Services) -> types.AuditStatus:
+    """The audit log now.
+
+    Raises:
+        AuditUnavailable: there is no appender to ask.
+    """
+    async with asyncio.timeout(_DEADLINE_S):
+        said = await services.audit.status()
+    error = services.audit.error
+    return types.AuditStatus(
+        size=said["size"],
+        checkpoint_size=said["checkpoint_size"],
+        checkpoint_age_s=said["checkpoint_age_s"],
+        signs=said["signs"],
+        public_key=said["public_key"] or None,
+        witnessed_size=await asyncio.to_thread(largest_witnessed, services.audit.directory),
+        directory=str(services.audit.directory),
+        error=None if error is None else types.AuditError.model_validate(error),
+    )
+
+
+async def _audit(services: Services) -> types.Part:
+    error = services.audit.error
+    if error is not None:
+        return types.Part(name="audit", state="failed", detail=f"nothing is admitted: {error['cause']}")
+    try:
+        said = await audit_status(services)
+    except (HoldfastError, TimeoutError) as failure:
+        told = str(failure) or f"its appender did not answer within {_DEADLINE_S:g} s"
+        return types.Part(name="audit", state="failed", detail=told)
+    age = "none yet" if said.checkpoint_age_s is None else f"{said.checkpoint_age_s:.0f} s old"
+    detail = f"{said.size} entries; last checkpoint {age}, of {said.checkpoint_size} entries"
+    return types.Part(name="audit", state="ready", detail=detail)
 
 
 async def _store(services: Services, now: float) -> tuple[types.Part, types.SessionCounts | None]:
@@ -116,11 +152,11 @@ def _engine(services: Services) -> types.Part:
     return types.Part(name="engine", state=state, detail=services.watch.detail)
 
 
-def _versions(services: Services) -> dict[str, str]:
-    versions = {"holdfast": version("holdfast"), "python": platform.python_version()}
-    process = services.engine_process
+def versions(process: EngineProcess | None) -> dict[str, str]:
+    """What runs here: Holdfast, Python, and the engine that this gateway starts."""
+    known = {"holdfast": version("holdfast"), "python": platform.python_version()}
     engine = None if process is None else engine_version(process.spec.python)
-    return versions | ({} if engine is None else {"vllm": engine})
+    return known | ({} if engine is None else {"vllm": engine})
 
 
 async def _leases(services: Services) -> types.Leases | None:

@@ -39,7 +39,7 @@ PartState = Literal["ready", "starting", "sealed", "degraded", "failed", "stoppe
 class Part(Wire):
     """One part of the appliance: what it is in, and why."""
 
-    name: Literal["vault", "store", "engine"]
+    name: Literal["vault", "audit", "store", "engine"]
     state: PartState
     detail: str
 
@@ -247,3 +247,74 @@ class Forgotten(Wire):
     turns: int
     erased: bool
     lease_released: bool
+
+
+# The audit log
+
+
+class AuditError(Wire):
+    """Why the audit log cannot be written or signed."""
+
+    code: str
+    message: str
+    cause: str
+    remedy: str
+
+
+class AuditStatus(Wire):
+    """The audit log of this node.
+
+    `size` counts its entries; `checkpoint_size` those under the newest checkpoint, `witnessed_size` those that a
+    witness co-signed. `checkpoint_age_s` is None when none was made since the appender started.
+    """
+
+    size: int
+    checkpoint_size: int
+    checkpoint_age_s: float | None
+    signs: bool
+    public_key: str | None
+    witnessed_size: int
+    directory: str
+    error: AuditError | None
+
+
+class AuditEntry(Wire):
+    """An entry. `record` is None where it cannot be opened, and `why_not` says why; `salt` opens its commitment."""
+
+    sequence: int
+    time_s: float
+    action: str
+    leaf_hash: str
+    record: dict[str, Any] | None
+    salt: str | None
+    why_not: str | None
+
+
+class AuditPage(Wire):
+    """Entries, the newest first; `go_on_before`: there may be more below this number."""
+
+    entries: list[AuditEntry]
+    go_on_before: int | None
+
+
+class AuditWitnessAsked(Wire):
+    """What a witness is asked: to be carried to it."""
+
+    request: str
+    size: int
+    public_key: str
+
+
+class AuditWitnessReply(Wire):
+    """What came back: the request that it answers, the reply, and the witness's public key."""
+
+    request: Annotated[str, Field(max_length=1 << 20)]
+    reply: Annotated[str, Field(max_length=1 << 20)]
+    witness: Annotated[str, Field(max_length=1024)]
+
+
+class AuditWitnessed(Wire):
+    """A witness's reply was kept: it saw so many entries."""
+
+    witness: str
+    size: int

@@ -3,6 +3,7 @@
 from typing import Any
 from urllib.parse import quote
 
+from api import trail
 from api.answers import REQUEST, Receive, Request, Scope, Send, answer_json, refuse
 from api.openai.errors import ModelMissing, engine_not_ready
 from api.services import Services
@@ -24,6 +25,7 @@ class Models:
         request: Request = scope[REQUEST]
         try:
             visible = self._visible(request)
+            await self._services.audit.record(trail.authenticated(request), trail.models_read(request))
             if scope["raw_path"] == LIST_PATH:
                 await answer_json(send, 200, {"object": "list", "data": [self._described(model) for model in visible]})
                 return

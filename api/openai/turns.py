@@ -2,11 +2,11 @@
 
 Rules:
 
-- A request enters its key's quota before its body is read. Before the engine is asked: its tokens are reserved and the
-  session is known.
+- A request enters its key's quota before its body is read. Before the engine is asked: its tokens are reserved, the
+  session is known, and the admission is in the audit log.
 - The answer goes to the client as it comes, save its end: the chunk with the last `finish_reason`, the usage and
-  `[DONE]` are held back until request, answer and token ids are durable. A client that saw any of them will find its
-  transcript. Where the commit fails, an error event takes their place.
+  `[DONE]` are held back until request, answer and token ids are durable, and the audit log has how it ended. A client
+  that saw any of them will find its transcript. Where one of the two fails, an error event takes their place.
 - A turn that was broken off (client gone, engine lost, deadline, gateway stopping) is committed as interrupted, with
   what was generated, if anything was; the engine's work is cancelled at once.
 - What was reserved is settled exactly once, on every way out. Where the engine worked and did not say what it cost,
@@ -24,7 +24,8 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
-from api.answers import REQUEST, Receive, Request, Scope, Send, answer_json, refuse
+from api import trail
+from api.answers import REQUEST, Receive, Request, Scope, Send, answer_json
 from api.bodies import ClientGone, read_body, refuse_many_values
 from api.openai.chunks import Answer
 from api.openai.errors import (
@@ -40,12 +41,14 @@ from api.openai.errors import (
 from api.openai.hints import read_hints
 from api.openai.wire import Asked, HintsReader
 from api.services import Services
+from appliance.audit import AuditUnavailable, Event
 from appliance.engine.client import EngineLost, EngineRejected, EngineUnavailable
 from appliance.engine.protocol import Lease, lease_params
 from appliance.errors import HoldfastError
 from appliance.identity import Admission
 from appliance.sessions import Outcome, Session, TurnKind, TurnState
 from appliance.settings import GatewaySettings
+from appliance.vault import VaultSealed
 
 _STALLED_CLIENT_S = 2.0  # how long a client that does not read is given to take the error event
 _BYTES_PER_TOKEN = 4  # what an answer cost whose prompt the engine did not get to count
@@ -123,14 +126,12 @@ class Turns:
         self._settings = services.settings.gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        request: Request = scope[REQUEST]
-        try:
-            await self._serve(request, receive, send)
-        except HoldfastError as error:
-            await refuse(send, request, error)
+        """Answer one request.
 
-    async def _serve(self, request: Request, receive: Receive, send: Send) -> None:
+        Raises:
+            HoldfastError: it is refused, and nothing of an answer was sent.
+        """
+        request: Request = scope[REQUEST]
         services, lifecycle = self._services, self._services.lifecycle
         self._refuse_busy()
         admission = services.quotas.enter(request.known_caller())
@@ -145,6 +146,11 @@ class Turns:
                 lifecycle.turns.add(running)
             finally:
                 lifecycle.placing -= 1
+            session_id, model = running.session.session_id, asked.turn.model
+            await services.audit.record(
+                trail.authenticated(request),
+                trail.admitted(request, session_id=session_id, model=model, prompt_bytes=body_bytes),
+            )
             watcher = asyncio.get_running_loop().create_task(_watch(receive, running))
             try:
                 await (self._stream if asked.stream else self._whole)(request, running, send)
@@ -246,13 +252,13 @@ class Turns:
             failure = error
         failure = failure or running.broken_off_by
         if not request.began and not answer.begun:
-            await self._settle_unanswered(running, failure)
+            await self._settle_unanswered(request, running, failure)
             if failure is not None:
                 raise self._explained(running, failure)
             raise ClientGone
         state = TurnState.COMPLETE if failure is None and not running.client_gone else TurnState.INTERRUPTED
         try:
-            await self._commit(running, state)
+            await self._commit(request, running, state, failure)
         except HoldfastError as error:
             failure = failure or error
         if running.client_gone:
@@ -283,7 +289,7 @@ class Turns:
 
     # Whole
 
-    async def _whole(self, _: Request, running: _Running, send: Send) -> None:
+    async def _whole(self, request: Request, running: _Running, send: Send) -> None:
         failure: HoldfastError | None = None
         public = b""
         engine_id = running.response_id.removeprefix(self._endpoint.id_prefix)
@@ -300,16 +306,23 @@ class Turns:
             failure = error
         failure = failure or running.broken_off_by
         if failure is not None or running.client_gone:
-            await self._settle_unanswered(running, failure)
+            await self._settle_unanswered(request, running, failure)
             if failure is not None:
                 raise self._explained(running, failure)
             raise ClientGone
-        await self._commit(running, TurnState.COMPLETE)
+        await self._commit(request, running, TurnState.COMPLETE, None)
         await answer_json(send, 200, public)
 
     # Writing it down
 
-    async def _commit(self, running: _Running, state: TurnState) -> None:
+    async def _commit(
+        self, request: Request, running: _Running, state: TurnState, failure: HoldfastError | None
+    ) -> None:
+        """Store a turn and record how it ended, at the same time: both are on the disk when this returns.
+
+        Raises:
+            HoldfastError: one of them is not. That a turn was not stored is recorded, too.
+        """
         services, answer, usage = self._services, running.answer, running.answer.usage
         outcome = Outcome(
             response_id=running.response_id,
@@ -327,7 +340,18 @@ class Turns:
         running.settled = True
         used = running.admission.settle(usage.prompt_tokens + usage.completion_tokens)
         begun_at = time.perf_counter()
-        await services.sessions.record(running.session, running.asked.turn, outcome, used)
+        session_id = running.session.session_id
+        stored, recorded = await asyncio.gather(
+            services.sessions.record(running.session, running.asked.turn, outcome, used),
+            services.audit.record(self._ended(request, running, state, failure)),
+            return_exceptions=True,
+        )
+        if isinstance(stored, HoldfastError):
+            with contextlib.suppress(AuditUnavailable, VaultSealed):
+                await services.audit.record(trail.not_kept(request, session_id=session_id, error=stored))
+        for done in (stored, recorded):
+            if isinstance(done, BaseException):
+                raise done
         services.metrics.turn(
             state,
             time.perf_counter() - begun_at,
@@ -336,9 +360,28 @@ class Turns:
             completion=usage.completion_tokens,
         )
 
-    async def _settle_unanswered(self, running: _Running, failure: HoldfastError | None) -> None:
+    def _ended(self, request: Request, running: _Running, state: TurnState, failure: HoldfastError | None) -> Event:
+        usage = running.answer.usage
+        gone = "client_gone" if running.client_gone else ""
+        return trail.ended(
+            request,
+            session_id=running.session.session_id,
+            model=running.asked.turn.model,
+            complete=state is TurnState.COMPLETE,
+            reason=gone if failure is None else failure.code,
+            counts={
+                "prompt_tokens": usage.prompt_tokens,
+                "cached_tokens": usage.cached_tokens,
+                "completion_tokens": usage.completion_tokens,
+                "duration_ms": round(1000 * (self._services.now() - running.started_at)),
+            },
+        )
+
+    async def _settle_unanswered(self, request: Request, running: _Running, failure: HoldfastError | None) -> None:
         """Nothing was answered: what a client did not wait for, or asked too much for, it pays; else nothing."""
         self._services.metrics.unanswered()
+        with contextlib.suppress(AuditUnavailable, VaultSealed):
+            await self._services.audit.record(self._ended(request, running, TurnState.INTERRUPTED, failure))
         if failure is not None and not isinstance(failure, TurnTooLong):
             return
         running.settled = True

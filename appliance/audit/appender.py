@@ -243,7 +243,10 @@ class Appender:
 
         key = SigningKey.from_bytes(body)
         self._vkey = str(key.verifier())
+        first = self._sign is None
         self._sign = lambda head: sign_checkpoint(Checkpoint(key.name, head.size, head.root), key)
+        if first and self._dirty_since is not None:
+            self._publish()
 
     def _status(self) -> dict[str, object]:
         now = self._monotonic()

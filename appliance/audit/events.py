@@ -79,14 +79,23 @@ MALFORMED: Final = EventClass(
     (6003, 99),
 )
 TURN_ADMITTED: Final = EventClass(40, "turn.admitted", "A turn was let through to the engine.", Scope.TENANT, (6003, 1))
-TURN_COMPLETED: Final = EventClass(41, "turn.completed", "A turn ended, and is kept.", Scope.TENANT, (6003, 1))
+TURN_COMPLETED: Final = EventClass(
+    41, "turn.completed", "A turn ended; it is kept unless `turn.not_kept` follows.", Scope.TENANT, (6003, 1)
+)
 TURN_INTERRUPTED: Final = EventClass(
-    42, "turn.interrupted", "A turn was broken off; what there was of it is kept.", Scope.TENANT, (6003, 1)
+    42,
+    "turn.interrupted",
+    "A turn was broken off; what there was of it is kept unless `turn.not_kept` follows.",
+    Scope.TENANT,
+    (6003, 1),
 )
 REQUEST_REFUSED: Final = EventClass(
     43, "request.refused", "A request of a known caller was refused.", Scope.TENANT, (6003, 99)
 )
 MODELS_READ: Final = EventClass(44, "models.read", "A caller asked which models there are.", Scope.TENANT, (6003, 2))
+TURN_NOT_KEPT: Final = EventClass(
+    45, "turn.not_kept", "A turn ended and could not be stored: its client was told so.", Scope.TENANT, (6003, 1)
+)
 TENANT_CREATED: Final = EventClass(50, "tenant.created", "A tenant was made.", Scope.SYSTEM, (3004, 1))
 KEY_CREATED: Final = EventClass(60, "key.created", "An API key was made.", Scope.SYSTEM, (3004, 1))
 KEY_REVOKED: Final = EventClass(61, "key.revoked", "An API key was revoked.", Scope.SYSTEM, (3004, 4))

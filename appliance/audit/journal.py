@@ -128,7 +128,7 @@ class Journal:
         """Begin anew at `base` with the frames that follow it: what was before is in tiles now.
 
         Raises:
-            JournalUnusable: the journal is as it was.
+            JournalUnusable: there is no room for a new one and its reserve; the journal is as it was.
         """
         data = b"".join([_packed(frame) for frame in frames])
         try:
@@ -139,9 +139,8 @@ class Journal:
         os.close(self._descriptor)
         self._descriptor = descriptor
         self.base = base
-        self._end = self._taken = self._dirty_until = _HEAD.size + len(data)
-        with contextlib.suppress(OSError):
-            self._take(0, RESERVE_BYTES)
+        self._end = self._dirty_until = _HEAD.size + len(data)
+        self._taken = self._end + RESERVE_BYTES
 
     def close(self) -> None:
         """Close it."""
@@ -230,7 +229,9 @@ def _write_new(path: Path, base: int, data: bytes) -> None:
     staged = path.with_name(f"{path.name}.new")
     descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        write_at(descriptor, _HEAD.pack(_MAGIC, base) + data, 0)
+        content = _HEAD.pack(_MAGIC, base) + data
+        write_at(descriptor, content, 0)
+        os.posix_fallocate(descriptor, len(content), RESERVE_BYTES)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -11,6 +11,7 @@ Rules:
 C2SP tlog-tiles; the layout is in docs/decisions/0010-audit-log.md.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -174,8 +175,6 @@ class AuditLog:
             self._write_partial_tiles()
             self._replace(CHECKPOINT, sign(head).encode())
             self._let_go()
-        except JournalUnusable as error:
-            raise unwritable(error.path, error.number) from None
         except OSError as error:
             raise unwritable(Path(error.filename or self._directory), error.errno or errno.EIO) from None
         self.published = head
@@ -294,8 +293,10 @@ class AuditLog:
         bundled = self._next_bundle * TILE_WIDTH
         if bundled - self._journal.base >= _LET_GO_AFTER * TILE_WIDTH:
             kept = self._tail[bundled - self._journal.base :]
-            self._journal.shorten(bundled, kept)
-            self._tail = kept
+            # Where there is no room for a new one, the old one does: it only holds what is in bundles once more.
+            with contextlib.suppress(JournalUnusable):
+                self._journal.shorten(bundled, kept)
+                self._tail = kept
 
     def _root(self) -> bytes:
         edge = Frontier()

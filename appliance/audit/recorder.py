@@ -16,12 +16,13 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, cast
 
 from appliance.audit import protocol
 from appliance.audit.entry import AuditKeys, Draft, seal
-from appliance.audit.events import Event
+from appliance.audit.events import ANYONE, Event
 from appliance.errors import ErrorRecord, Fault, HoldfastError
+from appliance.vault import VaultSealed
 
 _WAIT_S: Final = 10.0
 _MOST_WAITING: Final = 4096
@@ -57,8 +58,12 @@ class _Connection(asyncio.Protocol):
         self.lost = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)  # noqa: S101
-        self.transport = transport
+        self.transport = cast("asyncio.WriteTransport", transport)
+
+    def send(self, frame: bytes) -> None:
+        """Write a frame, if the appender is there still; if not, its successor is sent whatever waits."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(frame)
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -101,8 +106,8 @@ class Recorder:
         self._waiting: dict[int, _Waiting] = {}
         self._connection: _Connection | None = None
         self._signing_key = b""
-        self._counted: dict[tuple[int, str, str], Event] = {}
-        self._counts: dict[tuple[int, str, str], int] = {}
+        self._counted: dict[tuple[int, str, str, str], Event] = {}
+        self._counts: dict[tuple[int, str, str, str], int] = {}
         self._told_at = -_TELL_EVERY_S
         self.error: ErrorRecord | None = None
 
@@ -138,6 +143,7 @@ class Recorder:
 
         Raises:
             AuditUnavailable: says which file and why.
+            VaultSealed: an event of a tenant's, and there is no key to seal it with.
         """
         kind = protocol.APPEND_PRIVILEGED if privileged else protocol.APPEND
         answer = await self._ask(kind, protocol.pack_drafts([self._sealed(event) for event in events]))
@@ -145,20 +151,20 @@ class Recorder:
 
     def count(self, event: Event) -> None:
         """Note something that anybody can cause: `tell_counted` records it, once for all that are alike."""
-        key = (event.kind.number, event.source, event.reason)
+        key = (event.kind.number, event.actor.id, event.source, event.reason)
         if key not in self._counts and len(self._counts) >= _MOST_COUNTED:
-            event = replace(event, source="", reason="others")
-            key = (event.kind.number, "", "others")
+            event = replace(event, actor=ANYONE, tenant_id="", source="", reason="others", request_id="")
+            key = (event.kind.number, "", "", "others")
         self._counted.setdefault(key, event)
         self._counts[key] = self._counts.get(key, 0) + 1
 
-    async def tell_counted(self) -> None:
-        """Record what was counted, if it is time.
+    async def tell_counted(self, *, at_once: bool = False) -> None:
+        """Record what was counted, if it is time, or `at_once`.
 
         Raises:
             AuditUnavailable: it stays counted.
         """
-        if not self._counts or self._monotonic() < self._told_at + _TELL_EVERY_S:
+        if not self._counts or (not at_once and self._monotonic() < self._told_at + _TELL_EVERY_S):
             return
         counted, counts = self._counted, self._counts
         self._counted, self._counts = {}, {}
@@ -199,7 +205,7 @@ class Recorder:
         keys = self._keys()
         scope = event.scope(self._system_scope)
         if keys is None and scope != self._system_scope:
-            raise ValueError(f"{event.kind.action} of a tenant cannot be recorded while the vault is sealed")
+            raise VaultSealed
         return seal(
             event.kind.number,
             event.record(self._versions),
@@ -217,8 +223,8 @@ class Recorder:
         number = self._numbers
         waiting = _Waiting(kind, body, asyncio.get_running_loop().create_future())
         self._waiting[number] = waiting
-        if self._connection is not None and self._connection.transport is not None:
-            self._connection.transport.write(protocol.pack(kind, number, body))
+        if self._connection is not None:
+            self._connection.send(protocol.pack(kind, number, body))
         try:
             async with asyncio.timeout(_WAIT_S):
                 return await waiting.answer
@@ -230,12 +236,11 @@ class Recorder:
     def _taken_up(self, connection: _Connection) -> None:
         """A new connection: the key first, then whatever waits."""
         self._connection = connection
-        assert connection.transport is not None  # noqa: S101
         if self._signing_key:
-            connection.transport.write(protocol.pack(protocol.SIGNING_KEY, 0, self._signing_key))
+            connection.send(protocol.pack(protocol.SIGNING_KEY, 0, self._signing_key))
         for number, waiting in self._waiting.items():
             kind = protocol.APPEND_AGAIN if waiting.kind == protocol.APPEND else waiting.kind
-            connection.transport.write(protocol.pack(kind, number, waiting.body))
+            connection.send(protocol.pack(kind, number, waiting.body))
 
     def _answered(self, message: protocol.Message) -> None:
         waiting = self._waiting.get(message.number)

@@ -12,7 +12,7 @@ from typing import ClassVar, Final
 
 from appliance.audit.journal import sync_directory, write_at
 from appliance.audit.log import CHECKPOINT
-from appliance.audit.notes import SigningKey
+from appliance.audit.notes import SigningKey, VerifierKey
 from appliance.errors import Fault, HoldfastError
 from appliance.vault import SYSTEM_SCOPE, Binding, KeyPurpose, Vault
 
@@ -53,6 +53,23 @@ def signing_key(directory: Path, vault: Vault) -> SigningKey:
     _write(path, sealed)
     sync_directory(directory)
     return key
+
+
+def public_key(directory: Path) -> VerifierKey:
+    """The log's public key, as it lies beside it.
+
+    Raises:
+        SigningKeyMissing: there is none yet.
+    """
+    path = directory / PUBLIC_KEY
+    try:
+        return VerifierKey.parse(path.read_text(encoding="ascii").strip())
+    except OSError as error:
+        raise SigningKeyMissing(
+            "the audit log has no public key",
+            cause=f"{path}: {error.strerror}",
+            remedy="It is made when the vault is opened for the first time",
+        ) from None
 
 
 def _write(path: Path, content: bytes) -> None:

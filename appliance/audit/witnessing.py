@@ -8,6 +8,7 @@ Rules:
 - A reply is checked before it is kept.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -65,6 +66,18 @@ def last_seen(directory: Path, witness: VerifierKey) -> int:
             sizes.append(int(path.name))
         except (NoteInvalid, ValueError, OSError):
             continue
+    return max(sizes)
+
+
+def largest_witnessed(directory: Path) -> int:
+    """The largest size that anybody co-signed, by the lines in the folder alone; 0: none."""
+    folder = directory / WITNESSED
+    sizes = [0]
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with contextlib.suppress(NoteInvalid, ValueError, OSError):
+            _, _, signatures = decode_note(path.read_bytes()).partition("\n\n")
+            if signatures.count("\n") > 1:
+                sizes.append(int(path.name))
     return max(sizes)
 
 

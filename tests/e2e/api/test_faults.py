@@ -81,7 +81,7 @@ def test_an_engine_killed_before_it_answers_is_a_503(fragile: Served) -> None:
     assert fragile.send("GET", "/healthz").status == 200
     until(lambda: fragile.send("GET", "/readyz").status == 503)
     parts = fragile.send("GET", "/readyz").json["parts"]
-    assert parts.keys() == {"gateway", "vault", "store", "engine"}
+    assert parts.keys() == {"gateway", "vault", "audit", "store", "engine"}
     assert [name for name, part in parts.items() if not part["ready"]] == ["engine"]
     assert parts["engine"]["why"] == "it does not answer; it is started elsewhere"
     assert fragile.ask().code in ("engine_starting", "engine_unavailable")

@@ -267,3 +267,28 @@ def test_killed_at_any_moment_no_acknowledged_entry_is_lost(tmp_path: Path) -> N
     log.close()
     assert verify_log(tmp_path, VERIFIER).size >= acknowledged
     assert (tmp_path / CHECKPOINT).exists()
+
+
+def test_the_reserve_is_there_after_the_journal_was_begun_anew_and_on_a_full_disk_it_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = draft()
+    log = open_log(tmp_path)
+    log.append([one] * 5000)
+    log.publish(sign)
+    assert log._journal.base > 0
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    base = log._journal.base
+    with contextlib.suppress(LogUnwritable):
+        for _ in range(100):
+            log.append([one] * 100)
+    log.append([one] * 500, privileged=True)
+    log.publish(sign)
+    assert log._journal.base == base
+    log.append([one] * 100, privileged=True)
+    log.close()
+    assert verify_log(tmp_path, VERIFIER).unsigned == 100

@@ -18,6 +18,7 @@ from appliance.audit.log import CHECKPOINT, JOURNAL
 from appliance.audit.notes import open_checkpoint
 from appliance.audit.recorder import AuditUnavailable, Recorder
 from appliance.audit.verify import verify_log
+from appliance.vault import VaultSealed
 from tests.unit.audit.making import KEY, Keys, event, open_log
 
 pytestmark = pytest.mark.anyio
@@ -134,7 +135,7 @@ async def test_while_the_vault_is_sealed_events_are_recorded_in_plaintext(tmp_pa
     async with recording(tmp_path) as it:
         it.keys = None
         await it.recorder.record(Event(VAULT_REFUSED, ANYONE, Outcome.REFUSED, source="uid 1000"))
-        with pytest.raises(ValueError, match="sealed"):
+        with pytest.raises(VaultSealed):
             await it.recorder.record(event(1))
         content = read_journal(it.log / JOURNAL)
         assert content is not None

@@ -10,6 +10,7 @@ import pytest
 
 from api.admin import routes
 from api.admin.routes import MAX_BODY_BYTES, RULES, admin_app
+from appliance.audit import AuditUnavailable, Event, Outcome
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Caller, Principal, Role, Tenant
 
@@ -58,6 +59,31 @@ class FakeIdentity:
         return caller(Role.ADMIN, None)
 
 
+class FakeAudit:
+    """An audit log in a list; or one that cannot be written."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.counted: list[Event] = []
+        self.unwritable = False
+
+    async def record(self, *events: Event, privileged: bool = False) -> int:
+        assert privileged, "an administrator's doing is recorded from the reserve, too"
+        if self.unwritable:
+            raise AuditUnavailable("no", cause="", remedy="")
+        self.events += events
+        return len(self.events)
+
+    def count(self, event: Event) -> None:
+        self.counted.append(event)
+
+
+def gateway(*, sealed: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(
+        identity=FakeIdentity(), vault=SimpleNamespace(sealed=sealed), engine_process=None, audit=FakeAudit()
+    )
+
+
 @pytest.fixture
 def services(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A gateway whose every endpoint answers that it was reached."""
@@ -68,7 +94,7 @@ def services(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     endpoints = dict.fromkeys(routes._ENDPOINTS, (reached, None))
     monkeypatch.setattr(routes, "_ENDPOINTS", endpoints)
     monkeypatch.setattr(os, "geteuid", lambda: OWN_UID)
-    return SimpleNamespace(identity=FakeIdentity(), vault=SimpleNamespace(sealed=False), engine_process=None)
+    return gateway()
 
 
 async def ask(
@@ -96,7 +122,7 @@ async def call(
 ) -> tuple[int, bytes]:
     """The status and the body of an answer; a body goes up in the pieces given."""
     method, path = route
-    path = path.replace("{key_id}", "ak_1").replace("{session_id}", "ses_1")
+    path = path.replace("{key_id}", "ak_1").replace("{session_id}", "ses_1").replace("{sequence}", "1")
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
     offered = authorization if key is None else f"Bearer {key}"
     if offered is not None:
@@ -194,6 +220,7 @@ async def test_while_sealed_only_what_the_table_opens_is_open_and_to_our_own_use
 def test_what_is_open_while_sealed_shows_and_changes_nothing_that_is_stored() -> None:
     assert {path for (_, path), rule in RULES.items() if rule.while_sealed} == {
         "/v1/status",
+        "/v1/audit",
         "/v1/vault/unseal",
         "/v1/vault/seal",
     }
@@ -225,7 +252,7 @@ async def test_what_is_no_route_is_missing(method: str, path: str, services: Any
 
 
 async def test_a_body_that_is_too_long_is_refused_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    services = SimpleNamespace(identity=FakeIdentity(), vault=SimpleNamespace(sealed=True), engine_process=None)
+    services = gateway(sealed=True)
     monkeypatch.setattr(os, "geteuid", lambda: OWN_UID)
     pieces = [b"x" * 1024] * (MAX_BODY_BYTES // 1024 + 1)
     answered = await ask(services, ("POST", "/v1/vault/unseal"), uid=OWN_UID, body=pieces)
@@ -233,9 +260,45 @@ async def test_a_body_that_is_too_long_is_refused_as_it_comes(monkeypatch: pytes
 
 
 async def test_an_answer_repeats_nothing_of_a_request_that_cannot_be_used() -> None:
-    services: Any = SimpleNamespace(identity=FakeIdentity(), vault=SimpleNamespace(sealed=False), engine_process=None)
+    services: Any = gateway()
     body = b'{"name": "tre\\u001basury", "secret": "hf_x"}'
     status, answer = await call(admin_app(services), ("POST", "/v1/tenants"), uid=OWN_UID, body=[body])
     assert status == 400
     assert b"asury" not in answer
     assert b"hf_x" not in answer
+
+
+@pytest.mark.parametrize("route", [route for route, rule in RULES.items() if rule.recorded])
+async def test_what_is_asked_for_is_recorded_before_it_is_done(route: tuple[str, str], services: Any) -> None:
+    assert await ask(services, route, key="admin@appliance") == (429, "test_reached")
+    (event,) = services.audit.events
+    assert (event.kind.action, event.actor.id, event.outcome) == ("admin.acted", "prn_1", Outcome.SUCCESS)
+    assert event.details == {"route": " ".join(route)}
+    assert event.target[1] in ("", "ak_1", "ses_1")
+
+
+@pytest.mark.parametrize("route", [route for route, rule in RULES.items() if rule.recorded])
+async def test_what_cannot_be_recorded_is_not_done(route: tuple[str, str], services: Any) -> None:
+    services.audit.unwritable = True
+    assert await ask(services, route, key="admin@appliance") == (503, "audit_unavailable")
+
+
+async def test_what_is_denied_is_recorded_and_a_key_that_does_not_hold_is_counted(services: Any) -> None:
+    await ask(services, ("POST", "/v1/tenants"), key="client@tenant")
+    (event,) = services.audit.events
+    assert (event.kind.action, event.outcome, event.reason) == ("admin.refused", Outcome.REFUSED, "admin_denied")
+    await ask(services, ("POST", "/v1/tenants"), key="nobody@nowhere")
+    (counted,) = services.audit.counted
+    assert (counted.kind.action, counted.reason) == ("key.refused", "test_key_refused")
+
+
+def test_everything_but_a_look_at_the_status_leaves_a_record() -> None:
+    """What is not recorded when it is asked for is recorded by its own route; the two statuses are not."""
+    assert {route[1] for route, rule in RULES.items() if not rule.recorded} == {
+        "/v1/status",
+        "/v1/audit",
+        "/v1/audit/entries",
+        "/v1/audit/entries/{sequence}",
+        "/v1/sessions",
+        "/v1/sessions/{session_id}/transcript",
+    }

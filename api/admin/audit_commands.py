@@ -1,0 +1,378 @@
+"""`holdfast audit`: look at the log, check it, prove what is in it, have it witnessed.
+
+Rules:
+
+- `verify`, `verify-proof` and `witness cosign` need the log's files or what travelled, and its public key: no
+  appliance, no vault, no right but to read. They are the auditor's, on a machine of the auditor's own.
+- The rest asks the running appliance, which decides who may, and records that it was asked.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from appliance.audit.notes import Algorithm, SigningKey, VerifierKey
+from appliance.audit.proof import prove as make_proof
+from appliance.audit.proof import verify_proof
+from appliance.audit.reading import LogReader
+from appliance.audit.signing import PUBLIC_KEY
+from appliance.audit.verify import Verified, verify_log
+from appliance.audit.witness import Witness, read_request
+from appliance.cli import Console, Group, api_key_option, in_words, moment, pass_console, printable, table
+
+if TYPE_CHECKING:
+    from api.admin import types
+
+_PROGRESS_EVERY_S = 0.5
+_WITNESS_KEY = "witness-key"
+_LOG_OPTION = click.option(
+    "--log",
+    "log_dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The folder of the log; by default the appliance's.",
+)
+_KEY_OPTION = click.option(
+    "--key",
+    "key_text",
+    metavar="VKEY",
+    help="The log's public key, or a file with it; by default the folder's own, which whoever changed the log could "
+    "have changed too.",
+)
+
+
+@click.group(cls=Group)
+def audit() -> None:
+    """Read, check, prove and witness the audit log."""
+
+
+@audit.command()
+@pass_console
+def status(console: Console) -> None:
+    """Say how long the log is, how old its last checkpoint, and what is in its way."""
+    state = console.admin().audit_status()
+    rows = [
+        ("entries", f"{state.size}"),
+        ("last checkpoint", _checkpoint_words(state)),
+        ("witnessed", f"{state.witnessed_size} entries" if state.witnessed_size else "never"),
+        ("public key", state.public_key or "none yet: the vault was never open"),
+        ("folder", state.directory),
+        ("error", "none" if state.error is None else f"{state.error.message}: {state.error.cause}"),
+    ]
+    console.result(state, table(("", ""), rows, empty=""))
+
+
+@audit.command()
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="So many, the newest last.")
+@api_key_option
+@pass_console
+def tail(console: Console, limit: int, api_key_fd: int | None) -> None:
+    """Show the newest entries."""
+    page = console.admin(api_key_fd=api_key_fd, deadline_s=60).audit_entries(limit=limit)
+    console.result(page, _entries_text(page))
+
+
+@audit.command()
+@click.option("--since", metavar="TIME", help="Not older than this: 2026-11-24T10:00:00Z, or a duration ago: 90m.")
+@click.option("--until", metavar="TIME", help="Older than this.")
+@click.option("--tenant", help="Only this tenant's: an id; `system` for the appliance's own.")
+@click.option("--action", help="Only these, with * for anything: turn.*")
+@click.option("--actor", help="Only this principal's: an id.")
+@click.option("--session", help="Only this session's: an id.")
+@click.option("--outcome", type=click.Choice(["success", "failure", "refused"]), help="Only those that ended so.")
+@click.option("--before", type=click.IntRange(0), help="Only below this number: where an earlier search stopped.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="At most so many.")
+@api_key_option
+@pass_console
+def search(
+    console: Console, /, api_key_fd: int | None, since: str | None, until: str | None, **wanted: str | int | None
+) -> None:
+    """Find entries by time, tenant, action, actor or session."""
+    now = time.time()
+    page = console.admin(api_key_fd=api_key_fd, deadline_s=120).audit_entries(
+        since=None if since is None else _moment(since, now),
+        until=None if until is None else _moment(until, now),
+        **wanted,
+    )
+    console.result(page, _entries_text(page))
+
+
+@audit.command()
+@click.argument("sequence", type=click.IntRange(0))
+@api_key_option
+@pass_console
+def show(console: Console, sequence: int, api_key_fd: int | None) -> None:
+    """Show one entry with everything that it holds."""
+    entry = console.admin(api_key_fd=api_key_fd).audit_entry(sequence)
+    console.result(entry, _entry_text(entry))
+
+
+@audit.command()
+@_LOG_OPTION
+@_KEY_OPTION
+@click.option("--witness", "witnesses", multiple=True, metavar="VKEY", help="A witness that must have co-signed it.")
+@click.option("--at-least", type=click.IntRange(0), default=0, help="A size that the log is known to have had.")
+@pass_console
+def verify(
+    console: Console, log_dir: Path | None, key_text: str | None, witnesses: tuple[str, ...], at_least: int
+) -> None:
+    """Check every entry, tile, signature and clock of the log, and name the first that is wrong."""
+    directory = _directory(console, log_dir)
+    told_at = 0.0
+    began_at = time.monotonic()
+
+    def progress(done: int, of: int) -> None:
+        nonlocal told_at
+        now = time.monotonic()
+        if now > told_at + _PROGRESS_EVERY_S and sys.stderr.isatty():
+            told_at = now
+            click.echo(f"\r{done} of {of} entries", err=True, nl=False)
+
+    found = verify_log(
+        directory,
+        _log_key(directory, key_text),
+        witnesses=[_vkey(text) for text in witnesses],
+        at_least=at_least,
+        progress=progress,
+    )
+    if told_at:
+        click.echo("\r\x1b[K", err=True, nl=False)
+    console.result(found.record(), _verified_text(found, time.monotonic() - began_at))
+    if key_text is None:
+        console.say(f"Checked with the folder's own key; give --key, from elsewhere, to check who signed: {PUBLIC_KEY}")
+
+
+@audit.command()
+@click.argument("sequence", type=click.IntRange(0))
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="The file to write; stdout by default.")
+@click.option("--disclose", is_flag=True, help="Put the record into the proof, so that who has it can read it.")
+@_LOG_OPTION
+@api_key_option
+@pass_console
+def prove(
+    console: Console,
+    sequence: int,
+    output: Path | None,
+    disclose: bool,
+    log_dir: Path | None,
+    api_key_fd: int | None,
+) -> None:
+    """Write a proof that stands by itself: this entry was in the log when the checkpoint was signed."""
+    log = LogReader(_directory(console, log_dir))
+    if disclose:
+        entry = console.admin(api_key_fd=api_key_fd).audit_entry(sequence)
+        proof = make_proof(log, sequence, salt=bytes.fromhex(entry.salt or ""), record=entry.record)
+    else:
+        proof = make_proof(log, sequence)
+    if output is None:
+        click.echo(proof, nl=False)
+        return
+    output.write_text(proof, encoding="utf-8")
+    console.result({"sequence": sequence, "file": str(output)}, f"{output} proves entry {sequence}.")
+
+
+@audit.command("verify-proof")
+@click.argument("file", type=click.File("r", encoding="utf-8"))
+@_LOG_OPTION
+@_KEY_OPTION
+@pass_console
+def check_proof(console: Console, file: Any, log_dir: Path | None, key_text: str | None) -> None:
+    """Check a proof with the log's public key and nothing else."""
+    key = _vkey(key_text) if key_text is not None else _log_key(_directory(console, log_dir), None)
+    found = verify_proof(file.read(), key)
+    value = {
+        "origin": found.checkpoint.origin,
+        "size": found.checkpoint.size,
+        "sequence": found.entry.sequence,
+        "wall_ns": found.entry.wall_ns,
+        "record": found.record,
+    }
+    text = f"Entry {found.entry.sequence} of {found.checkpoint.origin} is from {moment(found.entry.wall_ns / 1e9)}."
+    if found.record is not None:
+        text += "\n" + _record_text(found.record)
+    console.result(value, text)
+
+
+# Witnesses
+
+
+@audit.group(cls=Group)
+def witness() -> None:
+    """Have a checkpoint co-signed by somebody who remembers the one before."""
+
+
+@witness.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--witness", "witness_key", metavar="VKEY", help="Who will be asked; by default somebody new.")
+@click.option("--from", "old_size", type=click.IntRange(0), help="The size that the witness says it saw last.")
+@pass_console
+def export(console: Console, file: Path, witness_key: str | None, old_size: int | None) -> None:
+    """Write what the witness is asked, to carry to it."""
+    vkey = None if witness_key is None else str(_vkey(witness_key))
+    asked = console.admin(deadline_s=60).audit_witness_request(witness=vkey, old_size=old_size)
+    file.write_text(asked.request, encoding="utf-8")
+    console.result(
+        {"file": str(file), "size": asked.size},
+        f"{file} asks for a co-signature of {asked.size} entries. At the witness: "
+        f"holdfast audit witness cosign {file} REPLY --state DIR --key {asked.public_key}",
+    )
+
+
+@witness.command()
+@click.argument("request", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.argument("reply", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--state",
+    "state",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Where the witness keeps its key and what it saw; made if it is not there. Keep it apart from the log.",
+)
+@click.option("--key", "key_text", metavar="VKEY", required=True, help="The log's public key, or a file with it.")
+@click.option("--name", default="", help="What a new witness is called, such as its host's name.")
+@pass_console
+def cosign(console: Console, request: Path, reply: Path, state: Path, key_text: str, name: str) -> None:
+    """As the witness: check that the log goes on from what was seen before, and co-sign it."""
+    key = _witness_key(state, name)
+    line = Witness(state, key).cosign(request.read_bytes(), _vkey(key_text), int(time.time()))
+    reply.write_bytes(line)
+    console.result(
+        {"file": str(reply), "witness": str(key.verifier())},
+        f"{reply} is the co-signature. Back at the appliance: "
+        f"holdfast audit witness import {request} {reply} --witness {key.verifier()}",
+    )
+
+
+@witness.command("import")
+@click.argument("request", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.argument("reply", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.option("--witness", "witness_key", metavar="VKEY", required=True, help="The witness's public key.")
+@pass_console
+def take(console: Console, request: Path, reply: Path, witness_key: str) -> None:
+    """Take a witness's reply; the log is held to it from then on."""
+    asked = request.read_bytes()
+    read_request(asked)
+    taken = console.admin(deadline_s=60).audit_witness_reply(
+        request=asked.decode(), reply=reply.read_text(encoding="utf-8"), witness=str(_vkey(witness_key))
+    )
+    console.result(taken, f"{taken.witness} saw {taken.size} entries.")
+
+
+def _witness_key(state: Path, name: str) -> SigningKey:
+    """The witness's own key, which lies with what it saw: lost together, they are missed together."""
+    path = state / _WITNESS_KEY
+    if path.exists():
+        return SigningKey.from_bytes(path.read_bytes())
+    state.mkdir(mode=0o700, exist_ok=True)
+    key = SigningKey.generate(name or "holdfast-witness", Algorithm.COSIGNATURE)
+    path.touch(mode=0o600)
+    path.write_bytes(key.to_bytes())
+    return key
+
+
+# Keys and places
+
+
+def _directory(console: Console, named: Path | None) -> Path:
+    return named or console.state_dir / "audit"
+
+
+def _log_key(directory: Path, text: str | None) -> VerifierKey:
+    return _vkey(text if text is not None else str(directory / PUBLIC_KEY))
+
+
+def _vkey(text: str) -> VerifierKey:
+    """A public key, from the command line or from the file that is named there."""
+    path = Path(text)
+    if "+" not in text or path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise click.BadParameter(f"{text} is no public key and no file with one: {error.strerror}") from None
+    return VerifierKey.parse(text)
+
+
+def _moment(text: str, now: float) -> float:
+    """Epoch seconds of a moment, or of a duration ago."""
+    from datetime import UTC, datetime
+
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+    if text[:-1].isdigit() and text[-1:] in units:
+        return now - int(text[:-1]) * units[text[-1]]
+    try:
+        parsed = datetime.fromisoformat(text)
+    except ValueError:
+        raise click.BadParameter(f"{text} is no time: 2026-11-24T10:00:00Z, or a duration such as 90m") from None
+    return (parsed if parsed.tzinfo is not None else parsed.replace(tzinfo=UTC)).timestamp()
+
+
+# What is shown to people
+
+
+def _checkpoint_words(state: "types.AuditStatus") -> str:
+    if state.checkpoint_age_s is None:
+        return (
+            "none since the appender started" if state.checkpoint_size == 0 else f"of {state.checkpoint_size} entries"
+        )
+    return f"{in_words(state.checkpoint_age_s)} ago, of {state.checkpoint_size} entries"
+
+
+def _entries_text(page: "types.AuditPage") -> str:
+    rows = [
+        (
+            entry.sequence,
+            moment(entry.time_s),
+            entry.action,
+            (entry.record or {}).get("outcome", entry.why_not or "-"),
+            _actor(entry.record or {}),
+            _target(entry.record or {}),
+        )
+        for entry in reversed(page.entries)
+    ]
+    text = table(("number", "time", "action", "outcome", "actor", "about"), rows, empty="Nothing was found.")
+    if page.go_on_before is not None:
+        text += f"\nThere may be more: --before {page.go_on_before}"
+    return text
+
+
+def _entry_text(entry: "types.AuditEntry") -> str:
+    head = f"Entry {entry.sequence}, {moment(entry.time_s)}, {entry.action}\nleaf hash {entry.leaf_hash}"
+    return f"{head}\n{_record_text(entry.record) if entry.record is not None else entry.why_not}"
+
+
+def _record_text(record: dict[str, Any]) -> str:
+    lines = []
+    for name, value in record.items():
+        told = ", ".join(f"{key} {each}" for key, each in value.items()) if isinstance(value, dict) else value
+        lines.append(f"  {name}: {printable(str(told))}")
+    return "\n".join(lines)
+
+
+def _actor(record: dict[str, Any]) -> str:
+    actor = record.get("actor", {})
+    return str(actor.get("id") or actor.get("kind", "-"))
+
+
+def _target(record: dict[str, Any]) -> str:
+    target = record.get("target", {})
+    return str(target.get("id") or record.get("session_id") or record.get("reason") or "-")
+
+
+def _verified_text(found: Verified, took_s: float) -> str:
+    lines = [
+        f"{found.origin}: {found.size} entries hold, in {in_words(took_s)}.",
+        f"  root {found.root.hex()}",
+    ]
+    if found.first_wall_ns is not None and found.last_wall_ns is not None:
+        lines.append(
+            f"  from {moment(found.first_wall_ns / 1e9)} to {moment(found.last_wall_ns / 1e9)}, {found.boots} boots"
+        )
+    if found.unsigned:
+        lines.append(f"  {found.unsigned} more are not signed yet: whoever can write the folder can cut them off")
+    lines += [f"  {name} saw {size} entries at {moment(time_s)}" for name, (size, time_s) in found.witnessed.items()]
+    lines += [
+        f"  the clock was set by {step.step_ns / 1e9:+.1f} s before entry {step.sequence}" for step in found.clock_steps
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,110 @@
+"""What the gateway tells the audit log: a request's way, as events.
+
+Rules:
+
+- Pure: an event is made here and recorded by whoever knows what waits for it.
+- An event names who, what and how it ended; never what was said, nor a key, nor a name that a person gave.
+"""
+
+from collections.abc import Mapping
+
+from api.answers import Request
+from appliance.audit.events import (
+    ANYONE,
+    AUTHENTICATED,
+    MALFORMED,
+    MODELS_READ,
+    NOT_AUTHENTICATED,
+    REQUEST_REFUSED,
+    TURN_ADMITTED,
+    TURN_COMPLETED,
+    TURN_INTERRUPTED,
+    TURN_NOT_KEPT,
+    Actor,
+    Event,
+    EventClass,
+    Outcome,
+)
+from appliance.errors import Fault, HoldfastError
+from appliance.identity import Caller
+
+
+def actor_of(caller: Caller) -> Actor:
+    """A principal as an actor."""
+    return Actor("principal", caller.principal.principal_id, caller.principal.role.value)
+
+
+def authenticated(request: Request) -> Event:
+    """A request brought a valid key."""
+    key = request.known_caller().key
+    return _of_caller(request, AUTHENTICATED, target=("key", "" if key is None else key.key_id))
+
+
+def admitted(request: Request, *, session_id: str, model: str, prompt_bytes: int) -> Event:
+    """A turn may go to the engine."""
+    return _of_caller(
+        request, TURN_ADMITTED, session_id=session_id, target=("model", model), counts={"prompt_bytes": prompt_bytes}
+    )
+
+
+def ended(
+    request: Request, *, session_id: str, model: str, complete: bool, reason: str, counts: Mapping[str, int | float]
+) -> Event:
+    """A turn is over: whole, or broken off for `reason`."""
+    return _of_caller(
+        request,
+        TURN_COMPLETED if complete else TURN_INTERRUPTED,
+        outcome=Outcome.SUCCESS if complete else Outcome.FAILURE,
+        session_id=session_id,
+        target=("model", model),
+        reason=reason,
+        counts=counts,
+    )
+
+
+def not_kept(request: Request, *, session_id: str, error: HoldfastError) -> Event:
+    """A turn could not be stored."""
+    return _of_caller(request, TURN_NOT_KEPT, outcome=Outcome.FAILURE, session_id=session_id, reason=error.code)
+
+
+def models_read(request: Request) -> Event:
+    """A caller asked what is served."""
+    return _of_caller(request, MODELS_READ)
+
+
+def refused(request: Request, route: str, error: HoldfastError) -> Event:
+    """A request was refused; by whom it was sent is known, or not."""
+    if request.caller is not None:
+        return _of_caller(request, REQUEST_REFUSED, outcome=Outcome.REFUSED, target=("route", route), reason=error.code)
+    kind = NOT_AUTHENTICATED if error.fault is Fault.UNAUTHENTICATED else MALFORMED
+    return Event(kind, ANYONE, Outcome.REFUSED, source=request.source, target=("route", route), reason=error.code)
+
+
+def is_counted(request: Request, error: HoldfastError) -> bool:
+    """Whether a refusal is told with others like it: what anybody can cause, and what only says `too often`."""
+    return request.caller is None or error.fault is Fault.LIMIT
+
+
+def _of_caller(
+    request: Request,
+    kind: EventClass,
+    *,
+    outcome: Outcome = Outcome.SUCCESS,
+    target: tuple[str, str] = ("", ""),
+    reason: str = "",
+    session_id: str = "",
+    counts: Mapping[str, int | float] | None = None,
+) -> Event:
+    caller = request.known_caller()
+    return Event(
+        kind,
+        actor_of(caller),
+        outcome,
+        tenant_id=caller.principal.tenant_id or "",
+        source=request.source,
+        target=target,
+        reason=reason,
+        request_id=request.request_id,
+        session_id=session_id,
+        counts=counts or {},
+    )

@@ -1,0 +1,120 @@
+"""The audit log of this node as a producer has it: its appender, its recorder, its signing key.
+
+Rule: what is recorded here goes through one recorder; whoever needs an event to be on the disk waits for `record`.
+
+Example:
+    audit = NodeAudit(state_dir, vault, versions={"holdfast": "0.1.0"})
+    await audit.start()
+    await audit.record(Event(GATEWAY_STARTED, SYSTEM))
+    await audit.sign()  # once the vault is open
+    await audit.stop()
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from appliance.audit.events import Event
+from appliance.audit.launch import Launcher
+from appliance.audit.recorder import AuditUnavailable, Recorder
+from appliance.audit.signing import signing_key
+from appliance.errors import ErrorRecord, HoldfastError
+from appliance.vault import SYSTEM_SCOPE, Vault
+
+_TELL_S = 5.0
+_LOG = logging.getLogger("holdfast.audit")
+
+
+class NodeAudit:
+    """The audit log in `state_dir/audit`.
+
+    Args:
+        versions: of what runs here, for every record.
+    """
+
+    def __init__(self, state_dir: Path, vault: Vault, *, versions: Mapping[str, str]) -> None:
+        self.directory = state_dir / "audit"
+        self._vault = vault
+        self._launcher = Launcher(self.directory, state_dir / "run")
+        self._recorder = Recorder(lambda: None if vault.sealed else vault, system_scope=SYSTEM_SCOPE, versions=versions)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._signing_error: ErrorRecord | None = None
+
+    @property
+    def error(self) -> ErrorRecord | None:
+        """Why nothing can be recorded or signed now; None: it can."""
+        return self._recorder.error or self._signing_error
+
+    @property
+    def pid(self) -> int | None:
+        """The appender's process, while there is one."""
+        return self._launcher.pid
+
+    async def start(self) -> None:
+        """Start the appender and stay connected with it."""
+        self._tasks = [
+            asyncio.create_task(self._recorder.run(self._launcher.connect)),
+            asyncio.create_task(self._tell_what_was_counted()),
+        ]
+
+    async def sign(self) -> None:
+        """Have checkpoints signed from now on. The vault must be open.
+
+        Raises:
+            HoldfastError: the key cannot be had; what is recorded is kept, unsigned.
+        """
+        try:
+            key = await asyncio.to_thread(signing_key, self.directory, self._vault)
+        except HoldfastError as error:
+            self._signing_error = error.record()
+            raise
+        self._signing_error = None
+        await self._recorder.sign_with(key.to_bytes())
+
+    async def record(self, *events: Event, privileged: bool = False) -> int:
+        """Append events together; all are on the disk when this returns. The last one's sequence.
+
+        Raises:
+            AuditUnavailable: says which file and why.
+        """
+        return await self._recorder.record(*events, privileged=privileged)
+
+    def count(self, event: Event) -> None:
+        """Note something that anybody can cause without a key; recorded once a minute, with how often it was."""
+        self._recorder.count(event)
+
+    async def status(self) -> dict[str, Any]:
+        """What the appender says of the log.
+
+        Raises:
+            AuditUnavailable: there is none.
+        """
+        return await self._recorder.status()
+
+    async def checkpoint(self) -> dict[str, Any]:
+        """Have a checkpoint made of all that there is; the status then.
+
+        Raises:
+            AuditUnavailable: there is no appender.
+        """
+        return await self._recorder.checkpoint()
+
+    async def stop(self) -> None:
+        """Record what was counted, publish a last checkpoint, and end the appender."""
+        with contextlib.suppress(AuditUnavailable):
+            await self._recorder.tell_counted(at_once=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._launcher.stop()
+
+    async def _tell_what_was_counted(self) -> None:
+        while True:
+            await asyncio.sleep(_TELL_S)
+            try:
+                await self._recorder.tell_counted()
+            except AuditUnavailable as error:
+                _LOG.warning("%s", error.cause)

@@ -1,0 +1,206 @@
+"""What happens on a gateway is in the audit log first, and what cannot be is not done."""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api.admin import types
+from appliance.audit.notes import VerifierKey
+from appliance.audit.reading import LogReader
+from appliance.audit.verify import verify_log
+from tests.e2e.api.conftest import Served, serving, until
+
+
+def _entries(served: Served, **wanted: Any) -> list[types.AuditEntry]:
+    """What is found, in the order in which it happened."""
+    return served.admin.audit_entries(**{"limit": 1000, **wanted}).entries[::-1]
+
+
+def _actions(served: Served, **wanted: Any) -> list[str]:
+    return [entry.action for entry in _entries(served, **wanted)]
+
+
+def _record(entry: types.AuditEntry) -> dict[str, Any]:
+    assert entry.record is not None
+    return entry.record
+
+
+def _appender(served: Served) -> int:
+    """The one process whose parent is the gateway and that has the log's lock."""
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            parent = int(status.read_text().partition("PPid:")[2].split()[0])
+            command = (status.parent / "cmdline").read_bytes().split(b"\0")
+            if parent == served.gateway.process.pid and b"appliance.audit.appender" in command:
+                return int(status.parent.name)
+    raise AssertionError("there is no appender")
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Served]:
+    """A gateway that a test may do harm to."""
+    with serving(tmp_path) as it:
+        yield it
+
+
+def test_the_way_of_a_turn_is_recorded(served: Served) -> None:
+    answer = served.ask("hello", session="audited", stream=True)
+    session_id = served.newest_session().session_id
+    entries = _entries(served, session=session_id)
+    assert [entry.action for entry in entries] == ["turn.admitted", "turn.completed"]
+    admitted, completed = map(_record, entries)
+    assert admitted["request_id"] == completed["request_id"] == answer.headers["x-request-id"]
+    assert completed["counts"]["completion_tokens"] == 15
+    assert completed["source"] == "127.0.0.1"
+    assert completed["versions"]["holdfast"]
+    assert completed["actor"]["role"] == "client"
+    authenticated = _record(_entries(served, action="key.authenticated")[-1])
+    assert authenticated["request_id"] == admitted["request_id"]
+
+
+def test_nothing_that_was_said_is_in_the_log_nor_a_key(served: Served) -> None:
+    served.ask("a word like xylophone")
+    folder = served.admin.audit_status().directory
+    written = b"".join(path.read_bytes() for path in Path(folder).rglob("*") if path.is_file())
+    records = json.dumps([entry.record for entry in _entries(served)]).encode()
+    for word in (b"xylophone", served.api_key.encode(), served.api_key[3:30].encode()):
+        assert word not in written
+        assert word not in records
+    assert b"turn.completed" not in written
+
+
+def test_administrative_acts_are_recorded_by_name_and_before_what_follows(served: Served) -> None:
+    created = served.new_key(tenant="audited", principal="agent")
+    served.admin.revoke_key(created.key.key_id)
+    with pytest.raises(Exception, match="key"):
+        served.admin.revoke_key("ak_none")
+    said = _entries(served, tenant="system")
+    acted = [(entry.action, _record(entry).get("target", {}).get("id")) for entry in said]
+    assert ("tenant.created", created.key.tenant_id) in acted
+    assert ("key.created", created.key.key_id) in acted
+    assert acted.index(("admin.acted", created.key.key_id)) < acted.index(("key.revoked", created.key.key_id))
+    assert ("admin.acted", "ak_none") in acted
+    assert ("key.revoked", "ak_none") not in acted
+
+
+def test_reading_a_transcript_and_the_log_itself_is_recorded(served: Served) -> None:
+    served.ask("hello", session="to be read")
+    session_id = served.newest_session().session_id
+    served.transcript(session_id)
+    read = _record(_entries(served, action="transcript.read")[-1])
+    assert read["target"] == {"kind": "session", "id": session_id}
+    served.admin.audit_entries(action="nothing.such", limit=1)
+    assert _record(_entries(served, action="audit.read")[-2])["details"]["action"] == "nothing.such"
+
+
+def test_forgetting_is_recorded_and_the_log_still_verifies(served: Served) -> None:
+    served.ask("hello", session="to be forgotten")
+    session_id = served.newest_session().session_id
+    served.admin.forget(session_id)
+    assert _record(_entries(served, action="session.shredded")[-1])["target"]["id"] == session_id
+    assert _actions(served, session=session_id)[-2:] == ["turn.admitted", "turn.completed"]
+
+
+def test_a_refusal_of_a_known_caller_is_recorded_with_its_reason(served: Served) -> None:
+    answer = served.ask("hello", temperature="hot")
+    assert answer.status == 400
+    refused = _record(_entries(served, action="request.refused")[-1])
+    assert (refused["reason"], refused["request_id"]) == (answer.code, answer.headers["x-request-id"])
+
+
+def test_a_flood_of_unauthenticated_requests_leaves_a_few_entries(own: Served) -> None:
+    before = own.admin.audit_status().size
+    for number in range(300):
+        assert own.send("GET", "/v1/models", api_key=f"hf_{number}").status == 401
+    assert own.admin.audit_status().size <= before + 2
+    own.gateway.end()
+    key = VerifierKey.parse((own.state_dir / "audit/log.vkey").read_text().strip())
+    assert verify_log(own.state_dir / "audit", key).size <= before + 5
+
+
+def test_a_log_that_cannot_be_written_stops_admission_and_says_why(own: Served) -> None:
+    assert own.ask("hello").status == 200
+    limit = os.path.getsize(own.state_dir / "audit/journal")  # noqa: PTH202
+    resource.prlimit(_appender(own), resource.RLIMIT_FSIZE, (limit, limit))
+    refused = own.ask("hello")
+    while refused.status == 200:
+        refused = own.ask("hello")
+    assert (refused.status, refused.code) == (503, "audit_unavailable")
+    assert str(own.state_dir / "audit/journal") in refused.json["error"]["message"] + refused.json["error"]["cause"]
+    parts = own.send("GET", "/readyz").json["parts"]
+    assert parts["audit"] == {"ready": False, "why": "its log cannot be written or signed"}
+    seen = own.engine_seen()["requests"]
+    assert own.ask("hello").status == 503
+    assert own.engine_seen()["requests"] == seen, "nothing reaches the engine that is not recorded"
+    # An administrator's reserve: what is looked at and done now is recorded still.
+    state = next(part for part in own.admin.status().parts if part.name == "audit")
+    assert state.state == "failed"
+    assert str(own.state_dir / "audit/journal") in state.detail
+    own.admin.create_tenant("made on a full disk")
+    assert "tenant.created" in _actions(own, tenant="system")
+
+
+def test_an_appender_that_is_killed_costs_no_turn_and_no_record(own: Served) -> None:
+    statuses: list[int] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            statuses.append(own.ask("hello").status)
+
+    asking = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in asking:
+        thread.start()
+    for kill in range(5):
+        until(lambda count=20 * (kill + 1): len(statuses) > count)  # type: ignore[misc]
+        os.kill(_appender(own), signal.SIGKILL)
+        until(lambda: _has_appender(own))
+    stop.set()
+    for thread in asking:
+        thread.join()
+    assert set(statuses) == {200}
+    completed = [entry for entry in _all(own) if entry.action == "turn.completed"]
+    assert len(completed) == len(statuses)
+    assert len({_record(entry)["request_id"] for entry in completed}) == len(statuses)
+    own.gateway.end()
+    key = VerifierKey.parse((own.state_dir / "audit/log.vkey").read_text().strip())
+    found = verify_log(own.state_dir / "audit", key)
+    assert found.unsigned == 0
+    assert found.size == LogReader(own.state_dir / "audit").size
+
+
+def _has_appender(served: Served) -> bool:
+    try:
+        return _appender(served) > 0
+    except AssertionError:
+        return False
+
+
+def _all(served: Served) -> list[types.AuditEntry]:
+    entries: list[types.AuditEntry] = []
+    before = None
+    while True:
+        page = served.admin.audit_entries(limit=1000, before=before)
+        entries += page.entries
+        if page.go_on_before is None:
+            return entries
+        before = page.go_on_before
+
+
+def test_starts_and_stops_are_recorded_and_an_old_log_goes_on(own: Served) -> None:
+    size = own.admin.audit_status().size
+    assert _actions(own)[0] == "gateway.started"
+    own.gateway.end()
+    key = VerifierKey.parse((own.state_dir / "audit/log.vkey").read_text().strip())
+    found = verify_log(own.state_dir / "audit", key)
+    assert found.size > size
+    assert found.unsigned == 0
+    assert not (own.state_dir / "run/audit.sock").exists()
