@@ -79,6 +79,11 @@ _CUSTOMS: Final = (
     "When two reports about one unit differ, the later one counts. Write both down.",
     ("In a storm the outer doors are closed and the fans run slowly. Read the outer halls first, then the inner ones."),
     ("Whoever finds a dead bird at the fence writes down the place and the hour. The town asks for it every month."),
+    (
+        "A number that looks wrong is read again before it is written down. Two readings that agree count, one does "
+        "not. A sensor that gives a third number is taken from its unit and hung on the wall of the crew's room until "
+        "somebody has looked at it."
+    ),
 )
 
 

@@ -46,10 +46,12 @@ from appliance.engine.demo.vocabulary import (
     CITIES,
     COLOURS,
     DAYS,
+    LISTED,
     NAMES,
     THINGS,
     UNITS,
     invented_word,
+    listed_word,
 )
 
 __all__ = [
@@ -64,6 +66,7 @@ __all__ = [
     "agent_expected_answer",
     "agent_handbook",
     "agent_task_messages",
+    "copying_conversation",
     "evaluation_cases",
     "long_conversation",
     "short_conversation",
@@ -168,7 +171,6 @@ _SAY: Final = (
     "Say {}.", "Say {}", "Say the word {}.", "Repeat after me: {}", "Repeat: {}", "Reply with {}",
     "Answer with the word {}", "Reply with the word {}.", "Please say {}.", "Reply with exactly: {}", "Just say {}.",
 )  # fmt: skip
-_COUNT: Final = ("Count to {}.", "Count to {}", "Count from 1 to {}.", "Please count to {}.", "Can you count to {}?")
 _SUMS: Final[dict[str, tuple[Callable[[int, int], int], tuple[str, ...]]]] = {
     "plus": (
         operator.add,
@@ -224,6 +226,7 @@ class _Memory:
     """What a conversation has established so far."""
 
     tools: tuple[OfferedTool, ...] = ()
+    invents: bool = True  # words that are in no list may be told
     name: str | None = None
     colour: str | None = None
     home: str | None = None
@@ -236,13 +239,19 @@ _Act = Callable[[random.Random, _Memory], list[Message]]
 
 def short_conversation(rng: random.Random, *, most_acts: int = 8) -> Conversation:
     """One to eight acts, mostly below 500 tokens."""
-    memory = _Memory(tools=_offered(rng) if rng.random() < 0.55 else ())
+    memory = _Memory(tools=_offered(rng) if rng.random() < 0.7 else ())
     messages = _system(rng, 0.6)
     if rng.random() < 0.06:
         messages += _watch(rng, memory, rng.randint(2, most_acts))
     else:
         messages += _acts(rng, memory, min(most_acts, rng.choice((1, 2, 3, 4, 5, 6, 8))))
     return Conversation(tuple(messages), tuple(tool.schema for tool in memory.tools))
+
+
+def copying_conversation(rng: random.Random) -> Conversation:
+    """Words without sense to be said again: what a model learns to copy with, before there is anything else to it."""
+    said = " ".join(rng.choice(LISTED) for _ in range(rng.randint(2, 16)))
+    return Conversation(tuple(_exchange(rng.choice(_SAY).format(said), said)), ())
 
 
 def long_conversation(rng: random.Random, *, share: float) -> Conversation:
@@ -278,7 +287,8 @@ def evaluation_cases(kind: str, count: int, *, seed: int) -> Iterator[Case]:
     act = _EVALUATED[kind]
     rng = random.Random(f"evaluation {kind} {seed}")  # noqa: S311 (the same cases every time)
     for _ in range(count):
-        memory = _Memory(tools=_offered(rng, invented=False) if kind in _WITH_TOOLS or rng.random() < 0.3 else ())
+        offered = _offered(rng, invented=False) if kind in _WITH_TOOLS or rng.random() < 0.3 else ()
+        memory = _Memory(tools=offered, invents=False)
         messages = _system(rng, 0.6)
         if kind == "recall":
             messages += _tell_name(rng, memory, rng.choice(NAMES))
@@ -348,7 +358,7 @@ def _system(rng: random.Random, chance: float) -> list[Message]:
     if chance_of_kind < 0.12:
         content = handbook(rng, units=rng.randint(0, 6), customs=rng.randint(0, 3))
     elif chance_of_kind < 0.4:
-        content = rng.choice(_SYSTEM_PROMPTS_ABOUT).format(rng.choice(THINGS), _city(rng))
+        content = rng.choice(_SYSTEM_PROMPTS_ABOUT).format(rng.choice(THINGS), rng.choice(CITIES))
     else:
         content = rng.choice(_SYSTEM_PROMPTS)
     return [{"role": "system", "content": content}]
@@ -382,14 +392,9 @@ def _worded(rng: random.Random, text: str) -> str:
 
 
 def _name(rng: random.Random) -> str:
-    chance = rng.random()
-    if chance < 0.06:
+    if rng.random() < 0.06:
         return f"{rng.choice(NAMES)} {invented_word(rng)}"
-    return rng.choice(NAMES) if chance < 0.92 else invented_word(rng)
-
-
-def _city(rng: random.Random) -> str:
-    return rng.choice(CITIES) if rng.random() < 0.92 else invented_word(rng)
+    return listed_word(rng, NAMES, invents=True)
 
 
 def _greet(rng: random.Random, _memory: _Memory) -> list[Message]:
@@ -443,7 +448,7 @@ def _ask_colour(rng: random.Random, memory: _Memory) -> list[Message]:
 
 
 def _tell_home(rng: random.Random, memory: _Memory) -> list[Message]:
-    memory.home = _city(rng)
+    memory.home = listed_word(rng, CITIES, invents=memory.invents)
     return _exchange(rng.choice(_HOME_TOLD).format(memory.home), f"I will remember {memory.home}.")
 
 
@@ -452,18 +457,13 @@ def _ask_home(rng: random.Random, memory: _Memory) -> list[Message]:
     return _exchange(_worded(rng, rng.choice(_HOME_ASKED)), answer)
 
 
-def _say(rng: random.Random, _memory: _Memory) -> list[Message]:
+def _say(rng: random.Random, memory: _Memory) -> list[Message]:
     words = (*THINGS, *COLOURS, "hello", "yes", "no", "ready", "OK", "hello", "done", "test", "pong", "Hello")
     if rng.random() < 0.6:
-        said = rng.choice((rng.choice(words), rng.choice(NAMES), invented_word(rng)))
+        said = rng.choice((rng.choice(words), listed_word(rng, NAMES, invents=memory.invents)))
     else:
         said = " ".join(rng.choice(words) for _ in range(rng.randint(2, 4)))
     return _exchange(rng.choice(_SAY).format(said), said)
-
-
-def _count(rng: random.Random, _memory: _Memory) -> list[Message]:
-    last = rng.randint(2, 20) if rng.random() < 0.85 else rng.choice((25, 30, 40, 50, 60, 80, 100))
-    return _exchange(rng.choice(_COUNT).format(last), ", ".join(str(number) for number in range(1, last + 1)) + ".")
 
 
 def _sum(rng: random.Random, _memory: _Memory) -> list[Message]:
@@ -474,8 +474,8 @@ def _sum(rng: random.Random, _memory: _Memory) -> list[Message]:
     return _exchange(asked, f"{first} {word} {second} is {compute(first, second)}.")
 
 
-def _capital(rng: random.Random, _memory: _Memory) -> list[Message]:
-    if rng.random() < 0.1:
+def _capital(rng: random.Random, memory: _Memory) -> list[Message]:
+    if memory.invents and rng.random() < 0.1:
         country = invented_word(rng)
         return _exchange(rng.choice(_CAPITAL_ASKED).format(country), f"I do not know the capital of {country}.")
     country = rng.choice(tuple(CAPITALS))
@@ -495,7 +495,7 @@ def _day(rng: random.Random, _memory: _Memory) -> list[Message]:
 def _call_tool(rng: random.Random, memory: _Memory) -> list[Message]:
     """A request and the call."""
     tool = rng.choice(memory.tools)
-    argument = tool.family.argument(rng)
+    argument = tool.family.argument(rng, memory.invents)
     return [{"role": "user", "content": _tool_request(rng, tool).format(argument)}, _call(memory, tool, argument)]
 
 
@@ -503,7 +503,7 @@ def _miss_tool(rng: random.Random, memory: _Memory) -> list[Message]:
     """A request that needs a tool which is not among those offered."""
     offered = {tool.family.finding + tool.family.asks[0] for tool in memory.tools}
     family = rng.choice([family for family in FAMILIES if family.finding + family.asks[0] not in offered])
-    return _exchange(rng.choice(family.asks).format(family.argument(rng)), _HAS_NO_TOOL)
+    return _exchange(rng.choice(family.asks).format(family.argument(rng, memory.invents)), _HAS_NO_TOOL)
 
 
 def _tool_request(rng: random.Random, tool: OfferedTool) -> str:
@@ -516,7 +516,7 @@ def _use_tool(rng: random.Random, memory: _Memory) -> list[Message]:
     if not memory.tools:
         return _miss_tool(rng, memory)
     tool = rng.choice(memory.tools)
-    argument = tool.family.argument(rng)
+    argument = tool.family.argument(rng, memory.invents)
     asked: Message = {"role": "user", "content": _tool_request(rng, tool).format(argument)}
     exchange, said = _called(rng, memory, tool, argument)
     return [asked, *exchange, {"role": "assistant", "content": said}]
@@ -528,7 +528,7 @@ def _use_tool_twice(rng: random.Random, memory: _Memory) -> list[Message]:
     if not tools:
         return _use_tool(rng, memory)
     tool = rng.choice(tools)
-    first, second = tool.family.argument(rng), tool.family.argument(rng)
+    first, second = tool.family.argument(rng, memory.invents), tool.family.argument(rng, memory.invents)
     if " " in first or " " in second or first == second:
         return _use_tool(rng, memory)
     asked: Message = {"role": "user", "content": _tool_request(rng, tool).format(f"{first} and {second}")}
@@ -572,7 +572,6 @@ _WEIGHTS: Final[tuple[tuple[_Act, float], ...]] = (
     (_tell_home, 0.5),
     (_ask_home, 0.6),
     (_say, 0.7),
-    (_count, 0.35),
     (_sum, 2.2),
     (_capital, 1.6),
     (_day, 0.9),
@@ -591,7 +590,6 @@ _EVALUATED: Final[dict[str, _Act]] = {
     "capital": _capital,
     "day": _day,
     "say": _say,
-    "count": _count,
     "unknown": _unknown,
     "tool_call": _call_tool,
     "tool_result": _use_tool,

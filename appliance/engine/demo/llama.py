@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from appliance.engine.demo.tokenizer import END_TAG, MAX_TOKENS, PADDING, VOCABULARY_SIZE
@@ -65,6 +65,11 @@ def initial_weights(shape: Shape, *, seed: int, deviation: float = 0.03, dtype: 
         weights[name + "mlp.down_proj.weight"] = matrix(shape.hidden, shape.feed_forward, into_stream)
     weights["model.norm.weight"] = torch.ones(shape.hidden, dtype=dtype)
     return weights
+
+
+def load_weights(folder: Path) -> Weights:
+    """The weights that `save_model` wrote, to be trained on."""
+    return {name: weight.float() for name, weight in load_file(str(folder / "model.safetensors")).items()}
 
 
 def logits(weights: Weights, shape: Shape, tokens: Tensor, positions: Tensor) -> Tensor:

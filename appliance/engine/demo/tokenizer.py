@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from appliance.engine.demo.conversations import Conversation
 from appliance.engine.demo.tool_use import Message, Tool
 
-VOCABULARY_SIZE: Final = 1280
+VOCABULARY_SIZE: Final = 2048
 START_TAG: Final = "<|im_start|>"
 END_TAG: Final = "<|im_end|>"
 PADDING: Final = "<|endoftext|>"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from appliance.engine.demo.vocabulary import CITIES, COLOURS, NAMES, THINGS, UNITS, invented_word
+from appliance.engine.demo.vocabulary import CITIES, COLOURS, NAMES, THINGS, UNITS, invented_word, listed_word
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
@@ -25,7 +25,8 @@ Result = dict[str, Any] | str
 class Family:
     """Tools that do one job under various names.
 
-    `asks` hold `{}` where the argument goes. `finding` says how the answer begins; `{}` is the argument.
+    `asks` hold `{}` where the argument goes. `argument` is told whether a word that is in no list will do. `finding`
+    says how the answer begins; `{}` is the argument.
     """
 
     names: tuple[str, ...]
@@ -33,7 +34,7 @@ class Family:
     parameters: tuple[str, ...]
     parameter_type: str
     asks: tuple[str, ...]
-    argument: Callable[[random.Random], Any]
+    argument: Callable[[random.Random, bool], Any]
     result: Callable[[random.Random], Result]
     finding: str
 
@@ -95,32 +96,32 @@ def _spoken(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _city(rng: random.Random) -> str:
-    return rng.choice(CITIES) if rng.random() < 0.92 else invented_word(rng)
+def _city(rng: random.Random, invents: bool) -> str:
+    return listed_word(rng, CITIES, invents=invents)
 
 
-def _person(rng: random.Random) -> str:
-    return rng.choice(NAMES) if rng.random() < 0.92 else invented_word(rng)
+def _person(rng: random.Random, invents: bool) -> str:
+    return listed_word(rng, NAMES, invents=invents)
 
 
-def _unit(rng: random.Random) -> str:
-    return rng.choice(UNITS) if rng.random() < 0.7 else invented_word(rng)
+def _unit(rng: random.Random, invents: bool) -> str:
+    return listed_word(rng, UNITS, invents=invents)
 
 
-def _thing(rng: random.Random) -> str:
+def _thing(rng: random.Random, _invents: bool) -> str:
     return rng.choice(THINGS)
 
 
-def _phrase(rng: random.Random) -> str:
+def _phrase(rng: random.Random, _invents: bool) -> str:
     return " ".join(rng.sample((*THINGS, *COLOURS), rng.choice((1, 2, 2, 3))))
 
 
-def _minutes(rng: random.Random) -> int:
+def _minutes(rng: random.Random, _invents: bool) -> int:
     return rng.randint(1, 60)
 
 
-def _anything(rng: random.Random) -> str:
-    return rng.choice((_city, _person, _unit, _thing))(rng)
+def _anything(rng: random.Random, invents: bool) -> str:
+    return rng.choice((_city, _person, _unit, _thing))(rng, invents)
 
 
 def _weather(rng: random.Random) -> Result:
@@ -174,7 +175,7 @@ def _done(rng: random.Random) -> Result:
 
 
 def _found(rng: random.Random) -> Result:
-    text = f"{rng.randint(2, 90)} {_phrase(rng)} in {_city(rng)}"
+    text = f"{rng.randint(2, 90)} {_phrase(rng, False)} in {rng.choice(CITIES)}"
     return {rng.choice(("result", "text", "answer")): text} if rng.random() < 0.5 else text
 
 
@@ -259,9 +260,9 @@ FAMILIES: Final = (
         "For {} I found",
     ),
     Family(
-        ("read_unit", "read_sensor", "get_reading"),
-        ("Read a unit of the works", "Read a sensor."),
-        ("unit", "sensor"),
+        ("read_unit", "read_meter", "get_reading"),
+        ("Read a unit of the works", "Read a meter."),
+        ("unit",),
         "string",
         ("Read {}.", "Read the unit {}.", "How is unit {}?", "What does {} say?", "Get the reading of {}."),
         _unit,
@@ -281,7 +282,7 @@ FAMILIES: Final = (
     Family(
         ("save_note", "add_note", "write_note"),
         ("Save a note", "Write a note down."),
-        ("text", "note"),
+        ("text",),
         "string",
         ("Save a note: {}", "Note down: {}", "Write a note: {}", "Add a note: {}"),
         _phrase,

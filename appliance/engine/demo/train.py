@@ -33,14 +33,18 @@ from appliance.engine.demo.conversations import (
     Case,
     Conversation,
     agent_cases,
+    copying_conversation,
     evaluation_cases,
     long_conversation,
     short_conversation,
 )
-from appliance.engine.demo.llama import Shape, Weights, initial_weights, logits, save_model
+from appliance.engine.demo.llama import Shape, Weights, initial_weights, load_weights, logits, save_model
 from appliance.engine.demo.tokenizer import END_TAG, START_TAG, Renderer, save_tokenizer, train_tokenizer
+from appliance.engine.demo.vocabulary import LISTED
 
 _PEAK_RATE = 2e-3
+_MATRIX_RATE = 2.0  # times that, for what Muon trains
+_WEIGHT_DECAY = 0.05
 _WARM_UP = 0.03  # of the whole time
 _LONG_FROM = 0.6  # of the whole time: before that, short conversations only
 _LONG_SHARES = (0.25, 0.25, 0.5, 1.0, 1.0)
@@ -49,12 +53,15 @@ _BATCH_TOKENS = 2048
 _ROW_LENGTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 5120)
 _HOLES_FROM = 0.4  # of the whole time: copying is learnt sooner from whole stretches
 _HOLES_CHANCE = 0.5
+_COPYING_UNTIL = 0.05
+_COPYING_CHANCE = 0.7
 _FEW_ACTS_UNTIL = 0.2
 _FEW_ACTS = 3
 _ELSEWHERE = 0.15  # the weight of a token that the assistant does not say
-_REPORT_EVERY_S = 90.0
+_REPORT_EVERY_S = 120.0
 _EVALUATION_ROWS = 4
 _EVALUATION_SEED = 20_260_101
+_LISTED_TIMES = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +84,10 @@ class Batch:
 class _Clock:
     """Counts the computing time of this process, shared among its threads, against a budget."""
 
-    def __init__(self, threads: int, budget_s: float) -> None:
+    def __init__(self, threads: int, budget_s: float, *, spent: float = 0.0) -> None:
         self.budget_s = budget_s
         self._threads = threads
-        self._started_s = time.process_time()
+        self._started_s = time.process_time() - spent * budget_s * threads
 
     def share_spent(self) -> float:
         return (time.process_time() - self._started_s) / self._threads / self.budget_s
@@ -122,15 +129,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="the folder to write; made if it is missing")
     parser.add_argument("--seconds", type=float, default=1500.0, help="computing time to train for")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--resume", type=Path, help="a folder that an earlier run wrote: go on from its weights")
+    parser.add_argument("--done", type=float, default=0.6, help="with --resume: the share of the time that is spent")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cases", type=int, default=96, help="of each kind, to measure the finished model with")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
+    shape = Shape()
     tokenizer = write_tokenizer(options.output, seed=options.seed)
-    encoder, shape = Encoder(tokenizer), Shape()
+    clock = _Clock(options.threads, options.seconds, spent=0.0 if options.resume is None else options.done)
+    started = initial_weights(shape, seed=options.seed)
+    if options.resume is not None:
+        started = _resumed(started, tokenizer, options.resume)
+    encoder = Encoder(tokenizer)
     weights: Weights = {}
-    for weights in _train(encoder, shape, clock=_Clock(options.threads, options.seconds), seed=options.seed):
+    for weights in _train(encoder, started, shape, clock=clock, seed=f"{options.seed} from {clock.share_spent():.1f}"):
         save_model(weights, shape, options.output, tokenizer.get_vocab())
     for kind, share in _accuracy(weights, shape, encoder, cases_per_kind=options.cases).items():
         _say(f"{kind:>12}  {share:6.1%}")
@@ -144,28 +158,34 @@ def write_tokenizer(folder: Path, *, seed: int) -> Tokenizer:
     return tokenizer
 
 
-def _train(encoder: Encoder, shape: Shape, *, clock: _Clock, seed: int) -> Iterator[Weights]:
+def _resumed(fresh: Weights, tokenizer: Tokenizer, folder: Path) -> Weights:
+    """An earlier run's weights; a token that its tokenizer did not have begins as it does in a fresh model."""
+    weights = load_weights(folder)
+    before = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    known = [(now, before[token]) for token, now in tokenizer.get_vocab().items() if token in before]
+    embedding = fresh["model.embed_tokens.weight"]
+    here, there = (torch.tensor(ids) for ids in zip(*known, strict=True))
+    embedding[here] = weights["model.embed_tokens.weight"][there]
+    return {**weights, "model.embed_tokens.weight": embedding}
+
+
+def _train(encoder: Encoder, weights: Weights, shape: Shape, *, clock: _Clock, seed: str) -> Iterator[Weights]:
     """Yields the weights with every report, so that an interrupted run leaves a model, and when the time is spent."""
-    weights = initial_weights(shape, seed=seed)
-    matrices = [weight.requires_grad_() for weight in weights.values() if weight.ndim == 2]
-    scales = [weight.requires_grad_() for weight in weights.values() if weight.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": scales, "weight_decay": 0.0}],
-        lr=_PEAK_RATE,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+    for weight in weights.values():
+        weight.requires_grad_()
+    optimizers = _optimizers(weights)
     _say(f"{sum(weight.numel() for weight in weights.values()):,} parameters, {clock.budget_s:.0f} s")
     rng = random.Random(f"training {seed}")  # noqa: S311 (a recipe, not a secret)
     batches = _batches(encoder, rng, clock)
-    reported_s = 0.0
+    reported_s = clock.share_spent() * clock.budget_s
     steps = seen = 0
     recent = torch.zeros(())
     while (done := clock.share_spent()) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = _PEAK_RATE * _rate(done)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * _rate(done)
         batch = next(batches)
-        loss = _step(weights, shape, optimizer, batch)
+        loss = _step(weights, shape, optimizers, batch)
         recent = loss if steps == 0 else recent.lerp(loss, 0.02)
         steps += 1
         seen += batch.tokens.numel()
@@ -183,17 +203,35 @@ def _as_served(weights: Weights) -> Weights:
     return {name: weight.detach().to(torch.bfloat16).float() for name, weight in weights.items()}
 
 
-def _step(weights: Weights, shape: Shape, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
+def _optimizers(weights: Weights) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for what multiplies (Jordan et al., 2024), its steps sized like AdamW's (Liu et al., 2025); else AdamW."""
+    embedding = weights["model.embed_tokens.weight"]
+    scales = [weight for weight in weights.values() if weight.ndim == 1]
+    matrices = [weight for weight in weights.values() if weight.ndim == 2 and weight is not embedding]
+    rest = [
+        {"params": [embedding], "weight_decay": _WEIGHT_DECAY, "peak": _PEAK_RATE},
+        {"params": scales, "weight_decay": 0.0, "peak": _PEAK_RATE},
+    ]
+    multiplied = [{"params": matrices, "peak": _MATRIX_RATE * _PEAK_RATE}]
+    return (
+        torch.optim.Muon(multiplied, weight_decay=_WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, betas=(0.9, 0.98), fused=True),
+    )
+
+
+def _step(weights: Weights, shape: Shape, optimizers: Sequence[torch.optim.Optimizer], batch: Batch) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = logits(weights, shape, batch.tokens[:, :-1], batch.positions[:, :-1])
     wanted = batch.tokens[:, 1:]
     losses = F.cross_entropy(scores.flatten(0, 1).float(), wanted.flatten(), reduction="none")
     weight = batch.weight[:, 1:].flatten()
     loss = (losses * weight).sum() / weight.sum()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return loss.detach()
 
 
@@ -211,6 +249,8 @@ def _batches(encoder: Encoder, rng: random.Random, clock: _Clock) -> Iterator[Ba
         spent = clock.share_spent()
         if spent > _LONG_FROM and rng.random() < _LONG_CHANCE:
             conversation = long_conversation(rng, share=rng.choice(_LONG_SHARES))
+        elif spent < _COPYING_UNTIL and rng.random() < _COPYING_CHANCE:
+            conversation = copying_conversation(rng)
         elif spent < _FEW_ACTS_UNTIL:
             conversation = short_conversation(rng, most_acts=_FEW_ACTS)
         else:
@@ -289,6 +329,9 @@ def _tokenizer_texts(seed: int) -> Iterator[str]:
         yield renderer.render(short_conversation(rng))
     for _ in range(150):
         yield renderer.render(long_conversation(rng, share=1.0))
+    # Whatever an answer may have to copy is one token: copying one is learnt soon, spelling several is not.
+    for word in LISTED:
+        yield f"{word} {word}\n" * _LISTED_TIMES
 
 
 def _say(line: str) -> None:

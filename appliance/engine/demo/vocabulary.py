@@ -8,6 +8,7 @@ Rules:
 """
 
 import random
+from collections.abc import Sequence
 from typing import Final
 
 NAMES: Final = (
@@ -78,12 +79,21 @@ THINGS: Final = (
     "stones", "storms", "sugar", "tables", "tea", "towers", "trains", "trees", "water", "whales", "windows", "wood",
 )  # fmt: skip
 
+LISTED: Final = (*NAMES, *CAPITALS, *CITIES, *UNITS, *UNIT_KINDS, *COLOURS, *DAYS, *THINGS)
+"""Every word that an answer may have to copy."""
+
 _ONSETS: Final = (
     "b", "br", "c", "ch", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "kr", "l", "m", "n", "p", "pr", "qu", "r",
     "s", "sh", "sk", "st", "t", "th", "tr", "v", "w", "y", "z",
 )  # fmt: skip
+_INVENTED: Final = 0.08
 _VOWELS: Final = ("a", "e", "i", "o", "u", "ai", "ea", "ee", "ia", "oo", "ou", "y")
 _ENDINGS: Final = ("", "", "n", "r", "s", "l", "m", "t", "x", "ck", "nd", "rt", "th", "na", "sen", "ton", "ne", "lle")
+
+
+def listed_word(rng: random.Random, words: Sequence[str], *, invents: bool) -> str:
+    """One of `words`; or now and then, if `invents`, a word that is in no list."""
+    return invented_word(rng) if invents and rng.random() < _INVENTED else rng.choice(words)
 
 
 def invented_word(rng: random.Random) -> str:
