@@ -1,14 +1,16 @@
 """The product as its users meet it: the openai SDK on a real appliance with real vLLM."""
 
 import http.client
+import json
 import os
 import signal
 import urllib.parse
 from pathlib import Path
+from typing import cast
 
 import openai
 import pytest
-from openai.types.chat import ChatCompletionMessageParam
+from openai.types.chat import ChatCompletionMessage, ChatCompletionMessageParam, ChatCompletionToolUnionParam
 
 from tests.e2e.appliance.conftest import IDLE_TIMEOUT_S, Appliance
 
@@ -41,6 +43,45 @@ def test_an_unmodified_client_is_stateful_and_only_new_tokens_are_prefilled(appl
         known = usage.prompt_tokens
         text = answer.choices[0].message.content
         messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "Thank you. What is my name?"}]
+
+
+def test_an_agent_keeps_a_name_calls_a_tool_and_uses_its_result(appliance: Appliance) -> None:
+    client, model = appliance.client(), _model(appliance)
+    tools: list[ChatCompletionToolUnionParam] = [
+        {
+            "type": "function",
+            "function": {
+                "name": "get_weather",
+                "description": "Get the current weather for a city",
+                "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+            },
+        }
+    ]
+    messages: list[ChatCompletionMessageParam] = []
+    cached: list[int] = []
+
+    def ask(message: ChatCompletionMessageParam) -> ChatCompletionMessage:
+        messages.append(message)
+        answer = client.chat.completions.create(model=model, messages=messages, tools=tools, temperature=0)
+        said = answer.choices[0].message
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens_details is not None
+        cached.append(answer.usage.prompt_tokens_details.cached_tokens or 0)
+        messages.append(cast("ChatCompletionMessageParam", said.model_dump(exclude_none=True)))
+        return said
+
+    assert ask({"role": "user", "content": "My name is Clara."}).content == "Nice to meet you, Clara!"
+    called = ask({"role": "user", "content": "What is the weather in Oslo?"})
+    assert called.tool_calls is not None
+    (call,) = called.tool_calls
+    assert call.type == "function"
+    assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Oslo"})
+    result = json.dumps({"temperature": 12, "sky": "cloudy"})
+    said = ask({"role": "tool", "tool_call_id": call.id, "content": result})
+    assert said.content == "For Oslo I found: temperature 12, sky cloudy."
+    assert ask({"role": "user", "content": "What is my name?"}).content == "Your name is Clara."
+    assert cached == sorted(cached), "a longer conversation finds more of itself"
+    assert cached[-1] >= 2 * BLOCK
 
 
 def test_a_stream_says_the_same_as_an_answer_in_one_piece(appliance: Appliance) -> None:
