@@ -199,3 +199,27 @@ class Event:
         if cut:
             record["cut"] = cut
         return record
+
+
+def documentation() -> str:
+    """The catalogue as a page: `docs/audit-events.md`."""
+    rows = [
+        f"| {known.number} | `{known.action}` | {known.meaning} | {known.scope} | {known.ocsf[0]}:{known.ocsf[1]} |"
+        for known in CATALOGUE.values()
+    ]
+    return "\n".join((_PAGE, *rows, ""))
+
+
+_PAGE: Final = """\
+# Events of the audit log
+
+Made from the catalogue in `appliance/audit/events.py`; a test compares the two. *key*: whose key seals the record, the
+tenant's or the system's. *OCSF*: class and activity in OCSF 1.8.0.
+
+A record holds `action`, `outcome` (success, failure, refused), `actor` (kind, id, role) and `versions`, and where there
+is something to say `tenant_id`, `source`, `target` (kind, id), `reason` (an error's code), `request_id`, `session_id`,
+`counts`, `details`. No field is longer than 256 characters; `cut` names those that were. Sequence, wall clock, monotonic
+clock and boot are the entry's own. What a person or a model said is in no event.
+
+| number | action | meaning | key | OCSF |
+|---|---|---|---|---|"""
