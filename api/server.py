@@ -37,6 +37,7 @@ from api.backups import BACKUP_PREFIX
 from api.engine_watch import EngineWatch
 from api.health import HEALTH_ROUTES, Health
 from api.listener import bounded_by
+from api.marking import keep_marks
 from api.metrics import CONTENT_TYPE, Metrics
 from api.openai.errors import Draining
 from api.roots import open_root, read_seal
@@ -117,6 +118,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         await services.audit.start()
         tasks.create_task(_record_start(services))
         recording = tasks.create_task(_record_engine(services))
+        marking = tasks.create_task(keep_marks(services))
         watch = tasks.create_task(services.watch.run())
         erasing = tasks.create_task(services.sessions.finish_erasures())
         serving = [
@@ -137,6 +139,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         watch.cancel()
         erasing.cancel()
         recording.cancel()
+        marking.cancel()
         if services.engine_process is not None:
             await services.engine_process.stop()
         for server in servers:

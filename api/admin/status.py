@@ -30,6 +30,7 @@ _ACTIVE_S = 3600.0
 _MIB = 1 << 20
 _GIB = 1 << 30
 
+_SERVING: frozenset[types.PartState] = frozenset({"ready", "degraded"})
 _ENGINE_STATES: Mapping[EngineState, types.PartState] = {
     EngineState.STOPPED: "stopped",
     EngineState.STARTING: "starting",
@@ -48,7 +49,7 @@ async def observe(services: Services) -> types.Status:
     process = services.engine_process
     models = services.watch.models
     return types.Status(
-        ready=all(part.state == "ready" for part in (vault, audit, store, engine)) and not services.lifecycle.draining,
+        ready=all(part.state in _SERVING for part in (vault, audit, store, engine)) and not services.lifecycle.draining,
         endpoint=services.lifecycle.endpoint,
         model=models[0].id if models else None,
         demo=services.settings.demo,
@@ -115,6 +116,8 @@ async def _audit(services: Services) -> types.Part:
         return types.Part(name="audit", state="failed", detail=told)
     age = "none yet" if said.checkpoint_age_s is None else f"{said.checkpoint_age_s:.0f} s old"
     detail = f"{said.size} entries; last checkpoint {age}, of {said.checkpoint_size} entries"
+    if services.audit.alarm:
+        return types.Part(name="audit", state="degraded", detail=f"{services.audit.alarm}; {detail}")
     return types.Part(name="audit", state="ready", detail=detail)
 
 

@@ -56,6 +56,12 @@ class EventClass:
 LOG_RECOVERED: Final = EventClass(
     1, "log.recovered", "A start cut off the end of the log that was not whole.", Scope.SYSTEM, (6002, 99)
 )
+STORE_MARKED: Final = EventClass(
+    2, "store.marked", "The database and the log took note of each other; `mark` only grows.", Scope.SYSTEM, (6002, 99)
+)
+OLDER_COPY: Final = EventClass(
+    3, "older_copy.found", "The log or the database had been put back to an older copy.", Scope.SYSTEM, (6002, 99)
+)
 GATEWAY_STARTED: Final = EventClass(10, "gateway.started", "A gateway began to serve.", Scope.SYSTEM, (6002, 3))
 GATEWAY_STOPPED: Final = EventClass(11, "gateway.stopped", "A gateway ended in good order.", Scope.SYSTEM, (6002, 4))
 ENGINE_READY: Final = EventClass(12, "engine.ready", "An engine began to serve a model.", Scope.SYSTEM, (6002, 3))
@@ -216,10 +222,10 @@ _PAGE: Final = """\
 Made from the catalogue in `appliance/audit/events.py`; a test compares the two. *key*: whose key seals the record, the
 tenant's or the system's. *OCSF*: class and activity in OCSF 1.8.0.
 
-A record holds `action`, `outcome` (success, failure, refused), `actor` (kind, id, role) and `versions`, and where there
-is something to say `tenant_id`, `source`, `target` (kind, id), `reason` (an error's code), `request_id`, `session_id`,
-`counts`, `details`. No field is longer than 256 characters; `cut` names those that were. Sequence, wall clock, monotonic
-clock and boot are the entry's own. What a person or a model said is in no event.
+A record holds `action`, `outcome` (success, failure, refused), `actor` (kind, id, role), `versions`, and where
+there is something to say `tenant_id`, `source`, `target` (kind, id), `reason` (an error's code), `request_id`,
+`session_id`, `counts`, `details`. No field is longer than 256 characters; `cut` names those that were. Sequence,
+wall clock, monotonic clock and boot are the entry's own. What a person or a model said is in no event.
 
 | number | action | meaning | key | OCSF |
 |---|---|---|---|---|"""

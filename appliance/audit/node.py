@@ -33,6 +33,10 @@ class NodeAudit:
 
     Args:
         versions: of what runs here, for every record.
+
+    Attributes:
+        opened: set once checkpoints are signed, and records can be read.
+        alarm: what is to be shown to administrators until the next start; empty: nothing.
     """
 
     def __init__(self, state_dir: Path, vault: Vault, *, versions: Mapping[str, str]) -> None:
@@ -42,6 +46,8 @@ class NodeAudit:
         self._recorder = Recorder(lambda: None if vault.sealed else vault, system_scope=SYSTEM_SCOPE, versions=versions)
         self._tasks: list[asyncio.Task[None]] = []
         self._signing_error: ErrorRecord | None = None
+        self.opened = asyncio.Event()
+        self.alarm = ""
 
     @property
     def error(self) -> ErrorRecord | None:
@@ -73,6 +79,7 @@ class NodeAudit:
             raise
         self._signing_error = None
         await self._recorder.sign_with(key.to_bytes())
+        self.opened.set()
 
     async def record(self, *events: Event, privileged: bool = False) -> int:
         """Append events together; all are on the disk when this returns. The last one's sequence.
