@@ -25,13 +25,14 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from typing import Final
 
 from appliance.audit import protocol
 from appliance.audit.entry import Draft, seal
 from appliance.audit.events import LOG_RECOVERED, SYSTEM, Event
-from appliance.audit.log import AuditLog, Head, LogUnwritable, Stamp
+from appliance.audit.log import AuditLog, Head, LogUnwritable, Publication, Stamp
 from appliance.audit.protocol import Malformed, Message
 from appliance.errors import ErrorRecord, HoldfastError
 from appliance.vault.process import forbid_core_dumps
@@ -76,8 +77,15 @@ class Appender:
         self._published_at: float | None = None
         self._dirty_since: float | None = monotonic() if log.size else None
         self._try_again_at = 0.0
-        self._error: ErrorRecord | None = None
+        self._error: ErrorRecord | None = None  # of the last append
+        self._publication_error: ErrorRecord | None = None  # of the last checkpoint
         self._stopping = False
+        # Tiles are written beside the loop: nobody's append waits for them.
+        self._writing: futures.Future[None] | None = None
+        self._publication: Publication | None = None
+        self._writers = futures.ThreadPoolExecutor(1, thread_name_prefix="audit-tiles")
+        self._asked_for: list[tuple[_Producer, int, int]] = []  # who waits for a checkpoint, and of what size
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # Of a run that was killed: what it wrote and could not answer for.
         self._found = {nonce: sequence for sequence, nonce in log.recent_nonces()}
 
@@ -85,6 +93,7 @@ class Appender:
         """Serve until the last producer has gone, or `stop`."""
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._wake, selectors.EVENT_READ)
         idle_until = self._monotonic() + _FIRST_PRODUCER_S
         while not self._stopping and (self._producers or self._monotonic() < idle_until):
             messages: list[tuple[_Producer, Message]] = []
@@ -92,17 +101,24 @@ class Appender:
                 if key.fileobj is self._listener:
                     self._accept()
                     continue
+                if key.fileobj == self._wake:
+                    os.eventfd_read(self._wake)
+                    continue
                 producer: _Producer = key.data
                 if events & selectors.EVENT_WRITE:
                     self._send(producer)
                 if events & selectors.EVENT_READ:
                     messages += [(producer, message) for message in self._receive(producer)]
             self._answer(messages)
+            self._conclude_publication()
             self._publish_when_due()
             if self._producers:
                 idle_until = 0.0
-        if self._sign is not None and self._dirty_since is not None:
-            self._publish()
+        self._writers.shutdown()
+        self._conclude_publication()
+        if self._sign is not None and self._log.size > self._log.published.size:
+            with contextlib.suppress(LogUnwritable):
+                self._log.publish(self._sign)
         for producer in list(self._producers):
             self._drop(producer)
 
@@ -208,7 +224,7 @@ class Appender:
         try:
             sequence = self._log.append([draft for _, _, drafts in together for draft in drafts], privileged=privileged)
         except LogUnwritable as error:
-            self._failed(error)
+            self._error = error.record()
             for producer, number, _ in together:
                 self._reply(producer, protocol.REFUSED, number, json.dumps(error.record()).encode())
             return
@@ -231,9 +247,11 @@ class Appender:
     def _serve(self, producer: _Producer, message: Message) -> None:
         if message.kind == protocol.SIGNING_KEY:
             self._take_key(message.body)
-        elif message.kind == protocol.CHECKPOINT:
+        elif message.kind == protocol.CHECKPOINT and self._sign is not None:
+            self._asked_for.append((producer, message.number, self._log.size))
             self._publish()
-        elif message.kind != protocol.STATUS:
+            return
+        elif message.kind not in (protocol.STATUS, protocol.CHECKPOINT):
             self._drop(producer)
             return
         self._reply(producer, protocol.DONE, message.number, json.dumps(self._status()).encode())
@@ -258,31 +276,53 @@ class Appender:
             "signs": self._sign is not None,
             "public_key": self._vkey,
             "cut_bytes": self._log.cut_bytes,
-            "error": self._error,
+            "error": self._error or self._publication_error,
         }
 
     # Checkpoints
 
     def _publish_when_due(self) -> None:
-        if self._sign is None or self._dirty_since is None or self._monotonic() < self._try_again_at:
+        if self._sign is None or self._monotonic() < self._try_again_at:
             return
         new = self._log.size - self._log.published.size
-        if new >= _CHECKPOINT_ENTRIES or self._monotonic() >= self._dirty_since + _CHECKPOINT_S:
+        old = self._dirty_since is not None and self._monotonic() >= self._dirty_since + _CHECKPOINT_S
+        if new >= _CHECKPOINT_ENTRIES or old or self._asked_for:
             self._publish()
 
     def _publish(self) -> None:
-        if self._sign is None:
+        """Begin to write what there is, unless that is being done."""
+        if self._sign is None or self._writing is not None:
             return
-        try:
-            self._log.publish(self._sign)
-        except LogUnwritable as error:
-            self._failed(error)
-            self._try_again_at = self._monotonic() + _TRY_AGAIN_S
-            return
-        self._published_at, self._dirty_since = self._monotonic(), None
+        self._publication = self._log.prepare()
+        self._dirty_since = None
+        note = self._sign(self._publication.head)
+        self._writing = self._writers.submit(self._log.write, self._publication, note)
+        self._writing.add_done_callback(lambda _: os.eventfd_write(self._wake, 1))
 
-    def _failed(self, error: HoldfastError) -> None:
-        self._error = error.record()
+    def _conclude_publication(self) -> None:
+        """Take note of a publication that was written, or was not."""
+        if self._writing is None or self._publication is None or not self._writing.done():
+            return
+        writing, publication = self._writing, self._publication
+        self._writing = self._publication = None
+        try:
+            writing.result()
+        except LogUnwritable as error:
+            self._publication_error = error.record()
+            self._try_again_at = self._monotonic() + _TRY_AGAIN_S
+            self._dirty_since = self._monotonic() - _CHECKPOINT_S
+        else:
+            self._publication_error = None
+            self._log.conclude(publication)
+            self._published_at = self._monotonic()
+        # One that failed is told at once: the status says why.
+        asked_for, self._asked_for = self._asked_for, []
+        for producer, number, size in asked_for:
+            if size > publication.head.size and self._publication_error is None:
+                self._asked_for.append((producer, number, size))
+                continue
+            self._reply(producer, protocol.DONE, number, json.dumps(self._status()).encode())
+            self._send(producer)
 
 
 def main() -> int:

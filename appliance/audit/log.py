@@ -69,6 +69,14 @@ class Head(NamedTuple):
     root: bytes
 
 
+class Publication(NamedTuple):
+    """What makes the tree at a size readable: files that are kept, and parts that the next publication replaces."""
+
+    head: Head
+    kept: dict[str, bytes]
+    parts: dict[str, bytes]
+
+
 class AuditLog:
     """An open log. Made by `AuditLog.open`."""
 
@@ -84,6 +92,7 @@ class AuditLog:
         # What each level of tiles has since its last full one: of 0 leaf hashes, of the others roots of tiles below.
         self._rows: list[list[bytes]] = [[]]
         self._next_bundle = journal.base // TILE_WIDTH
+        self._owed: dict[str, bytes] = {}  # full tiles that are not known to be on the disk
         self.cut_bytes = 0
         self.published = Head(0, EMPTY_ROOT)
 
@@ -169,16 +178,41 @@ class AuditLog:
         Raises:
             LogUnwritable: nothing is lost; call it again.
         """
+        publication = self.prepare()
+        self.write(publication, sign(publication.head))
+        self.conclude(publication)
+        return publication.head
+
+    def prepare(self) -> Publication:
+        """What there is to publish now. Writes nothing."""
+        self._fill_tiles()
+        return Publication(Head(self.size, self._root()), dict(self._owed), self._parts())
+
+    def write(self, publication: Publication, note: str) -> None:
+        """Write a publication and its checkpoint. Blocks, and may do so in another thread: it changes only files.
+
+        Raises:
+            LogUnwritable: it can be written again, or a later one in its place.
+        """
+        written: set[Path] = set()
         try:
-            self._write_full_tiles()
-            head = Head(self.size, self._root())
-            self._write_partial_tiles()
-            self._replace(CHECKPOINT, sign(head).encode())
-            self._let_go()
+            for name, content in publication.kept.items():
+                self._write(name, content, written)
+            for directory in sorted(written, reverse=True):
+                sync_directory(directory)
+            for name, content in publication.parts.items():
+                self._write_part(name, content)
+            self._replace(CHECKPOINT, note.encode())
         except OSError as error:
             raise unwritable(Path(error.filename or self._directory), error.errno or errno.EIO) from None
-        self.published = head
-        return head
+
+    def conclude(self, publication: Publication) -> None:
+        """A publication was written: the journal need not hold what it keeps."""
+        for name in publication.kept:
+            self._owed.pop(name, None)
+        self.published = publication.head
+        if not self._owed:
+            self._let_go()
 
     def close(self) -> None:
         """Give the log up."""
@@ -225,40 +259,40 @@ class AuditLog:
 
     # Publishing
 
-    def _write_full_tiles(self) -> None:
-        written: set[Path] = set()
+    def _fill_tiles(self) -> None:
+        """Move what fills tiles from the rows to what is owed to the disk."""
         while len(self._rows[0]) >= TILE_WIDTH:
             index = self._next_bundle
             first = index * TILE_WIDTH - self._journal.base
             frames = self._tail[first : first + TILE_WIDTH]
-            self._write(tile_path("entries", index), _bundle([frame.entry for frame in frames]), written)
-            self._write(record_path(index), _bundle([frame.sealed for frame in frames]), written)
-            self._complete_tile(0, index, written)
+            self._owed[tile_path("entries", index)] = _bundle([frame.entry for frame in frames])
+            self._owed[record_path(index)] = _bundle([frame.sealed for frame in frames])
+            self._fill_tile(0, index)
             self._next_bundle += 1
-        for directory in sorted(written, reverse=True):
-            sync_directory(directory)
 
-    def _complete_tile(self, level: int, index: int, written: set[Path]) -> None:
+    def _fill_tile(self, level: int, index: int) -> None:
         tile = b"".join(self._rows[level][:TILE_WIDTH])
-        self._write(tile_path(level, index), tile, written)
+        del self._rows[level][:TILE_WIDTH]
+        self._owed[tile_path(level, index)] = tile
         if level + 1 == len(self._rows):
             self._rows.append([])
         self._rows[level + 1].append(_root_of_full(tile))
         if len(self._rows[level + 1]) == TILE_WIDTH:
-            self._complete_tile(level + 1, index // TILE_WIDTH, written)
-        del self._rows[level][:TILE_WIDTH]
+            self._fill_tile(level + 1, index // TILE_WIDTH)
 
-    def _write_partial_tiles(self) -> None:
+    def _parts(self) -> dict[str, bytes]:
         """For readers of the format only: a start does not need them, so nothing waits for the disk."""
+        parts: dict[str, bytes] = {}
         for level, row in enumerate(self._rows):
             if not row:
                 continue
             index = self.size >> (TILE_HEIGHT * (level + 1))
-            self._write_part(tile_path(level, index, len(row)), b"".join(row))
+            parts[tile_path(level, index, len(row))] = b"".join(row)
             if level == 0:
                 frames = self._tail[index * TILE_WIDTH - self._journal.base :]
-                self._write_part(tile_path("entries", index, len(row)), _bundle([frame.entry for frame in frames]))
-                self._write_part(record_path(index, len(row)), _bundle([frame.sealed for frame in frames]))
+                parts[tile_path("entries", index, len(row))] = _bundle([frame.entry for frame in frames])
+                parts[record_path(index, len(row))] = _bundle([frame.sealed for frame in frames])
+        return parts
 
     def _write_part(self, name: str, content: bytes) -> None:
         path = self._directory / name
