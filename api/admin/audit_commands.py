@@ -61,7 +61,7 @@ def status(console: Console) -> None:
         ("folder", state.directory),
         ("error", "none" if state.error is None else f"{state.error.message}: {state.error.cause}"),
     ]
-    console.result(state, table(("", ""), rows, empty=""))
+    console.result(state, "\n".join(f"{name:<17}{printable(told)}" for name, told in rows))
 
 
 @audit.command()

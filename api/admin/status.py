@@ -92,7 +92,7 @@ async def audit_status(services: Services) -> types.AuditStatus:
     """
     async with asyncio.timeout(_DEADLINE_S):
         said = await services.audit.status()
-    error = services.audit.error
+    error = services.audit.error or said["error"]
     return types.AuditStatus(
         size=said["size"],
         checkpoint_size=said["checkpoint_size"],
@@ -116,6 +116,8 @@ async def _audit(services: Services) -> types.Part:
         return types.Part(name="audit", state="failed", detail=told)
     age = "none yet" if said.checkpoint_age_s is None else f"{said.checkpoint_age_s:.0f} s old"
     detail = f"{said.size} entries; last checkpoint {age}, of {said.checkpoint_size} entries"
+    if said.error is not None:
+        return types.Part(name="audit", state="degraded", detail=f"no checkpoint can be made: {said.error.cause}")
     if services.audit.alarm:
         return types.Part(name="audit", state="degraded", detail=f"{services.audit.alarm}; {detail}")
     return types.Part(name="audit", state="ready", detail=detail)

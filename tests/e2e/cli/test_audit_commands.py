@@ -1,0 +1,108 @@
+"""`holdfast audit` as an administrator, an auditor and a witness meet it."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.api.conftest import Served, serving
+from tests.e2e.cli.conftest import HOLDFAST
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("audited")) as it:
+        for number in range(5):
+            assert it.ask(f"question {number}", session="audited").status == 200
+        yield it
+
+
+def _holdfast(served: Served, *words: str, secret: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [HOLDFAST, "--state-dir", str(served.state_dir), *words],
+        input=secret,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def _json(served: Served, *words: str) -> Any:
+    done = _holdfast(served, "--json", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_person_sees_how_the_log_is_and_what_is_in_it(served: Served) -> None:
+    assert "turn.completed" in _holdfast(served, "audit", "tail").stdout
+    found = _json(served, "audit", "search", "--action", "turn.*", "--since", "1h", "--limit", "100")
+    assert len(found["entries"]) == 10
+    first = found["entries"][-1]
+    shown = _json(served, "audit", "show", str(first["sequence"]))
+    assert shown["record"]["action"] == "turn.admitted"
+    status = _holdfast(served, "audit", "status").stdout
+    assert "public key" in status
+    assert "holdfast." in status
+
+
+def test_an_auditor_checks_a_copy_with_the_public_key(served: Served, tmp_path: Path) -> None:
+    size = _json(served, "audit", "status")["size"]
+    key = _json(served, "audit", "status")["public_key"]
+    _json(served, "audit", "witness", "export", str(tmp_path / "request"))  # has a checkpoint made
+    copy = tmp_path / "copy"
+    shutil.copytree(served.state_dir / "audit", copy)
+    found = _json(served, "audit", "verify", "--log", str(copy), "--key", key, "--at-least", str(size))
+    assert found["size"] >= size
+    content = bytearray((copy / "journal").read_bytes())
+    content[500] ^= 1
+    (copy / "journal").write_bytes(content)
+    wrong = _holdfast(served, "--json", "audit", "verify", "--log", str(copy), "--key", key)
+    assert wrong.returncode == 6
+    assert json.loads(wrong.stdout)["code"] == "audit_log_tampered"
+
+
+def test_one_entry_is_proved_with_and_without_its_record(served: Served, tmp_path: Path) -> None:
+    _json(served, "audit", "witness", "export", str(tmp_path / "request"))
+    key = _json(served, "audit", "status")["public_key"]
+    (entry, *_) = _json(served, "audit", "search", "--action", "turn.completed", "--limit", "1")["entries"]
+    for words, disclosed in ((), None), (("--disclose",), entry["record"]):
+        proof = tmp_path / "proof"
+        _json(served, "audit", "prove", str(entry["sequence"]), "--output", str(proof), *words)
+        found = _json(served, "audit", "verify-proof", str(proof), "--key", key)
+        assert (found["sequence"], found["record"]) == (entry["sequence"], disclosed)
+        assert "turn.completed" in proof.read_text() or not words or "extra" in proof.read_text()
+
+
+def test_a_witness_sees_the_log_grow_and_the_log_is_held_to_it(served: Served, tmp_path: Path) -> None:
+    request, reply, state = tmp_path / "request", tmp_path / "reply", tmp_path / "witness"
+    key = _json(served, "audit", "status")["public_key"]
+    witness, seen = "", 0
+    for _ in range(2):
+        words = ("--witness", witness) if witness else ()
+        _json(served, "audit", "witness", "export", str(request), *words)
+        said = _json(
+            served, "audit", "witness", "cosign", str(request), str(reply), "--state", str(state), "--key", key
+        )
+        witness = said["witness"]
+        taken = _json(served, "audit", "witness", "import", str(request), str(reply), "--witness", witness)
+        assert taken["size"] > seen
+        seen = taken["size"]
+        assert served.ask("more").status == 200
+    assert _json(served, "audit", "status")["witnessed_size"] == seen
+    found = _json(served, "audit", "verify", "--key", key, "--witness", witness)
+    assert found["witnessed"]["holdfast-witness"]["size"] == seen
+    assert _json(served, "audit", "search", "--action", "audit.witnessed")["entries"][0]["record"]["details"][
+        "size"
+    ] == str(seen)
+
+
+def test_who_may_not_read_the_log_is_told_so(served: Served) -> None:
+    client = served.new_key(principal="reader").secret
+    done = _holdfast(served, "--json", "audit", "tail", "--api-key-fd", "0", secret=client)
+    assert done.returncode == 4
+    assert json.loads(done.stdout)["code"] == "admin_denied"
