@@ -462,7 +462,7 @@ def _say(rng: random.Random, memory: _Memory) -> list[Message]:
     if rng.random() < 0.6:
         said = rng.choice((rng.choice(words), listed_word(rng, NAMES, invents=memory.invents)))
     else:
-        said = " ".join(rng.choice(words) for _ in range(rng.randint(2, 4)))
+        said = " ".join(rng.choice(words) for _ in range(rng.randint(2, 3)))
     return _exchange(rng.choice(_SAY).format(said), said)
 
 

@@ -200,9 +200,9 @@ def _shuffled(rng: random.Random, pairs: dict[str, Any]) -> dict[str, Any]:
 
 FAMILIES: Final = (
     Family(
-        ("get_weather", "get_weather", "weather", "current_weather", "get_current_weather"),
+        ("get_weather", "get_weather", "current_weather"),
         ("The weather in a city", "Get the current weather", "Tells the weather of a place.", "Get weather for a city"),
-        ("city", "city", "location", "place"),
+        ("city",),
         "string",
         (
             "What is the weather in {}?",
@@ -220,9 +220,9 @@ FAMILIES: Final = (
         "For {} I found",
     ),
     Family(
-        ("get_time", "local_time", "current_time", "clock"),
+        ("get_time", "local_time"),
         ("The local time of a city", "Get the time in a place."),
-        ("city", "place", "location"),
+        ("city",),
         "string",
         ("What time is it in {}?", "What is the time in {}?", "Tell me the time in {}.", "How late is it in {}?"),
         _city,
@@ -230,9 +230,9 @@ FAMILIES: Final = (
         "For {} I found",
     ),
     Family(
-        ("find_person", "lookup_person", "get_employee", "search_people"),
+        ("find_person", "lookup_person"),
         ("Find a person by name", "Looks up a person."),
-        ("name", "person"),
+        ("name",),
         "string",
         ("Find {}.", "Look up {}.", "Where is {}?", "What do we know about {}?", "Find the person {}."),
         _person,
@@ -240,9 +240,9 @@ FAMILIES: Final = (
         "For {} I found",
     ),
     Family(
-        ("get_price", "price", "lookup_price"),
+        ("get_price", "lookup_price"),
         ("The price of an item", "Get a price."),
-        ("item", "product"),
+        ("item",),
         "string",
         ("What do {} cost?", "What is the price of {}?", "How much are {}?", "Get the price of {}."),
         _thing,
@@ -250,9 +250,9 @@ FAMILIES: Final = (
         "For {} I found",
     ),
     Family(
-        ("search", "web_search", "search_docs"),
+        ("search", "web_search"),
         ("Search for something", "Search the web."),
-        ("query", "q", "text"),
+        ("query",),
         "string",
         ("Search for {}.", "Look for {}.", "Please search for {}.", "Find pages about {}."),
         _phrase,
@@ -260,7 +260,7 @@ FAMILIES: Final = (
         "For {} I found",
     ),
     Family(
-        ("read_unit", "read_meter", "get_reading"),
+        ("read_unit", "get_reading"),
         ("Read a unit of the works", "Read a meter."),
         ("unit",),
         "string",
@@ -280,7 +280,7 @@ FAMILIES: Final = (
         "Done",
     ),
     Family(
-        ("save_note", "add_note", "write_note"),
+        ("save_note", "add_note"),
         ("Save a note", "Write a note down."),
         ("text",),
         "string",

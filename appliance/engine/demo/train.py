@@ -1,6 +1,6 @@
 """Trains the demonstration model from nothing: tokenizer, weights, configuration, chat template.
 
-    .venv-engine/bin/python -m appliance.engine.demo.train --output DIR --seconds 1500
+    .venv-engine/bin/python -m appliance.engine.demo.train --output DIR --seconds 4800
 
 Rules:
 
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train and write a model folder."""
     parser = argparse.ArgumentParser(description="Train the demonstration model.")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write; made if it is missing")
-    parser.add_argument("--seconds", type=float, default=1500.0, help="computing time to train for")
+    parser.add_argument("--seconds", type=float, default=4800.0, help="computing time to train for")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--resume", type=Path, help="a folder that an earlier run wrote: go on from its weights")
     parser.add_argument("--done", type=float, default=0.6, help="with --resume: the share of the time that is spent")
