@@ -41,9 +41,15 @@ def authenticated(request: Request) -> Event:
 
 
 def admitted(request: Request, *, session_id: str, model: str, prompt_bytes: int) -> Event:
-    """A turn may go to the engine."""
+    """A valid key was brought, and its turn may go to the engine: one entry for both, for they are one moment."""
+    key = request.known_caller().key
     return _of_caller(
-        request, TURN_ADMITTED, session_id=session_id, target=("model", model), counts={"prompt_bytes": prompt_bytes}
+        request,
+        TURN_ADMITTED,
+        session_id=session_id,
+        target=("model", model),
+        counts={"prompt_bytes": prompt_bytes},
+        details={"key_id": "" if key is None else key.key_id},
     )
 
 
@@ -94,6 +100,7 @@ def _of_caller(
     reason: str = "",
     session_id: str = "",
     counts: Mapping[str, int | float] | None = None,
+    details: Mapping[str, str] | None = None,
 ) -> Event:
     caller = request.known_caller()
     return Event(
@@ -107,4 +114,5 @@ def _of_caller(
         request_id=request.request_id,
         session_id=session_id,
         counts=counts or {},
+        details=details or {},
     )

@@ -147,10 +147,8 @@ class Turns:
             finally:
                 lifecycle.placing -= 1
             session_id, model = running.session.session_id, asked.turn.model
-            await services.audit.record(
-                trail.authenticated(request),
-                trail.admitted(request, session_id=session_id, model=model, prompt_bytes=body_bytes),
-            )
+            admitted = trail.admitted(request, session_id=session_id, model=model, prompt_bytes=body_bytes)
+            await services.audit.record(admitted)
             watcher = asyncio.get_running_loop().create_task(_watch(receive, running))
             try:
                 await (self._stream if asked.stream else self._whole)(request, running, send)

@@ -58,6 +58,7 @@ class _Producer:
         self.connection = connection
         self.received = bytearray()
         self.unsent = bytearray()
+        self.blocked = False  # it is not reading as fast as it is answered
 
     def fileno(self) -> int:
         return self.connection.fileno()
@@ -180,8 +181,10 @@ class Appender:
         if len(producer.unsent) > _MOST_UNREAD_BYTES:
             self._drop(producer)
             return
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if producer.unsent else 0)
-        self._selector.modify(producer, events, producer)
+        if bool(producer.unsent) != producer.blocked:
+            producer.blocked = bool(producer.unsent)
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if producer.blocked else 0)
+            self._selector.modify(producer, events, producer)
 
     def _drop(self, producer: _Producer) -> None:
         if producer in self._producers:

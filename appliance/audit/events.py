@@ -69,7 +69,9 @@ ENGINE_LOST: Final = EventClass(13, "engine.lost", "An engine stopped answering.
 VAULT_OPENED: Final = EventClass(20, "vault.opened", "The root key was opened.", Scope.SYSTEM, (3002, 1))
 VAULT_REFUSED: Final = EventClass(21, "vault.refused", "Somebody failed to open the vault.", Scope.SYSTEM, (3002, 1))
 VAULT_SEALED: Final = EventClass(22, "vault.sealed", "The vault was sealed.", Scope.SYSTEM, (3002, 2))
-AUTHENTICATED: Final = EventClass(30, "key.authenticated", "A request brought a valid key.", Scope.TENANT, (3002, 1))
+AUTHENTICATED: Final = EventClass(
+    30, "key.authenticated", "A request that is not a turn brought a valid key.", Scope.TENANT, (3002, 1)
+)
 NOT_AUTHENTICATED: Final = EventClass(
     31,
     "key.refused",
@@ -84,7 +86,13 @@ MALFORMED: Final = EventClass(
     Scope.SYSTEM,
     (6003, 99),
 )
-TURN_ADMITTED: Final = EventClass(40, "turn.admitted", "A turn was let through to the engine.", Scope.TENANT, (6003, 1))
+TURN_ADMITTED: Final = EventClass(
+    40,
+    "turn.admitted",
+    "A request brought a valid key (`key_id`), and its turn was let through to the engine.",
+    Scope.TENANT,
+    (6003, 1),
+)
 TURN_COMPLETED: Final = EventClass(
     41, "turn.completed", "A turn ended; it is kept unless `turn.not_kept` follows.", Scope.TENANT, (6003, 1)
 )
@@ -174,6 +182,8 @@ class Event:
         cut: list[str] = []
 
         def bounded(name: str, text: str) -> str:
+            if len(text) <= MAX_TEXT and text.isascii() and text.isprintable():
+                return text
             if len(text) > MAX_TEXT:
                 cut.append(name)
                 text = text[:MAX_TEXT]

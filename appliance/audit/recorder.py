@@ -19,13 +19,15 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final, cast
 
 from appliance.audit import protocol
-from appliance.audit.entry import AuditKeys, Draft, seal
+from appliance.audit.entry import AuditKeys, Draft, seal, search_tag
 from appliance.audit.events import ANYONE, Event
 from appliance.errors import ErrorRecord, Fault, HoldfastError
 from appliance.vault import VaultSealed
 
 _WAIT_S: Final = 10.0
 _MOST_WAITING: Final = 4096
+_SWEEP_S: Final = 1.0
+_TAGS: Final = 8192  # of actors and sessions, remembered
 _MOST_COUNTED: Final = 64  # kinds of counted events between two tellings
 _TELL_EVERY_S: Final = 60.0
 _PAUSE_S: Final = 0.05
@@ -46,6 +48,7 @@ class _Waiting:
     kind: int
     body: bytes
     answer: "asyncio.Future[bytes]"
+    until: float
 
 
 class _Connection(asyncio.Protocol):
@@ -54,6 +57,7 @@ class _Connection(asyncio.Protocol):
     def __init__(self, recorder: "Recorder") -> None:
         self._recorder = recorder
         self._received = bytearray()
+        self._unsent: list[bytes] = []
         self.transport: asyncio.WriteTransport | None = None
         self.lost = asyncio.get_running_loop().create_future()
 
@@ -61,9 +65,18 @@ class _Connection(asyncio.Protocol):
         self.transport = cast("asyncio.WriteTransport", transport)
 
     def send(self, frame: bytes) -> None:
-        """Write a frame, if the appender is there still; if not, its successor is sent whatever waits."""
+        """Write a frame, with those of the same moment, if the appender is there still.
+
+        If it is not, its successor is sent whatever waits.
+        """
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append(frame)
+
+    def _flush(self) -> None:
+        frames, self._unsent = self._unsent, []
         if self.transport is not None and not self.transport.is_closing():
-            self.transport.write(frame)
+            self.transport.write(b"".join(frames))
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -103,6 +116,8 @@ class Recorder:
         self._random_bytes = random_bytes
         self._monotonic = monotonic
         self._numbers = 0
+        self._sweeping = False
+        self._tags: dict[tuple[bytes, str, str], bytes] = {}
         self._waiting: dict[int, _Waiting] = {}
         self._connection: _Connection | None = None
         self._signing_key = b""
@@ -214,6 +229,7 @@ class Recorder:
             actor=event.actor.id,
             session=event.session_id,
             random=self._random_bytes(32),
+            tag=self._tag,
         )
 
     async def _ask(self, kind: int, body: bytes) -> bytes:
@@ -221,17 +237,37 @@ class Recorder:
             raise _lost(f"{_MOST_WAITING} events wait already")
         self._numbers += 1
         number = self._numbers
-        waiting = _Waiting(kind, body, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        if not self._sweeping:
+            self._sweeping = True
+            loop.call_later(_SWEEP_S, self._sweep)
+        waiting = _Waiting(kind, body, loop.create_future(), loop.time() + _WAIT_S)
         self._waiting[number] = waiting
         if self._connection is not None:
             self._connection.send(protocol.pack(kind, number, body))
         try:
-            async with asyncio.timeout(_WAIT_S):
-                return await waiting.answer
-        except TimeoutError:
-            raise _lost(f"no answer in {_WAIT_S:g} s") from None
+            return await waiting.answer
         finally:
             self._waiting.pop(number, None)
+
+    def _sweep(self) -> None:
+        """End the waiting of those whose time is up: one timer for all of them."""
+        loop = asyncio.get_running_loop()
+        for waiting in self._waiting.values():
+            if waiting.until <= loop.time() and not waiting.answer.done():
+                waiting.answer.set_exception(_lost(f"no answer in {_WAIT_S:g} s"))
+        self._sweeping = bool(self._waiting)
+        if self._sweeping:
+            loop.call_later(_SWEEP_S, self._sweep)
+
+    def _tag(self, keys: AuditKeys, key_id: bytes, label: str, value: str) -> bytes:
+        """`search_tag`, remembered: a session is told of again and again."""
+        tag = self._tags.get((key_id, label, value))
+        if tag is None:
+            if len(self._tags) >= _TAGS:
+                self._tags.clear()
+            tag = self._tags[key_id, label, value] = search_tag(keys, key_id, label, value)
+        return tag
 
     def _taken_up(self, connection: _Connection) -> None:
         """A new connection: the key first, then whatever waits."""

@@ -62,8 +62,9 @@ def test_the_way_of_a_turn_is_recorded(served: Served) -> None:
     assert completed["source"] == "127.0.0.1"
     assert completed["versions"]["holdfast"]
     assert completed["actor"]["role"] == "client"
-    authenticated = _record(_entries(served, action="key.authenticated")[-1])
-    assert authenticated["request_id"] == admitted["request_id"]
+    assert admitted["details"]["key_id"].startswith("ak_")
+    served.send("GET", "/v1/models")
+    assert _actions(served)[-3:-1] == ["key.authenticated", "models.read"]
 
 
 def test_nothing_that_was_said_is_in_the_log_nor_a_key(served: Served) -> None:
