@@ -134,9 +134,10 @@ def promises_met(
     added = _added(figures)
     share = gateway["requests_per_s"] / bare["requests_per_s"]
     return {
-        f"added at the median <= {ADDED_MEDIAN_MS:g} ms": max(added["first_p50_ms"], added["end_p50_ms"])
-        <= ADDED_MEDIAN_MS,
-        f"added at p99 <= {ADDED_P99_MS:g} ms": max(added["first_p99_ms"], added["end_p99_ms"]) <= ADDED_P99_MS,
+        f"added to the first byte, median <= {ADDED_MEDIAN_MS:g} ms": added["first_p50_ms"] <= ADDED_MEDIAN_MS,
+        f"added to the first byte, p99 <= {ADDED_P99_MS:g} ms": added["first_p99_ms"] <= ADDED_P99_MS,
+        f"added to the durable end, median <= {ADDED_MEDIAN_MS:g} ms": added["end_p50_ms"] <= ADDED_MEDIAN_MS,
+        f"added to the durable end, p99 <= {ADDED_P99_MS:g} ms": added["end_p99_ms"] <= ADDED_P99_MS,
         f"requests/s >= {SHARE_OF_BARE:.0%} of the bare proxy's": share >= SHARE_OF_BARE,
         f"start to accepting connections < {START_S:g} s": start_s < START_S,
         f"resident memory < {RESIDENT_BYTES / 1e6:g} MB": resident_bytes < RESIDENT_BYTES,
