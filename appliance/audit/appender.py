@@ -11,7 +11,8 @@ Rules:
 - It has no key but the one that signs checkpoints, which a producer hands over when the vault is open.
 - A checkpoint is made of every `_CHECKPOINT_ENTRIES` entries, and of fewer when they are `_CHECKPOINT_S` old. Without
   the key there is none, and the status says so.
-- It lives as long as somebody is connected, and ends when the last one has gone: nothing is left behind.
+- It lives as long as somebody is connected, and ends when the last one has gone; where nobody has come yet, with its
+  parent: nothing is left behind that holds the log.
 - A producer that does not read its answers is cut off, not waited for.
 """
 
@@ -65,10 +66,22 @@ class _Producer:
 
 
 class Appender:
-    """The loop over one log and one listening socket."""
+    """The loop over one log and one listening socket.
 
-    def __init__(self, log: AuditLog, listener: socket.socket, *, monotonic: Callable[[], float]) -> None:
+    Args:
+        lifeline: the writing end of a pipe whose reader is the parent.
+    """
+
+    def __init__(
+        self,
+        log: AuditLog,
+        listener: socket.socket,
+        *,
+        monotonic: Callable[[], float],
+        lifeline: int | None = None,
+    ) -> None:
         self._log = log
+        self._lifeline = lifeline
         self._listener = listener
         self._monotonic = monotonic
         self._selector = selectors.DefaultSelector()
@@ -95,6 +108,8 @@ class Appender:
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wake, selectors.EVENT_READ)
+        if self._lifeline is not None:
+            self._selector.register(self._lifeline, selectors.EVENT_READ)
         idle_until = self._monotonic() + _FIRST_PRODUCER_S
         while not self._stopping and (self._producers or self._monotonic() < idle_until):
             messages: list[tuple[_Producer, Message]] = []
@@ -104,6 +119,11 @@ class Appender:
                     continue
                 if key.fileobj == self._wake:
                     os.eventfd_read(self._wake)
+                    continue
+                if key.fileobj == self._lifeline:
+                    # Nobody reads it any more, and nobody who was starting it will come.
+                    self._selector.unregister(key.fileobj)
+                    idle_until = 0.0
                     continue
                 producer: _Producer = key.data
                 if events & selectors.EVENT_WRITE:
@@ -340,7 +360,7 @@ def main() -> int:
     except HoldfastError as error:
         _tell(json.dumps(error.record()))
         return 1
-    appender = Appender(log, socket.socket(fileno=os.dup(0)), monotonic=time.monotonic)
+    appender = Appender(log, socket.socket(fileno=os.dup(0)), monotonic=time.monotonic, lifeline=1)
     signal.signal(signal.SIGTERM, lambda *_: appender.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's; the gateway drains first
     _tell("ready")

@@ -26,6 +26,7 @@ from appliance.vault import VaultSealed
 
 _WAIT_S: Final = 10.0
 _MOST_WAITING: Final = 4096
+_PATIENCE_S: Final = 3.0  # with an appender that does not start: its predecessor may be ending
 _SWEEP_S: Final = 1.0
 _TAGS: Final = 8192  # of actors and sessions, remembered
 _MOST_COUNTED: Final = 64  # kinds of counted events between two tellings
@@ -124,6 +125,7 @@ class Recorder:
         self._counted: dict[tuple[int, str, str, str], Event] = {}
         self._counts: dict[tuple[int, str, str, str], int] = {}
         self._told_at = -_TELL_EVERY_S
+        self._failing_since: float | None = None
         self.error: ErrorRecord | None = None
 
     async def run(self, connect: Connect) -> None:
@@ -134,12 +136,13 @@ class Recorder:
             try:
                 await connect(connection)
             except HoldfastError as error:
-                self.error = error.record()
-                self._fail(error)
+                self._cannot_connect(error)
             except OSError as error:
-                self._fail(_lost(error.strerror or str(error)))
+                self._cannot_connect(_lost(error.strerror or str(error)))
             else:
                 pause_s = _PAUSE_S
+                self._failing_since = None
+                self.error = None
                 self._taken_up(connection)
                 try:
                     await connection.lost
@@ -235,6 +238,8 @@ class Recorder:
     async def _ask(self, kind: int, body: bytes) -> bytes:
         if len(self._waiting) >= _MOST_WAITING:
             raise _lost(f"{_MOST_WAITING} events wait already")
+        if self._connection is None and self._impatient() and self.error is not None:
+            raise _refused(self.error)
         self._numbers += 1
         number = self._numbers
         loop = asyncio.get_running_loop()
@@ -291,9 +296,16 @@ class Recorder:
         else:
             waiting.answer.set_exception(_refused(json.loads(message.body)))
 
-    def _fail(self, error: HoldfastError) -> None:
-        """Tell everybody who waits that there is no appender to be had."""
+    def _impatient(self) -> bool:
+        return self._failing_since is not None and self._monotonic() > self._failing_since + _PATIENCE_S
+
+    def _cannot_connect(self, error: HoldfastError) -> None:
+        """There is no appender to be had now; after a while, everybody who waits is told."""
         self.error = error.record()
+        if self._failing_since is None:
+            self._failing_since = self._monotonic()
+        if not self._impatient():
+            return
         for waiting in self._waiting.values():
             if not waiting.answer.done():
                 waiting.answer.set_exception(_refused(error.record()))

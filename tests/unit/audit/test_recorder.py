@@ -5,6 +5,7 @@ import contextlib
 import os
 import resource
 import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -130,6 +131,31 @@ async def test_a_log_that_another_appender_has_is_told(tmp_path: Path) -> None:
     with pytest.raises(AppenderFailed, match="has an appender already"):
         await made.launcher.connect(asyncio.Protocol())
     log.close()
+
+
+async def test_an_appender_whose_starter_was_killed_gives_the_log_up(tmp_path: Path) -> None:
+    """Nobody has connected with it yet, and nobody will."""
+    starting = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from appliance.audit.launch import Launcher
+
+class Kill(asyncio.Protocol):
+    pass
+
+async def main():
+    launcher = Launcher(Path(sys.argv[1]) / "audit", Path(sys.argv[1]) / "run")
+    loop = asyncio.get_running_loop()
+    loop.create_unix_connection = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    await launcher.connect(Kill())
+
+asyncio.run(main())
+"""
+    (tmp_path / "run").mkdir(mode=0o700)
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", starting, str(tmp_path))
+    assert await process.wait() == -signal.SIGKILL
+    async with recording(tmp_path) as it:
+        assert await it.recorder.record(event(1)) == 0
 
 
 async def test_while_the_vault_is_sealed_events_are_recorded_in_plaintext(tmp_path: Path) -> None:
