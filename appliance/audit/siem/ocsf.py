@@ -277,7 +277,7 @@ def _add_subjects(event: dict[str, Any], class_uid: int, action: str, record: di
     user = _user(record)
     target = record.get("target", {})
     if class_uid == _APPLICATION_LIFECYCLE:
-        event["app"] = {"name": target.get("id") or PRODUCT, "type": target.get("kind") or "appliance"}
+        event["app"] = {"name": target.get("id") or PRODUCT}
         return
     if class_uid not in (_ACCOUNT_CHANGE, _AUTHENTICATION, _ENTITY_MANAGEMENT, _API_ACTIVITY):
         return

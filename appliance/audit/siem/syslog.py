@@ -14,6 +14,7 @@ Rules:
 
 import asyncio
 import contextlib
+import os
 import socket
 import ssl
 from collections.abc import Sequence
@@ -221,7 +222,7 @@ def in_words(error: OSError) -> str:
         return f"its certificate does not hold: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
         return f"TLS: {(error.reason or 'it failed').replace('_', ' ').lower()}"
-    return error.strerror or str(error) or type(error).__name__
+    return (os.strerror(error.errno) if error.errno else str(error)) or type(error).__name__
 
 
 def _no_passphrase() -> str:

@@ -93,7 +93,7 @@ def verify_export(lines: Iterable[str], key: VerifierKey, *, checkpoint: str | N
             else:
                 _take(carried, leaves, found)
         except HoldfastError as error:
-            raise _differs(f"line {number}{_whose(line)} does not hold", str(error.cause)) from error
+            raise _differs(f"line {number}{_whose(line)} does not hold", f"{error.message}: {error.cause}") from error
     if not leaves:
         raise _differs("there is nothing to check", "no line holds an entry of the log")
     found.first, found.end = min(leaves), max(leaves) + 1
