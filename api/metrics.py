@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from appliance.sessions import TurnState
+from appliance.sessions import Account, Cause, TurnState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -40,6 +40,13 @@ class Metrics:
         self._tokens_cached = tokens.labels("prompt_cached")
         self._tokens_computed = tokens.labels("prompt_computed")
         self._tokens_generated = tokens.labels("generated")
+        computed = Counter(
+            "holdfast_computed_prompt_tokens_total",
+            "Prompt tokens that were prefilled, by why they had to be.",
+            ("cause",),
+            registry=self._registry,
+        )
+        self._computed_for = {cause: computed.labels(cause.value) for cause in Cause}
         self.first_token_s = Histogram(
             "holdfast_first_token_seconds",
             "From the request's last byte to the engine's first chunk.",
@@ -60,12 +67,14 @@ class Metrics:
             self._requests_of[of] = self._requests.labels(route, f"{status // 100}xx")
         self._requests_of[of].inc()
 
-    def turn(self, state: TurnState, commit_s: float, *, prompt: int, cached: int, completion: int) -> None:
-        """A turn is durable; tokens, and how long that took."""
+    def turn(self, state: TurnState, commit_s: float, account: Account, *, completion: int) -> None:
+        """A turn is durable; what became of its tokens, and how long that took."""
         self._turns_of[state].inc()
         self._commit_s.observe(commit_s)
-        self._tokens_cached.inc(cached)
-        self._tokens_computed.inc(max(0, prompt - cached))
+        self._tokens_cached.inc(account.served_tokens)
+        self._tokens_computed.inc(account.prompt_tokens - account.served_tokens)
+        for cause, tokens in account.computed.items():
+            self._computed_for[cause].inc(tokens)
         self._tokens_generated.inc(completion)
 
     def unanswered(self) -> None:

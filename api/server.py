@@ -241,7 +241,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             audit=NodeAudit(settings.state_dir, vault, versions=versions(process)),
             identity=Identity(store, vault),
             quotas=Quotas(store),
-            sessions=Sessions(store, vault, settings.sessions),
+            sessions=Sessions(store, vault, settings.sessions, block_size=None if spec is None else spec.block_size),
             engine=engine,
             engine_process=process,
             watch=watch,

@@ -86,3 +86,9 @@ class Services:
     lifecycle: Lifecycle
     now: Callable[[], float] = field(default=time.time)
     new_id: Callable[[], str] = field(default_factory=RandomIds)
+
+    @property
+    def engine_life(self) -> str | None:
+        """Tells one life of the engine from another; None: somebody else runs it."""
+        process = self.engine_process
+        return None if process is None else f"{self.lifecycle.started_at:.3f}/{process.restarts}"

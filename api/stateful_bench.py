@@ -32,6 +32,9 @@ from appliance.engine.demo.agent_loop import (
     agent_task_messages,
 )
 from appliance.errors import Fault, HoldfastError
+from appliance.sessions import Cause
+from appliance.sessions.deltas import token_array
+from appliance.sessions.misses import Circumstances, Ran, account_of
 
 COMPARED_TURNS = 10  # the last ones: the longest contexts
 _CHAT = "/v1/chat/completions"
@@ -175,23 +178,25 @@ def _told(turns: int) -> list[dict[str, str]]:
 
 def account_for(before: Sample | None, now: Sample, block_size: int, *, stateless: bool = False) -> Account:
     """Why the prefilled tokens of `now` were prefilled, when `before` was the turn before it."""
-    prompt, cached = now.prompt_ids, now.cached_tokens
     if before is None or stateless:
-        return Account(new=len(prompt) - cached)
-    known = [*before.prompt_ids, *before.answer_ids]
-    shared = _shared(known, prompt)
-    # Only a prefix in full blocks can be found again, and the last token generated was never computed itself.
-    findable = min(shared, len(known) - 1) // block_size * block_size
-    diverged = len(known) - shared if shared < len(known) else 0
-    rewritten = min(diverged, len(prompt) - shared)
-    in_answer = shared >= len(before.prompt_ids)
+        return Account(new=now.prefilled)
+    account = account_of(_ran(before, block_size), _ran(now, block_size))
+    computed = dict(account.computed)
+    new, tail = computed.pop(Cause.NEW, 0), computed.pop(Cause.BLOCK_TAIL, 0)
+    rewritten = computed.pop(Cause.DIVERGED, 0)
+    in_answer = account.diverged_at is not None and account.diverged_at >= len(before.prompt_ids)
     return Account(
-        new=len(prompt) - max(shared, min(cached, len(prompt))) - rewritten,
-        tail=shared - max(findable, min(cached, shared)),
+        new=new,
+        tail=tail,
         template=0 if in_answer else rewritten,
         tokenization=rewritten if in_answer else 0,
-        lost=max(0, findable - cached),
+        lost=sum(computed.values()),
     )
+
+
+def _ran(sample: Sample, block_size: int) -> Ran:
+    ids = token_array(sample.prompt_ids, sample.answer_ids)
+    return Ran("", ids, len(sample.prompt_ids), sample.cached_tokens, 0.0, 0.0, Circumstances(block_size))
 
 
 def first_divergence(samples: dict[str, list[Sample]]) -> Divergence | None:

@@ -148,6 +148,10 @@ class AdminClient:
         """Everything said in a session."""
         return self._call(types.Transcript, "GET", f"/v1/sessions/{_quote(session_id)}/transcript")
 
+    def why(self, session_id: str) -> types.Explanation:
+        """Why a session's prompts had to be computed."""
+        return self._call(types.Explanation, "GET", f"/v1/sessions/{_quote(session_id)}/why")
+
     def forget(self, session_id: str) -> types.Forgotten:
         """Shred a session: its key, its rows, what the engine holds of it."""
         return self._call(types.Forgotten, "POST", f"/v1/sessions/{_quote(session_id)}/forget")

@@ -69,7 +69,7 @@ from appliance.audit.witness import read_request
 from appliance.audit.witnessing import last_seen, make_request, take_reply
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import ApiKey, Caller, Permission, Role, Scopes, Tenant
-from appliance.sessions import SessionSummary, Transcript
+from appliance.sessions import Explanation, SessionSummary, Transcript
 from appliance.vault import VaultSealed
 
 MAX_BODY_BYTES = 64 << 10
@@ -111,6 +111,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", "/v1/sessions"): Rule(_EVERYBODY, recorded=False),
     ("GET", "/v1/sessions/{session_id}"): Rule(_EVERYBODY),
     ("GET", "/v1/sessions/{session_id}/transcript"): Rule(_EVERYBODY, recorded=False),
+    ("GET", "/v1/sessions/{session_id}/why"): Rule(_EVERYBODY),
     ("POST", "/v1/sessions/{session_id}/forget"): Rule(frozenset({Role.ADMIN, Role.OPERATOR, Role.CLIENT})),
     ("POST", "/v1/backup"): Rule(_ADMINS, appliance_wide=True),
     ("GET", "/v1/audit"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False),
@@ -435,6 +436,10 @@ async def _transcript(session_id: str, services: ServicesOf, asker: AskerOf) -> 
     return _transcript_view(transcript)
 
 
+async def _why(session_id: str, services: ServicesOf, asker: AskerOf) -> types.Explanation:
+    return _explanation_view(await services.sessions.explanation(asker.named, session_id))
+
+
 async def _forget(session_id: str, services: ServicesOf, asker: AskerOf) -> types.Forgotten:
     forgotten = await services.sessions.forget(asker.named, session_id)
     await asker.did(SESSION_SHREDDED, ("session", session_id), details={"erased": str(forgotten.erased).lower()})
@@ -560,6 +565,7 @@ _ENDPOINTS: Mapping[tuple[str, str], tuple[Callable[..., Awaitable[Any]], type[t
     ("GET", "/v1/sessions"): (_sessions, types.SessionPage),
     ("GET", "/v1/sessions/{session_id}"): (_session, types.Session),
     ("GET", "/v1/sessions/{session_id}/transcript"): (_transcript, types.Transcript),
+    ("GET", "/v1/sessions/{session_id}/why"): (_why, types.Explanation),
     ("POST", "/v1/sessions/{session_id}/forget"): (_forget, types.Forgotten),
     ("POST", "/v1/backup"): (_backup, None),
     ("GET", "/v1/audit"): (_audit_status, types.AuditStatus),
@@ -669,6 +675,36 @@ def _session_view(summary: SessionSummary) -> types.Session:
         completion_tokens=summary.completion_tokens,
         created_at=summary.created_at,
         last_used_at=summary.last_used_at,
+    )
+
+
+def _explanation_view(explanation: Explanation) -> types.Explanation:
+    return types.Explanation(
+        session=_session_view(explanation.session),
+        turns=[
+            types.ExplainedTurn(
+                number=turn.number,
+                started_at=turn.started_at,
+                prompt_tokens=turn.account.prompt_tokens,
+                served_tokens=turn.account.served_tokens,
+                computed_tokens={cause.value: tokens for cause, tokens in turn.account.computed.items()},
+                divergence=None
+                if (where := turn.divergence) is None
+                else types.Divergence(token=where.token, message=where.message, role=where.role, change=where.change),
+            )
+            for turn in explanation.turns
+        ],
+        findings=[
+            types.Finding(
+                what=found.what,
+                message=found.message,
+                role=found.role,
+                turns=list(found.turns),
+                tokens=found.tokens,
+                remedy=found.remedy,
+            )
+            for found in explanation.findings
+        ],
     )
 
 

@@ -77,6 +77,20 @@ def show_session(console: Console, session_id: str, api_key_fd: int | None) -> N
     console.result(transcript, _transcript_text(transcript))
 
 
+@session.command("why")
+@click.argument("session_id")
+@api_key_option
+@pass_console
+def explain_session(console: Console, session_id: str, api_key_fd: int | None) -> None:
+    """Say why a session's prompts had to be computed, turn by turn, and what can be done about it.
+
+    Shows no word of what was said. For each turn: the prompt's tokens, those that were found on the engine, and the
+    others by why they had to be computed.
+    """
+    explanation = console.admin(api_key_fd=api_key_fd, deadline_s=120).why(session_id)
+    console.result(explanation, _explanation_text(explanation))
+
+
 @session.command("forget")
 @click.argument("session_id")
 @click.option("--yes", metavar="ID", help="The session's id again, instead of being asked for it.")
@@ -121,6 +135,62 @@ def _transcript_text(transcript: "types.Transcript") -> str:
             lines += _message_lines(message)
         lines += _message_lines(turn.answer)
     return "\n".join(lines)
+
+
+_IN_WORDS = {
+    "first_turn": "first turn",
+    "new": "new",
+    "diverged": "diverged",
+    "block_tail": "end of a block",
+    "model_changed": "other model",
+    "engine_restarted": "engine restarted",
+    "salt_changed": "tree forgotten",
+    "expired": "expired",
+    "evicted": "evicted",
+    "unknown": "unknown",
+}
+
+
+def _explanation_text(explanation: "types.Explanation") -> str:
+    about = explanation.session
+    rows = [
+        (
+            turn.number,
+            moment(turn.started_at),
+            turn.prompt_tokens,
+            turn.served_tokens,
+            turn.prompt_tokens - turn.served_tokens,
+            ", ".join(f"{tokens} {_IN_WORDS.get(cause, cause)}" for cause, tokens in turn.computed_tokens.items()),
+            "" if turn.divergence is None else _where(turn.divergence),
+        )
+        for turn in explanation.turns
+    ]
+    headings = ("turn", "began", "prompt tokens", "found", "computed", "because", "parted from the turn before")
+    lines = [
+        f"Session {about.session_id}",
+        f"{about.turns} turns, {about.prompt_tokens} prompt tokens, {about.cached_tokens} of them found on the engine",
+        "",
+        table(headings, rows, empty="It has no turns."),
+    ]
+    for found in explanation.findings:
+        place = _place(found.message, found.role)
+        lines += [
+            "",
+            f"{found.what.replace('_', ' ')}{place}: {found.tokens} tokens in {len(found.turns)} turns",
+            f"  {found.remedy}",
+        ]
+    return "\n".join(lines)
+
+
+def _where(divergence: "types.Divergence") -> str:
+    place = _place(divergence.message, divergence.role)
+    return f"at token {divergence.token}{place}: {divergence.change.replace('_', ' ')}"
+
+
+def _place(message: int | None, role: str | None) -> str:
+    if message is not None:
+        return f" in message {message} ({printable(role or 'no role')})"
+    return "" if role is None else f" in a message of {printable(role)}"
 
 
 def _turn_heading(turn: "types.TranscriptTurn") -> str:

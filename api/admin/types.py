@@ -234,6 +234,47 @@ class Transcript(Wire):
     turns: list[TranscriptTurn]
 
 
+class Divergence(Wire):
+    """Where a history parted from that of the turn before: at a token of the prompt, counted from 0, and in a message,
+    counted from 1; None: in none. `change` says what kind of change it was."""
+
+    token: int
+    message: int | None
+    role: str | None
+    change: str
+
+
+class ExplainedTurn(Wire):
+    """What became of a prompt's tokens: `served_tokens` were found on the engine, the others were computed, by cause.
+    All of them together are the prompt's."""
+
+    number: int
+    started_at: float
+    prompt_tokens: int
+    served_tokens: int
+    computed_tokens: dict[str, int]
+    divergence: Divergence | None
+
+
+class Finding(Wire):
+    """Something that had tokens computed again in several turns, and what can be done about it."""
+
+    what: str
+    message: int | None
+    role: str | None
+    turns: list[int]
+    tokens: int
+    remedy: str
+
+
+class Explanation(Wire):
+    """Why a session's prompts had to be computed. Holds no word of what was said."""
+
+    session: Session
+    turns: list[ExplainedTurn]
+    findings: list[Finding]
+
+
 class Forgotten(Wire):
     """A session that is no more: its key is destroyed.
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 from pydantic_core import from_json, to_json
 
 from api.openai.errors import AnswerBroken
-from appliance.sessions import Message, TurnKind
+from appliance.sessions import Account, Message, TurnKind
 
 _DONE_EVENT: Final = b"data: [DONE]\n\n"
 _PUBLIC: Final = frozenset(
@@ -58,13 +58,16 @@ class Usage:
     cached_tokens: int
     completion_tokens: int
 
-    def public(self) -> dict[str, Any]:
-        """As OpenAI writes it."""
+    def public(self, account: Account | None) -> dict[str, Any]:
+        """As OpenAI writes it, and why the rest of the prompt was computed."""
+        details: dict[str, Any] = {"cached_tokens": self.cached_tokens}
+        if account is not None:
+            details["computed_tokens"] = account.computed
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "prompt_tokens_details": details,
         }
 
 
@@ -93,6 +96,7 @@ class Answer:
         self._held: list[bytes] = []
         self._usage: Usage | None = None
         self._head: dict[str, Any] = {}
+        self._whole: dict[str, Any] = {}
         self.prompt_token_ids: Sequence[int] = ()
         self.begun = False
 
@@ -132,12 +136,12 @@ class Answer:
         """Whether every choice is finished and it is known what they cost."""
         return not self._unfinished and self._usage is not None
 
-    def end(self) -> bytes:
+    def end(self, account: Account | None = None) -> bytes:
         """The last events of a complete stream: to be sent once the turn is durable."""
         usage = b""
         if self._include_usage:
             head = {name: self._head[name] for name in ("id", "object", "created", "model")}
-            usage = b"data: " + to_json({**head, "choices": [], "usage": self.usage.public()}) + b"\n\n"
+            usage = b"data: " + to_json({**head, "choices": [], "usage": self.usage.public(account)}) + b"\n\n"
         return b"".join((*self._held, usage, _DONE_EVENT))
 
     def _take_delta(self, chunk: dict[str, Any], given: dict[str, Any]) -> None:
@@ -186,8 +190,8 @@ class Answer:
 
     # A whole answer
 
-    def take_whole(self, body: bytes) -> bytes:
-        """Take in an answer that is not streamed; return what the client gets.
+    def take_whole(self, body: bytes) -> None:
+        """Take in an answer that is not streamed.
 
         Raises:
             AnswerBroken: it is no answer.
@@ -198,19 +202,21 @@ class Answer:
             for given in whole["choices"]:
                 self._take_choice(whole, given)
             self._usage = _usage(whole["usage"])
-            public = {
+            self._whole = {
                 **_only(whole, _PUBLIC),
                 "id": self._id,
                 "model": self._model,
                 "choices": [self._public_choice(choice) for choice in whole["choices"]],
-                "usage": self._usage.public(),
             }
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise _no_answer(error) from None
         if self._unfinished:
             raise _no_answer(None)
         self.begun = True
-        return to_json(public)
+
+    def whole(self, account: Account | None = None) -> bytes:
+        """What the client gets of an answer that is not streamed."""
+        return to_json({**self._whole, "usage": self.usage.public(account)})
 
     def _take_choice(self, whole: dict[str, Any], given: dict[str, Any]) -> None:
         choice = self._choices[given["index"]]

@@ -46,7 +46,7 @@ from appliance.engine.client import EngineLost, EngineRejected, EngineUnavailabl
 from appliance.engine.protocol import Lease, lease_params
 from appliance.errors import HoldfastError
 from appliance.identity import Admission
-from appliance.sessions import Outcome, Session, TurnKind, TurnState
+from appliance.sessions import Account, Outcome, Session, TurnKind, TurnState
 from appliance.settings import GatewaySettings
 from appliance.vault import VaultSealed
 
@@ -255,15 +255,16 @@ class Turns:
                 raise self._explained(running, failure)
             raise ClientGone
         state = TurnState.COMPLETE if failure is None and not running.client_gone else TurnState.INTERRUPTED
+        account: Account | None = None
         try:
-            await self._commit(request, running, state, failure)
+            account = await self._commit(request, running, state, failure)
         except HoldfastError as error:
             failure = failure or error
         if running.client_gone:
             return
         if not request.began:
             await _begin(send)
-        last = answer.end() if failure is None else _error_event(self._explained(running, failure), request)
+        last = answer.end(account) if failure is None else _error_event(self._explained(running, failure), request)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(None if failure is None else _STALLED_CLIENT_S):
                 await send({"type": "http.response.body", "body": last})
@@ -289,7 +290,6 @@ class Turns:
 
     async def _whole(self, request: Request, running: _Running, send: Send) -> None:
         failure: HoldfastError | None = None
-        public = b""
         engine_id = running.response_id.removeprefix(self._endpoint.id_prefix)
         try:
             async with running.until(self._settings.request_timeout_s):
@@ -299,7 +299,7 @@ class Turns:
                     request_id=engine_id,
                     deadline_s=self._settings.request_timeout_s,
                 )
-                public = running.answer.take_whole(answered[1])
+                running.answer.take_whole(answered[1])
         except HoldfastError as error:
             failure = error
         failure = failure or running.broken_off_by
@@ -308,14 +308,14 @@ class Turns:
             if failure is not None:
                 raise self._explained(running, failure)
             raise ClientGone
-        await self._commit(request, running, TurnState.COMPLETE, None)
-        await answer_json(send, 200, public)
+        account = await self._commit(request, running, TurnState.COMPLETE, None)
+        await answer_json(send, 200, running.answer.whole(account))
 
     # Writing it down
 
     async def _commit(
         self, request: Request, running: _Running, state: TurnState, failure: HoldfastError | None
-    ) -> None:
+    ) -> Account:
         """Store a turn and record how it ended, at the same time: both are on the disk when this returns.
 
         Raises:
@@ -340,23 +340,19 @@ class Turns:
         begun_at = time.perf_counter()
         session_id = running.session.session_id
         stored, recorded = await asyncio.gather(
-            services.sessions.record(running.session, running.asked.turn, outcome, used),
+            services.sessions.record(running.session, running.asked.turn, outcome, used, engine=services.engine_life),
             services.audit.record(self._ended(request, running, state, failure)),
             return_exceptions=True,
         )
         if isinstance(stored, HoldfastError):
             with contextlib.suppress(AuditUnavailable, VaultSealed):
                 await services.audit.record(trail.not_kept(request, session_id=session_id, error=stored))
-        for done in (stored, recorded):
-            if isinstance(done, BaseException):
-                raise done
-        services.metrics.turn(
-            state,
-            time.perf_counter() - begun_at,
-            prompt=usage.prompt_tokens,
-            cached=usage.cached_tokens,
-            completion=usage.completion_tokens,
-        )
+        if isinstance(stored, BaseException):
+            raise stored
+        if isinstance(recorded, BaseException):
+            raise recorded
+        services.metrics.turn(state, time.perf_counter() - begun_at, stored, completion=usage.completion_tokens)
+        return stored
 
     def _ended(self, request: Request, running: _Running, state: TurnState, failure: HoldfastError | None) -> Event:
         usage = running.answer.usage

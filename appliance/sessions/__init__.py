@@ -2,6 +2,7 @@
 
 from appliance.sessions.archive import (
     Archive,
+    Explanation,
     SessionSummary,
     Transcript,
     TranscriptForbidden,
@@ -9,11 +10,15 @@ from appliance.sessions.archive import (
     UnknownSession,
 )
 from appliance.sessions.deltas import TranscriptBroken
+from appliance.sessions.misses import Account, Cause
 from appliance.sessions.registry import Forgotten, Session, SessionForgotten, Sessions, UnknownResponse
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind, TurnState
 
 __all__ = [
+    "Account",
     "Archive",
+    "Cause",
+    "Explanation",
     "Forgotten",
     "Message",
     "Origin",

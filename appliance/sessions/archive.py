@@ -19,7 +19,15 @@ from sqlalchemy.engine import RowMapping
 
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Caller, Permission, Role
-from appliance.sessions.deltas import Reader
+from appliance.sessions.deltas import Reader, token_array
+from appliance.sessions.misses import (
+    ExplainedTurn,
+    Finding,
+    Ran,
+    account_of,
+    divergence_of,
+    findings_of,
+)
 from appliance.sessions.turn import Message, Origin, TurnState
 from appliance.store import RowCipher, Store, tables
 from appliance.vault import KeyPurpose, Vault
@@ -89,6 +97,15 @@ class Transcript:
     turns: list[TranscriptTurn]
 
 
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why a session's prompts had to be computed. Holds no word of what was said."""
+
+    session: SessionSummary
+    turns: list[ExplainedTurn]
+    findings: list[Finding]
+
+
 class Archive:
     """The sessions that the store holds, for whoever may see them."""
 
@@ -147,6 +164,19 @@ class Archive:
         rows = await self._store.read(lambda db: db.execute(query).mappings().all())
         return await asyncio.to_thread(self._read_transcript, row, rows)
 
+    async def explanation(self, caller: Caller, session_id: str) -> Explanation:
+        """Why the session's prompts had to be computed, turn by turn, and what could be done about it.
+
+        Raises:
+            UnknownSession: there is none, or it is not this caller's to know of.
+            TamperedValue: a row was changed outside the appliance; it is named.
+        """
+        row = await self.visible_row(caller, session_id)
+        turns = tables.turns
+        query = select(turns).where(turns.c.session_id == session_id).order_by(turns.c.number)
+        rows = await self._store.read(lambda db: db.execute(query).mappings().all())
+        return await asyncio.to_thread(self._explain, row, rows)
+
     async def visible_row(self, caller: Caller, session_id: str) -> RowMapping:
         sessions = tables.sessions
         query = select(sessions).where(sessions.c.session_id == session_id)
@@ -193,6 +223,31 @@ class Archive:
             )
         client_id = self._rows.open(tables.sessions, row)["client_id"]
         return Transcript(self._summary(row), text_or_none(client_id) or None, turns)
+
+    def _explain(self, row: RowMapping, rows: Sequence[RowMapping]) -> Explanation:
+        reader = Reader()
+        explained: list[ExplainedTurn] = []
+        before: tuple[Ran, list[Message], dict[str, Any], int] | None = None
+        for stored in rows:
+            opened = self._rows.open(tables.turns, stored)
+            answer = from_json(_bytes(opened["response"]))
+            read = reader.add(stored["number"], _bytes(opened["request"]), answer, _bytes(opened["token_ids"]))
+            now = Ran(
+                stored["model"],
+                token_array(read.prompt_token_ids, read.completion_token_ids),
+                stored["prompt_tokens"],
+                stored["cached_tokens"],
+                stored["started_at"],
+                stored["ended_at"],
+                read.circumstances,
+            )
+            account = account_of(None if before is None else before[0], now, first=stored["number"] == 1)
+            divergence = None
+            if before is not None:
+                divergence = divergence_of(account, before[1:], (read.messages, read.parameters))
+            explained.append(ExplainedTurn(stored["number"], stored["started_at"], account, divergence))
+            before = now, [*read.messages, answer], read.parameters, len(read.prompt_token_ids)
+        return Explanation(self._summary(row), explained, findings_of(explained))
 
     def _summary(self, row: RowMapping) -> SessionSummary:
         return SessionSummary(

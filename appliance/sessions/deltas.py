@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from pydantic_core import from_json, to_json
 
 from appliance.errors import Fault, HoldfastError
+from appliance.sessions.misses import Circumstances, Ran
 from appliance.sessions.turn import Message
 
 _IDS_HEADER = struct.Struct("<IIII")  # base turn, shared ids, prompt ids, completion ids
@@ -40,7 +41,12 @@ class Tip:
     number: int
     chain: Sequence[bytes]  # `message_chain` of the request's messages and the answer
     parameters: bytes
-    token_ids: "array[int]"  # prompt, then completion
+    ran: Ran
+
+    @property
+    def token_ids(self) -> "array[int]":
+        """Of the prompt, then those generated."""
+        return self.ran.token_ids
 
     def size(self) -> int:
         """Bytes held, roughly."""
@@ -64,7 +70,13 @@ def token_array(prompt: Sequence[int], completion: Sequence[int]) -> "array[int]
     return ids
 
 
-def encode_request(tip: Tip | None, shared_messages: int, messages: Sequence[Message], parameters: bytes) -> bytes:
+def encode_request(
+    tip: Tip | None,
+    shared_messages: int,
+    messages: Sequence[Message],
+    parameters: bytes,
+    circumstances: Circumstances,
+) -> bytes:
     """A request as JSON: what it adds to the turn `tip`.
 
     Args:
@@ -72,6 +84,7 @@ def encode_request(tip: Tip | None, shared_messages: int, messages: Sequence[Mes
         shared_messages: how many leading messages are those of the turn `tip`, its answer included.
         messages: all of the request's messages.
         parameters: the rest of the request, as JSON.
+        circumstances: what held on the engine.
     """
     record: dict[str, Any] = {"base": 0, "shared": 0, "messages": list(messages)}
     if tip is not None and shared_messages:
@@ -80,15 +93,17 @@ def encode_request(tip: Tip | None, shared_messages: int, messages: Sequence[Mes
         record["parameters_of"] = tip.number
     else:
         record["parameters"] = from_json(parameters)
+    record["circumstances"] = circumstances.to_wire()
     return to_json(record)
 
 
-def encode_token_ids(tip: Tip | None, ids: "array[int]", prompt_length: int) -> bytes:
-    """Token ids as a header and the ids that the turn `tip` does not share, little-endian."""
-    base = shared = 0
-    if tip is not None:
-        shared = _shared_ids(tip.token_ids, ids)
-        base = tip.number if shared else 0
+def encode_token_ids(tip: Tip | None, shared: int, ids: "array[int]", prompt_length: int) -> bytes:
+    """Token ids as a header and the ids that the turn `tip` does not share, little-endian.
+
+    Args:
+        shared: how many leading ids are those of the turn `tip`.
+    """
+    base = tip.number if tip is not None and shared else 0
     header = _IDS_HEADER.pack(base, shared, prompt_length, len(ids) - prompt_length)
     return header + ids[shared:].tobytes()
 
@@ -102,6 +117,7 @@ class ReadTurn:
     parameters: dict[str, Any]
     prompt_token_ids: list[int]
     completion_token_ids: list[int]
+    circumstances: Circumstances
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +149,9 @@ class Reader:
             parameters = record["parameters"]
         prompt_length, ids = self._token_ids(number, token_ids)
         self._previous = _Previous(number, [*messages, answer], parameters, ids)
-        return ReadTurn(messages, shared, parameters, ids[:prompt_length].tolist(), ids[prompt_length:].tolist())
+        circumstances = Circumstances.from_wire(record.get("circumstances"))
+        prompt, completion = ids[:prompt_length].tolist(), ids[prompt_length:].tolist()
+        return ReadTurn(messages, shared, parameters, prompt, completion, circumstances)
 
     def _token_ids(self, number: int, blob: bytes) -> tuple[int, "array[int]"]:
         base, shared, prompt_length, completion_length = _IDS_HEADER.unpack_from(blob)
@@ -147,20 +165,6 @@ class Reader:
         if self._previous is None or self._previous.number != base:
             raise _broken(number, f"it builds on turn {base}, which is not there")
         return self._previous
-
-
-def _shared_ids(left: "array[int]", right: "array[int]") -> int:
-    """Length of the common prefix."""
-    low, high = 0, min(len(left), len(right))
-    if left[:high] == right[:high]:
-        return high
-    while low < high:
-        middle = (low + high + 1) // 2
-        if left[low:middle] == right[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def _broken(number: int, cause: str) -> TranscriptBroken:

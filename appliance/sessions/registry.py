@@ -40,6 +40,7 @@ from appliance.identity import Caller, Role
 from appliance.sessions.archive import Archive, SessionSummary, TranscriptForbidden, text_or_none, unknown_session
 from appliance.sessions.deltas import Tip, encode_request, encode_token_ids, message_chain, token_array
 from appliance.sessions.history import answered_positions, history_links, shared_length
+from appliance.sessions.misses import Account, Circumstances, Ran, account_of, shared_tokens
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind
 from appliance.settings import SessionSettings
 from appliance.store import Change, Store, key_changes, tables
@@ -111,6 +112,7 @@ class Session:
     origin: Origin
     is_new: bool
     _live: _Live = field(repr=False, compare=False)
+    _epoch: int = field(repr=False, compare=False)
     _links: Sequence[bytes] = field(default=(), repr=False, compare=False)  # of the request, where they were needed
 
 
@@ -132,6 +134,7 @@ class Sessions(Archive):
 
     Args:
         settings: idle timeouts.
+        block_size: of the engine's cache, in tokens; None: not known.
         now: wall clock, epoch seconds.
         random_bytes: source of identifiers.
         sleep: waits for some seconds.
@@ -143,12 +146,14 @@ class Sessions(Archive):
         vault: Vault,
         settings: SessionSettings,
         *,
+        block_size: int | None = None,
         now: Callable[[], float] = time.time,
         random_bytes: Callable[[int], bytes] = os.urandom,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
         super().__init__(store, vault)
         self._settings = settings
+        self._block_size = block_size
         self._now = now
         self._random_bytes = random_bytes
         self._sleep = sleep
@@ -389,6 +394,7 @@ class Sessions(Archive):
             origin=live.origin,
             is_new=not live.stored,
             _live=live,
+            _epoch=live.epoch,
             _links=links,
         )
 
@@ -399,8 +405,13 @@ class Sessions(Archive):
 
     # Writing a turn down
 
-    async def record(self, session: Session, turn: Turn, outcome: Outcome, also: Sequence[Change] = ()) -> None:
-        """Commit a turn, and `also` with it, in one transaction.
+    async def record(
+        self, session: Session, turn: Turn, outcome: Outcome, also: Sequence[Change] = (), *, engine: str | None = None
+    ) -> Account:
+        """Commit a turn, and `also` with it, in one transaction; what became of its prompt's tokens.
+
+        Args:
+            engine: tells the life of the engine that ran it from others; None: not known.
 
         Raises:
             SessionForgotten: the session was forgotten while the turn ran; `also` is not written either.
@@ -418,9 +429,10 @@ class Sessions(Archive):
             number = live.turns + 1
             links = self._turn_links(session, turn, outcome)
             tip = self._tips.get(live.session_id)
+            circumstances = Circumstances(self._block_size, engine, session.idle_timeout_s, session._epoch)
             try:
                 session_changes = self._session_changes(live, turn, outcome, number)
-                changes, new_tip = self._turn_changes(live, turn, outcome, number, links, tip)
+                changes, new_tip, account = self._turn_changes(live, turn, outcome, number, links, tip, circumstances)
                 await self._store.write([*session_changes, *changes, *also])
             except BaseException:
                 if not live.stored:
@@ -430,6 +442,7 @@ class Sessions(Archive):
             self._tips.put(live.session_id, new_tip)
             if links:
                 _keep(self._by_link, links[-1], (live.session_id, number), _KNOWN_LINKS)
+            return account
 
     def _turn_links(self, session: Session, turn: Turn, outcome: Outcome) -> list[bytes]:
         if turn.kind is not TurnKind.CHAT:
@@ -473,10 +486,29 @@ class Sessions(Archive):
         return [*changes, Change(_INSERT_SESSION, sealed)]
 
     def _turn_changes(
-        self, live: _Live, turn: Turn, outcome: Outcome, number: int, links: list[bytes], tip: Tip | None
-    ) -> tuple[list[Change], Tip]:
+        self,
+        live: _Live,
+        turn: Turn,
+        outcome: Outcome,
+        number: int,
+        links: list[bytes],
+        tip: Tip | None,
+        circumstances: Circumstances,
+    ) -> tuple[list[Change], Tip, Account]:
         parameters = to_json(turn.parameters)
+        prompt_length = len(outcome.prompt_token_ids)
         ids = token_array(outcome.prompt_token_ids, outcome.completion_token_ids)
+        shared_ids = 0 if tip is None else shared_tokens(tip.ran.token_ids, ids)
+        ran = Ran(
+            turn.model,
+            ids,
+            outcome.prompt_tokens,
+            outcome.cached_tokens,
+            outcome.started_at,
+            outcome.ended_at,
+            circumstances,
+        )
+        account = account_of(None if tip is None else tip.ran, ran, shared=shared_ids, first=number == 1)
         chain = message_chain([*turn.messages, outcome.answer])
         shared = min(shared_length(tip.chain, chain), len(turn.messages)) if tip is not None else 0
         row = {
@@ -487,9 +519,9 @@ class Sessions(Archive):
             "response_id": outcome.response_id,
             "model": turn.model,
             "state": outcome.state.value,
-            "request": encode_request(tip, shared, turn.messages, parameters),
+            "request": encode_request(tip, shared, turn.messages, parameters, circumstances),
             "response": to_json(outcome.answer),
-            "token_ids": encode_token_ids(tip, ids, len(outcome.prompt_token_ids)),
+            "token_ids": encode_token_ids(tip, shared_ids, ids, prompt_length),
             "prompt_tokens": outcome.prompt_tokens,
             "cached_tokens": outcome.cached_tokens,
             "completion_tokens": outcome.completion_tokens,
@@ -505,7 +537,7 @@ class Sessions(Archive):
             at = {"tenant_id": live.tenant_id, "link": links[-1]}
             changes.append(Change(_DELETE_LINK, {f"b_{name}": value for name, value in at.items()}))
             changes.append(Change(_INSERT_LINK, {**at, "session_id": live.session_id, "turn_number": number}))
-        return changes, Tip(number, chain, parameters, ids)
+        return changes, Tip(number, chain, parameters, ran), account
 
     # Forgetting
 

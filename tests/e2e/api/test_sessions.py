@@ -210,6 +210,9 @@ def test_the_transcript_holds_what_was_said_and_the_database_files_do_not(served
 
 def test_what_was_found_on_the_engine_is_told(served: Served) -> None:
     answer = served.ask("x" * 400, session=name())
-    assert answer.json["usage"]["prompt_tokens_details"] == {"cached_tokens": 50}
+    assert answer.json["usage"]["prompt_tokens_details"] == {
+        "cached_tokens": 50,
+        "computed_tokens": {"first_turn": 50},
+    }
     session = served.newest_session()
     assert (session.prompt_tokens, session.cached_tokens, session.completion_tokens) == (100, 50, 15)

@@ -147,6 +147,33 @@ def test_another_principal_with_the_same_prompt_hits_nothing(appliance: Applianc
     assert cached(theirs) == 0
 
 
+def test_why_a_prompt_was_computed_is_told_to_the_token_and_with_a_remedy(appliance: Appliance) -> None:
+    model = _model(appliance)
+    session = {"X-Session-ID": "dated"}
+    ask = appliance.client().with_options(default_headers=session).chat.completions.create
+    history: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hello! " * 40}]
+    told: list[dict[str, int]] = []
+    for minute in (31, 31, 32, 33):
+        system: ChatCompletionMessageParam = {"role": "system", "content": f"It is 10:{minute}. You are helpful. " * 4}
+        answer = ask(model=model, messages=[system, *history], temperature=0, max_tokens=16)
+        assert answer.usage is not None
+        details = answer.usage.model_dump()["prompt_tokens_details"]
+        told.append(details["computed_tokens"])
+        assert details["cached_tokens"] + sum(told[-1].values()) == answer.usage.prompt_tokens
+        said = answer.choices[0].message.content
+        history += [{"role": "assistant", "content": said}, {"role": "user", "content": "Thank you."}]
+    (newest, *_) = appliance.run("session", "list")["sessions"]
+    why = appliance.run("session", "why", newest["session_id"])
+    assert [turn["computed_tokens"] for turn in why["turns"]] == told
+    assert list(told[0]) == ["first_turn"]
+    assert set(told[1]) <= {"new", "block_tail", "diverged"}
+    assert told[2]["diverged"] > 3 * BLOCK
+    assert [turn["divergence"] and turn["divergence"]["change"] for turn in why["turns"][2:]] == ["numbers", "numbers"]
+    (finding,) = [each for each in why["findings"] if each["what"] == "numbers"]
+    assert (finding["message"], finding["role"], finding["turns"]) == (1, "system", [3, 4])
+    assert "date" in finding["remedy"]
+
+
 def test_a_session_is_leased_after_its_turn_and_loses_its_rank_at_the_timeout(appliance: Appliance) -> None:
     client, model = appliance.client(), _model(appliance)
     client.chat.completions.create(model=model, messages=[{"role": "user", "content": "Hello! " * 60}], max_tokens=4)

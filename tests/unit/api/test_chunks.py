@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from api.openai.chunks import Answer
 from api.openai.errors import AnswerBroken
-from appliance.sessions import TurnKind
+from appliance.sessions import Account, Cause, TurnKind
 
 ID = "chatcmpl-0123456789abcdef0123456789abcdef"
 USAGE = {"prompt_tokens": 3, "total_tokens": 5, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 2}}
@@ -201,7 +201,8 @@ WHOLE: dict[str, Any] = {
 
 def test_a_whole_answer_is_cleaned_and_kept() -> None:
     it = answer()
-    public = json.loads(it.take_whole(json.dumps(WHOLE).encode()))
+    it.take_whole(json.dumps(WHOLE).encode())
+    public = json.loads(it.whole())
     assert set(public) == {"id", "object", "created", "model", "choices", "usage"}
     assert "token_ids" not in public["choices"][0]
     assert public["id"] == ID
@@ -211,8 +212,17 @@ def test_a_whole_answer_is_cleaned_and_kept() -> None:
 
 def test_a_whole_answer_always_says_what_was_cached() -> None:
     bare = {**WHOLE, "usage": {"prompt_tokens": 3, "total_tokens": 5, "completion_tokens": 2}}
-    public = json.loads(answer().take_whole(json.dumps(bare).encode()))
-    assert public["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    it = answer()
+    it.take_whole(json.dumps(bare).encode())
+    assert json.loads(it.whole())["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
+def test_what_was_computed_is_told_by_why_it_had_to_be() -> None:
+    it = answer()
+    it.take_whole(json.dumps(WHOLE).encode())
+    account = Account(3, 0, {Cause.NEW: 2, Cause.BLOCK_TAIL: 1})
+    details = json.loads(it.whole(account))["usage"]["prompt_tokens_details"]
+    assert details["computed_tokens"] == {"new": 2, "block_tail": 1}
 
 
 def test_a_completion_keeps_its_text_and_the_ids_of_its_prompt() -> None:

@@ -8,6 +8,14 @@ from hypothesis import strategies as st
 from pydantic_core import to_json
 
 from appliance.sessions.deltas import Reader, Tip, TranscriptBroken, encode_request, encode_token_ids, token_array
+from appliance.sessions.misses import Circumstances, Ran, shared_tokens
+
+NOTHING_KNOWN = Circumstances()
+
+
+def tip_of(number: int, ids: "array[int]", parameters: bytes = b"{}") -> Tip:
+    return Tip(number, (), parameters, Ran("model", ids, len(ids), 0, 0.0, 0.0, NOTHING_KNOWN))
+
 
 _message = st.builds(lambda role, text: {"role": role, "content": text}, st.sampled_from(["user", "tool"]), st.text())
 _ids = st.lists(st.integers(0, 2**32 - 1), max_size=40)
@@ -23,11 +31,13 @@ def test_every_turn_reads_back_whole_whatever_it_shared(
         messages = [*previous, *added] if keeps_history else added
         answer = {"role": "assistant", "content": f"answer {number}"}
         parameters = {"temperature": len(added) % 2}
-        ids = token_array([*(tip.token_ids if tip else ()), *prompt] if keeps_history else prompt, completion)
+        ids = token_array([*(tip.ran.token_ids if tip else ()), *prompt] if keeps_history else prompt, completion)
         base = None if tip_is_lost else tip
         shared = len(previous) if keeps_history and base is not None else 0
-        request = encode_request(base, shared, messages, to_json(parameters))
-        blob = encode_token_ids(base, ids, len(ids) - len(completion))
+        circumstances = Circumstances(32, f"life {number}", 15.0) if number % 2 else NOTHING_KNOWN
+        request = encode_request(base, shared, messages, to_json(parameters), circumstances)
+        shared_ids = 0 if base is None else shared_tokens(base.ran.token_ids, ids)
+        blob = encode_token_ids(base, shared_ids, ids, len(ids) - len(completion))
 
         read = reader.add(number, request, answer, blob)
 
@@ -35,28 +45,29 @@ def test_every_turn_reads_back_whole_whatever_it_shared(
         assert read.parameters == parameters
         assert [*read.prompt_token_ids, *read.completion_token_ids] == list(ids)
         assert read.completion_token_ids == completion
-        tip = Tip(number, (), to_json(parameters), ids)
+        assert read.circumstances == circumstances
+        tip = tip_of(number, ids, to_json(parameters))
         previous = [*messages, answer]
 
 
 def test_an_extension_costs_what_it_adds_and_not_what_it_repeats() -> None:
     history = [{"role": "user", "content": "x" * 100_000}]
     ids = array("I", range(100_000))
-    tip = Tip(1, (), b"{}", ids)
+    tip = tip_of(1, ids)
     longer = [*history, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
 
-    assert len(encode_request(tip, 2, longer, b"{}")) < 200
-    assert len(encode_token_ids(tip, token_array([*ids, 7, 8], [9]), len(ids) + 2)) < 64
+    assert len(encode_request(tip, 2, longer, b"{}", NOTHING_KNOWN)) < 200
+    assert len(encode_token_ids(tip, len(ids), token_array([*ids, 7, 8], [9]), len(ids) + 2)) < 64
 
 
 def test_a_turn_whose_base_is_gone_is_refused_and_named() -> None:
-    blob = encode_token_ids(None, array("I"), 0)
-    request = encode_request(Tip(4, (), b"{}", array("I")), 1, [{"role": "user"}], b"[]")
+    blob = encode_token_ids(None, 0, array("I"), 0)
+    request = encode_request(tip_of(4, array("I")), 1, [{"role": "user"}], b"[]", NOTHING_KNOWN)
     with pytest.raises(TranscriptBroken, match="turn 5"):
         Reader().add(5, request, {"role": "assistant"}, blob)
 
 
 def test_a_turn_with_token_ids_missing_is_refused() -> None:
-    blob = encode_token_ids(None, array("I", [1, 2, 3]), 2)
+    blob = encode_token_ids(None, 0, array("I", [1, 2, 3]), 2)
     with pytest.raises(TranscriptBroken, match="2 token ids"):
-        Reader().add(1, encode_request(None, 0, [], b"{}"), {"role": "assistant"}, blob[:-4])
+        Reader().add(1, encode_request(None, 0, [], b"{}", NOTHING_KNOWN), {"role": "assistant"}, blob[:-4])

@@ -1,0 +1,359 @@
+"""Why a prompt's tokens had to be computed: an account of every turn, exact to the token.
+
+A prompt is a row of positions. Those that the engine found are served; every other one has one cause. Seen from the
+turn before: what is beyond its history is new; what lies where the two part is diverged; what they share can be found
+again up to its last full block, and the rest of that block is its tail; what could have been found and was not was
+lost, and that has a cause of its own.
+
+Rules:
+
+- Pure, and exact: what was served and what was computed for every cause add up to the prompt.
+- What is not known is `UNKNOWN`. Nothing is called expired or evicted because it is missing.
+- Of a message that changed it is told which, whose, and what kind of change; never a word of it.
+"""
+
+import enum
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Self
+
+from appliance.sessions.turn import Message
+
+_NUMBERS: Final = re.compile(r"\d+")
+_SPACE: Final = re.compile(r"\s+")
+_ENOUGH_TO_KNOW: Final = 3  # messages that come again in the same order
+_OFTEN: Final = 2  # turns of a session in which the same thing destroyed its prefix
+
+
+class Cause(enum.StrEnum):
+    """Why tokens of a prompt were computed."""
+
+    FIRST_TURN = "first_turn"  # the session had none before
+    NEW = "new"  # behind the history that the engine knew
+    DIVERGED = "diverged"  # the history is not the one of the turn before
+    BLOCK_TAIL = "block_tail"  # only full blocks can be found again
+    MODEL_CHANGED = "model_changed"
+    ENGINE_RESTARTED = "engine_restarted"
+    SALT_CHANGED = "salt_changed"  # a session of its tree was forgotten
+    EXPIRED = "expired"  # idle for longer than its lease, and gone since
+    EVICTED = "evicted"  # gone while its lease ran: others wanted the room
+    UNKNOWN = "unknown"
+
+
+class Change(enum.StrEnum):
+    """What kind of change made two histories part."""
+
+    NUMBERS = "numbers"  # the same text with other digits: a date, a time, a counter
+    WHITESPACE = "whitespace"
+    CONTENT = "content"
+    TOOL_CALLS = "tool_calls"
+    REASONING_DROPPED = "reasoning_dropped"
+    FIELDS = "fields"  # of the message, other than those above
+    INSERTED = "inserted"
+    REMOVED = "removed"
+    REPLACED = "replaced"  # from there on the history is another one: compaction, an edit
+    TOOLS_REORDERED = "tools_reordered"
+    TOOLS_CHANGED = "tools_changed"
+    PROMPT = "prompt"  # of a completion, which has no messages
+    ANSWER_REWRITTEN = "answer_rewritten"  # the answer came back as other tokens than were generated
+    TEMPLATE = "template"  # no message changed: the template writes the same messages otherwise
+
+
+REMEDIES: Final[Mapping[Change | Cause, str]] = {
+    Change.NUMBERS: "A date, a time or a counter changes within the message: put it at the end of the conversation, or "
+    "leave it out.",
+    Change.WHITESPACE: "The message comes back with other spaces or line ends: send it exactly as before.",
+    Change.CONTENT: "The message comes back changed: append what is new instead of rewriting what was said.",
+    Change.TOOL_CALLS: "Tool calls come back changed: send the answer's `tool_calls` back as they were.",
+    Change.REASONING_DROPPED: "Answers come back without their reasoning: send `reasoning` back, or use a template "
+    "that keeps it out of the history from the start.",
+    Change.FIELDS: "Fields of the message come and go: send the same ones every time.",
+    Change.INSERTED: "A message is put in between: append it instead.",
+    Change.REMOVED: "A message is taken out: keep it, or begin a new session.",
+    Change.REPLACED: "The history is rewritten (compaction, an edit). Do it seldom and much at a time.",
+    Change.TOOLS_REORDERED: "The same tools come in another order: send them in a fixed one.",
+    Change.TOOLS_CHANGED: "The list of tools changes: keep it the same through a session.",
+    Change.PROMPT: "The prompt does not begin as the one before: append to it.",
+    Change.ANSWER_REWRITTEN: "Answers come back as other tokens than were generated. If a client trims or reformats "
+    "them, send them back as they were.",
+    Change.TEMPLATE: "The model's chat template writes earlier messages otherwise once others follow; another template "
+    "does not.",
+    Cause.EXPIRED: "The session paused for longer than its idle timeout, and others wanted the room: raise "
+    "`sessions.idle_timeout_s`, or give the engine more room.",
+    Cause.EVICTED: "Others wanted the room while the session was due: give the engine more room, or run fewer "
+    "sessions.",
+    Cause.SALT_CHANGED: "A session of the same tree was forgotten, and what the tree had on the engine with it.",
+    Cause.ENGINE_RESTARTED: "The engine was started again, and nothing on the device survives that.",
+    Cause.MODEL_CHANGED: "The session changed its model: what one computed is of no use to another.",
+}
+"""What can be done about what destroys prefixes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """What held on the engine when a turn ran. None: not known.
+
+    Attributes:
+        block_size: tokens.
+        engine: tells one life of the engine from another.
+        idle_timeout_s: of the session's lease.
+        epoch: of the session's tree, which its salt is made with.
+    """
+
+    block_size: int | None = None
+    engine: str | None = None
+    idle_timeout_s: float | None = None
+    epoch: int | None = None
+
+    def to_wire(self) -> list[int | str | float | None]:
+        """As it is written down with a turn."""
+        return [self.block_size, self.engine, self.idle_timeout_s, self.epoch]
+
+    @classmethod
+    def from_wire(cls, said: Sequence[Any] | None) -> Self:
+        """As it was written down; nothing is known of turns that were written down without it."""
+        return cls() if said is None else cls(*said)
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A turn as the engine saw it.
+
+    Attributes:
+        token_ids: of the prompt, then those generated.
+        prompt_tokens: how many of them are the prompt's.
+        cached_tokens: of the prompt, found on the engine.
+        started_at, ended_at: epoch seconds.
+    """
+
+    model: str
+    token_ids: "array[int]"
+    prompt_tokens: int
+    cached_tokens: int
+    started_at: float
+    ended_at: float
+    circumstances: Circumstances
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What became of a prompt's tokens.
+
+    Attributes:
+        diverged_at: the first token that is not that of the turn before; None: all of that was continued.
+    """
+
+    prompt_tokens: int
+    served_tokens: int
+    computed: Mapping[Cause, int]
+    diverged_at: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where a history parted from the one before.
+
+    Attributes:
+        token: of the prompt, counted from 0.
+        message: counted from 1; None: it is in no message.
+        role: of that message.
+    """
+
+    token: int
+    message: int | None
+    role: str | None
+    change: Change
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that destroyed a session's prefix again and again.
+
+    Attributes:
+        what: a change, or a cause.
+        turns: in which it did.
+        tokens: that were computed for it.
+    """
+
+    what: Change | Cause
+    message: int | None
+    role: str | None
+    turns: Sequence[int]
+    tokens: int
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedTurn:
+    """One turn's account, and where its history parted from the one before, if it did."""
+
+    number: int
+    started_at: float
+    account: Account
+    divergence: Divergence | None = field(default=None)
+
+
+def account_of(before: Ran | None, now: Ran, *, shared: int | None = None, first: bool = True) -> Account:
+    """The account of the turn `now`.
+
+    Args:
+        before: the turn before it in its session; None: there was none, or nothing is known of it.
+        shared: how many tokens both begin with, where the caller knows.
+        first: without `before`: there was none.
+    """
+    prompt, served = now.prompt_tokens, min(now.cached_tokens, now.prompt_tokens)
+    if before is None or not before.token_ids or len(now.token_ids) < prompt:
+        cause = Cause.FIRST_TURN if before is None and first else Cause.UNKNOWN
+        return Account(prompt, served, _counted([(cause, prompt)], served))
+    if shared is None:
+        shared = shared_tokens(before.token_ids, now.token_ids)
+    known = len(before.token_ids)
+    shared = min(shared, prompt)
+    parted = shared < known and shared < prompt
+    block_size = now.circumstances.block_size
+    # The engine computes the last token of a prompt in any case, and never the last one that it generated.
+    most = max(0, min(shared, known - 1, prompt - 1))
+    findable = most // block_size * block_size if block_size else served
+    ranges = [
+        (_lost(before, now), findable),
+        (Cause.BLOCK_TAIL if block_size else Cause.UNKNOWN, shared),
+        (Cause.DIVERGED, min(known, prompt) if parted else shared),
+        (Cause.NEW, prompt),
+    ]
+    return Account(prompt, served, _counted(ranges, served), shared if parted else None)
+
+
+def shared_tokens(left: "array[int]", right: "array[int]") -> int:
+    """The length of the beginning that two rows of token ids have in common."""
+    low, high = 0, min(len(left), len(right))
+    if left[:high] == right[:high]:
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def divergence_of(
+    account: Account,
+    before: tuple[Sequence[Message], Mapping[str, Any], int],
+    now: tuple[Sequence[Message], Mapping[str, Any]],
+) -> Divergence | None:
+    """Where, in which message and how a turn parted from the one before it; None: it did not.
+
+    Args:
+        before: the messages of the turn before with its answer, its parameters, the length of its prompt in tokens.
+        now: the messages and the parameters.
+    """
+    if account.diverged_at is None:
+        return None
+    old, old_parameters, old_prompt = before
+    new, parameters = now
+    token = account.diverged_at
+    if not new:
+        return Divergence(token, None, None, Change.PROMPT)
+    if tools := _tools_change(old_parameters.get("tools") or [], parameters.get("tools") or []):
+        return Divergence(token, None, None, tools)
+    at = next((place for place, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+    if at >= len(old):  # every message is the same, the answer too
+        return Divergence(token, None, None, Change.ANSWER_REWRITTEN if token >= old_prompt else Change.TEMPLATE)
+    role = (new[at] if at < len(new) else old[at]).get("role")
+    return Divergence(token, at + 1, None if role is None else str(role)[:32], _message_change(old, new, at))
+
+
+def findings_of(turns: Sequence[ExplainedTurn]) -> list[Finding]:
+    """What destroyed the prefix in several turns, what cost most first."""
+    places: dict[tuple[Change | Cause, int | None, str | None], list[tuple[int, int]]] = {}
+    for turn in turns:
+        for what, message, role, tokens in _destroyers(turn):
+            places.setdefault((what, message, role), []).append((turn.number, tokens))
+    found = [
+        Finding(what, message, role, [turn for turn, _ in where], sum(tokens for _, tokens in where), REMEDIES[what])
+        for (what, message, role), where in places.items()
+        if len(where) >= _OFTEN
+    ]
+    return sorted(found, key=lambda finding: -finding.tokens)
+
+
+def _destroyers(turn: ExplainedTurn) -> Iterator[tuple[Change | Cause, int | None, str | None, int]]:
+    computed = turn.account.computed
+    if turn.divergence is not None:
+        where = turn.divergence
+        fixed = where.role in ("system", "developer")  # another one each time is not the same thing again
+        tokens = computed.get(Cause.DIVERGED, 0)
+        yield where.change, where.message if fixed else None, where.role, tokens
+    for cause in (Cause.EXPIRED, Cause.EVICTED, Cause.ENGINE_RESTARTED, Cause.MODEL_CHANGED, Cause.SALT_CHANGED):
+        if tokens := computed.get(cause, 0):
+            yield cause, None, None, tokens
+
+
+def _lost(before: Ran, now: Ran) -> Cause:
+    """Why what could have been found was not."""
+    if before.model != now.model:
+        return Cause.MODEL_CHANGED
+    here, there = now.circumstances, before.circumstances
+    if here.engine is None or there.engine is None:
+        return Cause.UNKNOWN
+    if here.engine != there.engine:
+        return Cause.ENGINE_RESTARTED
+    if here.epoch != there.epoch:
+        return Cause.SALT_CHANGED
+    if there.idle_timeout_s is None:
+        return Cause.UNKNOWN
+    return Cause.EXPIRED if now.started_at - before.ended_at > there.idle_timeout_s else Cause.EVICTED
+
+
+def _counted(ranges: Sequence[tuple[Cause, int]], served: int) -> dict[Cause, int]:
+    """How many tokens each cause has, of ranges that follow one another, each with its end; `served` of them first."""
+    counts: Counter[Cause] = Counter()
+    begin = served
+    for cause, end in ranges:
+        if end > begin:
+            counts[cause] += end - begin
+            begin = end
+    return dict(counts)
+
+
+def _tools_change(old: Sequence[Any], new: Sequence[Any]) -> Change | None:
+    if old == new:
+        return None
+    return Change.TOOLS_REORDERED if sorted(map(repr, old)) == sorted(map(repr, new)) else Change.TOOLS_CHANGED
+
+
+def _message_change(old: Sequence[Message], new: Sequence[Message], at: int) -> Change:
+    if at >= len(new):
+        return Change.REMOVED
+    was, is_now = old[at], new[at]
+    if any(_same(old[place : place + _ENOUGH_TO_KNOW], new[at:]) for place in range(at + 1, len(old))):
+        return Change.REMOVED
+    if any(_same(old[at : at + _ENOUGH_TO_KNOW], new[place:]) for place in range(at + 1, len(new))):
+        return Change.INSERTED
+    if was.get("role") != is_now.get("role") or len(new) < len(old):
+        return Change.REPLACED
+    differing = {name for name in was.keys() | is_now.keys() if (was.get(name) or None) != (is_now.get(name) or None)}
+    if "content" in differing:
+        return _text_change(was.get("content"), is_now.get("content"))
+    if "tool_calls" in differing:
+        return Change.TOOL_CALLS
+    if any(was.get(name) and not is_now.get(name) for name in ("reasoning", "reasoning_content")):
+        return Change.REASONING_DROPPED
+    return Change.FIELDS
+
+
+def _same(some: Sequence[Message], there: Sequence[Message]) -> bool:
+    return list(some) == list(there[: len(some)])
+
+
+def _text_change(old: Any, new: Any) -> Change:
+    before, after = (text if isinstance(text, str) else repr(text) for text in (old, new))
+    if _SPACE.sub("", before) == _SPACE.sub("", after):
+        return Change.WHITESPACE
+    if _NUMBERS.sub("0", before) == _NUMBERS.sub("0", after):
+        return Change.NUMBERS
+    return Change.CONTENT

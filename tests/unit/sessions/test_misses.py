@@ -1,0 +1,200 @@
+"""Why tokens had to be computed: exact to the token, named for what changed, and never guessed."""
+
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from appliance.sessions.misses import (
+    REMEDIES,
+    Account,
+    Cause,
+    Change,
+    Circumstances,
+    Divergence,
+    ExplainedTurn,
+    Ran,
+    account_of,
+    divergence_of,
+    findings_of,
+)
+from appliance.sessions.turn import Message
+
+HERE = Circumstances(block_size=4, engine="one", idle_timeout_s=15.0, epoch=0)
+
+
+def ran(
+    prompt: Sequence[int],
+    answer: Sequence[int] = (),
+    *,
+    cached: int = 0,
+    at: float = 0.0,
+    model: str = "model",
+    circumstances: Circumstances = HERE,
+) -> Ran:
+    return Ran(model, array("I", [*prompt, *answer]), len(prompt), cached, at, at + 1.0, circumstances)
+
+
+BEFORE = ran(range(10), [10, 11, 12])  # twelve tokens have KV: three blocks
+
+
+def test_a_first_turn_is_computed_because_it_is_the_first() -> None:
+    assert account_of(None, ran(range(9), cached=4)) == Account(9, 4, {Cause.FIRST_TURN: 5})
+
+
+def test_an_extension_computes_what_is_new_and_the_end_of_a_block() -> None:
+    assert account_of(BEFORE, ran(range(20), cached=12, at=2)) == Account(20, 12, {Cause.BLOCK_TAIL: 1, Cause.NEW: 7})
+
+
+def test_the_last_token_of_a_prompt_is_computed_though_its_block_is_full() -> None:
+    account = account_of(ran(range(16), [16]), ran(range(16), cached=12, at=2))
+    assert account == Account(16, 12, {Cause.BLOCK_TAIL: 4})
+
+
+def test_a_divergence_is_found_to_the_token() -> None:
+    now = ran([*range(6), 99, *range(7, 13), 50, 51], cached=4, at=2)
+    account = account_of(BEFORE, now)
+    assert account == Account(15, 4, {Cause.BLOCK_TAIL: 2, Cause.DIVERGED: 7, Cause.NEW: 2}, diverged_at=6)
+
+
+def test_a_prompt_that_stops_short_of_its_history_did_not_diverge() -> None:
+    assert account_of(BEFORE, ran(range(6), cached=4, at=2)) == Account(6, 4, {Cause.BLOCK_TAIL: 2})
+
+
+@pytest.mark.parametrize(
+    ("now", "cause"),
+    [
+        (ran(range(20), at=2), Cause.EVICTED),
+        (ran(range(20), at=15.9), Cause.EVICTED),
+        (ran(range(20), at=16.1), Cause.EXPIRED),
+        (ran(range(20), at=2, model="other"), Cause.MODEL_CHANGED),
+        (ran(range(20), at=2, circumstances=Circumstances(4, "two", 15.0, 0)), Cause.ENGINE_RESTARTED),
+        (ran(range(20), at=2, circumstances=Circumstances(4, "one", 15.0, 1)), Cause.SALT_CHANGED),
+        (ran(range(20), at=2, circumstances=Circumstances(4, None, 15.0, 0)), Cause.UNKNOWN),
+    ],
+)
+def test_what_could_have_been_found_has_a_cause_of_its_own(now: Ran, cause: Cause) -> None:
+    assert account_of(BEFORE, now) == Account(20, 0, {cause: 12, Cause.BLOCK_TAIL: 1, Cause.NEW: 7})
+
+
+def test_what_is_not_known_is_unknown() -> None:
+    assert account_of(None, ran(range(9), cached=4), first=False) == Account(9, 4, {Cause.UNKNOWN: 5})
+    assert account_of(ran(()), ran(range(9))) == Account(9, 0, {Cause.UNKNOWN: 9})
+    nothing = Circumstances()
+    account = account_of(BEFORE, ran(range(20), cached=8, at=2, circumstances=nothing))
+    assert account == Account(20, 8, {Cause.UNKNOWN: 5, Cause.NEW: 7})
+    interrupted = Ran("model", array("I"), 9, 0, 2.0, 3.0, HERE)
+    assert account_of(BEFORE, interrupted) == Account(9, 0, {Cause.UNKNOWN: 9})
+
+
+_tokens = st.lists(st.integers(0, 2), max_size=30)
+
+
+@given(_tokens, _tokens, _tokens, st.integers(0, 40), st.integers(1, 5), st.booleans())
+def test_every_token_is_counted_once(
+    old: list[int], answer: list[int], prompt: list[int], cached: int, block_size: int, knows_blocks: bool
+) -> None:
+    circumstances = Circumstances(block_size if knows_blocks else None, "one", 15.0, 0)
+    now = ran(prompt, cached=cached, at=2, circumstances=circumstances)
+    account = account_of(ran(old, answer), now)
+    assert account.served_tokens + sum(account.computed.values()) == len(prompt)
+    assert all(tokens > 0 for tokens in account.computed.values())
+
+
+SYSTEM: Message = {"role": "system", "content": "You help. It is 10:31."}
+ASK: Message = {"role": "user", "content": "Look it up."}
+ANSWER: Message = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "c1", "function": {"name": "look", "arguments": "{}"}}],
+    "reasoning": "I should look.",
+}
+RESULT: Message = {"role": "tool", "content": "It is there."}
+THANKS: Message = {"role": "user", "content": "Thanks."}
+OLD = [SYSTEM, ASK, ANSWER, RESULT, ASK]
+
+
+def parted(new: Sequence[Message], *, tools: Any = None, old_tools: Any = None, at: int = 3) -> Divergence | None:
+    parameters: Mapping[str, Any] = {} if tools is None else {"tools": tools}
+    old_parameters: Mapping[str, Any] = {} if old_tools is None else {"tools": old_tools}
+    account = Account(20, 0, {Cause.DIVERGED: 10}, diverged_at=at)
+    return divergence_of(account, (OLD, old_parameters, 18), (new, parameters))
+
+
+@pytest.mark.parametrize(
+    ("new", "message", "role", "change"),
+    [
+        ([{**SYSTEM, "content": "You help. It is 11:02."}, *OLD[1:], THANKS], 1, "system", Change.NUMBERS),
+        ([{**SYSTEM, "content": "You help.\nIt is 10:31. "}, *OLD[1:], THANKS], 1, "system", Change.WHITESPACE),
+        ([SYSTEM, {**ASK, "content": "Look here."}, *OLD[2:], THANKS], 2, "user", Change.CONTENT),
+        ([SYSTEM, ASK, {**ANSWER, "tool_calls": []}, *OLD[3:], THANKS], 3, "assistant", Change.TOOL_CALLS),
+        (
+            [SYSTEM, ASK, {**ANSWER, "reasoning": None}, *OLD[3:], THANKS],
+            3,
+            "assistant",
+            Change.REASONING_DROPPED,
+        ),
+        ([SYSTEM, ASK, {**ANSWER, "name": "x"}, *OLD[3:], THANKS], 3, "assistant", Change.FIELDS),
+        ([SYSTEM, THANKS, *OLD[1:], THANKS], 2, "user", Change.INSERTED),
+        ([SYSTEM, *OLD[2:], THANKS], 2, "assistant", Change.REMOVED),
+        ([SYSTEM, ASK, ANSWER], 4, "tool", Change.REMOVED),
+        ([SYSTEM, ASK, ANSWER, ASK, THANKS], 4, "user", Change.REMOVED),
+        ([SYSTEM, {**ASK, "content": "Summary."}, THANKS], 2, "user", Change.REPLACED),
+    ],
+)
+def test_a_message_that_changed_is_named_with_the_kind_of_change(
+    new: list[Message], message: int, role: str, change: Change
+) -> None:
+    assert parted(new) == Divergence(3, message, role, change)
+
+
+def test_tools_that_changed_or_were_reordered_are_told_apart() -> None:
+    one, two = {"function": {"name": "one"}}, {"function": {"name": "two"}}
+    assert parted([*OLD, THANKS], tools=[two, one], old_tools=[one, two]) == Divergence(
+        3, None, None, Change.TOOLS_REORDERED
+    )
+    assert parted([*OLD, THANKS], tools=[one], old_tools=[one, two]) == Divergence(3, None, None, Change.TOOLS_CHANGED)
+
+
+def test_without_a_changed_message_it_is_the_answers_tokens_or_the_template() -> None:
+    assert parted([*OLD, THANKS], at=18) == Divergence(18, None, None, Change.ANSWER_REWRITTEN)
+    assert parted([*OLD, THANKS], at=17) == Divergence(17, None, None, Change.TEMPLATE)
+
+
+def test_a_completion_has_a_prompt_and_no_messages() -> None:
+    account = Account(20, 0, {Cause.DIVERGED: 10}, diverged_at=3)
+    assert divergence_of(account, ([], {"prompt": "a"}, 18), ([], {"prompt": "b"})) == Divergence(
+        3, None, None, Change.PROMPT
+    )
+
+
+def test_nothing_of_a_text_is_in_what_is_told() -> None:
+    told = repr(parted([{**SYSTEM, "content": "Secret words."}, *OLD[1:], THANKS]))
+    assert "Secret" not in told
+    assert "help" not in told
+
+
+def test_what_destroys_prefixes_again_and_again_is_named_with_its_remedy() -> None:
+    dated = Divergence(3, 1, "system", Change.NUMBERS)
+    once = Divergence(9, 4, "user", Change.CONTENT)
+    turns = [
+        ExplainedTurn(1, 0.0, Account(50, 0, {Cause.FIRST_TURN: 50})),
+        ExplainedTurn(2, 1.0, Account(60, 0, {Cause.DIVERGED: 47}, 3), dated),
+        ExplainedTurn(3, 2.0, Account(60, 0, {Cause.DIVERGED: 48}, 3), dated),
+        ExplainedTurn(4, 3.0, Account(60, 0, {Cause.DIVERGED: 5}, 9), once),
+        ExplainedTurn(5, 4.0, Account(60, 0, {Cause.EXPIRED: 30})),
+        ExplainedTurn(6, 5.0, Account(60, 0, {Cause.EXPIRED: 30})),
+    ]
+    found = findings_of(turns)
+    assert [(each.what, each.message, each.role, list(each.turns), each.tokens) for each in found] == [
+        (Change.NUMBERS, 1, "system", [2, 3], 95),
+        (Cause.EXPIRED, None, None, [5, 6], 60),
+    ]
+    assert "date" in found[0].remedy
+
+
+def test_every_change_has_a_remedy() -> None:
+    assert set(Change) <= set(REMEDIES)
