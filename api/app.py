@@ -14,6 +14,7 @@ from api.answers import App
 from api.guard import Guard
 from api.health import Health
 from api.openai.models import LIST_PATH, Models
+from api.openai.sessions import EndOfSession
 from api.openai.turns import Endpoint, Turns
 from api.openai.wire import read_chat, read_completion
 from api.services import Services
@@ -38,6 +39,7 @@ def create_app(services: Services) -> App:
         [
             Route(LIST_PATH.decode(), models, methods=["GET"]),
             Route(f"{LIST_PATH.decode()}/{{model:path}}", models, methods=["GET"]),
+            Route("/v1/sessions/{session:path}", EndOfSession(services), methods=["DELETE"]),
         ]
     )
     turns: dict[bytes, App] = {endpoint.path.encode(): Turns(services, endpoint) for endpoint in (CHAT, COMPLETION)}

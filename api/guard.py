@@ -4,7 +4,7 @@ Rules:
 
 - Routes are compared with the raw path, byte for byte. What is not exactly a route is none: an encoded slash, `//`,
   `..`, another case, a trailing dot or `;` leads nowhere. What follows `/v1/models/` is the name of a model, compared
-  as it stands with those that are served.
+  as it stands with those that are served; what follows `/v1/sessions/` is the id of a session of the caller's.
 - Everything but `/healthz` and `/readyz` needs a key, what does not exist too: who has no key learns no route.
 - Host is one of `gateway.allowed_hosts`, once.
 - Headers that decide something come once. A body announced too long is refused before it is read.
@@ -42,7 +42,11 @@ from appliance.errors import HoldfastError
 from appliance.vault import VaultSealed
 
 _LOG = logging.getLogger("holdfast.gateway")
-_MODEL_PATH = re.compile(rb"/v1/models/(?:[A-Za-z0-9._~:@/+-]|%[2-7][0-9A-Fa-f])+")
+_NAME = rb"(?:[A-Za-z0-9._~:@/+-]|%[2-7][0-9A-Fa-f])+"
+_ITEMS = (
+    (re.compile(rb"/v1/models/" + _NAME), ("GET",)),
+    (re.compile(rb"/v1/sessions/" + _NAME), ("DELETE",)),
+)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _ONCE = frozenset({b"host", b"authorization", b"content-length", b"x-request-id"}) | SESSION_HEADERS
 
@@ -147,13 +151,13 @@ class Guard:
         request.caller = await authenticate(services.identity, request)
         methods = self._routes.get(raw_path)
         if methods is None:
-            if _MODEL_PATH.fullmatch(raw_path) is None:
+            methods = next((methods for path, methods in _ITEMS if path.fullmatch(raw_path)), None)
+            if methods is None:
                 raise RouteMissing(
                     "there is nothing at this path",
                     cause="paths are compared exactly, encoded characters included",
                     remedy="See GET /v1/models, POST /v1/chat/completions and POST /v1/completions",
                 )
-            methods = ("GET",)
         _check_method(method, methods)
         return self._turns.get(raw_path, self._app)
 

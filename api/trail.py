@@ -16,6 +16,7 @@ from appliance.audit.events import (
     MODELS_READ,
     NOT_AUTHENTICATED,
     REQUEST_REFUSED,
+    SESSION_ENDED,
     TURN_ADMITTED,
     TURN_COMPLETED,
     TURN_INTERRUPTED,
@@ -71,6 +72,11 @@ def ended(
 def not_kept(request: Request, *, session_id: str, error: HoldfastError) -> Event:
     """A turn could not be stored."""
     return _of_caller(request, TURN_NOT_KEPT, outcome=Outcome.FAILURE, session_id=session_id, reason=error.code)
+
+
+def session_ended(request: Request, *, session_id: str) -> Event:
+    """A client said that a session is over."""
+    return _of_caller(request, SESSION_ENDED, session_id=session_id, target=("session", session_id))
 
 
 def models_read(request: Request) -> Event:

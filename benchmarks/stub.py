@@ -23,6 +23,8 @@ from typing import Any, ClassVar, cast
 import httptools
 import uvloop
 
+from appliance.engine.protocol import read_release_request
+
 MODEL = "stub"
 MAX_MODEL_LEN = 8192
 CHARS_PER_TOKEN = 4
@@ -74,6 +76,7 @@ class Stub(asyncio.Protocol):
 
     counts: ClassVar[Counts] = Counts()
     bodies: ClassVar[deque[dict[str, Any]]] = deque(maxlen=_KEPT_BODIES)
+    released: ClassVar[deque[str]] = deque(maxlen=_KEPT_BODIES)
 
     def __init__(self) -> None:
         self._parser = httptools.HttpRequestParser(self)
@@ -129,10 +132,11 @@ class Stub(asyncio.Protocol):
                 card = {"id": MODEL, "object": "model", "max_model_len": MAX_MODEL_LEN}
                 self._whole(200, {"object": "list", "data": [card]})
             case b"/holdfast/leases":
+                self.released.extend(read_release_request(bytes(self._body)))
                 self._whole(200, _NO_LEASES)
             case b"/stub":
                 seen = {"requests": self.counts.requests, "abandoned": self.counts.abandoned}
-                self._whole(200, {**seen, "bodies": list(self.bodies)})
+                self._whole(200, {**seen, "bodies": list(self.bodies), "released": list(self.released)})
             case b"/health":
                 self._whole(200, {})
             case _:

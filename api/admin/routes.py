@@ -35,6 +35,7 @@ from api import trail
 from api.admin import status, types
 from api.admin.peers import pid_of, uid_of
 from api.backups import stream_backup
+from api.engine_leases import release
 from api.openai.errors import status_of
 from api.roots import open_root
 from api.services import Services
@@ -73,7 +74,6 @@ from appliance.sessions import Explanation, SessionSummary, Transcript
 from appliance.vault import VaultSealed
 
 MAX_BODY_BYTES = 64 << 10
-_ENGINE_DEADLINE_S = 5.0
 _LOG = logging.getLogger("holdfast.admin")
 
 _PEOPLE = frozenset({Role.ADMIN, Role.OPERATOR, Role.AUDITOR})
@@ -447,18 +447,8 @@ async def _forget(session_id: str, services: ServicesOf, asker: AskerOf) -> type
         session_id=session_id,
         turns=forgotten.session.turns,
         erased=forgotten.erased,
-        lease_released=await _released(services, forgotten.session.lease_label),
+        lease_released=await release(services, [forgotten.session.lease_label]),
     )
-
-
-async def _released(services: Services, lease_label: str) -> bool:
-    """Have the engine let go of a lease; whether it could be told in time."""
-    try:
-        async with asyncio.timeout(_ENGINE_DEADLINE_S):
-            await services.engine.leases(release=[lease_label])
-    except (HoldfastError, TimeoutError):
-        return False
-    return True
 
 
 # Backups

@@ -144,6 +144,7 @@ _IN_WORDS = {
     "block_tail": "end of a block",
     "model_changed": "other model",
     "engine_restarted": "engine restarted",
+    "ended": "session was over",
     "salt_changed": "tree forgotten",
     "expired": "expired",
     "evicted": "evicted",

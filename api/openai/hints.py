@@ -26,7 +26,9 @@ _CLAUDE_PARENT = b"x-claude-code-parent-agent-id"
 _SESSION_HEADERS = (b"x-session-id", b"x-dynamo-session-id", _CLAUDE_SESSION, b"session-id")
 _PARENT_HEADER = b"x-parent-session-id"
 
-HEADERS = frozenset({*_SESSION_HEADERS, _CLAUDE_AGENT, _CLAUDE_PARENT, _PARENT_HEADER})
+_END_HEADER = b"x-session-end"
+
+HEADERS = frozenset({*_SESSION_HEADERS, _CLAUDE_AGENT, _CLAUDE_PARENT, _PARENT_HEADER, _END_HEADER})
 
 
 def read_hints(headers: Mapping[bytes, bytes], body: Mapping[str, Any]) -> SessionHints:
@@ -50,6 +52,23 @@ def read_hints(headers: Mapping[bytes, bytes], body: Mapping[str, Any]) -> Sessi
     if key is not None:
         return SessionHints(_checked("prompt_cache_key", key), _parent(headers), origin=Origin.BODY)
     return _NONE
+
+
+def ends_session(headers: Mapping[bytes, bytes]) -> bool:
+    """Whether this call is its session's last.
+
+    Raises:
+        RequestError: the header says neither.
+    """
+    said = headers.get(_END_HEADER, b"false").lower()
+    if said not in (b"true", b"false"):
+        raise RequestError(
+            "X-Session-End cannot be understood",
+            cause="it is neither `true` nor `false`",
+            remedy="Send `X-Session-End: true` with the last call of a session, or leave it out",
+            param="x-session-end",
+        )
+    return said == b"true"
 
 
 def named_session(headers: Mapping[bytes, bytes]) -> bytes | None:

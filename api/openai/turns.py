@@ -11,6 +11,8 @@ Rules:
   what was generated, if anything was; the engine's work is cancelled at once.
 - What was reserved is settled exactly once, on every way out. Where the engine worked and did not say what it cost,
   because the client left or the time was up, all that was reserved counts as used.
+- What the engine holds of a session that is over, by this turn's word or by another's meanwhile, is let go when the
+  turn has ended.
 - Every send has a deadline, the listener's: a client that does not read is one that is gone (`api.listener`).
 - The status line waits for the engine's first chunk, so that what fails before it has a status of its own.
 """
@@ -27,6 +29,7 @@ from pydantic_core import from_json, to_json
 from api import trail
 from api.answers import REQUEST, Receive, Request, Scope, Send, answer_json
 from api.bodies import ClientGone, read_body, refuse_many_values
+from api.engine_leases import release
 from api.openai.chunks import Answer
 from api.openai.errors import (
     AnswerBroken,
@@ -38,7 +41,7 @@ from api.openai.errors import (
     engine_not_ready,
     error_object,
 )
-from api.openai.hints import read_hints
+from api.openai.hints import ends_session, read_hints
 from api.openai.wire import Asked, HintsReader
 from api.services import Services
 from appliance.audit import AuditUnavailable, Event
@@ -137,6 +140,7 @@ class Turns:
         admission = services.quotas.enter(request.known_caller())
         running: _Running | None = None
         try:
+            ends = ends_session(request.headers)
             asked, body_bytes = await self._read(request, receive)
             self._refuse_busy()
             lifecycle.placing += 1
@@ -147,13 +151,19 @@ class Turns:
             finally:
                 lifecycle.placing -= 1
             session_id, model = running.session.session_id, asked.turn.model
-            admitted = trail.admitted(request, session_id=session_id, model=model, prompt_bytes=body_bytes)
-            await services.audit.record(admitted)
+            events = [trail.admitted(request, session_id=session_id, model=model, prompt_bytes=body_bytes)]
+            if ends:
+                events.append(trail.session_ended(request, session_id=session_id))
+            await services.audit.record(*events)
             watcher = asyncio.get_running_loop().create_task(_watch(receive, running))
             try:
                 await (self._stream if asked.stream else self._whole)(request, running, send)
             finally:
                 watcher.cancel()
+                if ends:
+                    services.sessions.end_after_turn(running.session)
+                if running.session.is_over:
+                    await release(services, [running.session.lease_label])
         finally:
             if running is not None:
                 lifecycle.turns.discard(running)

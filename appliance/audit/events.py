@@ -107,6 +107,7 @@ REQUEST_REFUSED: Final = EventClass(
     43, "request.refused", "A request of a known caller was refused.", Scope.TENANT, (6003, 99)
 )
 MODELS_READ: Final = EventClass(44, "models.read", "A caller asked which models there are.", Scope.TENANT, (6003, 2))
+SESSION_ENDED: Final = EventClass(46, "session.ended", "A client said that a session is over.", Scope.TENANT, (6003, 4))
 TURN_NOT_KEPT: Final = EventClass(
     45, "turn.not_kept", "A turn ended and could not be stored: its client was told so.", Scope.TENANT, (6003, 1)
 )

@@ -37,6 +37,7 @@ class Cause(enum.StrEnum):
     BLOCK_TAIL = "block_tail"  # only full blocks can be found again
     MODEL_CHANGED = "model_changed"
     ENGINE_RESTARTED = "engine_restarted"
+    ENDED = "ended"  # its client had said that the session was over
     SALT_CHANGED = "salt_changed"  # a session of its tree was forgotten
     EXPIRED = "expired"  # idle for longer than its lease, and gone since
     EVICTED = "evicted"  # gone while its lease ran: others wanted the room
@@ -85,6 +86,7 @@ REMEDIES: Final[Mapping[Change | Cause, str]] = {
     "`sessions.idle_timeout_s`, or give the engine more room.",
     Cause.EVICTED: "Others wanted the room while the session was due: give the engine more room, or run fewer "
     "sessions.",
+    Cause.ENDED: "The client says that the session is over and goes on with it: say so with its last call only.",
     Cause.SALT_CHANGED: "A session of the same tree was forgotten, and what the tree had on the engine with it.",
     Cause.ENGINE_RESTARTED: "The engine was started again, and nothing on the device survives that.",
     Cause.MODEL_CHANGED: "The session changed its model: what one computed is of no use to another.",
@@ -101,16 +103,18 @@ class Circumstances:
         engine: tells one life of the engine from another.
         idle_timeout_s: of the session's lease.
         epoch: of the session's tree, which its salt is made with.
+        was_over: its client had said that the session was over.
     """
 
     block_size: int | None = None
     engine: str | None = None
     idle_timeout_s: float | None = None
     epoch: int | None = None
+    was_over: bool = False
 
     def to_wire(self) -> list[int | str | float | None]:
         """As it is written down with a turn."""
-        return [self.block_size, self.engine, self.idle_timeout_s, self.epoch]
+        return [self.block_size, self.engine, self.idle_timeout_s, self.epoch, self.was_over]
 
     @classmethod
     def from_wire(cls, said: Sequence[Any] | None) -> Self:
@@ -288,7 +292,14 @@ def _destroyers(turn: ExplainedTurn) -> Iterator[tuple[Change | Cause, int | Non
         fixed = where.role in ("system", "developer")  # another one each time is not the same thing again
         tokens = computed.get(Cause.DIVERGED, 0)
         yield where.change, where.message if fixed else None, where.role, tokens
-    for cause in (Cause.EXPIRED, Cause.EVICTED, Cause.ENGINE_RESTARTED, Cause.MODEL_CHANGED, Cause.SALT_CHANGED):
+    for cause in (
+        Cause.EXPIRED,
+        Cause.EVICTED,
+        Cause.ENGINE_RESTARTED,
+        Cause.MODEL_CHANGED,
+        Cause.ENDED,
+        Cause.SALT_CHANGED,
+    ):
         if tokens := computed.get(cause, 0):
             yield cause, None, None, tokens
 
@@ -302,6 +313,8 @@ def _lost(before: Ran, now: Ran) -> Cause:
         return Cause.UNKNOWN
     if here.engine != there.engine:
         return Cause.ENGINE_RESTARTED
+    if here.was_over:
+        return Cause.ENDED
     if here.epoch != there.epoch:
         return Cause.SALT_CHANGED
     if there.idle_timeout_s is None:

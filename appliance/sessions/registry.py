@@ -85,6 +85,7 @@ class _Live:
     parent_session_id: str | None = None
     stored: bool = False
     forgotten: bool = False
+    over: bool = False  # its client said so, and asked nothing since
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     __weakref__: Any = field(init=False, repr=False)
 
@@ -113,7 +114,21 @@ class Session:
     is_new: bool
     _live: _Live = field(repr=False, compare=False)
     _epoch: int = field(repr=False, compare=False)
+    _goes_on: bool = field(repr=False, compare=False)  # it was over before this turn
     _links: Sequence[bytes] = field(default=(), repr=False, compare=False)  # of the request, where they were needed
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its client has said so since this turn began."""
+        return self._live.over
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Sessions that their client said are over: the one that it named, and those of its tree where it is the first."""
+
+    session_ids: Sequence[str]
+    lease_labels: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +202,8 @@ class Sessions(Archive):
             else:
                 live, links = await self._of_history(tenant_id, principal_id, turn.messages)
         self._remember(live)
-        return self._session(caller, turn.model, live, links)
+        goes_on, live.over = live.over, False
+        return self._session(caller, turn.model, live, links, goes_on=goes_on)
 
     async def _of_response(self, tenant_id: str, principal_id: str, response_id: str) -> _Live:
         turns, sessions = tables.turns, tables.sessions
@@ -371,7 +387,7 @@ class Sessions(Archive):
         self._live[session_id] = live
         return live
 
-    def _session(self, caller: Caller, model: str, live: _Live, links: Sequence[bytes]) -> Session:
+    def _session(self, caller: Caller, model: str, live: _Live, links: Sequence[bytes], *, goes_on: bool) -> Session:
         mac = self._vault.mac
         tenant_id = live.tenant_id
         salt = mac(
@@ -395,6 +411,7 @@ class Sessions(Archive):
             is_new=not live.stored,
             _live=live,
             _epoch=live.epoch,
+            _goes_on=goes_on,
             _links=links,
         )
 
@@ -429,7 +446,9 @@ class Sessions(Archive):
             number = live.turns + 1
             links = self._turn_links(session, turn, outcome)
             tip = self._tips.get(live.session_id)
-            circumstances = Circumstances(self._block_size, engine, session.idle_timeout_s, session._epoch)
+            circumstances = Circumstances(
+                self._block_size, engine, session.idle_timeout_s, session._epoch, session._goes_on
+            )
             try:
                 session_changes = self._session_changes(live, turn, outcome, number)
                 changes, new_tip, account = self._turn_changes(live, turn, outcome, number, links, tip, circumstances)
@@ -538,6 +557,43 @@ class Sessions(Archive):
             changes.append(Change(_DELETE_LINK, {f"b_{name}": value for name, value in at.items()}))
             changes.append(Change(_INSERT_LINK, {**at, "session_id": live.session_id, "turn_number": number}))
         return changes, Tip(number, chain, parameters, ran), account
+
+    # The end of a session
+
+    async def end(self, caller: Caller, visible_id: str) -> Ended:
+        """A client says that a session of its own is over: nothing of it need be held ready.
+
+        Args:
+            visible_id: the client's own id for it, or ours.
+
+        Raises:
+            UnknownSession: this principal has no session of that id.
+        """
+        tenant_id, principal_id = _owner(caller)
+        if _OWN_ID.fullmatch(visible_id):
+            live = await self._of_session_id(tenant_id, principal_id, visible_id)
+        else:
+            live = await self._by_lookup(
+                tenant_id, principal_id, self._client_id_lookup(tenant_id, principal_id, visible_id)
+            )
+        if live is None:
+            raise unknown_session(visible_id)
+        ended = [live]
+        if live.parent_session_id is None:
+            ended += [
+                other
+                for other in list(self._live.values())
+                if other is not live and (other.tree_id, other.principal_id) == (live.tree_id, principal_id)
+            ]
+        for each in ended:
+            each.over = True
+        return Ended(
+            [each.session_id for each in ended], [self.lease_label(tenant_id, each.session_id) for each in ended]
+        )
+
+    def end_after_turn(self, session: Session) -> None:
+        """The turn that has just ended was its session's last."""
+        session._live.over = True
 
     # Forgetting
 

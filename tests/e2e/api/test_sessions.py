@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.stub import MODEL
-from tests.e2e.api.conftest import Answer, Served
+from tests.e2e.api.conftest import Answer, Served, until
 
 SAID = "".join(f" word{number}" for number in range(14))
 
@@ -216,3 +216,58 @@ def test_what_was_found_on_the_engine_is_told(served: Served) -> None:
     }
     session = served.newest_session()
     assert (session.prompt_tokens, session.cached_tokens, session.completion_tokens) == (100, 50, 15)
+
+
+def lets_go_of(served: Served, lease_label: str) -> None:
+    until(lambda: lease_label in served.engine_seen()["released"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_last_call_of_a_session_says_so_and_the_engine_lets_go(served: Served, stream: bool) -> None:
+    mine = name()
+    served.ask("hello", session=mine)
+    mine_label = label(served)
+    assert mine_label not in served.engine_seen()["released"]
+    body = [{"role": "user", "content": "goodbye"}]
+    answer = ask(served, body, {"X-Session-ID": mine, "X-Session-End": "true"}, stream=stream)
+    assert answer.status == 200
+    lets_go_of(served, mine_label)
+    ended = served.admin.audit_entries(action="session.ended").entries[0]
+    assert ended.record is not None
+    assert ended.record["session_id"] == served.newest_session().session_id
+
+
+def test_a_session_that_is_deleted_is_let_go_with_its_agents_and_keeps_its_transcript(served: Served) -> None:
+    mine = name()
+    served.ask("hello", session=mine)
+    labels = [label(served)]
+    own_id = served.newest_session().session_id
+    ask(served, [{"role": "user", "content": "hi"}], {"X-Session-ID": f"{mine}-child", "X-Parent-Session-ID": mine})
+    labels.append(label(served))
+    answer = served.send("DELETE", f"/v1/sessions/{mine}")
+    assert (answer.status, answer.json) == (200, {"id": mine, "object": "session", "ended": 2, "released": True})
+    for each in labels:
+        lets_go_of(served, each)
+    assert len(served.transcript(own_id).turns) == 1
+    assert served.send("DELETE", f"/v1/sessions/{own_id}").json["ended"] == 2
+    assert served.ask("and on", session=mine).status == 200
+    assert served.transcript(own_id).session.turns == 2
+
+
+def test_another_s_session_cannot_be_ended_and_is_as_unknown_as_any(served: Served) -> None:
+    mine = name()
+    served.ask("hello", session=mine)
+    other = served.new_key(tenant="other", principal="agent").secret
+    same = {"X-Request-ID": "same"}
+    for target in (mine, served.newest_session().session_id):
+        foreign = served.send("DELETE", f"/v1/sessions/{target}", api_key=other, headers=same)
+        unknown = served.send("DELETE", f"/v1/sessions/{'0' * len(target)}", api_key=other, headers=same)
+        assert (foreign.status, foreign.code) == (404, "session_not_found")
+        assert foreign.body.replace(target.encode(), b"") == unknown.body.replace(b"0" * len(target), b"")
+
+
+@pytest.mark.parametrize("said", ["yes", "1", "true, true", ""])
+def test_an_end_that_cannot_be_understood_is_refused(served: Served, said: str) -> None:
+    headers = {"X-Session-ID": name(), "X-Session-End": said or " "}
+    answer = ask(served, [{"role": "user", "content": "x"}], headers)
+    assert answer.status == 400

@@ -174,6 +174,25 @@ def test_why_a_prompt_was_computed_is_told_to_the_token_and_with_a_remedy(applia
     assert "date" in finding["remedy"]
 
 
+def test_a_session_that_its_client_ended_gives_its_room_at_once(appliance: Appliance) -> None:
+    model = _model(appliance)
+    client = appliance.client().with_options(default_headers={"X-Session-ID": "ended"})
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Goodbye! " * 80}]
+
+    def details(**headers: str) -> dict[str, object]:
+        answer = client.chat.completions.create(model=model, messages=messages, max_tokens=4, extra_headers=headers)
+        assert answer.usage is not None
+        found: dict[str, object] = answer.usage.model_dump()["prompt_tokens_details"]
+        return found
+
+    details()
+    assert details()["cached_tokens"]
+    details(**{"X-Session-End": "true"})
+    after = details()
+    assert not after["cached_tokens"]
+    assert "ended" in cast("dict[str, int]", after["computed_tokens"])
+
+
 def test_a_session_is_leased_after_its_turn_and_loses_its_rank_at_the_timeout(appliance: Appliance) -> None:
     client, model = appliance.client(), _model(appliance)
     client.chat.completions.create(model=model, messages=[{"role": "user", "content": "Hello! " * 60}], max_tokens=4)

@@ -161,6 +161,37 @@ async def test_a_session_id_is_scoped_to_its_principal_and_an_unknown_one_begins
     assert unknown.is_new
 
 
+async def test_the_end_of_a_tree_s_first_session_is_that_of_its_agents_and_of_nobody_else(world: World) -> None:
+    parent = await say(world.sessions, caller(), chat(HELLO, client_id="job"), "Hello.")
+    child = await say(world.sessions, caller(), chat(HELLO, client_id="agent", parent_client_id="job"), "Hello.")
+    other = await say(world.sessions, caller(), chat(HELLO, client_id="other"), "Hello.")
+    ended = await world.sessions.end(caller(), "agent")
+    assert (ended.session_ids, ended.lease_labels) == ([child.session_id], [child.lease_label])
+    assert (parent.is_over, child.is_over) == (False, True)
+    ended = await world.sessions.end(caller(), parent.session_id)
+    assert set(ended.session_ids) == {parent.session_id, child.session_id}
+    assert (parent.is_over, child.is_over, other.is_over) == (True, True, False)
+
+
+async def test_a_session_that_goes_on_is_not_over_any_more(world: World) -> None:
+    turn = chat(HELLO, client_id="job")
+    first = await say(world.sessions, caller(), turn, "Hello.")
+    world.sessions.end_after_turn(first)
+    again = await world.sessions.resolve(caller(), turn)
+    assert (again.session_id, again.is_over) == (first.session_id, False)
+    account = await world.sessions.record(again, turn, outcome("Hello."), engine="one")
+    assert account.served_tokens == 0
+
+
+async def test_nobody_ends_a_strangers_session(world: World) -> None:
+    mine = await say(world.sessions, caller(), chat(HELLO, client_id="job"), "Hello.")
+    for stranger in (caller("prn_2"), caller("prn_1", "ten_2")):
+        for name in ("job", mine.session_id, "ses_" + "0" * 32):
+            with pytest.raises(UnknownSession):
+                await world.sessions.end(stranger, name)
+    assert not mine.is_over
+
+
 async def test_a_child_agent_shares_its_parents_tree(world: World) -> None:
     parent = await world.sessions.resolve(caller(), chat(HELLO, client_id="parent"))
     child_turn = chat(HELLO, client_id="child", parent_client_id="parent")
