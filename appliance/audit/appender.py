@@ -42,7 +42,7 @@ _CHECKPOINT_ENTRIES: Final = 1000
 _CHECKPOINT_S: Final = 60.0
 _MOST_CONNECTIONS: Final = 64
 _MOST_UNREAD_BYTES: Final = 4 << 20
-_RECEIVE_BYTES: Final = 1 << 20
+_RECEIVE_BYTES: Final = 1 << 18
 _MOST_TOGETHER: Final = 4096  # entries to one sync
 _FIRST_PRODUCER_S: Final = 30.0
 _TRY_AGAIN_S: Final = 5.0
@@ -99,6 +99,7 @@ class Appender:
         self._publication: Publication | None = None
         self._writers = futures.ThreadPoolExecutor(1, thread_name_prefix="audit-tiles")
         self._asked_for: list[tuple[_Producer, int, int]] = []  # who waits for a checkpoint, and of what size
+        self._buffer = bytearray(_RECEIVE_BYTES)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # Of a run that was killed: what it wrote and could not answer for.
         self._found = {nonce: sequence for sequence, nonce in log.recent_nonces()}
@@ -168,15 +169,15 @@ class Appender:
 
     def _receive(self, producer: _Producer) -> list[Message]:
         try:
-            data = producer.connection.recv(_RECEIVE_BYTES)
+            count = producer.connection.recv_into(self._buffer)
         except BlockingIOError:
             return []
         except OSError:
-            data = b""
-        if not data:
+            count = 0
+        if not count:
             self._drop(producer)
             return []
-        producer.received += data
+        producer.received += memoryview(self._buffer)[:count]
         try:
             return list(protocol.take_messages(producer.received))
         except Malformed:

@@ -11,15 +11,18 @@ Rules:
 The layout is in docs/decisions/0010-audit-log.md. HKDF-Expand: RFC 5869, section 2.3.
 """
 
+import functools
 import hashlib
 import hmac
 import json
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Protocol
 
 from appliance.errors import Fault, HoldfastError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 FORMAT: Final = 1
 PLAINTEXT: Final = 1  # a flag: nobody had a key yet
@@ -57,8 +60,7 @@ class AuditKeys(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(NamedTuple):
     """An entry before it has a number and a time: what a producer hands to the appender."""
 
     event_class: int
@@ -137,21 +139,20 @@ def seal(
         raise ValueError(f"a record of {len(content)} bytes is too long: bound its fields first")
     if keys is None:
         return Draft(event_class, PLAINTEXT, NO_ID, nonce, NO_TAG, NO_TAG, bytes(32), commitment, salted)
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
     key_id = keys.audit_key_id(scope)
     key, key_commitment = _entry_key(keys, key_id, nonce, commitment)
     bound = _bound(event_class, 0, key_id, nonce)
+    tag = tag or search_tag
     return Draft(
-        event_class=event_class,
-        flags=0,
-        key_id=key_id,
-        nonce=nonce,
-        actor_tag=(tag or search_tag)(keys, key_id, "actor", actor),
-        session_tag=(tag or search_tag)(keys, key_id, "session", session),
-        key_commitment=key_commitment,
-        commitment=commitment,
-        sealed=AESGCM(key).encrypt(_GCM_NONCE, salted, bound),
+        event_class,
+        0,
+        key_id,
+        nonce,
+        tag(keys, key_id, "actor", actor),
+        tag(keys, key_id, "session", session),
+        key_commitment,
+        commitment,
+        _primitives().aes_gcm(key).encrypt(_GCM_NONCE, salted, bound),
     )
 
 
@@ -194,14 +195,13 @@ def open_record(entry: Entry, sealed: bytes, keys: AuditKeys) -> Opened:
     salted = sealed
     if not entry.flags & PLAINTEXT:
         from cryptography.exceptions import InvalidTag
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
         key, key_commitment = _entry_key(keys, entry.key_id, entry.nonce, entry.commitment)
         if not hmac.compare_digest(key_commitment, entry.key_commitment):
             raise _invalid(entry, "it commits to another key than the one that its nonce derives")
         try:
             bound = _bound(entry.event_class, entry.flags, entry.key_id, entry.nonce)
-            salted = AESGCM(key).decrypt(_GCM_NONCE, sealed, bound)
+            salted = _primitives().aes_gcm(key).decrypt(_GCM_NONCE, sealed, bound)
         except InvalidTag:
             raise _invalid(entry, "its record was not sealed for it") from None
     salt, content = salted[:_SALT_BYTES], salted[_SALT_BYTES:]
@@ -235,8 +235,24 @@ _CANONICAL: Final = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separat
 def _entry_key(keys: AuditKeys, key_id: bytes, nonce: bytes, commitment: bytes) -> tuple[bytes, bytes]:
     """The entry's key, and what commits to it. A nonce that came twice, in a cloned machine say, repeats no key."""
     secret = keys.audit_secret(key_id, "entry", nonce, commitment)
-    key = hmac.digest(secret, b"holdfast-audit-entry\x01", "sha256")
-    return key, hmac.digest(secret, key + b"holdfast-audit-entry\x02", "sha256")
+    expanded = _primitives().hkdf_expand_64(secret, b"holdfast-audit-entry")
+    return expanded[:32], expanded[32:]
+
+
+class _Primitives(NamedTuple):
+    aes_gcm: "type[AESGCM]"
+    hkdf_expand_64: Callable[[bytes, bytes], bytes]
+
+
+@functools.cache
+def _primitives() -> _Primitives:
+    """Loaded by who seals or opens: the appender, and an auditor without keys, never need them."""
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+
+    sha256 = SHA256()
+    return _Primitives(AESGCM, lambda secret, info: HKDFExpand(sha256, 64, info).derive(secret))
 
 
 def _bound(event_class: int, flags: int, key_id: bytes, nonce: bytes) -> bytes:
