@@ -37,6 +37,9 @@ _SEALED_HEAD: Final = struct.Struct(">BBH")
 _SALT_BYTES: Final = 16
 _GCM_NONCE: Final = bytes(12)  # every entry has a key of its own, which is used once
 _RECORD: Final = b"\x02"
+_BLOCK_BYTES: Final = 64  # of SHA-256
+_INNER: Final = bytes(byte ^ 0x36 for byte in range(256))
+_OUTER: Final = bytes(byte ^ 0x5C for byte in range(256))
 
 
 class EntryInvalid(HoldfastError, ValueError):
@@ -152,7 +155,7 @@ def seal(
         tag(keys, key_id, "session", session),
         key_commitment,
         commitment,
-        _primitives().aes_gcm(key).encrypt(_GCM_NONCE, salted, bound),
+        _aes_gcm()(key).encrypt(_GCM_NONCE, salted, bound),
     )
 
 
@@ -201,7 +204,7 @@ def open_record(entry: Entry, sealed: bytes, keys: AuditKeys) -> Opened:
             raise _invalid(entry, "it commits to another key than the one that its nonce derives")
         try:
             bound = _bound(entry.event_class, entry.flags, entry.key_id, entry.nonce)
-            salted = _primitives().aes_gcm(key).decrypt(_GCM_NONCE, sealed, bound)
+            salted = _aes_gcm()(key).decrypt(_GCM_NONCE, sealed, bound)
         except InvalidTag:
             raise _invalid(entry, "its record was not sealed for it") from None
     salt, content = salted[:_SALT_BYTES], salted[_SALT_BYTES:]
@@ -235,24 +238,27 @@ _CANONICAL: Final = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separat
 def _entry_key(keys: AuditKeys, key_id: bytes, nonce: bytes, commitment: bytes) -> tuple[bytes, bytes]:
     """The entry's key, and what commits to it. A nonce that came twice, in a cloned machine say, repeats no key."""
     secret = keys.audit_secret(key_id, "entry", nonce, commitment)
-    expanded = _primitives().hkdf_expand_64(secret, b"holdfast-audit-entry")
-    return expanded[:32], expanded[32:]
+    return _hkdf_expand(secret, b"holdfast-audit-entry")
 
 
-class _Primitives(NamedTuple):
-    aes_gcm: "type[AESGCM]"
-    hkdf_expand_64: Callable[[bytes, bytes], bytes]
+def _hkdf_expand(secret: bytes, info: bytes) -> tuple[bytes, bytes]:
+    """The first two outputs of HKDF-Expand with SHA-256 (RFC 5869, section 2.3).
+
+    The HMACs (RFC 2104) are spelled out: the library's sets up for each one what costs several times these four hashes.
+    """
+    sha256 = hashlib.sha256
+    padded = secret.ljust(_BLOCK_BYTES, b"\0")
+    inner, outer = padded.translate(_INNER), padded.translate(_OUTER)
+    first = sha256(outer + sha256(inner + info + b"\x01").digest()).digest()
+    return first, sha256(outer + sha256(inner + first + info + b"\x02").digest()).digest()
 
 
 @functools.cache
-def _primitives() -> _Primitives:
-    """Loaded by who seals or opens: the appender, and an auditor without keys, never need them."""
+def _aes_gcm() -> "type[AESGCM]":
+    """Loaded by who seals or opens: the appender, and an auditor without keys, never need it."""
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-    from cryptography.hazmat.primitives.hashes import SHA256
-    from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-    sha256 = SHA256()
-    return _Primitives(AESGCM, lambda secret, info: HKDFExpand(sha256, 64, info).derive(secret))
+    return AESGCM
 
 
 def _bound(event_class: int, flags: int, key_id: bytes, nonce: bytes) -> bytes:

@@ -90,6 +90,7 @@ class AuditLog:
         self._clock = clock
         self._tail: list[Frame] = []  # from the journal's base
         # What each level of tiles has since its last full one: of 0 leaf hashes, of the others roots of tiles below.
+        # An append leaves the hashing of its leaves to `prepare`: nobody waits for it.
         self._rows: list[list[bytes]] = [[]]
         self._next_bundle = journal.base // TILE_WIDTH
         self._owed: dict[str, bytes] = {}  # full tiles that are not known to be on the disk
@@ -169,7 +170,6 @@ class AuditLog:
         except JournalUnusable as error:
             raise unwritable(error.path, error.number) from None
         self._tail += frames
-        self._rows[0] += [leaf_hash(frame.entry) for frame in frames]
         return first
 
     def publish(self, sign: Callable[[Head], str]) -> Head:
@@ -230,7 +230,6 @@ class AuditLog:
             self._rows.append(row)
             level, complete = level + 1, complete // TILE_WIDTH
         self._tail = frames
-        self._rows[0] = [leaf_hash(frame.entry) for frame in frames]
         claimed = self._claimed_size()
         if claimed > self.size:
             raise LogDamaged(
@@ -260,7 +259,9 @@ class AuditLog:
     # Publishing
 
     def _fill_tiles(self) -> None:
-        """Move what fills tiles from the rows to what is owed to the disk."""
+        """Hash what was appended, and move what fills tiles from the rows to what is owed to the disk."""
+        hashed = self._next_bundle * TILE_WIDTH + len(self._rows[0])
+        self._rows[0] += [leaf_hash(frame.entry) for frame in self._tail[hashed - self._journal.base :]]
         while len(self._rows[0]) >= TILE_WIDTH:
             index = self._next_bundle
             first = index * TILE_WIDTH - self._journal.base
