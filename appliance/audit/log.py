@@ -23,7 +23,16 @@ from typing import ClassVar, Final, NamedTuple
 
 from appliance.audit.entry import Draft, Entry, number
 from appliance.audit.journal import Frame, Journal, JournalUnusable, sync_directory, write_at
-from appliance.audit.tree import EMPTY_ROOT, HASH_BYTES, TILE_HEIGHT, TILE_WIDTH, Frontier, leaf_hash, tile_path
+from appliance.audit.tree import (
+    EMPTY_ROOT,
+    HASH_BYTES,
+    TILE_HEIGHT,
+    TILE_WIDTH,
+    Frontier,
+    leaf_hash,
+    root_of_row,
+    tile_path,
+)
 from appliance.errors import Fault, HoldfastError
 
 CHECKPOINT: Final = "checkpoint"
@@ -226,7 +235,7 @@ class AuditLog:
         level, complete = 1, base // TILE_WIDTH
         while complete:
             pending = complete % TILE_WIDTH
-            row = [_root_of_full(self._read_tile(level - 1, index)) for index in range(complete - pending, complete)]
+            row = [root_of_row(self._read_tile(level - 1, index)) for index in range(complete - pending, complete)]
             self._rows.append(row)
             level, complete = level + 1, complete // TILE_WIDTH
         self._tail = frames
@@ -277,7 +286,7 @@ class AuditLog:
         self._owed[tile_path(level, index)] = tile
         if level + 1 == len(self._rows):
             self._rows.append([])
-        self._rows[level + 1].append(_root_of_full(tile))
+        self._rows[level + 1].append(root_of_row(tile))
         if len(self._rows[level + 1]) == TILE_WIDTH:
             self._fill_tile(level + 1, index // TILE_WIDTH)
 
@@ -366,10 +375,3 @@ def _make_private(directory: Path) -> None:
 
 def _bundle(parts: Sequence[bytes]) -> bytes:
     return b"".join([_LENGTH.pack(len(part)) + part for part in parts])
-
-
-def _root_of_full(tile: bytes) -> bytes:
-    edge = Frontier()
-    for at in range(0, len(tile), HASH_BYTES):
-        edge.append(tile[at : at + HASH_BYTES])
-    return edge.root()
