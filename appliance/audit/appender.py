@@ -19,7 +19,7 @@ Rules:
 import contextlib
 import json
 import os
-import selectors
+import select
 import signal
 import socket
 import struct
@@ -42,7 +42,7 @@ _CHECKPOINT_ENTRIES: Final = 1000
 _CHECKPOINT_S: Final = 60.0
 _MOST_CONNECTIONS: Final = 64
 _MOST_UNREAD_BYTES: Final = 4 << 20
-_RECEIVE_BYTES: Final = 1 << 20
+_RECEIVE_BYTES: Final = 1 << 18
 _MOST_TOGETHER: Final = 4096  # entries to one sync
 _FIRST_PRODUCER_S: Final = 30.0
 _TRY_AGAIN_S: Final = 5.0
@@ -57,12 +57,11 @@ class _Producer:
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
+        self.descriptor = connection.fileno()
+        self.gone = False
         self.received = bytearray()
         self.unsent = bytearray()
         self.blocked = False  # it is not reading as fast as it is answered
-
-    def fileno(self) -> int:
-        return self.connection.fileno()
 
 
 class Appender:
@@ -84,8 +83,8 @@ class Appender:
         self._lifeline = lifeline
         self._listener = listener
         self._monotonic = monotonic
-        self._selector = selectors.DefaultSelector()
-        self._producers: set[_Producer] = set()
+        self._poll = select.epoll()
+        self._producers: dict[int, _Producer] = {}  # by their descriptors
         self._sign: Sign | None = None
         self._vkey = ""
         self._published_at: float | None = None
@@ -99,6 +98,7 @@ class Appender:
         self._publication: Publication | None = None
         self._writers = futures.ThreadPoolExecutor(1, thread_name_prefix="audit-tiles")
         self._asked_for: list[tuple[_Producer, int, int]] = []  # who waits for a checkpoint, and of what size
+        self._buffer = bytearray(_RECEIVE_BYTES)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # Of a run that was killed: what it wrote and could not answer for.
         self._found = {nonce: sequence for sequence, nonce in log.recent_nonces()}
@@ -106,30 +106,28 @@ class Appender:
     def run(self) -> None:
         """Serve until the last producer has gone, or `stop`."""
         self._listener.setblocking(False)
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._selector.register(self._wake, selectors.EVENT_READ)
+        self._poll.register(self._listener, select.EPOLLIN)
+        self._poll.register(self._wake, select.EPOLLIN)
         if self._lifeline is not None:
-            self._selector.register(self._lifeline, selectors.EVENT_READ)
+            self._poll.register(self._lifeline, select.EPOLLIN)
         idle_until = self._monotonic() + _FIRST_PRODUCER_S
         while not self._stopping and (self._producers or self._monotonic() < idle_until):
             messages: list[tuple[_Producer, Message]] = []
-            for key, events in self._selector.select(self._wait_s()):
-                if key.fileobj is self._listener:
+            for descriptor, events in self._poll.poll(self._wait_s()):
+                producer = self._producers.get(descriptor)
+                if producer is not None:
+                    if events & select.EPOLLOUT:
+                        self._send(producer)
+                    if events & ~select.EPOLLOUT:
+                        messages += [(producer, message) for message in self._receive(producer)]
+                elif descriptor == self._listener.fileno():
                     self._accept()
-                    continue
-                if key.fileobj == self._wake:
+                elif descriptor == self._wake:
                     os.eventfd_read(self._wake)
-                    continue
-                if key.fileobj == self._lifeline:
+                elif descriptor == self._lifeline:
                     # Nobody reads it any more, and nobody who was starting it will come.
-                    self._selector.unregister(key.fileobj)
+                    self._poll.unregister(descriptor)
                     idle_until = 0.0
-                    continue
-                producer: _Producer = key.data
-                if events & selectors.EVENT_WRITE:
-                    self._send(producer)
-                if events & selectors.EVENT_READ:
-                    messages += [(producer, message) for message in self._receive(producer)]
             self._answer(messages)
             self._conclude_publication()
             self._publish_when_due()
@@ -140,8 +138,9 @@ class Appender:
         if self._sign is not None and self._log.size > self._log.published.size:
             with contextlib.suppress(LogUnwritable):
                 self._log.publish(self._sign)
-        for producer in list(self._producers):
+        for producer in list(self._producers.values()):
             self._drop(producer)
+        self._poll.close()
 
     def stop(self) -> None:
         """End after what is being done."""
@@ -163,20 +162,22 @@ class Appender:
                 return
             connection.setblocking(False)
             producer = _Producer(connection)
-            self._producers.add(producer)
-            self._selector.register(producer, selectors.EVENT_READ, producer)
+            self._producers[producer.descriptor] = producer
+            self._poll.register(producer.descriptor, select.EPOLLIN)
 
     def _receive(self, producer: _Producer) -> list[Message]:
+        if producer.gone:
+            return []
         try:
-            data = producer.connection.recv(_RECEIVE_BYTES)
+            count = producer.connection.recv_into(self._buffer)
         except BlockingIOError:
             return []
         except OSError:
-            data = b""
-        if not data:
+            count = 0
+        if not count:
             self._drop(producer)
             return []
-        producer.received += data
+        producer.received += memoryview(self._buffer)[:count]
         try:
             return list(protocol.take_messages(producer.received))
         except Malformed:
@@ -184,11 +185,11 @@ class Appender:
             return []
 
     def _reply(self, producer: _Producer, kind: int, number: int, body: bytes) -> None:
-        if producer in self._producers:
+        if not producer.gone:
             producer.unsent += protocol.pack(kind, number, body)
 
     def _send(self, producer: _Producer) -> None:
-        if producer not in self._producers:
+        if producer.gone:
             return
         try:
             sent = producer.connection.send(producer.unsent)
@@ -203,13 +204,13 @@ class Appender:
             return
         if bool(producer.unsent) != producer.blocked:
             producer.blocked = bool(producer.unsent)
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if producer.blocked else 0)
-            self._selector.modify(producer, events, producer)
+            self._poll.modify(producer.descriptor, select.EPOLLIN | (select.EPOLLOUT if producer.blocked else 0))
 
     def _drop(self, producer: _Producer) -> None:
-        if producer in self._producers:
-            self._producers.discard(producer)
-            self._selector.unregister(producer)
+        if not producer.gone:
+            producer.gone = True
+            del self._producers[producer.descriptor]
+            self._poll.unregister(producer.descriptor)
             producer.connection.close()
 
     # Requests

@@ -11,15 +11,18 @@ Rules:
 The layout is in docs/decisions/0010-audit-log.md. HKDF-Expand: RFC 5869, section 2.3.
 """
 
+import functools
 import hashlib
 import hmac
 import json
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Protocol
 
 from appliance.errors import Fault, HoldfastError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 FORMAT: Final = 1
 PLAINTEXT: Final = 1  # a flag: nobody had a key yet
@@ -34,6 +37,9 @@ _SEALED_HEAD: Final = struct.Struct(">BBH")
 _SALT_BYTES: Final = 16
 _GCM_NONCE: Final = bytes(12)  # every entry has a key of its own, which is used once
 _RECORD: Final = b"\x02"
+_BLOCK_BYTES: Final = 64  # of SHA-256
+_INNER: Final = bytes(byte ^ 0x36 for byte in range(256))
+_OUTER: Final = bytes(byte ^ 0x5C for byte in range(256))
 
 
 class EntryInvalid(HoldfastError, ValueError):
@@ -57,8 +63,7 @@ class AuditKeys(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(NamedTuple):
     """An entry before it has a number and a time: what a producer hands to the appender."""
 
     event_class: int
@@ -137,21 +142,20 @@ def seal(
         raise ValueError(f"a record of {len(content)} bytes is too long: bound its fields first")
     if keys is None:
         return Draft(event_class, PLAINTEXT, NO_ID, nonce, NO_TAG, NO_TAG, bytes(32), commitment, salted)
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
     key_id = keys.audit_key_id(scope)
     key, key_commitment = _entry_key(keys, key_id, nonce, commitment)
     bound = _bound(event_class, 0, key_id, nonce)
+    tag = tag or search_tag
     return Draft(
-        event_class=event_class,
-        flags=0,
-        key_id=key_id,
-        nonce=nonce,
-        actor_tag=(tag or search_tag)(keys, key_id, "actor", actor),
-        session_tag=(tag or search_tag)(keys, key_id, "session", session),
-        key_commitment=key_commitment,
-        commitment=commitment,
-        sealed=AESGCM(key).encrypt(_GCM_NONCE, salted, bound),
+        event_class,
+        0,
+        key_id,
+        nonce,
+        tag(keys, key_id, "actor", actor),
+        tag(keys, key_id, "session", session),
+        key_commitment,
+        commitment,
+        _aes_gcm()(key).encrypt(_GCM_NONCE, salted, bound),
     )
 
 
@@ -194,14 +198,13 @@ def open_record(entry: Entry, sealed: bytes, keys: AuditKeys) -> Opened:
     salted = sealed
     if not entry.flags & PLAINTEXT:
         from cryptography.exceptions import InvalidTag
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
         key, key_commitment = _entry_key(keys, entry.key_id, entry.nonce, entry.commitment)
         if not hmac.compare_digest(key_commitment, entry.key_commitment):
             raise _invalid(entry, "it commits to another key than the one that its nonce derives")
         try:
             bound = _bound(entry.event_class, entry.flags, entry.key_id, entry.nonce)
-            salted = AESGCM(key).decrypt(_GCM_NONCE, sealed, bound)
+            salted = _aes_gcm()(key).decrypt(_GCM_NONCE, sealed, bound)
         except InvalidTag:
             raise _invalid(entry, "its record was not sealed for it") from None
     salt, content = salted[:_SALT_BYTES], salted[_SALT_BYTES:]
@@ -235,8 +238,27 @@ _CANONICAL: Final = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separat
 def _entry_key(keys: AuditKeys, key_id: bytes, nonce: bytes, commitment: bytes) -> tuple[bytes, bytes]:
     """The entry's key, and what commits to it. A nonce that came twice, in a cloned machine say, repeats no key."""
     secret = keys.audit_secret(key_id, "entry", nonce, commitment)
-    key = hmac.digest(secret, b"holdfast-audit-entry\x01", "sha256")
-    return key, hmac.digest(secret, key + b"holdfast-audit-entry\x02", "sha256")
+    return _hkdf_expand(secret, b"holdfast-audit-entry")
+
+
+def _hkdf_expand(secret: bytes, info: bytes) -> tuple[bytes, bytes]:
+    """The first two outputs of HKDF-Expand with SHA-256 (RFC 5869, section 2.3).
+
+    The HMACs (RFC 2104) are spelled out: the library's sets up for each one what costs several times these four hashes.
+    """
+    sha256 = hashlib.sha256
+    padded = secret.ljust(_BLOCK_BYTES, b"\0")
+    inner, outer = padded.translate(_INNER), padded.translate(_OUTER)
+    first = sha256(outer + sha256(inner + info + b"\x01").digest()).digest()
+    return first, sha256(outer + sha256(inner + first + info + b"\x02").digest()).digest()
+
+
+@functools.cache
+def _aes_gcm() -> "type[AESGCM]":
+    """Loaded by who seals or opens: the appender, and an auditor without keys, never need it."""
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    return AESGCM
 
 
 def _bound(event_class: int, flags: int, key_id: bytes, nonce: bytes) -> bytes:

@@ -23,7 +23,16 @@ from typing import ClassVar, Final, NamedTuple
 
 from appliance.audit.entry import Draft, Entry, number
 from appliance.audit.journal import Frame, Journal, JournalUnusable, sync_directory, write_at
-from appliance.audit.tree import EMPTY_ROOT, HASH_BYTES, TILE_HEIGHT, TILE_WIDTH, Frontier, leaf_hash, tile_path
+from appliance.audit.tree import (
+    EMPTY_ROOT,
+    HASH_BYTES,
+    TILE_HEIGHT,
+    TILE_WIDTH,
+    Frontier,
+    leaf_hash,
+    root_of_row,
+    tile_path,
+)
 from appliance.errors import Fault, HoldfastError
 
 CHECKPOINT: Final = "checkpoint"
@@ -90,6 +99,7 @@ class AuditLog:
         self._clock = clock
         self._tail: list[Frame] = []  # from the journal's base
         # What each level of tiles has since its last full one: of 0 leaf hashes, of the others roots of tiles below.
+        # An append leaves the hashing of its leaves to `prepare`: nobody waits for it.
         self._rows: list[list[bytes]] = [[]]
         self._next_bundle = journal.base // TILE_WIDTH
         self._owed: dict[str, bytes] = {}  # full tiles that are not known to be on the disk
@@ -169,7 +179,6 @@ class AuditLog:
         except JournalUnusable as error:
             raise unwritable(error.path, error.number) from None
         self._tail += frames
-        self._rows[0] += [leaf_hash(frame.entry) for frame in frames]
         return first
 
     def publish(self, sign: Callable[[Head], str]) -> Head:
@@ -226,11 +235,10 @@ class AuditLog:
         level, complete = 1, base // TILE_WIDTH
         while complete:
             pending = complete % TILE_WIDTH
-            row = [_root_of_full(self._read_tile(level - 1, index)) for index in range(complete - pending, complete)]
+            row = [root_of_row(self._read_tile(level - 1, index)) for index in range(complete - pending, complete)]
             self._rows.append(row)
             level, complete = level + 1, complete // TILE_WIDTH
         self._tail = frames
-        self._rows[0] = [leaf_hash(frame.entry) for frame in frames]
         claimed = self._claimed_size()
         if claimed > self.size:
             raise LogDamaged(
@@ -260,7 +268,9 @@ class AuditLog:
     # Publishing
 
     def _fill_tiles(self) -> None:
-        """Move what fills tiles from the rows to what is owed to the disk."""
+        """Hash what was appended, and move what fills tiles from the rows to what is owed to the disk."""
+        hashed = self._next_bundle * TILE_WIDTH + len(self._rows[0])
+        self._rows[0] += [leaf_hash(frame.entry) for frame in self._tail[hashed - self._journal.base :]]
         while len(self._rows[0]) >= TILE_WIDTH:
             index = self._next_bundle
             first = index * TILE_WIDTH - self._journal.base
@@ -276,7 +286,7 @@ class AuditLog:
         self._owed[tile_path(level, index)] = tile
         if level + 1 == len(self._rows):
             self._rows.append([])
-        self._rows[level + 1].append(_root_of_full(tile))
+        self._rows[level + 1].append(root_of_row(tile))
         if len(self._rows[level + 1]) == TILE_WIDTH:
             self._fill_tile(level + 1, index // TILE_WIDTH)
 
@@ -365,10 +375,3 @@ def _make_private(directory: Path) -> None:
 
 def _bundle(parts: Sequence[bytes]) -> bytes:
     return b"".join([_LENGTH.pack(len(part)) + part for part in parts])
-
-
-def _root_of_full(tile: bytes) -> bytes:
-    edge = Frontier()
-    for at in range(0, len(tile), HASH_BYTES):
-        edge.append(tile[at : at + HASH_BYTES])
-    return edge.root()

@@ -15,8 +15,8 @@ import json
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Final, cast
+from dataclasses import replace
+from typing import Any, ClassVar, Final, NamedTuple, cast
 
 from appliance.audit import protocol
 from appliance.audit.entry import AuditKeys, Draft, seal, search_tag
@@ -26,6 +26,7 @@ from appliance.vault import VaultSealed
 
 _WAIT_S: Final = 10.0
 _MOST_WAITING: Final = 4096
+_SENT_TOGETHER: Final = 8  # frames: the appender works at these while the next are sealed
 _PATIENCE_S: Final = 3.0  # with an appender that does not start: its predecessor may be ending
 _SWEEP_S: Final = 1.0
 _TAGS: Final = 8192  # of actors and sessions, remembered
@@ -44,8 +45,7 @@ class AuditUnavailable(HoldfastError):
     fault: ClassVar[Fault] = Fault.UNAVAILABLE
 
 
-@dataclass(slots=True)
-class _Waiting:
+class _Waiting(NamedTuple):
     kind: int
     body: bytes
     answer: "asyncio.Future[bytes]"
@@ -59,30 +59,37 @@ class _Connection(asyncio.Protocol):
         self._recorder = recorder
         self._received = bytearray()
         self._unsent: list[bytes] = []
+        self._unanswered = 0
         self.transport: asyncio.WriteTransport | None = None
         self.lost = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.WriteTransport", transport)
+        # uvloop keeps back what is below the mark until the loop comes round: the appender would wait for that long.
+        self.transport.set_write_buffer_limits(0)
 
     def send(self, frame: bytes) -> None:
-        """Write a frame, with those of the same moment, if the appender is there still.
+        """Write a frame if the appender is there still: at once, unless it has others to work at.
 
         If it is not, its successor is sent whatever waits.
         """
-        if not self._unsent:
-            asyncio.get_running_loop().call_soon(self._flush)
         self._unsent.append(frame)
+        if not self._unanswered or len(self._unsent) >= _SENT_TOGETHER:
+            self._flush()
+        elif len(self._unsent) == 1:
+            asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
         frames, self._unsent = self._unsent, []
-        if self.transport is not None and not self.transport.is_closing():
+        self._unanswered += len(frames)
+        if frames and self.transport is not None and not self.transport.is_closing():
             self.transport.write(b"".join(frames))
 
     def data_received(self, data: bytes) -> None:
         self._received += data
         try:
             for message in protocol.take_messages(self._received):
+                self._unanswered -= 1
                 self._recorder._answered(message)
         except protocol.Malformed:
             if self.transport is not None:
@@ -235,7 +242,7 @@ class Recorder:
             tag=self._tag,
         )
 
-    async def _ask(self, kind: int, body: bytes) -> bytes:
+    def _ask(self, kind: int, body: bytes) -> "asyncio.Future[bytes]":
         if len(self._waiting) >= _MOST_WAITING:
             raise _lost(f"{_MOST_WAITING} events wait already")
         if self._connection is None and self._impatient() and self.error is not None:
@@ -246,20 +253,21 @@ class Recorder:
         if not self._sweeping:
             self._sweeping = True
             loop.call_later(_SWEEP_S, self._sweep)
-        waiting = _Waiting(kind, body, loop.create_future(), loop.time() + _WAIT_S)
-        self._waiting[number] = waiting
+        answer = loop.create_future()
+        self._waiting[number] = _Waiting(kind, body, answer, loop.time() + _WAIT_S)
         if self._connection is not None:
             self._connection.send(protocol.pack(kind, number, body))
-        try:
-            return await waiting.answer
-        finally:
-            self._waiting.pop(number, None)
+        return answer
 
     def _sweep(self) -> None:
-        """End the waiting of those whose time is up: one timer for all of them."""
+        """End the waiting of those whose time is up, or who gave up: one timer for all of them."""
         loop = asyncio.get_running_loop()
-        for waiting in self._waiting.values():
-            if waiting.until <= loop.time() and not waiting.answer.done():
+        now = loop.time()
+        for number, waiting in list(self._waiting.items()):
+            if waiting.answer.done():
+                del self._waiting[number]
+            elif waiting.until <= now:
+                del self._waiting[number]
                 waiting.answer.set_exception(_lost(f"no answer in {_WAIT_S:g} s"))
         self._sweeping = bool(self._waiting)
         if self._sweeping:
@@ -280,11 +288,13 @@ class Recorder:
         if self._signing_key:
             connection.send(protocol.pack(protocol.SIGNING_KEY, 0, self._signing_key))
         for number, waiting in self._waiting.items():
+            if waiting.answer.done():
+                continue
             kind = protocol.APPEND_AGAIN if waiting.kind == protocol.APPEND else waiting.kind
             connection.send(protocol.pack(kind, number, waiting.body))
 
     def _answered(self, message: protocol.Message) -> None:
-        waiting = self._waiting.get(message.number)
+        waiting = self._waiting.pop(message.number, None)
         if message.kind == protocol.REFUSED:
             self.error = json.loads(message.body)
         elif waiting is not None and waiting.kind == protocol.APPEND:
@@ -306,7 +316,8 @@ class Recorder:
             self._failing_since = self._monotonic()
         if not self._impatient():
             return
-        for waiting in self._waiting.values():
+        refused, self._waiting = self._waiting, {}
+        for waiting in refused.values():
             if not waiting.answer.done():
                 waiting.answer.set_exception(_refused(error.record()))
 

@@ -131,6 +131,16 @@ class Frontier:
         return _fold(self._peaks) if self._peaks else EMPTY_ROOT
 
 
+def root_of_row(row: bytes) -> bytes:
+    """The root over a power of two of hashes that lie side by side, as those of a full tile do."""
+    hashes, rest = divmod(len(row), HASH_BYTES)
+    if rest or hashes.bit_count() != 1:
+        raise ValueError(f"{len(row)} bytes are no power of two of hashes")
+    while len(row) > HASH_BYTES:
+        row = _parents(row)
+    return row
+
+
 def index_path(index: int) -> str:
     """A number in groups of three digits, all but the last behind an x: 1234067 is `x001/x234/067`."""
     if index < 0:

@@ -23,7 +23,7 @@ from appliance.audit.journal import Frame, JournalContent, read_journal
 from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED, record_path
 from appliance.audit.notes import Checkpoint, NoteInvalid, VerifierKey, cosignatures, decode_note, open_checkpoint
 from appliance.audit.reading import prefixed_parts
-from appliance.audit.tree import HASH_BYTES, TILE_HEIGHT, TILE_WIDTH, Frontier, leaf_hash, tile_path
+from appliance.audit.tree import HASH_BYTES, TILE_HEIGHT, TILE_WIDTH, Frontier, leaf_hash, root_of_row, tile_path
 from appliance.errors import Fault, HoldfastError
 
 _PREFIXED: Final = struct.Struct(f">H{ENTRY_BYTES}s")
@@ -304,10 +304,7 @@ class _Run:
 
     def _add_tile(self, hashes: list[bytes]) -> None:
         """A full tile of level 0: its root, and those of the levels above that it fills."""
-        edge = Frontier()
-        for each in hashes:
-            edge.append(each)
-        root, level = edge.root(), 1
+        root, level = root_of_row(b"".join(hashes)), 1
         self._edge.append_subtree(TILE_HEIGHT, root)
         while True:
             if len(self._roots) < level:
@@ -318,10 +315,7 @@ class _Run:
                 return
             end = self._edge.size >> (TILE_HEIGHT * (level + 1))
             self._check_tile(level, end - 1, TILE_WIDTH, row)
-            edge = Frontier()
-            for each in row:
-                edge.append(each)
-            root = edge.root()
+            root = root_of_row(b"".join(row))
             row.clear()
             level += 1
 

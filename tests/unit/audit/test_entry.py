@@ -4,6 +4,9 @@ import dataclasses
 import hashlib
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from appliance.audit.entry import (
     ENTRY_BYTES,
@@ -44,6 +47,17 @@ def test_nothing_of_a_record_is_in_what_lies_on_the_disk() -> None:
     written = _numbered().pack() + draft().sealed
     for word in (b"req_1", b"ten_1", b"pri_1", b"ses_1", b"127.0.0.1", b"turn.admitted"):
         assert word not in written
+
+
+def test_the_key_of_an_entry_and_what_commits_to_it_are_what_rfc_5869_derives() -> None:
+    """As docs/decisions/0010 has it, and with somebody else's HKDF."""
+    entry = _numbered()
+    secret = Keys().audit_secret(entry.key_id, "entry", entry.nonce, entry.commitment)
+    expanded = HKDFExpand(SHA256(), 64, b"holdfast-audit-entry").derive(secret)
+    assert entry.key_commitment == expanded[32:]
+    bound = entry.pack()[:4] + entry.key_id + entry.nonce
+    salted = AESGCM(expanded[:32]).decrypt(bytes(12), draft().sealed, bound)
+    check_commitment(entry, salted[:16], salted[16:])
 
 
 @pytest.mark.parametrize("field", ["key_id", "nonce", "event_class", "key_commitment", "commitment", "sealed_hash"])

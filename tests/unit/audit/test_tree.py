@@ -24,6 +24,7 @@ from appliance.audit.tree import (
     node_hash,
     range_proof,
     root_of,
+    root_of_row,
     tile_path,
     verify_consistency,
     verify_inclusion,
@@ -180,6 +181,14 @@ def test_a_frontier_has_the_roots_of_every_size_on_its_way() -> None:
     for size, leaf in enumerate(_LEAVES):
         assert (edge.size, edge.root()) == (size, _root(size))
         edge.append(leaf)
+
+
+def test_a_row_of_a_power_of_two_has_the_root_of_the_tree_over_it() -> None:
+    for size in (1, 2, 4, 8, 16, 32, 64):
+        assert root_of_row(b"".join(_LEAVES[:size])) == _root(size)
+    for odd in (b"", b"".join(_LEAVES[:3]), _LEAVES[0] + b"0"):
+        with pytest.raises(ValueError, match="no power of two"):
+            root_of_row(odd)
 
 
 def test_a_frontier_goes_on_from_its_peaks() -> None:

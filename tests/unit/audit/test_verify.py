@@ -1,6 +1,7 @@
 """Whoever changes a log is found, and the first entry that is wrong is named."""
 
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from appliance.audit.entry import ENTRY_BYTES
 from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED, Head
 from appliance.audit.notes import Algorithm, Checkpoint, SigningKey, VerifierKey, cosign, sign_checkpoint
 from appliance.audit.verify import LogTampered, Verified, verify_log
-from tests.unit.audit.making import KEY, Clock, drafts, make_log, open_log, sign
+from tests.unit.audit.making import KEY, Clock, draft, drafts, make_log, open_log, sign
 
 VERIFIER = KEY.verifier()
 WITNESS = SigningKey("witness.example", b"w" * 32, Algorithm.COSIGNATURE)
@@ -38,6 +39,24 @@ def test_a_whole_log_holds(log: Path) -> None:
     found = verify_log(log, VERIFIER, progress=lambda done, of: seen.append((done, of)))
     assert (found.size, found.unsigned, found.boots, found.clock_steps) == (600, 0, 1, [])
     assert seen[-1] == (600, 600)
+
+
+def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
+    log, one = open_log(tmp_path), draft()
+    peaks = []
+    for size in (8_192, 65_536):
+        while log.size < size:
+            log.append([one] * 4096)
+            log.publish(sign)
+        tracemalloc.start()
+        try:
+            assert _verify(tmp_path).size == size
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    log.close()
+    # One byte kept of each entry more would be 57,344.
+    assert peaks[1] - peaks[0] < 50_000, peaks
 
 
 @pytest.mark.timeout(600)
