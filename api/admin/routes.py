@@ -19,10 +19,9 @@ import asyncio
 import dataclasses
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -31,22 +30,19 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api import trail
-from api.admin import status, types
+from api.admin import audit_routes, status, types
+from api.admin.asking import Asker, AskerOf, Endpoints, ServicesOf
 from api.admin.peers import pid_of, uid_of
 from api.backups import stream_backup
 from api.openai.errors import status_of
 from api.roots import open_root
 from api.services import Services
-from appliance.audit import Actor, Event, NodeAudit, Outcome
+from appliance.audit import Event, Outcome
 from appliance.audit.events import (
     ADMIN_ACTED,
     ADMIN_REFUSED,
     ANYONE,
-    AUDIT_READ,
-    AUDIT_WITNESSED,
     BACKUP_MADE,
-    CATALOGUE,
     KEY_CREATED,
     KEY_REVOKED,
     NOT_AUTHENTICATED,
@@ -57,16 +53,7 @@ from appliance.audit.events import (
     VAULT_OPENED,
     VAULT_REFUSED,
     VAULT_SEALED,
-    EventClass,
 )
-from appliance.audit.notes import Checkpoint, VerifierKey
-from appliance.audit.reading import LogReader
-from appliance.audit.search import Found, look_at, search
-from appliance.audit.search import Query as AuditQuery
-from appliance.audit.signing import public_key
-from appliance.audit.tree import leaf_hash
-from appliance.audit.witness import read_request
-from appliance.audit.witnessing import last_seen, make_request, take_reply
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import ApiKey, Caller, Permission, Role, Scopes, Tenant
 from appliance.sessions import SessionSummary, Transcript
@@ -154,57 +141,6 @@ class NoSuchAdminRoute(HoldfastError, LookupError):
 
     code: ClassVar[str] = "admin_route_unknown"
     fault: ClassVar[Fault] = Fault.MISSING
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Asker:
-    """Who a request is made for. `caller` is None while the vault is sealed: the gateway's own user, nameless."""
-
-    caller: Caller | None
-    source: str
-    audit: NodeAudit
-
-    async def did(
-        self,
-        kind: EventClass,
-        target: tuple[str, str],
-        *,
-        outcome: Outcome = Outcome.SUCCESS,
-        reason: str = "",
-        tenant_id: str | None = None,
-        details: Mapping[str, str] | None = None,
-    ) -> None:
-        """Record what the asker did, or asked for.
-
-        Raises:
-            AuditUnavailable: it is not in the log.
-        """
-        actor = Actor("user", self.source) if self.caller is None else trail.actor_of(self.caller)
-        event = Event(
-            kind,
-            actor,
-            outcome,
-            tenant_id=tenant_id or "",
-            source=self.source,
-            target=target,
-            reason=reason,
-            details=details or {},
-        )
-        await self.audit.record(event, privileged=True)
-
-    def __str__(self) -> str:
-        return "the gateway's own user" if self.caller is None else self.caller.principal.principal_id
-
-    @property
-    def named(self) -> Caller:
-        """The caller.
-
-        Raises:
-            VaultSealed: nobody has a name now.
-        """
-        if self.caller is None:
-            raise VaultSealed
-        return self.caller
 
 
 def admin_app(services: Services) -> FastAPI:
@@ -307,20 +243,6 @@ async def _asker(services: Services, request: Request) -> Asker:
             raise _denied("while the vault is sealed it is open to the gateway's own user only")
         return Asker(None, source, services.audit)
     return Asker(await services.identity.caller_of_uid(uid), source, services.audit)
-
-
-def _services(request: Request) -> Services:
-    services: Services = request.app.state.services
-    return services
-
-
-def _who(request: Request) -> Asker:
-    asker: Asker = request.state.asker
-    return asker
-
-
-ServicesOf = Annotated[Services, Depends(_services)]
-AskerOf = Annotated[Asker, Depends(_who)]
 
 
 # The vault
@@ -474,81 +396,7 @@ async def _with_first(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncI
             yield piece
 
 
-# The audit log
-
-
-async def _audit_status(services: ServicesOf) -> types.AuditStatus:
-    return await status.audit_status(services)
-
-
-async def _audit_entries(
-    services: ServicesOf,
-    asker: AskerOf,
-    since: float | None = None,
-    until: float | None = None,
-    tenant: str | None = None,
-    action: str | None = None,
-    actor: str | None = None,
-    session: str | None = None,
-    outcome: str | None = None,
-    before: int | None = None,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
-) -> types.AuditPage:
-    query = AuditQuery(
-        since_ns=None if since is None else int(since * 1e9),
-        until_ns=None if until is None else int(until * 1e9),
-        scope=tenant,
-        action=action,
-        actor=actor,
-        session=session,
-        outcome=outcome,
-        before=before,
-        limit=limit,
-    )
-    given = {name: str(value) for name, value in dataclasses.asdict(query).items() if value is not None}
-    await asker.did(AUDIT_READ, ("audit", ""), details=given)
-    found = await asyncio.to_thread(lambda: search(LogReader(services.audit.directory), services.vault, query))
-    return types.AuditPage(entries=[_audit_view(each) for each in found.found], go_on_before=found.go_on_before)
-
-
-async def _audit_entry(sequence: int, services: ServicesOf, asker: AskerOf) -> types.AuditEntry:
-    await asker.did(AUDIT_READ, ("entry", str(sequence)))
-    return await asyncio.to_thread(_look_up, services, sequence)
-
-
-def _look_up(services: Services, sequence: int) -> types.AuditEntry:
-    log = LogReader(services.audit.directory)
-    return _audit_view(look_at(log.entry(sequence), log.frame(sequence).sealed, services.vault))
-
-
-async def _audit_witness_request(
-    services: ServicesOf, witness: str | None = None, old_size: int | None = None
-) -> types.AuditWitnessAsked:
-    await services.audit.checkpoint()
-    return await asyncio.to_thread(_ask_witness, services.audit.directory, witness, old_size)
-
-
-def _ask_witness(directory: Path, witness: str | None, old_size: int | None) -> types.AuditWitnessAsked:
-    if old_size is None:
-        old_size = 0 if witness is None else last_seen(directory, VerifierKey.parse(witness))
-    asked = make_request(directory, old_size=old_size)
-    size = Checkpoint.parse(read_request(asked).note.partition("\n\n")[0] + "\n").size
-    return types.AuditWitnessAsked(request=asked.decode(), size=size, public_key=str(public_key(directory)))
-
-
-async def _audit_witness_reply(
-    came: types.AuditWitnessReply, services: ServicesOf, asker: AskerOf
-) -> types.AuditWitnessed:
-    directory = services.audit.directory
-    witness = VerifierKey.parse(came.witness)
-    seen = await asyncio.to_thread(
-        take_reply, directory, came.request.encode(), came.reply.encode(), public_key(directory), witness
-    )
-    await asker.did(AUDIT_WITNESSED, ("witness", str(witness)), details={"size": str(seen.size)})
-    return types.AuditWitnessed(witness=witness.name, size=seen.size)
-
-
-_ENDPOINTS: Mapping[tuple[str, str], tuple[Callable[..., Awaitable[Any]], type[types.Wire] | None]] = {
+_ENDPOINTS: Endpoints = {
     ("GET", "/v1/status"): (_status, types.Status),
     ("POST", "/v1/vault/unseal"): (_unseal, types.VaultState),
     ("POST", "/v1/vault/seal"): (_seal, types.VaultState),
@@ -562,11 +410,7 @@ _ENDPOINTS: Mapping[tuple[str, str], tuple[Callable[..., Awaitable[Any]], type[t
     ("GET", "/v1/sessions/{session_id}/transcript"): (_transcript, types.Transcript),
     ("POST", "/v1/sessions/{session_id}/forget"): (_forget, types.Forgotten),
     ("POST", "/v1/backup"): (_backup, None),
-    ("GET", "/v1/audit"): (_audit_status, types.AuditStatus),
-    ("GET", "/v1/audit/entries"): (_audit_entries, types.AuditPage),
-    ("GET", "/v1/audit/entries/{sequence}"): (_audit_entry, types.AuditEntry),
-    ("GET", "/v1/audit/witness"): (_audit_witness_request, types.AuditWitnessAsked),
-    ("POST", "/v1/audit/witness"): (_audit_witness_reply, types.AuditWitnessed),
+    **audit_routes.ENDPOINTS,
 }
 
 
@@ -696,20 +540,6 @@ def _transcript_view(transcript: Transcript) -> types.Transcript:
             )
             for turn in transcript.turns
         ],
-    )
-
-
-def _audit_view(found: Found) -> types.AuditEntry:
-    entry = found.entry
-    known = CATALOGUE.get(entry.event_class)
-    return types.AuditEntry(
-        sequence=entry.sequence,
-        time_s=entry.wall_ns / 1e9,
-        action=f"class {entry.event_class}" if known is None else known.action,
-        leaf_hash=leaf_hash(entry.pack()).hex(),
-        record=found.record,
-        salt=found.salt.hex() or None,
-        why_not=found.why_not or None,
     )
 
 
