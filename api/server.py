@@ -40,6 +40,7 @@ from api.listener import bounded_by
 from api.marking import keep_marks
 from api.metrics import CONTENT_TYPE, Metrics
 from api.openai.errors import Draining
+from api.retaining import keep_retention
 from api.roots import open_root, read_seal
 from api.services import Lifecycle, Services
 from appliance.audit import AuditUnavailable, Event, NodeAudit
@@ -119,6 +120,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         tasks.create_task(_record_start(services))
         recording = tasks.create_task(_record_engine(services))
         marking = tasks.create_task(keep_marks(services))
+        retaining = tasks.create_task(keep_retention(services))
         watch = tasks.create_task(services.watch.run())
         erasing = tasks.create_task(services.sessions.finish_erasures())
         serving = [
@@ -140,6 +142,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         erasing.cancel()
         recording.cancel()
         marking.cancel()
+        retaining.cancel()
         if services.engine_process is not None:
             await services.engine_process.stop()
         for server in servers:
@@ -238,7 +241,12 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             settings=settings,
             vault=vault,
             store=store,
-            audit=NodeAudit(settings.state_dir, vault, versions=versions(process)),
+            audit=NodeAudit(
+                settings.state_dir,
+                vault,
+                versions=versions(process),
+                retention_days=settings.audit.retention_days,
+            ),
             identity=Identity(store, vault),
             quotas=Quotas(store),
             sessions=Sessions(store, vault, settings.sessions),

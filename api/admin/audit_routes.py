@@ -55,7 +55,11 @@ async def _audit_entries(
     given = {name: str(value) for name, value in dataclasses.asdict(query).items() if value is not None}
     await asker.did(AUDIT_READ, ("audit", ""), details=given)
     found = await asyncio.to_thread(lambda: search(LogReader(services.audit.directory), services.vault, query))
-    return types.AuditPage(entries=[_audit_view(each) for each in found.found], go_on_before=found.go_on_before)
+    return types.AuditPage(
+        entries=[_audit_view(each) for each in found.found],
+        go_on_before=found.go_on_before,
+        oldest_kept=found.oldest,
+    )
 
 
 async def _audit_entry(sequence: int, services: ServicesOf, asker: AskerOf) -> types.AuditEntry:

@@ -265,7 +265,9 @@ class AuditStatus(Wire):
     """The audit log of this node.
 
     `size` counts its entries; `checkpoint_size` those under the newest checkpoint, `witnessed_size` those that a
-    witness co-signed. `checkpoint_age_s` is None when none was made since the appender started.
+    witness co-signed. `checkpoint_age_s` is None when none was made since the appender started. `oldest_kept` is the
+    first entry that retention left; None when nobody has looked yet, as before the vault is open. `retention_held` says
+    why what is older than the retention is still there; `alarm` what an administrator has to know.
     """
 
     size: int
@@ -274,6 +276,12 @@ class AuditStatus(Wire):
     signs: bool
     public_key: str | None
     witnessed_size: int
+    retention_days: int
+    retention_overridden: bool
+    retention_held: str | None
+    oldest_kept: int | None
+    oldest_kept_time_s: float | None
+    alarm: str | None
     directory: str
     error: AuditError | None
 
@@ -291,10 +299,14 @@ class AuditEntry(Wire):
 
 
 class AuditPage(Wire):
-    """Entries, the newest first; `go_on_before`: there may be more below this number."""
+    """Entries, the newest first; `go_on_before`: there may be more below this number.
+
+    `oldest_kept`: where the search could begin; those before it were removed.
+    """
 
     entries: list[AuditEntry]
     go_on_before: int | None
+    oldest_kept: int
 
 
 class AuditWitnessAsked(Wire):

@@ -30,6 +30,7 @@ class Scope(enum.StrEnum):
 
     TENANT = "tenant"
     SYSTEM = "system"
+    NOBODY = "nobody"  # in plaintext: what verification has to know
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,27 @@ STORE_MARKED: Final = EventClass(
 )
 OLDER_COPY: Final = EventClass(
     3, "older_copy.found", "The log or the database had been put back to an older copy.", Scope.SYSTEM, (6002, 99)
+)
+ENTRIES_REMOVED: Final = EventClass(
+    4,
+    "log.entries_removed",
+    "Retention is about to remove the entries from `first` to `last`; `missing` were gone before they were due.",
+    Scope.NOBODY,
+    (6002, 99),
+)
+RETENTION_OVERRIDDEN: Final = EventClass(
+    5,
+    "retention.overridden",
+    "Entries are kept for less than six months: by whose word, and why.",
+    Scope.SYSTEM,
+    (6002, 99),
+)
+ENTRIES_MISSING: Final = EventClass(
+    6,
+    "log.entries_missing",
+    "Old entries, from `first` on, are gone, and retention has not removed them.",
+    Scope.SYSTEM,
+    (6002, 99),
 )
 GATEWAY_STARTED: Final = EventClass(10, "gateway.started", "A gateway began to serve.", Scope.SYSTEM, (6002, 3))
 GATEWAY_STOPPED: Final = EventClass(11, "gateway.stopped", "A gateway ended in good order.", Scope.SYSTEM, (6002, 4))
@@ -230,11 +252,12 @@ _PAGE: Final = """\
 # Events of the audit log
 
 Made from the catalogue in `appliance/audit/events.py`; a test compares the two. *key*: whose key seals the record, the
-tenant's or the system's. *OCSF*: class and activity in OCSF 1.8.0.
+tenant's, the system's, or nobody's. *OCSF*: class and activity in OCSF 1.8.0.
 
 A record holds `action`, `outcome` (success, failure, refused), `actor` (kind, id, role), `versions`, and where
 there is something to say `tenant_id`, `source`, `target` (kind, id), `reason` (an error's code), `request_id`,
-`session_id`, `counts`, `details`. No field is longer than 256 characters; `cut` names those that were. Sequence,
+`session_id`, `counts`, `details`. Nobody's records are in plaintext, for who verifies the log without a key.
+No field is longer than 256 characters; `cut` names those that were. Sequence,
 wall clock, monotonic clock and boot are the entry's own. What a person or a model said is in no event.
 
 | number | action | meaning | key | OCSF |
