@@ -57,7 +57,7 @@ class GatewaySettings(_Section):
     def _tls_beyond_loopback(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_private_key is None):
             raise ValueError("tls_certificate and tls_private_key go together")
-        if self.tls_certificate is None and not _is_loopback(self.host):
+        if self.tls_certificate is None and not is_loopback(self.host):
             raise ValueError(f"{self.host} is not a loopback address: set tls_certificate and tls_private_key")
         return self
 
@@ -181,7 +181,8 @@ def load_settings(
         ) from None
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect with an address; a name is not looked up."""
     if host == "localhost":
         return True
     try:

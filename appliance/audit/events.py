@@ -88,6 +88,23 @@ GATEWAY_STARTED: Final = EventClass(10, "gateway.started", "A gateway began to s
 GATEWAY_STOPPED: Final = EventClass(11, "gateway.stopped", "A gateway ended in good order.", Scope.SYSTEM, (6002, 4))
 ENGINE_READY: Final = EventClass(12, "engine.ready", "An engine began to serve a model.", Scope.SYSTEM, (6002, 3))
 ENGINE_LOST: Final = EventClass(13, "engine.lost", "An engine stopped answering.", Scope.SYSTEM, (6002, 4))
+CONFIG_RECORDED: Final = EventClass(
+    14,
+    "config.recorded",
+    "A first start, or one that did not know the last one's settings: their digest, and which of them weaken security.",
+    Scope.SYSTEM,
+    (3004, 1),
+)
+CONFIG_CHANGED: Final = EventClass(
+    15,
+    "config.changed",
+    "A setting is another one than at the last start; `weakens` says what it gives up.",
+    Scope.SYSTEM,
+    (3004, 3),
+)
+MODEL_CHANGED: Final = EventClass(
+    16, "model.changed", "The model is another one than at the last start.", Scope.SYSTEM, (3004, 3)
+)
 VAULT_OPENED: Final = EventClass(20, "vault.opened", "The root key was opened.", Scope.SYSTEM, (3002, 1))
 VAULT_REFUSED: Final = EventClass(21, "vault.refused", "Somebody failed to open the vault.", Scope.SYSTEM, (3002, 1))
 VAULT_SEALED: Final = EventClass(22, "vault.sealed", "The vault was sealed.", Scope.SYSTEM, (3002, 2))
