@@ -5,7 +5,7 @@ Rule: what an asker did is in the audit log, under the asker's id, before the an
 
 import dataclasses
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from fastapi import Depends, Request
 
@@ -14,7 +14,8 @@ from api.admin import types
 from api.services import Services
 from appliance.audit import Actor, Event, NodeAudit, Outcome
 from appliance.audit.events import EventClass
-from appliance.identity import Caller
+from appliance.errors import Fault, HoldfastError
+from appliance.identity import Caller, Tenant
 from appliance.vault import VaultSealed
 
 Endpoints = Mapping[tuple[str, str], tuple[Callable[..., Awaitable[Any]], type[types.Wire] | None]]
@@ -84,3 +85,34 @@ def _who(request: Request) -> Asker:
 
 ServicesOf = Annotated[Services, Depends(_services)]
 AskerOf = Annotated[Asker, Depends(_who)]
+
+
+class NoSuchThing(HoldfastError, LookupError):
+    """A tenant or a key that does not exist, or that the caller may not know of."""
+
+    code: ClassVar[str] = "admin_not_found"
+    fault: ClassVar[Fault] = Fault.MISSING
+
+
+async def chosen_tenant(services: Services, caller: Caller, named: str | None) -> Tenant | None:
+    """The tenant that a request speaks of; None: all of them. Another tenant's is as unknown as one that never was."""
+    if named is None:
+        return caller.tenant
+    try:
+        tenant = await services.identity.tenant(named)
+    except HoldfastError as error:
+        if error.fault is not Fault.MISSING:
+            raise
+        raise unknown("tenant", named, "tenant list") from None
+    if caller.tenant is not None and caller.tenant.tenant_id != tenant.tenant_id:
+        raise unknown("tenant", named, "tenant list")
+    return tenant
+
+
+def unknown(what: str, name: str, command: str) -> NoSuchThing:
+    """What is answered where there is none, or none that the asker may know of."""
+    return NoSuchThing(
+        f"there is no {what} {name!r}",
+        cause=f"no {what} has that name or id, or it is not yours to know of",
+        remedy=f"`holdfast {command}` names those that there are",
+    )

@@ -7,6 +7,8 @@ Rules:
 - The rest asks the running appliance, which decides who may, and records that it was asked.
 """
 
+import hashlib
+import json
 import sys
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from appliance.audit.digests import prompt_hash
 from appliance.audit.notes import Algorithm, SigningKey, VerifierKey
 from appliance.audit.proof import prove as make_proof
 from appliance.audit.proof import verify_proof
@@ -196,6 +199,32 @@ def check_proof(console: Console, file: Any, log_dir: Path | None, key_text: str
     if found.record is not None:
         text += "\n" + _record_text(found.record)
     console.result(value, text)
+
+
+@audit.command()
+@click.argument("tenant")
+@click.option(
+    "--of",
+    "of",
+    type=click.Choice(["answer", "messages", "prompt"]),
+    required=True,
+    help="What the text is: an answer's text, the `messages` of a chat completion (as JSON), a completion's prompt.",
+)
+@api_key_option
+@pass_console
+def digest(console: Console, tenant: str, of: str, api_key_fd: int | None) -> None:
+    """Say which keyed digest the text on standard input has in TENANT's turns. The text itself goes nowhere.
+
+    Every byte of it counts, a newline at the end too.
+    """
+    given = sys.stdin.buffer.read()
+    try:
+        hashed = prompt_hash(json.loads(given)) if of == "messages" else hashlib.sha256(given).digest()
+    except ValueError as error:
+        raise click.UsageError(f"what came on standard input is no JSON: {error}") from None
+    text = "answer" if of == "answer" else "prompt"
+    found = console.admin(api_key_fd=api_key_fd).audit_digest(tenant=tenant, text=text, sha256=hashed.hex())
+    console.result(found, found.digest)
 
 
 # Witnesses

@@ -11,8 +11,9 @@ from typing import Annotated
 from fastapi import Query
 
 from api.admin import status, types
-from api.admin.asking import AskerOf, Endpoints, ServicesOf
+from api.admin.asking import AskerOf, Endpoints, ServicesOf, chosen_tenant, unknown
 from api.services import Services
+from appliance.audit.digests import Text, keyed_digest
 from appliance.audit.events import AUDIT_READ, AUDIT_WITNESSED, CATALOGUE
 from appliance.audit.notes import Checkpoint, VerifierKey
 from appliance.audit.reading import LogReader
@@ -72,6 +73,15 @@ def _look_up(services: Services, sequence: int) -> types.AuditEntry:
     return _audit_view(look_at(log.entry(sequence), log.frame(sequence).sealed, services.vault))
 
 
+async def _audit_digest(asked: types.AuditDigestAsked, services: ServicesOf, asker: AskerOf) -> types.AuditDigest:
+    tenant = await chosen_tenant(services, asker.named, asked.tenant)
+    if tenant is None:
+        raise unknown("tenant", asked.tenant, "tenant list")
+    await asker.did(AUDIT_READ, ("digest", tenant.tenant_id), details={"text": asked.text})
+    digest = keyed_digest(services.vault, tenant.tenant_id, Text(asked.text), bytes.fromhex(asked.sha256))
+    return types.AuditDigest(tenant_id=tenant.tenant_id, digest=digest)
+
+
 async def _audit_witness_request(
     services: ServicesOf, witness: str | None = None, old_size: int | None = None
 ) -> types.AuditWitnessAsked:
@@ -117,6 +127,7 @@ ENDPOINTS: Endpoints = {
     ("GET", "/v1/audit"): (_audit_status, types.AuditStatus),
     ("GET", "/v1/audit/entries"): (_audit_entries, types.AuditPage),
     ("GET", "/v1/audit/entries/{sequence}"): (_audit_entry, types.AuditEntry),
+    ("POST", "/v1/audit/digest"): (_audit_digest, types.AuditDigest),
     ("GET", "/v1/audit/witness"): (_audit_witness_request, types.AuditWitnessAsked),
     ("POST", "/v1/audit/witness"): (_audit_witness_reply, types.AuditWitnessed),
 }

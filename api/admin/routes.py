@@ -31,7 +31,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.admin import audit_routes, status, types
-from api.admin.asking import Asker, AskerOf, Endpoints, ServicesOf
+from api.admin.asking import Asker, AskerOf, Endpoints, ServicesOf, chosen_tenant, unknown
 from api.admin.peers import pid_of, uid_of
 from api.backups import stream_backup
 from api.openai.errors import status_of
@@ -48,6 +48,7 @@ from appliance.audit.events import (
     NOT_AUTHENTICATED,
     SESSION_SHREDDED,
     SESSIONS_LISTED,
+    TENANT_CHANGED,
     TENANT_CREATED,
     TRANSCRIPT_READ,
     VAULT_OPENED,
@@ -55,7 +56,7 @@ from appliance.audit.events import (
     VAULT_SEALED,
 )
 from appliance.errors import Fault, HoldfastError
-from appliance.identity import ApiKey, Caller, Permission, Role, Scopes, Tenant
+from appliance.identity import ApiKey, Permission, Role, Scopes, Tenant
 from appliance.sessions import SessionSummary, Transcript
 from appliance.vault import VaultSealed
 
@@ -92,6 +93,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("POST", "/v1/vault/seal"): Rule(_MASTERS, appliance_wide=True, while_sealed=True),
     ("GET", "/v1/tenants"): Rule(_PEOPLE),
     ("POST", "/v1/tenants"): Rule(_ADMINS, appliance_wide=True),
+    ("POST", "/v1/tenants/{tenant_id}"): Rule(_ADMINS),
     ("GET", "/v1/keys"): Rule(_PEOPLE),
     ("POST", "/v1/keys"): Rule(_ADMINS),
     ("POST", "/v1/keys/{key_id}/revoke"): Rule(_MASTERS),
@@ -103,6 +105,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", "/v1/audit"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False),
     ("GET", "/v1/audit/entries"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
     ("GET", "/v1/audit/entries/{sequence}"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
+    ("POST", "/v1/audit/digest"): Rule(_AUDITORS, recorded=False),
     ("GET", "/v1/audit/witness"): Rule(_PEOPLE, appliance_wide=True),
     ("POST", "/v1/audit/witness"): Rule(_PEOPLE, appliance_wide=True),
 }
@@ -127,13 +130,6 @@ class AdminRequestInvalid(HoldfastError, ValueError):
 
     code: ClassVar[str] = "admin_request_invalid"
     fault: ClassVar[Fault] = Fault.CALLER
-
-
-class NoSuchThing(HoldfastError, LookupError):
-    """A tenant or a key that does not exist, or that the caller may not know of."""
-
-    code: ClassVar[str] = "admin_not_found"
-    fault: ClassVar[Fault] = Fault.MISSING
 
 
 class NoSuchAdminRoute(HoldfastError, LookupError):
@@ -293,14 +289,30 @@ async def _create_tenant(new: types.NewTenant, services: ServicesOf, asker: Aske
     return _tenant_view(tenant)
 
 
+async def _change_tenant(
+    tenant_id: str, chosen: types.TenantChoices, services: ServicesOf, asker: AskerOf
+) -> types.Tenant:
+    tenant = await chosen_tenant(services, asker.named, tenant_id)
+    if tenant is None or tenant.tenant_id != tenant_id:
+        raise unknown("tenant", tenant_id, "tenant list")
+    changed = await services.identity.choose_digests(tenant, on=chosen.audit_digests)
+    details = {"setting": "audit_digests", "old": _on_off(tenant.audit_digests), "new": _on_off(changed.audit_digests)}
+    await asker.did(TENANT_CHANGED, ("tenant", tenant_id), tenant_id=tenant_id, details=details)
+    return _tenant_view(changed)
+
+
+def _on_off(chosen: bool) -> str:
+    return "on" if chosen else "off"
+
+
 async def _keys(services: ServicesOf, asker: AskerOf, tenant: str | None = None) -> types.Keys:
-    chosen = await _chosen_tenant(services, asker.named, tenant)
+    chosen = await chosen_tenant(services, asker.named, tenant)
     keys = await services.identity.keys(chosen)
     return types.Keys(keys=await _key_views(services, keys))
 
 
 async def _create_key(new: types.NewKey, services: ServicesOf, asker: AskerOf) -> types.CreatedKey:
-    tenant = await _chosen_tenant(services, asker.named, new.tenant) or await _only_tenant(services)
+    tenant = await chosen_tenant(services, asker.named, new.tenant) or await _only_tenant(services)
     principals = await services.identity.principals(tenant)
     principal = next((each for each in principals if each.name == new.principal), None)
     if principal is None:
@@ -318,7 +330,7 @@ async def _create_key(new: types.NewKey, services: ServicesOf, asker: AskerOf) -
 async def _revoke_key(key_id: str, services: ServicesOf, asker: AskerOf) -> types.Key:
     known = await services.identity.keys(asker.named.tenant)
     if all(key.key_id != key_id for key in known):
-        raise _unknown("key", key_id, "key list")
+        raise unknown("key", key_id, "key list")
     revoked = await services.identity.revoke_key(key_id)
     await asker.did(KEY_REVOKED, ("key", key_id), tenant_id=revoked.tenant_id)
     (view,) = await _key_views(services, [revoked])
@@ -334,7 +346,7 @@ async def _sessions(
     tenant: str | None = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
 ) -> types.SessionPage:
-    chosen = await _chosen_tenant(services, asker.named, tenant)
+    chosen = await chosen_tenant(services, asker.named, tenant)
     found = await services.sessions.summaries(
         asker.named, tenant_id=None if chosen is None else chosen.tenant_id, limit=limit + 1
     )
@@ -402,6 +414,7 @@ _ENDPOINTS: Endpoints = {
     ("POST", "/v1/vault/seal"): (_seal, types.VaultState),
     ("GET", "/v1/tenants"): (_tenants, types.Tenants),
     ("POST", "/v1/tenants"): (_create_tenant, types.Tenant),
+    ("POST", "/v1/tenants/{tenant_id}"): (_change_tenant, types.Tenant),
     ("GET", "/v1/keys"): (_keys, types.Keys),
     ("POST", "/v1/keys"): (_create_key, types.CreatedKey),
     ("POST", "/v1/keys/{key_id}/revoke"): (_revoke_key, types.Key),
@@ -415,21 +428,6 @@ _ENDPOINTS: Endpoints = {
 
 
 # What the rooms' values look like from outside
-
-
-async def _chosen_tenant(services: Services, caller: Caller, named: str | None) -> Tenant | None:
-    """The tenant that a request speaks of; None: all of them. Another tenant's is as unknown as one that never was."""
-    if named is None:
-        return caller.tenant
-    try:
-        tenant = await services.identity.tenant(named)
-    except HoldfastError as error:
-        if error.fault is not Fault.MISSING:
-            raise
-        raise _unknown("tenant", named, "tenant list") from None
-    if caller.tenant is not None and caller.tenant.tenant_id != tenant.tenant_id:
-        raise _unknown("tenant", named, "tenant list")
-    return tenant
 
 
 async def _only_tenant(services: Services) -> Tenant:
@@ -449,6 +447,7 @@ def _tenant_view(tenant: Tenant) -> types.Tenant:
         name=tenant.name,
         idle_timeout_s=tenant.idle_timeout_s,
         isolation=tenant.isolation,
+        audit_digests=tenant.audit_digests,
         created_at=tenant.created_at,
     )
 
@@ -548,14 +547,6 @@ def _transcript_view(transcript: Transcript) -> types.Transcript:
 
 def _denied(cause: str) -> AdminDenied:
     return AdminDenied("this may not be done", cause=cause, remedy="Ask an administrator of the appliance")
-
-
-def _unknown(what: str, name: str, command: str) -> NoSuchThing:
-    return NoSuchThing(
-        f"there is no {what} {name!r}",
-        cause=f"no {what} has that name or id, or it is not yours to know of",
-        remedy=f"`holdfast {command}` names those that there are",
-    )
 
 
 async def _answer_error(_: Request, error: Exception) -> JSONResponse:

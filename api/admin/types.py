@@ -110,6 +110,12 @@ class NewTenant(Wire):
     idle_timeout_s: float | None = Field(default=None, ge=0, le=86_400)
 
 
+class TenantChoices(Wire):
+    """What is set for a tenant. `audit_digests`: the audit log has keyed digests of what its turns ask and answer."""
+
+    audit_digests: bool
+
+
 class Tenant(Wire):
     """One tenant."""
 
@@ -117,6 +123,7 @@ class Tenant(Wire):
     name: str
     idle_timeout_s: float | None
     isolation: str
+    audit_digests: bool
     created_at: float
 
 
@@ -307,6 +314,21 @@ class AuditPage(Wire):
     entries: list[AuditEntry]
     go_on_before: int | None
     oldest_kept: int
+
+
+class AuditDigestAsked(Wire):
+    """A text to be compared with a digest in the log, by its SHA-256 in hexadecimal."""
+
+    tenant: Name
+    text: Literal["prompt", "answer"]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class AuditDigest(Wire):
+    """The keyed digest of a text, in hexadecimal, as turns of that tenant carry it."""
+
+    tenant_id: str
+    digest: str
 
 
 class AuditWitnessAsked(Wire):

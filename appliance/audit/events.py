@@ -150,6 +150,9 @@ TURN_NOT_KEPT: Final = EventClass(
     45, "turn.not_kept", "A turn ended and could not be stored: its client was told so.", Scope.TENANT, (6003, 1)
 )
 TENANT_CREATED: Final = EventClass(50, "tenant.created", "A tenant was made.", Scope.SYSTEM, (3004, 1))
+TENANT_CHANGED: Final = EventClass(
+    51, "tenant.changed", "What a tenant chose is another thing now.", Scope.SYSTEM, (3004, 3)
+)
 KEY_CREATED: Final = EventClass(60, "key.created", "An API key was made.", Scope.SYSTEM, (3004, 1))
 KEY_REVOKED: Final = EventClass(61, "key.revoked", "An API key was revoked.", Scope.SYSTEM, (3004, 4))
 SESSIONS_LISTED: Final = EventClass(70, "sessions.listed", "Somebody listed sessions.", Scope.SYSTEM, (6003, 2))
@@ -273,9 +276,10 @@ tenant's, the system's, or nobody's. *OCSF*: class and activity in OCSF 1.8.0.
 
 A record holds `action`, `outcome` (success, failure, refused), `actor` (kind, id, role), `versions`, and where
 there is something to say `tenant_id`, `source`, `target` (kind, id), `reason` (an error's code), `request_id`,
-`session_id`, `counts`, `details`. Nobody's records are in plaintext, for who verifies the log without a key.
-No field is longer than 256 characters; `cut` names those that were. Sequence,
-wall clock, monotonic clock and boot are the entry's own. What a person or a model said is in no event.
+`session_id`, `counts`, `details`. No field is longer than 256 characters; `cut` names those that were. Sequence, wall
+clock, monotonic clock and boot are the entry's own. Nobody's records are in plaintext, for who verifies the log
+without a key. What a person or a model said is in no event; where a tenant chose it, `turn.admitted` has a keyed
+`prompt_digest` and the end of a turn an `answer_digest`.
 
 | number | action | meaning | key | OCSF |
 |---|---|---|---|---|"""
