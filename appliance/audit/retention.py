@@ -182,8 +182,9 @@ class Retention:
         removed = await asyncio.to_thread(self._last_removal, log)
         oldest = await asyncio.to_thread(self._look_at_oldest, log)
         rightful = 0 if removed is None else removed.kept_from
-        if removed is not None and oldest < rightful:
+        if removed is not None and (oldest < rightful or self._is_half_removed(rightful)):
             await self._remove(oldest, rightful)
+            await asyncio.to_thread(self._look_at_oldest, log)
             return removed
         if oldest > rightful:
             await self._tell_missing(rightful, oldest)
@@ -199,7 +200,7 @@ class Retention:
                 remedy="`holdfast audit status` tells why there is no checkpoint; it is tried again",
             )
         await self._remove(oldest, plan.kept_from)
-        log = await asyncio.to_thread(LogReader, self._directory)
+        log = await asyncio.to_thread(LogReader, self._directory)  # with the event in it
         await asyncio.to_thread(self._look_at_oldest, log)
         return await asyncio.to_thread(self._last_removal, log)
 
@@ -211,6 +212,10 @@ class Retention:
         self._searched_to = max(self._searched_to, log.published)
         self._last = found or self._last
         return self._last
+
+    def _is_half_removed(self, kept_from: int) -> bool:
+        """Whether the last bundle of a removal has lost its records and not its entries."""
+        return (self._directory / tile_path("entries", kept_from // TILE_WIDTH - 1)).exists()
 
     def _look_at_oldest(self, log: LogReader) -> int:
         oldest = log.oldest

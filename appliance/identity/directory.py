@@ -177,7 +177,6 @@ class Identity:
             StoreBusy: others changed it again and again meanwhile.
         """
         query = select(tables.tenants).where(tables.tenants.c.tenant_id == tenant.tenant_id)
-        self._forget_callers()
         try:
             for _ in range(_CHANGE_ATTEMPTS):
                 row = await self._store.read(lambda db: db.execute(query).mappings().first())

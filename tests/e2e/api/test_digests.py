@@ -105,6 +105,8 @@ def test_who_may_choose_and_who_may_check(own: Served) -> None:
     assert mine.change_tenant(chief.key.tenant_id or "", audit_digests=True).audit_digests
     assert mine.audit_digest(tenant="other", text="prompt", sha256="0" * 64).tenant_id == chief.key.tenant_id
     assert not next(each for each in own.admin.tenants().tenants if each.name == "tenant").audit_digests
+    with pytest.raises(Refused, match="no tenant"):
+        own.admin.change_tenant("tenant", audit_digests=True)  # a name would stand in the log
     unknown = run_holdfast(own, "tenant", "set", "nobody", "--audit-digests", "on")
     assert unknown.returncode != 0
     assert "there is no tenant" in unknown.stderr
