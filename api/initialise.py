@@ -231,4 +231,8 @@ seal = "{seal}"             # how this appliance was made; changing it here chan
 [sessions]
 # idle_timeout_s = 15.0     # how long a session's KV outranks others' after a turn
 # idle_timeout_s_by_model = {{ }}
+
+[audit]
+# retention_days = 400      # how long the audit log's entries are kept; under 183 only with an override
+# retention_override = {{ by = "", reason = "" }}  # whose word it is and why; both are recorded in the log
 """

@@ -34,15 +34,18 @@ from api.admin.status import versions
 from api.answers import App, Receive, Scope, Send
 from api.app import create_app
 from api.backups import BACKUP_PREFIX
+from api.configuration import tell_configuration
 from api.engine_watch import EngineWatch
 from api.health import HEALTH_ROUTES, Health
 from api.listener import bounded_by
 from api.marking import keep_marks
 from api.metrics import CONTENT_TYPE, Metrics
 from api.openai.errors import Draining
+from api.retaining import keep_retention
 from api.roots import open_root, read_seal
 from api.services import Lifecycle, Services
 from appliance.audit import AuditUnavailable, Event, NodeAudit
+from appliance.audit.configuration import digest, effective
 from appliance.audit.events import ENGINE_LOST, ENGINE_READY, GATEWAY_STARTED, GATEWAY_STOPPED, SYSTEM
 from appliance.engine.client import EngineClient
 from appliance.engine.launcher import SOCKET_NAME, EngineFailed, EngineProcess, EngineSpec, engine_python
@@ -119,6 +122,8 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         tasks.create_task(_record_start(services))
         recording = tasks.create_task(_record_engine(services))
         marking = tasks.create_task(keep_marks(services))
+        retaining = tasks.create_task(keep_retention(services))
+        comparing = tasks.create_task(tell_configuration(services))
         watch = tasks.create_task(services.watch.run())
         erasing = tasks.create_task(services.sessions.finish_erasures())
         serving = [
@@ -140,6 +145,8 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         erasing.cancel()
         recording.cancel()
         marking.cancel()
+        retaining.cancel()
+        comparing.cancel()
         if services.engine_process is not None:
             await services.engine_process.stop()
         for server in servers:
@@ -153,7 +160,8 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
 async def _record_start(services: Services) -> None:
     """That the gateway begins. Where that cannot be recorded it begins and admits nothing: health says why."""
     try:
-        await services.audit.record(Event(GATEWAY_STARTED, SYSTEM, details={"pid": str(os.getpid())}), privileged=True)
+        details = {"pid": str(os.getpid()), "settings": digest(effective(services.settings))}
+        await services.audit.record(Event(GATEWAY_STARTED, SYSTEM, details=details), privileged=True)
         if not services.vault.sealed:
             await services.audit.sign()
     except HoldfastError as error:
@@ -238,7 +246,12 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             settings=settings,
             vault=vault,
             store=store,
-            audit=NodeAudit(settings.state_dir, vault, versions=versions(process)),
+            audit=NodeAudit(
+                settings.state_dir,
+                vault,
+                versions=versions(process),
+                retention_days=settings.audit.retention_days,
+            ),
             identity=Identity(store, vault),
             quotas=Quotas(store),
             sessions=Sessions(store, vault, settings.sessions, block_size=None if spec is None else spec.block_size),

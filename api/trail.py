@@ -41,8 +41,12 @@ def authenticated(request: Request) -> Event:
     return _of_caller(request, AUTHENTICATED, target=("key", "" if key is None else key.key_id))
 
 
-def admitted(request: Request, *, session_id: str, model: str, prompt_bytes: int) -> Event:
-    """A valid key was brought, and its turn may go to the engine: one entry for both, for they are one moment."""
+def admitted(request: Request, *, session_id: str, model: str, prompt_bytes: int, prompt_digest: str = "") -> Event:
+    """A valid key was brought, and its turn may go to the engine: one entry for both, for they are one moment.
+
+    Args:
+        prompt_digest: the keyed digest of what is asked, where the tenant chose to have it.
+    """
     key = request.known_caller().key
     return _of_caller(
         request,
@@ -50,14 +54,24 @@ def admitted(request: Request, *, session_id: str, model: str, prompt_bytes: int
         session_id=session_id,
         target=("model", model),
         counts={"prompt_bytes": prompt_bytes},
-        details={"key_id": "" if key is None else key.key_id},
+        details={
+            "key_id": "" if key is None else key.key_id,
+            **({"prompt_digest": prompt_digest} if prompt_digest else {}),
+        },
     )
 
 
 def ended(
-    request: Request, *, session_id: str, model: str, complete: bool, reason: str, counts: Mapping[str, int | float]
+    request: Request,
+    *,
+    session_id: str,
+    model: str,
+    complete: bool,
+    reason: str,
+    counts: Mapping[str, int | float],
+    answer_digest: str = "",
 ) -> Event:
-    """A turn is over: whole, or broken off for `reason`."""
+    """A turn is over: whole, or broken off for `reason`. `answer_digest`: as in `admitted`, of what was answered."""
     return _of_caller(
         request,
         TURN_COMPLETED if complete else TURN_INTERRUPTED,
@@ -66,6 +80,7 @@ def ended(
         target=("model", model),
         reason=reason,
         counts=counts,
+        details={"answer_digest": answer_digest} if answer_digest else {},
     )
 
 

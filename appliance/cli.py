@@ -46,7 +46,7 @@ SUMMARIES: Mapping[str, str] = {
     "logs": "Show what the gateway and the engine wrote down.",
     "unseal": "Open the vault with its passphrase.",
     "seal": "Close the vault: nothing is served until it is unsealed.",
-    "tenant": "Create and list tenants.",
+    "tenant": "Create, set and list tenants.",
     "key": "Create, list and revoke API keys.",
     "session": "List, read and forget sessions.",
     "audit": "Read, check, prove and witness the audit log.",

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from appliance.errors import Fault, HoldfastError
 
 ENVIRONMENT_PREFIX = "HOLDFAST_"
+SIX_MONTHS_DAYS = 183
 _GIB = 1 << 30
 
 
@@ -56,7 +57,7 @@ class GatewaySettings(_Section):
     def _tls_beyond_loopback(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_private_key is None):
             raise ValueError("tls_certificate and tls_private_key go together")
-        if self.tls_certificate is None and not _is_loopback(self.host):
+        if self.tls_certificate is None and not is_loopback(self.host):
             raise ValueError(f"{self.host} is not a loopback address: set tls_certificate and tls_private_key")
         return self
 
@@ -100,6 +101,31 @@ class SessionSettings(_Section):
     idle_timeout_s_by_model: dict[str, float] = Field(default_factory=dict)
 
 
+class RetentionOverride(_Section):
+    """Whose word it is that the audit log is kept for less than six months, and why. Both are recorded in it."""
+
+    by: str = Field(min_length=1, max_length=200)
+    reason: str = Field(min_length=1, max_length=200)
+
+
+class AuditSettings(_Section):
+    """How long the audit log is kept."""
+
+    # 24 hours that the log lived through each: `appliance.audit.retention` says how they are counted.
+    retention_days: int = Field(400, ge=7, le=36_500)
+    retention_override: RetentionOverride | None = None
+
+    @model_validator(mode="after")
+    def _six_months(self) -> Self:
+        if self.retention_days < SIX_MONTHS_DAYS and self.retention_override is None:
+            raise ValueError(
+                f"retention_days is {self.retention_days}, and a high-risk system's logs are kept for six months "
+                f"({SIX_MONTHS_DAYS} days) or more (Regulation (EU) 2024/1689, Articles 19 and 26(6)): where that does "
+                "not bind you, say so with retention_override = { by = ..., reason = ... }"
+            )
+        return self
+
+
 class Settings(_Section):
     """Every setting of one appliance."""
 
@@ -110,6 +136,7 @@ class Settings(_Section):
     store: StoreSettings = Field(default_factory=StoreSettings)
     engine: EngineSettings = Field(default_factory=lambda: EngineSettings.model_validate({}))
     sessions: SessionSettings = Field(default_factory=lambda: SessionSettings.model_validate({}))
+    audit: AuditSettings = Field(default_factory=lambda: AuditSettings.model_validate({}))
 
 
 def default_state_dir(environment: Mapping[str, str]) -> Path:
@@ -154,7 +181,8 @@ def load_settings(
         ) from None
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect with an address; a name is not looked up."""
     if host == "localhost":
         return True
     try:

@@ -7,6 +7,8 @@ Rules:
 - The rest asks the running appliance, which decides who may, and records that it was asked.
 """
 
+import hashlib
+import json
 import sys
 import time
 from pathlib import Path
@@ -14,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from appliance.audit.digests import prompt_hash
 from appliance.audit.notes import Algorithm, SigningKey, VerifierKey
 from appliance.audit.proof import prove as make_proof
 from appliance.audit.proof import verify_proof
 from appliance.audit.reading import LogReader
 from appliance.audit.signing import PUBLIC_KEY
-from appliance.audit.verify import Verified, verify_log
+from appliance.audit.verify import Removed, Verified, verify_log
 from appliance.audit.witness import Witness, read_request
 from appliance.cli import Console, Group, api_key_option, in_words, moment, pass_console, printable, table
 
@@ -57,8 +60,11 @@ def status(console: Console) -> None:
         ("entries", f"{state.size}"),
         ("last checkpoint", _checkpoint_words(state)),
         ("witnessed", f"{state.witnessed_size} entries" if state.witnessed_size else "never"),
+        ("retention", _retention_words(state)),
+        ("oldest kept", _oldest_words(state)),
         ("public key", state.public_key or "none yet: the vault was never open"),
         ("folder", state.directory),
+        ("alarm", state.alarm or "none"),
         ("error", "none" if state.error is None else f"{state.error.message}: {state.error.cause}"),
     ]
     console.result(state, "\n".join(f"{name:<17}{printable(told)}" for name, told in rows))
@@ -195,6 +201,32 @@ def check_proof(console: Console, file: Any, log_dir: Path | None, key_text: str
     console.result(value, text)
 
 
+@audit.command()
+@click.argument("tenant")
+@click.option(
+    "--of",
+    "of",
+    type=click.Choice(["answer", "messages", "prompt"]),
+    required=True,
+    help="What the text is: an answer's text, the `messages` of a chat completion (as JSON), a completion's prompt.",
+)
+@api_key_option
+@pass_console
+def digest(console: Console, tenant: str, of: str, api_key_fd: int | None) -> None:
+    """Say which keyed digest the text on standard input has in TENANT's turns. The text itself goes nowhere.
+
+    Every byte of it counts, a newline at the end too.
+    """
+    given = sys.stdin.buffer.read()
+    try:
+        hashed = prompt_hash(json.loads(given)) if of == "messages" else hashlib.sha256(given).digest()
+    except ValueError as error:
+        raise click.UsageError(f"what came on standard input is no JSON: {error}") from None
+    text = "answer" if of == "answer" else "prompt"
+    found = console.admin(api_key_fd=api_key_fd).audit_digest(tenant=tenant, text=text, sha256=hashed.hex())
+    console.result(found, found.digest)
+
+
 # Witnesses
 
 
@@ -319,6 +351,19 @@ def _checkpoint_words(state: "types.AuditStatus") -> str:
     return f"{in_words(state.checkpoint_age_s)} ago, of {state.checkpoint_size} entries"
 
 
+def _retention_words(state: "types.AuditStatus") -> str:
+    words = f"{state.retention_days} days"
+    if state.retention_overridden:
+        words += ", under six months: the setting that allows it is recorded in the log"
+    return words if state.retention_held is None else f"{words}; nothing is removed now: {state.retention_held}"
+
+
+def _oldest_words(state: "types.AuditStatus") -> str:
+    if state.oldest_kept is None or state.oldest_kept_time_s is None:
+        return "not looked at yet"
+    return f"entry {state.oldest_kept}, from {moment(state.oldest_kept_time_s)}"
+
+
 def _entries_text(page: "types.AuditPage") -> str:
     rows = [
         (
@@ -334,6 +379,8 @@ def _entries_text(page: "types.AuditPage") -> str:
     text = table(("number", "time", "action", "outcome", "actor", "about"), rows, empty="Nothing was found.")
     if page.go_on_before is not None:
         text += f"\nThere may be more: --before {page.go_on_before}"
+    elif page.oldest_kept:
+        text += f"\nThe entries before {page.oldest_kept} were removed: they were older than the retention."
     return text
 
 
@@ -360,6 +407,16 @@ def _target(record: dict[str, Any]) -> str:
     return str(target.get("id") or record.get("session_id") or record.get("reason") or "-")
 
 
+def _removed_words(removed: Removed) -> str:
+    words = (
+        f"  {removed.count} entries were removed by retention ({removed.days} days), as entry {removed.said_by} of "
+        f"{moment(removed.said_ns / 1e9)} says; their hashes hold"
+    )
+    if removed.missing:
+        words += f"\n  {removed.missing} of them were gone before they were due: retention did not remove those"
+    return words
+
+
 def _verified_text(found: Verified, took_s: float) -> str:
     lines = [
         f"{found.origin}: {found.size} entries hold, in {in_words(took_s)}.",
@@ -369,6 +426,8 @@ def _verified_text(found: Verified, took_s: float) -> str:
         lines.append(
             f"  from {moment(found.first_wall_ns / 1e9)} to {moment(found.last_wall_ns / 1e9)}, {found.boots} boots"
         )
+    if found.removed is not None:
+        lines.append(_removed_words(found.removed))
     if found.unsigned:
         lines.append(f"  {found.unsigned} more are not signed yet: whoever can write the folder can cut them off")
     lines += [f"  {name} saw {size} entries at {moment(time_s)}" for name, (size, time_s) in found.witnessed.items()]

@@ -107,6 +107,11 @@ class AdminClient:
         """The tenants that the caller may know of."""
         return self._call(types.Tenants, "GET", "/v1/tenants")
 
+    def change_tenant(self, tenant_id: str, *, audit_digests: bool) -> types.Tenant:
+        """Set what a tenant chose."""
+        body = {"audit_digests": audit_digests}
+        return self._call(types.Tenant, "POST", f"/v1/tenants/{_quote(tenant_id)}", body=body)
+
     def create_key(
         self,
         *,
@@ -167,6 +172,11 @@ class AdminClient:
     def audit_entry(self, sequence: int) -> types.AuditEntry:
         """One entry of the audit log."""
         return self._call(types.AuditEntry, "GET", f"/v1/audit/entries/{sequence}")
+
+    def audit_digest(self, *, tenant: str, text: str, sha256: str) -> types.AuditDigest:
+        """The keyed digest of a text of that SHA-256; `text` is `prompt` or `answer`."""
+        body = {"tenant": tenant, "text": text, "sha256": sha256}
+        return self._call(types.AuditDigest, "POST", "/v1/audit/digest", body=body)
 
     def audit_witness_request(self, *, witness: str | None, old_size: int | None) -> types.AuditWitnessAsked:
         """What to carry to a witness."""

@@ -19,10 +19,9 @@ import asyncio
 import dataclasses
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -31,45 +30,34 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api import trail
-from api.admin import status, types
+from api.admin import audit_routes, status, types
+from api.admin.asking import Asker, AskerOf, Endpoints, ServicesOf, chosen_tenant, unknown
 from api.admin.peers import pid_of, uid_of
 from api.backups import stream_backup
 from api.engine_leases import release
 from api.openai.errors import status_of
 from api.roots import open_root
 from api.services import Services
-from appliance.audit import Actor, Event, NodeAudit, Outcome
+from appliance.audit import Event, Outcome
 from appliance.audit.events import (
     ADMIN_ACTED,
     ADMIN_REFUSED,
     ANYONE,
-    AUDIT_READ,
-    AUDIT_WITNESSED,
     BACKUP_MADE,
-    CATALOGUE,
     KEY_CREATED,
     KEY_REVOKED,
     NOT_AUTHENTICATED,
     SESSION_SHREDDED,
     SESSIONS_LISTED,
+    TENANT_CHANGED,
     TENANT_CREATED,
     TRANSCRIPT_READ,
     VAULT_OPENED,
     VAULT_REFUSED,
     VAULT_SEALED,
-    EventClass,
 )
-from appliance.audit.notes import Checkpoint, VerifierKey
-from appliance.audit.reading import LogReader
-from appliance.audit.search import Found, look_at, search
-from appliance.audit.search import Query as AuditQuery
-from appliance.audit.signing import public_key
-from appliance.audit.tree import leaf_hash
-from appliance.audit.witness import read_request
-from appliance.audit.witnessing import last_seen, make_request, take_reply
 from appliance.errors import Fault, HoldfastError
-from appliance.identity import ApiKey, Caller, Permission, Role, Scopes, Tenant
+from appliance.identity import ApiKey, Permission, Role, Scopes, Tenant
 from appliance.sessions import Explanation, SessionSummary, Transcript
 from appliance.vault import VaultSealed
 
@@ -105,6 +93,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("POST", "/v1/vault/seal"): Rule(_MASTERS, appliance_wide=True, while_sealed=True),
     ("GET", "/v1/tenants"): Rule(_PEOPLE),
     ("POST", "/v1/tenants"): Rule(_ADMINS, appliance_wide=True),
+    ("POST", "/v1/tenants/{tenant_id}"): Rule(_ADMINS),
     ("GET", "/v1/keys"): Rule(_PEOPLE),
     ("POST", "/v1/keys"): Rule(_ADMINS),
     ("POST", "/v1/keys/{key_id}/revoke"): Rule(_MASTERS),
@@ -117,6 +106,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", "/v1/audit"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False),
     ("GET", "/v1/audit/entries"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
     ("GET", "/v1/audit/entries/{sequence}"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
+    ("POST", "/v1/audit/digest"): Rule(_AUDITORS, recorded=False),
     ("GET", "/v1/audit/witness"): Rule(_PEOPLE, appliance_wide=True),
     ("POST", "/v1/audit/witness"): Rule(_PEOPLE, appliance_wide=True),
 }
@@ -143,69 +133,11 @@ class AdminRequestInvalid(HoldfastError, ValueError):
     fault: ClassVar[Fault] = Fault.CALLER
 
 
-class NoSuchThing(HoldfastError, LookupError):
-    """A tenant or a key that does not exist, or that the caller may not know of."""
-
-    code: ClassVar[str] = "admin_not_found"
-    fault: ClassVar[Fault] = Fault.MISSING
-
-
 class NoSuchAdminRoute(HoldfastError, LookupError):
     """A path or a method that the admin API does not have."""
 
     code: ClassVar[str] = "admin_route_unknown"
     fault: ClassVar[Fault] = Fault.MISSING
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Asker:
-    """Who a request is made for. `caller` is None while the vault is sealed: the gateway's own user, nameless."""
-
-    caller: Caller | None
-    source: str
-    audit: NodeAudit
-
-    async def did(
-        self,
-        kind: EventClass,
-        target: tuple[str, str],
-        *,
-        outcome: Outcome = Outcome.SUCCESS,
-        reason: str = "",
-        tenant_id: str | None = None,
-        details: Mapping[str, str] | None = None,
-    ) -> None:
-        """Record what the asker did, or asked for.
-
-        Raises:
-            AuditUnavailable: it is not in the log.
-        """
-        actor = Actor("user", self.source) if self.caller is None else trail.actor_of(self.caller)
-        event = Event(
-            kind,
-            actor,
-            outcome,
-            tenant_id=tenant_id or "",
-            source=self.source,
-            target=target,
-            reason=reason,
-            details=details or {},
-        )
-        await self.audit.record(event, privileged=True)
-
-    def __str__(self) -> str:
-        return "the gateway's own user" if self.caller is None else self.caller.principal.principal_id
-
-    @property
-    def named(self) -> Caller:
-        """The caller.
-
-        Raises:
-            VaultSealed: nobody has a name now.
-        """
-        if self.caller is None:
-            raise VaultSealed
-        return self.caller
 
 
 def admin_app(services: Services) -> FastAPI:
@@ -310,20 +242,6 @@ async def _asker(services: Services, request: Request) -> Asker:
     return Asker(await services.identity.caller_of_uid(uid), source, services.audit)
 
 
-def _services(request: Request) -> Services:
-    services: Services = request.app.state.services
-    return services
-
-
-def _who(request: Request) -> Asker:
-    asker: Asker = request.state.asker
-    return asker
-
-
-ServicesOf = Annotated[Services, Depends(_services)]
-AskerOf = Annotated[Asker, Depends(_who)]
-
-
 # The vault
 
 
@@ -372,14 +290,30 @@ async def _create_tenant(new: types.NewTenant, services: ServicesOf, asker: Aske
     return _tenant_view(tenant)
 
 
+async def _change_tenant(
+    tenant_id: str, chosen: types.TenantChoices, services: ServicesOf, asker: AskerOf
+) -> types.Tenant:
+    tenant = await chosen_tenant(services, asker.named, tenant_id)
+    if tenant is None or tenant.tenant_id != tenant_id:
+        raise unknown("tenant", tenant_id, "tenant list")
+    changed = await services.identity.choose_digests(tenant, on=chosen.audit_digests)
+    details = {"setting": "audit_digests", "old": _on_off(tenant.audit_digests), "new": _on_off(changed.audit_digests)}
+    await asker.did(TENANT_CHANGED, ("tenant", tenant_id), tenant_id=tenant_id, details=details)
+    return _tenant_view(changed)
+
+
+def _on_off(chosen: bool) -> str:
+    return "on" if chosen else "off"
+
+
 async def _keys(services: ServicesOf, asker: AskerOf, tenant: str | None = None) -> types.Keys:
-    chosen = await _chosen_tenant(services, asker.named, tenant)
+    chosen = await chosen_tenant(services, asker.named, tenant)
     keys = await services.identity.keys(chosen)
     return types.Keys(keys=await _key_views(services, keys))
 
 
 async def _create_key(new: types.NewKey, services: ServicesOf, asker: AskerOf) -> types.CreatedKey:
-    tenant = await _chosen_tenant(services, asker.named, new.tenant) or await _only_tenant(services)
+    tenant = await chosen_tenant(services, asker.named, new.tenant) or await _only_tenant(services)
     principals = await services.identity.principals(tenant)
     principal = next((each for each in principals if each.name == new.principal), None)
     if principal is None:
@@ -397,7 +331,7 @@ async def _create_key(new: types.NewKey, services: ServicesOf, asker: AskerOf) -
 async def _revoke_key(key_id: str, services: ServicesOf, asker: AskerOf) -> types.Key:
     known = await services.identity.keys(asker.named.tenant)
     if all(key.key_id != key_id for key in known):
-        raise _unknown("key", key_id, "key list")
+        raise unknown("key", key_id, "key list")
     revoked = await services.identity.revoke_key(key_id)
     await asker.did(KEY_REVOKED, ("key", key_id), tenant_id=revoked.tenant_id)
     (view,) = await _key_views(services, [revoked])
@@ -413,7 +347,7 @@ async def _sessions(
     tenant: str | None = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
 ) -> types.SessionPage:
-    chosen = await _chosen_tenant(services, asker.named, tenant)
+    chosen = await chosen_tenant(services, asker.named, tenant)
     found = await services.sessions.summaries(
         asker.named, tenant_id=None if chosen is None else chosen.tenant_id, limit=limit + 1
     )
@@ -469,86 +403,13 @@ async def _with_first(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncI
             yield piece
 
 
-# The audit log
-
-
-async def _audit_status(services: ServicesOf) -> types.AuditStatus:
-    return await status.audit_status(services)
-
-
-async def _audit_entries(
-    services: ServicesOf,
-    asker: AskerOf,
-    since: float | None = None,
-    until: float | None = None,
-    tenant: str | None = None,
-    action: str | None = None,
-    actor: str | None = None,
-    session: str | None = None,
-    outcome: str | None = None,
-    before: int | None = None,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
-) -> types.AuditPage:
-    query = AuditQuery(
-        since_ns=None if since is None else int(since * 1e9),
-        until_ns=None if until is None else int(until * 1e9),
-        scope=tenant,
-        action=action,
-        actor=actor,
-        session=session,
-        outcome=outcome,
-        before=before,
-        limit=limit,
-    )
-    given = {name: str(value) for name, value in dataclasses.asdict(query).items() if value is not None}
-    await asker.did(AUDIT_READ, ("audit", ""), details=given)
-    found = await asyncio.to_thread(lambda: search(LogReader(services.audit.directory), services.vault, query))
-    return types.AuditPage(entries=[_audit_view(each) for each in found.found], go_on_before=found.go_on_before)
-
-
-async def _audit_entry(sequence: int, services: ServicesOf, asker: AskerOf) -> types.AuditEntry:
-    await asker.did(AUDIT_READ, ("entry", str(sequence)))
-    return await asyncio.to_thread(_look_up, services, sequence)
-
-
-def _look_up(services: Services, sequence: int) -> types.AuditEntry:
-    log = LogReader(services.audit.directory)
-    return _audit_view(look_at(log.entry(sequence), log.frame(sequence).sealed, services.vault))
-
-
-async def _audit_witness_request(
-    services: ServicesOf, witness: str | None = None, old_size: int | None = None
-) -> types.AuditWitnessAsked:
-    await services.audit.checkpoint()
-    return await asyncio.to_thread(_ask_witness, services.audit.directory, witness, old_size)
-
-
-def _ask_witness(directory: Path, witness: str | None, old_size: int | None) -> types.AuditWitnessAsked:
-    if old_size is None:
-        old_size = 0 if witness is None else last_seen(directory, VerifierKey.parse(witness))
-    asked = make_request(directory, old_size=old_size)
-    size = Checkpoint.parse(read_request(asked).note.partition("\n\n")[0] + "\n").size
-    return types.AuditWitnessAsked(request=asked.decode(), size=size, public_key=str(public_key(directory)))
-
-
-async def _audit_witness_reply(
-    came: types.AuditWitnessReply, services: ServicesOf, asker: AskerOf
-) -> types.AuditWitnessed:
-    directory = services.audit.directory
-    witness = VerifierKey.parse(came.witness)
-    seen = await asyncio.to_thread(
-        take_reply, directory, came.request.encode(), came.reply.encode(), public_key(directory), witness
-    )
-    await asker.did(AUDIT_WITNESSED, ("witness", str(witness)), details={"size": str(seen.size)})
-    return types.AuditWitnessed(witness=witness.name, size=seen.size)
-
-
-_ENDPOINTS: Mapping[tuple[str, str], tuple[Callable[..., Awaitable[Any]], type[types.Wire] | None]] = {
+_ENDPOINTS: Endpoints = {
     ("GET", "/v1/status"): (_status, types.Status),
     ("POST", "/v1/vault/unseal"): (_unseal, types.VaultState),
     ("POST", "/v1/vault/seal"): (_seal, types.VaultState),
     ("GET", "/v1/tenants"): (_tenants, types.Tenants),
     ("POST", "/v1/tenants"): (_create_tenant, types.Tenant),
+    ("POST", "/v1/tenants/{tenant_id}"): (_change_tenant, types.Tenant),
     ("GET", "/v1/keys"): (_keys, types.Keys),
     ("POST", "/v1/keys"): (_create_key, types.CreatedKey),
     ("POST", "/v1/keys/{key_id}/revoke"): (_revoke_key, types.Key),
@@ -558,30 +419,11 @@ _ENDPOINTS: Mapping[tuple[str, str], tuple[Callable[..., Awaitable[Any]], type[t
     ("GET", "/v1/sessions/{session_id}/why"): (_why, types.Explanation),
     ("POST", "/v1/sessions/{session_id}/forget"): (_forget, types.Forgotten),
     ("POST", "/v1/backup"): (_backup, None),
-    ("GET", "/v1/audit"): (_audit_status, types.AuditStatus),
-    ("GET", "/v1/audit/entries"): (_audit_entries, types.AuditPage),
-    ("GET", "/v1/audit/entries/{sequence}"): (_audit_entry, types.AuditEntry),
-    ("GET", "/v1/audit/witness"): (_audit_witness_request, types.AuditWitnessAsked),
-    ("POST", "/v1/audit/witness"): (_audit_witness_reply, types.AuditWitnessed),
+    **audit_routes.ENDPOINTS,
 }
 
 
 # What the rooms' values look like from outside
-
-
-async def _chosen_tenant(services: Services, caller: Caller, named: str | None) -> Tenant | None:
-    """The tenant that a request speaks of; None: all of them. Another tenant's is as unknown as one that never was."""
-    if named is None:
-        return caller.tenant
-    try:
-        tenant = await services.identity.tenant(named)
-    except HoldfastError as error:
-        if error.fault is not Fault.MISSING:
-            raise
-        raise _unknown("tenant", named, "tenant list") from None
-    if caller.tenant is not None and caller.tenant.tenant_id != tenant.tenant_id:
-        raise _unknown("tenant", named, "tenant list")
-    return tenant
 
 
 async def _only_tenant(services: Services) -> Tenant:
@@ -601,6 +443,7 @@ def _tenant_view(tenant: Tenant) -> types.Tenant:
         name=tenant.name,
         idle_timeout_s=tenant.idle_timeout_s,
         isolation=tenant.isolation,
+        audit_digests=tenant.audit_digests,
         created_at=tenant.created_at,
     )
 
@@ -725,33 +568,11 @@ def _transcript_view(transcript: Transcript) -> types.Transcript:
     )
 
 
-def _audit_view(found: Found) -> types.AuditEntry:
-    entry = found.entry
-    known = CATALOGUE.get(entry.event_class)
-    return types.AuditEntry(
-        sequence=entry.sequence,
-        time_s=entry.wall_ns / 1e9,
-        action=f"class {entry.event_class}" if known is None else known.action,
-        leaf_hash=leaf_hash(entry.pack()).hex(),
-        record=found.record,
-        salt=found.salt.hex() or None,
-        why_not=found.why_not or None,
-    )
-
-
 # Answers that are errors
 
 
 def _denied(cause: str) -> AdminDenied:
     return AdminDenied("this may not be done", cause=cause, remedy="Ask an administrator of the appliance")
-
-
-def _unknown(what: str, name: str, command: str) -> NoSuchThing:
-    return NoSuchThing(
-        f"there is no {what} {name!r}",
-        cause=f"no {what} has that name or id, or it is not yours to know of",
-        remedy=f"`holdfast {command}` names those that there are",
-    )
 
 
 async def _answer_error(_: Request, error: Exception) -> JSONResponse:

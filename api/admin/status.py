@@ -21,6 +21,7 @@ from api.services import Services
 from appliance.audit.witnessing import largest_witnessed
 from appliance.engine.launcher import EngineProcess, EngineState
 from appliance.errors import HoldfastError
+from appliance.settings import SIX_MONTHS_DAYS
 from appliance.store import tables
 from appliance.vault import SealUnusable, seal_kind
 from diagnostics.checks import engine_version
@@ -93,6 +94,8 @@ async def audit_status(services: Services) -> types.AuditStatus:
     async with asyncio.timeout(_DEADLINE_S):
         said = await services.audit.status()
     error = services.audit.error or said["error"]
+    retention = services.audit.retention
+    oldest = retention.oldest
     return types.AuditStatus(
         size=said["size"],
         checkpoint_size=said["checkpoint_size"],
@@ -100,6 +103,12 @@ async def audit_status(services: Services) -> types.AuditStatus:
         signs=said["signs"],
         public_key=said["public_key"] or None,
         witnessed_size=await asyncio.to_thread(largest_witnessed, services.audit.directory),
+        retention_days=retention.days,
+        retention_overridden=retention.days < SIX_MONTHS_DAYS,
+        retention_held=retention.held or None,
+        oldest_kept=None if oldest is None else oldest[0],
+        oldest_kept_time_s=None if oldest is None else oldest[1] / 1e9,
+        alarm="; ".join(filter(None, (services.audit.alarm, retention.alarm))) or None,
         directory=str(services.audit.directory),
         error=None if error is None else types.AuditError.model_validate(error),
     )
@@ -118,8 +127,8 @@ async def _audit(services: Services) -> types.Part:
     detail = f"{said.size} entries; last checkpoint {age}, of {said.checkpoint_size} entries"
     if said.error is not None:
         return types.Part(name="audit", state="degraded", detail=f"no checkpoint can be made: {said.error.cause}")
-    if services.audit.alarm:
-        return types.Part(name="audit", state="degraded", detail=f"{services.audit.alarm}; {detail}")
+    if said.alarm is not None:
+        return types.Part(name="audit", state="degraded", detail=f"{said.alarm}; {detail}")
     return types.Part(name="audit", state="ready", detail=detail)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from appliance.cli import Console, Group, ago, in_words, moment, pass_console, table
+from appliance.cli import Console, Group, ago, api_key_option, in_words, moment, pass_console, table
 
 if TYPE_CHECKING:
     from api.admin import types
@@ -34,7 +34,7 @@ class _Duration(click.ParamType[float]):
 
 @click.group(cls=Group)
 def tenant() -> None:
-    """Create and list tenants."""
+    """Create, set and list tenants."""
 
 
 @tenant.command("create")
@@ -54,6 +54,26 @@ def create_tenant(console: Console, name: str, idle_timeout_s: float | None) -> 
     console.say(f"Next: {console.suggest(f'key create --tenant {created.name} --principal NAME')}")
 
 
+@tenant.command("set")
+@click.argument("name")
+@click.option(
+    "--audit-digests",
+    type=click.Choice(["on", "off"]),
+    required=True,
+    help="Have keyed digests of what its turns ask and answer in the audit log.",
+)
+@api_key_option
+@pass_console
+def set_tenant(console: Console, name: str, audit_digests: str, api_key_fd: int | None) -> None:
+    """Set what a tenant chose; NAME may be its id. In force for the next request."""
+    admin = console.admin(api_key_fd=api_key_fd)
+    # The audit log names what was asked for by its id, so that is what is asked with.
+    tenant_id = next((each.tenant_id for each in admin.tenants().tenants if each.name == name), name)
+    changed = admin.change_tenant(tenant_id, audit_digests=audit_digests == "on")
+    told = "carry keyed digests of their texts" if changed.audit_digests else "carry no digests"
+    console.result(changed, f"The turns of {changed.name} {told} in the audit log.")
+
+
 @tenant.command("list")
 @pass_console
 def list_tenants(console: Console) -> None:
@@ -65,12 +85,18 @@ def list_tenants(console: Console) -> None:
             each.tenant_id,
             "default" if each.idle_timeout_s is None else in_words(each.idle_timeout_s),
             each.isolation,
+            "on" if each.audit_digests else "off",
             moment(each.created_at),
         )
         for each in listed.tenants
     ]
     console.result(
-        listed, table(("name", "id", "idle timeout", "isolation", "created (UTC)"), rows, empty="There are no tenants.")
+        listed,
+        table(
+            ("name", "id", "idle timeout", "isolation", "audit digests", "created (UTC)"),
+            rows,
+            empty="There are no tenants.",
+        ),
     )
 
 

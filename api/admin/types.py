@@ -110,6 +110,12 @@ class NewTenant(Wire):
     idle_timeout_s: float | None = Field(default=None, ge=0, le=86_400)
 
 
+class TenantChoices(Wire):
+    """What is set for a tenant. `audit_digests`: the audit log has keyed digests of what its turns ask and answer."""
+
+    audit_digests: bool
+
+
 class Tenant(Wire):
     """One tenant."""
 
@@ -117,6 +123,7 @@ class Tenant(Wire):
     name: str
     idle_timeout_s: float | None
     isolation: str
+    audit_digests: bool
     created_at: float
 
 
@@ -306,7 +313,9 @@ class AuditStatus(Wire):
     """The audit log of this node.
 
     `size` counts its entries; `checkpoint_size` those under the newest checkpoint, `witnessed_size` those that a
-    witness co-signed. `checkpoint_age_s` is None when none was made since the appender started.
+    witness co-signed. `checkpoint_age_s` is None when none was made since the appender started. `oldest_kept` is the
+    first entry that retention left; None when nobody has looked yet, as before the vault is open. `retention_held` says
+    why what is older than the retention is still there; `alarm` what an administrator has to know.
     """
 
     size: int
@@ -315,6 +324,12 @@ class AuditStatus(Wire):
     signs: bool
     public_key: str | None
     witnessed_size: int
+    retention_days: int
+    retention_overridden: bool
+    retention_held: str | None
+    oldest_kept: int | None
+    oldest_kept_time_s: float | None
+    alarm: str | None
     directory: str
     error: AuditError | None
 
@@ -332,10 +347,29 @@ class AuditEntry(Wire):
 
 
 class AuditPage(Wire):
-    """Entries, the newest first; `go_on_before`: there may be more below this number."""
+    """Entries, the newest first; `go_on_before`: there may be more below this number.
+
+    `oldest_kept`: where the search could begin; those before it were removed.
+    """
 
     entries: list[AuditEntry]
     go_on_before: int | None
+    oldest_kept: int
+
+
+class AuditDigestAsked(Wire):
+    """A text to be compared with a digest in the log, by its SHA-256 in hexadecimal."""
+
+    tenant: Name
+    text: Literal["prompt", "answer"]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class AuditDigest(Wire):
+    """The keyed digest of a text, in hexadecimal, as turns of that tenant carry it."""
+
+    tenant_id: str
+    digest: str
 
 
 class AuditWitnessAsked(Wire):

@@ -264,6 +264,10 @@ class Answer:
             message["alternatives"] = [choice.message() for choice in self._choices[1:]]
         return message
 
+    def texts(self) -> list[str]:
+        """What each choice says, without its reasoning and its tool calls."""
+        return ["".join(choice.text) for choice in self._choices]
+
     def _refuse_failure(self, chunk: Any) -> None:
         if "error" in chunk:
             kind = chunk["error"].get("type") if isinstance(chunk["error"], dict) else None

@@ -45,6 +45,7 @@ from api.openai.hints import ends_session, read_hints
 from api.openai.wire import Asked, HintsReader
 from api.services import Services
 from appliance.audit import AuditUnavailable, Event
+from appliance.audit.digests import Text, answer_hash, keyed_digest, prompt_hash
 from appliance.engine.client import EngineLost, EngineRejected, EngineUnavailable
 from appliance.engine.protocol import Lease, lease_params
 from appliance.errors import HoldfastError
@@ -54,6 +55,7 @@ from appliance.settings import GatewaySettings
 from appliance.vault import VaultSealed
 
 _STALLED_CLIENT_S = 2.0  # how long a client that does not read is given to take the error event
+_MUCH_TO_HASH = 64 << 10  # bytes of a request that are canonicalised and hashed beside the loop
 _BYTES_PER_TOKEN = 4  # what an answer cost whose prompt the engine did not get to count
 _EVENT_STREAM = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -151,10 +153,15 @@ class Turns:
             finally:
                 lifecycle.placing -= 1
             session_id, model = running.session.session_id, asked.turn.model
-            events = [trail.admitted(request, session_id=session_id, model=model, prompt_bytes=body_bytes)]
-            if ends:
-                events.append(trail.session_ended(request, session_id=session_id))
-            await services.audit.record(*events)
+            admitted = trail.admitted(
+                request,
+                session_id=session_id,
+                model=model,
+                prompt_bytes=body_bytes,
+                prompt_digest=await self._prompt_digest(request, asked, body_bytes),
+            )
+            also = [trail.session_ended(request, session_id=session_id)] if ends else []
+            await services.audit.record(admitted, *also)
             watcher = asyncio.get_running_loop().create_task(_watch(receive, running))
             try:
                 await (self._stream if asked.stream else self._whole)(request, running, send)
@@ -193,6 +200,22 @@ class Turns:
         if dropped is not None:
             request.answer_headers.append((b"x-holdfast-dropped", dropped.encode("ascii")))
         return asked, len(body)
+
+    async def _prompt_digest(self, request: Request, asked: Asked, body_bytes: int) -> str:
+        """The keyed digest of what goes to the engine; empty unless the tenant chose to have it."""
+        tenant, turn = request.known_caller().tenant, asked.turn
+        if tenant is None or not tenant.audit_digests:
+            return ""
+        prompt = list(turn.messages) if self._endpoint.kind is TurnKind.CHAT else turn.parameters["prompt"]
+        hashed = await asyncio.to_thread(prompt_hash, prompt) if body_bytes > _MUCH_TO_HASH else prompt_hash(prompt)
+        return keyed_digest(self._services.vault, tenant.tenant_id, Text.PROMPT, hashed)
+
+    def _answer_digest(self, request: Request, answer: Answer) -> str:
+        """The keyed digest of what was answered until now; empty if nothing was, or unless the tenant chose it."""
+        tenant = request.known_caller().tenant
+        if tenant is None or not tenant.audit_digests or not answer.begun:
+            return ""
+        return keyed_digest(self._services.vault, tenant.tenant_id, Text.ANSWER, answer_hash(answer.texts()))
 
     def _reservation(self, asked: Asked, body_bytes: int) -> int:
         """Tokens, before anything is known but the bounds."""
@@ -379,6 +402,7 @@ class Turns:
                 "completion_tokens": usage.completion_tokens,
                 "duration_ms": round(1000 * (self._services.now() - running.started_at)),
             },
+            answer_digest=self._answer_digest(request, running.answer),
         )
 
     async def _settle_unanswered(self, request: Request, running: _Running, failure: HoldfastError | None) -> None:

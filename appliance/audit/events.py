@@ -30,6 +30,7 @@ class Scope(enum.StrEnum):
 
     TENANT = "tenant"
     SYSTEM = "system"
+    NOBODY = "nobody"  # in plaintext: what verification has to know
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,48 @@ STORE_MARKED: Final = EventClass(
 OLDER_COPY: Final = EventClass(
     3, "older_copy.found", "The log or the database had been put back to an older copy.", Scope.SYSTEM, (6002, 99)
 )
+ENTRIES_REMOVED: Final = EventClass(
+    4,
+    "log.entries_removed",
+    "Retention is about to remove the entries from `first` to `last`; `missing` were gone before they were due.",
+    Scope.NOBODY,
+    (6002, 99),
+)
+RETENTION_OVERRIDDEN: Final = EventClass(
+    5,
+    "retention.overridden",
+    "Entries are kept for less than six months: by whose word, and why.",
+    Scope.SYSTEM,
+    (6002, 99),
+)
+ENTRIES_MISSING: Final = EventClass(
+    6,
+    "log.entries_missing",
+    "Old entries, from `first` on, are gone, and retention has not removed them.",
+    Scope.SYSTEM,
+    (6002, 99),
+)
 GATEWAY_STARTED: Final = EventClass(10, "gateway.started", "A gateway began to serve.", Scope.SYSTEM, (6002, 3))
 GATEWAY_STOPPED: Final = EventClass(11, "gateway.stopped", "A gateway ended in good order.", Scope.SYSTEM, (6002, 4))
 ENGINE_READY: Final = EventClass(12, "engine.ready", "An engine began to serve a model.", Scope.SYSTEM, (6002, 3))
 ENGINE_LOST: Final = EventClass(13, "engine.lost", "An engine stopped answering.", Scope.SYSTEM, (6002, 4))
+CONFIG_RECORDED: Final = EventClass(
+    14,
+    "config.recorded",
+    "A first start, or one that did not know the last one's settings: their digest, and which of them weaken security.",
+    Scope.SYSTEM,
+    (3004, 1),
+)
+CONFIG_CHANGED: Final = EventClass(
+    15,
+    "config.changed",
+    "A setting is another one than at the last start; `weakens` says what it gives up.",
+    Scope.SYSTEM,
+    (3004, 3),
+)
+MODEL_CHANGED: Final = EventClass(
+    16, "model.changed", "The model is another one than at the last start.", Scope.SYSTEM, (3004, 3)
+)
 VAULT_OPENED: Final = EventClass(20, "vault.opened", "The root key was opened.", Scope.SYSTEM, (3002, 1))
 VAULT_REFUSED: Final = EventClass(21, "vault.refused", "Somebody failed to open the vault.", Scope.SYSTEM, (3002, 1))
 VAULT_SEALED: Final = EventClass(22, "vault.sealed", "The vault was sealed.", Scope.SYSTEM, (3002, 2))
@@ -112,6 +151,9 @@ TURN_NOT_KEPT: Final = EventClass(
     45, "turn.not_kept", "A turn ended and could not be stored: its client was told so.", Scope.TENANT, (6003, 1)
 )
 TENANT_CREATED: Final = EventClass(50, "tenant.created", "A tenant was made.", Scope.SYSTEM, (3004, 1))
+TENANT_CHANGED: Final = EventClass(
+    51, "tenant.changed", "What a tenant chose is another thing now.", Scope.SYSTEM, (3004, 3)
+)
 KEY_CREATED: Final = EventClass(60, "key.created", "An API key was made.", Scope.SYSTEM, (3004, 1))
 KEY_REVOKED: Final = EventClass(61, "key.revoked", "An API key was revoked.", Scope.SYSTEM, (3004, 4))
 SESSIONS_LISTED: Final = EventClass(70, "sessions.listed", "Somebody listed sessions.", Scope.SYSTEM, (6003, 2))
@@ -231,12 +273,14 @@ _PAGE: Final = """\
 # Events of the audit log
 
 Made from the catalogue in `appliance/audit/events.py`; a test compares the two. *key*: whose key seals the record, the
-tenant's or the system's. *OCSF*: class and activity in OCSF 1.8.0.
+tenant's, the system's, or nobody's. *OCSF*: class and activity in OCSF 1.8.0.
 
 A record holds `action`, `outcome` (success, failure, refused), `actor` (kind, id, role), `versions`, and where
 there is something to say `tenant_id`, `source`, `target` (kind, id), `reason` (an error's code), `request_id`,
-`session_id`, `counts`, `details`. No field is longer than 256 characters; `cut` names those that were. Sequence,
-wall clock, monotonic clock and boot are the entry's own. What a person or a model said is in no event.
+`session_id`, `counts`, `details`. No field is longer than 256 characters; `cut` names those that were. Sequence, wall
+clock, monotonic clock and boot are the entry's own. Nobody's records are in plaintext, for who verifies the log
+without a key. What a person or a model said is in no event; where a tenant chose it, `turn.admitted` has a keyed
+`prompt_digest` and the end of a turn an `answer_digest`.
 
 | number | action | meaning | key | OCSF |
 |---|---|---|---|---|"""

@@ -55,7 +55,7 @@ async def remember(store: Store, marks: Marks) -> None:
 
 
 def last_mark_of_log(log: LogReader, keys: AuditKeys) -> int | None:
-    """The last mark in the log; 0: there is none in it; None: it is too far back to look for. Blocks.
+    """The last mark in the log; 0: there is none in it; None: it is too far back, or was removed. Blocks.
 
     Raises:
         LogUnreadable, EntryInvalid: the log's files do not do.
@@ -68,7 +68,7 @@ def last_mark_of_log(log: LogReader, keys: AuditKeys) -> int | None:
             record = look_at(entry, sealed, keys).record
             if record is not None:
                 return int(record["counts"]["mark"])
-    return 0
+    return 0 if log.oldest == 0 else None
 
 
 def found(marks: Marks, in_log: int | None) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from appliance.audit.events import Event
 from appliance.audit.launch import Launcher
 from appliance.audit.recorder import AuditUnavailable, Recorder
+from appliance.audit.retention import Retention
 from appliance.audit.signing import signing_key
 from appliance.errors import ErrorRecord, HoldfastError
 from appliance.vault import SYSTEM_SCOPE, Vault
@@ -33,13 +34,17 @@ class NodeAudit:
 
     Args:
         versions: of what runs here, for every record.
+        retention_days: how long entries are kept.
 
     Attributes:
+        retention: what removes entries; whoever drives it calls its `run`.
         opened: set once checkpoints are signed, and records can be read.
         alarm: what is to be shown to administrators until the next start; empty: nothing.
     """
 
-    def __init__(self, state_dir: Path, vault: Vault, *, versions: Mapping[str, str]) -> None:
+    def __init__(
+        self, state_dir: Path, vault: Vault, *, versions: Mapping[str, str], retention_days: int = 400
+    ) -> None:
         self.directory = state_dir / "audit"
         self._vault = vault
         self._launcher = Launcher(self.directory, state_dir / "run")
@@ -48,6 +53,7 @@ class NodeAudit:
         self._signing_error: ErrorRecord | None = None
         self.opened = asyncio.Event()
         self.alarm = ""
+        self.retention = Retention(self, self.directory, days=retention_days)
 
     @property
     def error(self) -> ErrorRecord | None:

@@ -31,6 +31,12 @@ class NoSuchEntry(HoldfastError, LookupError):
     fault: ClassVar[Fault] = Fault.MISSING
 
 
+class EntryRemoved(NoSuchEntry):
+    """The log had the entry; it was removed when it was older than the retention."""
+
+    code: ClassVar[str] = "audit_entry_removed"
+
+
 class LogUnreadable(HoldfastError, OSError):
     """There is no log, or a file of it cannot be read."""
 
@@ -67,10 +73,24 @@ class LogReader:
         self._tail = journal.frames
         self.size = max(self.published, self._base + len(self._tail))
 
+    @property
+    def bundled(self) -> int:
+        """The entries before this one are in bundles alone; the journal has let go of them."""
+        return self._base
+
+    @property
+    def oldest(self) -> int:
+        """The first entry that is still there. Those before it were removed; by whom, verification says."""
+        bundles = range(self._base // TILE_WIDTH)
+        if not bundles or self._is_kept(0):
+            return 0
+        return bisect.bisect_left(bundles, True, key=self._is_kept) * TILE_WIDTH
+
     def frame(self, sequence: int) -> Frame:
         """An entry's bytes and its sealed record.
 
         Raises:
+            EntryRemoved: it is not there any more.
             NoSuchEntry: there is none of that number.
             LogUnreadable: its file cannot be read.
         """
@@ -90,14 +110,25 @@ class LogReader:
         return Entry.unpack(self.frame(sequence).entry)
 
     def backwards(self, end: int, start: int = 0) -> Iterator[tuple[Entry, bytes]]:
-        """The entries of [start, end) with their sealed records, the newest first. Raises as `frame`."""
+        """The entries of [start, end) that are still there, with their sealed records, the newest first.
+
+        Raises as `frame`.
+        """
         for sequence in range(end - 1, start - 1, -1):
-            frame = self.frame(sequence)
+            try:
+                frame = self.frame(sequence)
+            except EntryRemoved:
+                return
             yield Entry.unpack(frame.entry), frame.sealed
 
     def first_at(self, wall_ns: int) -> int:
-        """The first entry that is not older than a moment; by the wall clock, which is taken not to have been set."""
-        return bisect.bisect_left(range(self.size), wall_ns, key=lambda sequence: self.entry(sequence).wall_ns)
+        """The first entry still there that is not older than a moment.
+
+        By the wall clock, which is taken not to have been set.
+        """
+        oldest = self.oldest
+        kept = range(oldest, self.size)
+        return oldest + bisect.bisect_left(kept, wall_ns, key=lambda sequence: self.entry(sequence).wall_ns)
 
     def hashes(self) -> TileHashes:
         """The hashes of what the checkpoint names."""
@@ -112,9 +143,15 @@ class LogReader:
         except OSError as error:
             raise _unreadable(path, error) from None
 
+    def _is_kept(self, bundle: int) -> bool:
+        # A removal takes the records first.
+        return (self._directory / record_path(bundle)).exists()
+
     def _bundle(self, index: int) -> list[Frame]:
         frames = self._bundles.get(index)
         if frames is None:
+            if not self._is_kept(index) and index * TILE_WIDTH < (oldest := self.oldest):
+                raise removed(index * TILE_WIDTH, oldest)
             entries = self._read(tile_path("entries", index))
             sealed = list(prefixed_parts(self._read(record_path(index))))
             frames = [
@@ -161,6 +198,16 @@ def prefixed_parts(data: bytes) -> Iterator[bytes]:
             return
         yield data[at + 2 : end]
         at = end
+
+
+def removed(first: int, oldest: int) -> EntryRemoved:
+    """That the entries from `first` on are not there any more."""
+    return EntryRemoved(
+        f"the entries from {first} on are not in the audit log any more",
+        cause=f"the oldest that it keeps is entry {oldest}; those before it were removed",
+        remedy="`holdfast audit status` tells how long entries are kept, `holdfast audit verify` whether they were "
+        "removed rightfully; a backup, or the SIEM, may have them",
+    )
 
 
 def _unreadable(path: Path, error: OSError) -> LogUnreadable:

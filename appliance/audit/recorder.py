@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Final, NamedTuple, cast
 
 from appliance.audit import protocol
 from appliance.audit.entry import AuditKeys, Draft, seal, search_tag
-from appliance.audit.events import ANYONE, Event
+from appliance.audit.events import ANYONE, Event, Scope
 from appliance.errors import ErrorRecord, Fault, HoldfastError
 from appliance.vault import VaultSealed
 
@@ -227,7 +227,7 @@ class Recorder:
     # Private
 
     def _sealed(self, event: Event) -> Draft:
-        keys = self._keys()
+        keys = None if event.kind.scope is Scope.NOBODY else self._keys()
         scope = event.scope(self._system_scope)
         if keys is None and scope != self._system_scope:
             raise VaultSealed

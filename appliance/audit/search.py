@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from appliance.audit.entry import NO_ID, AuditKeys, Entry, EntryInvalid, open_record, search_tag
 from appliance.audit.events import CATALOGUE
-from appliance.audit.reading import LogReader
+from appliance.audit.reading import LogReader, removed
 from appliance.errors import HoldfastError
 
 MOST_LOOKED_AT: Final = 200_000
@@ -53,16 +53,21 @@ class Found(NamedTuple):
 
 @dataclass(slots=True)
 class Findings:
-    """What was found; `go_on_before`: look for more below this number. None: there is no more."""
+    """What was found; `go_on_before`: look for more below this number. None: there is no more.
+
+    `oldest`: the first entry that is kept. What was before it is not found.
+    """
 
     found: list[Found] = field(default_factory=list)
     go_on_before: int | None = None
+    oldest: int = 0
 
 
 def search(log: LogReader, keys: AuditKeys, query: Query) -> Findings:
     """Search a log, the newest entries first. Blocks: it reads files.
 
     Raises:
+        EntryRemoved: all that could be found was removed.
         LogUnreadable: the log's files do not do.
         HoldfastError: the vault is sealed, or there is no such scope.
     """
@@ -70,11 +75,14 @@ def search(log: LogReader, keys: AuditKeys, query: Query) -> Findings:
     if query.action is not None:
         classes = {number for number, known in CATALOGUE.items() if fnmatch.fnmatchcase(known.action, query.action)}
     key_id = None if query.scope is None else keys.audit_key_id(query.scope)
-    start = 0 if query.since_ns is None else log.first_at(query.since_ns)
+    oldest = log.oldest
+    start = oldest if query.since_ns is None else log.first_at(query.since_ns)
     end = log.size if query.until_ns is None else log.first_at(query.until_ns)
     end = end if query.before is None else min(end, query.before)
+    if 0 < oldest >= end:
+        raise removed(0, oldest)
     actor, session = _Tags(keys, "actor", query.actor), _Tags(keys, "session", query.session)
-    findings = Findings()
+    findings = Findings(oldest=oldest)
     for looked_at, (entry, sealed) in enumerate(log.backwards(end, start)):
         if looked_at >= MOST_LOOKED_AT or len(findings.found) >= query.limit:
             findings.go_on_before = entry.sequence + 1

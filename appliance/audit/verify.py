@@ -8,12 +8,14 @@ Rules:
   entries; the root; every co-signed checkpoint; both clocks. Nobody's key is needed, and nothing is decrypted.
 - What follows the newest checkpoint is in the journal alone. It is checked as far as it can be, and counted apart:
   whoever can write the folder can still cut it off.
+- What retention removed is missing rightfully, as far as the log's own newest removal says and no further: its hashes
+  are taken from the tree, and the root holds over them.
 - A clock that was set is no tampering: it is reported with the entry at which it was.
 """
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -22,7 +24,8 @@ from appliance.audit.entry import ENTRY_BYTES, FORMAT, Entry
 from appliance.audit.journal import Frame, JournalContent, read_journal
 from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED, record_path
 from appliance.audit.notes import Checkpoint, NoteInvalid, VerifierKey, cosignatures, decode_note, open_checkpoint
-from appliance.audit.reading import prefixed_parts
+from appliance.audit.reading import LogReader, prefixed_parts
+from appliance.audit.retention import Removal, newest_removal
 from appliance.audit.tree import HASH_BYTES, TILE_HEIGHT, TILE_WIDTH, Frontier, leaf_hash, root_of_row, tile_path
 from appliance.errors import Fault, HoldfastError
 
@@ -63,6 +66,25 @@ class ClockStep:
     step_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What retention removed.
+
+    Attributes:
+        count: entries whose bundles are not there.
+        kept_from: what the log says: all before this one are removed, or about to be.
+        missing: how many of them were gone before they were due, as retention found.
+        said_by: the entry that says so; `said_ns`: when, `days`: the retention that was set then.
+    """
+
+    count: int
+    kept_from: int
+    missing: int
+    said_by: int
+    said_ns: int
+    days: int
+
+
 @dataclass(slots=True)
 class Verified:
     """What was found to hold.
@@ -73,6 +95,7 @@ class Verified:
         boots: how many starts of the machine wrote them.
         witnessed: the largest size that each witness co-signed, and when, in seconds since the epoch.
         clock_steps: where the wall clock was set; at most 1,000 of them.
+        removed: what is not there any more, rightfully; None: everything is there.
     """
 
     origin: str
@@ -84,6 +107,7 @@ class Verified:
     boots: int = 0
     witnessed: dict[str, tuple[int, int]] = field(default_factory=dict)
     clock_steps: list[ClockStep] = field(default_factory=list)
+    removed: Removed | None = None
 
     def record(self) -> dict[str, Any]:
         """For programs."""
@@ -97,6 +121,7 @@ class Verified:
             "last_wall_ns": self.last_wall_ns,
             "witnessed": {name: {"size": size, "time_s": time_s} for name, (size, time_s) in self.witnessed.items()},
             "clock_steps": [{"sequence": step.sequence, "step_ns": step.step_ns} for step in self.clock_steps],
+            "removed": None if self.removed is None else asdict(self.removed),
         }
 
 
@@ -152,6 +177,8 @@ class _Run:
         self._boot = b""
         self._boots: set[bytes] = set()
         self._clocks = (0, 0)
+        self._removal: Removal | None = None  # the newest, looked up once something is missing
+        self._root_at_removal = b""  # of the tree that it says it knew
         self.found = Verified(checkpoint.origin, checkpoint.size, checkpoint.root)
 
     def entries(self, progress: Progress | None) -> None:
@@ -159,9 +186,14 @@ class _Run:
         for bundle in range((self._size + TILE_WIDTH - 1) // TILE_WIDTH):
             first = bundle * TILE_WIDTH
             width = min(TILE_WIDTH, self._size - first)
-            frames = self._frames(bundle, first, width)
-            hashes = self._checked(frames, first)
-            self._check_tile(0, bundle, width, hashes)
+            if width == TILE_WIDTH and self._missing_files(bundle):
+                frames: list[Frame] = []
+                hashes = self._hashes_of_missing(bundle)
+            else:
+                frames = self._frames(bundle, first, width)
+                hashes = self._checked(frames, first)
+                self._check_tile(0, bundle, width, hashes)
+            self._check_removal(first, hashes, frames)
             self._check_witnessed(first, hashes)
             if width == TILE_WIDTH:
                 self._add_tile(hashes)
@@ -176,6 +208,13 @@ class _Run:
             raise LogTampered(
                 "the log is not the one of its checkpoint",
                 cause=f"its {self._size} entries have the root {root.hex()}, and {self._root.hex()} is signed",
+            )
+        removal = self._removal
+        if removal is not None and self._root_at_removal != removal.root:
+            raise LogTampered(
+                f"entry {removal.sequence} removed entries of another log",
+                cause=f"it says that {removal.size} entries had the root {removal.root.hex()}",
+                sequence=removal.sequence,
             )
         self.found.boots = len(self._boots)
 
@@ -209,6 +248,58 @@ class _Run:
                     )
         self._checked(content.frames[self._size - content.base :], self._size)
         self.found.unsigned = end - self._size
+
+    def _missing_files(self, bundle: int) -> list[str]:
+        """What is not there of a bundle."""
+        paths = [self._directory / name for name in (tile_path("entries", bundle), record_path(bundle))]
+        return [str(path) for path in paths if not path.exists()]
+
+    def _hashes_of_missing(self, bundle: int) -> list[bytes]:
+        """The leaf hashes of a bundle that retention removed: the root has them, so they hold or it does not."""
+        first = bundle * TILE_WIDTH
+        if self._removal is None:
+            self._removal = self._newest_removal(first)
+        removal = self._removal
+        if removal is None or first >= removal.kept_from:
+            said = "the log tells of no removal" if removal is None else f"removed are those before {removal.kept_from}"
+            raise LogTampered(
+                f"what holds entry {first} is missing",
+                cause=f"there is no {' and no '.join(self._missing_files(bundle))}, and {said}",
+                sequence=first,
+            )
+        count = TILE_WIDTH if self.found.removed is None else self.found.removed.count + TILE_WIDTH
+        self.found.removed = Removed(
+            count, removal.kept_from, removal.missing, removal.sequence, removal.wall_ns, removal.days
+        )
+        path = self._directory / tile_path(0, bundle)
+        tile = _read(path, first)
+        if len(tile) != TILE_WIDTH * HASH_BYTES:
+            raise LogTampered(
+                f"entry {first} and the tree differ", cause=f"{path} has {len(tile)} bytes", sequence=first
+            )
+        return [tile[at : at + HASH_BYTES] for at in range(0, len(tile), HASH_BYTES)]
+
+    def _newest_removal(self, start: int) -> Removal | None:
+        try:
+            return newest_removal(LogReader(self._directory), self._size, start)
+        except HoldfastError:
+            return None  # the log is damaged there, too: what is missing here comes first
+
+    def _check_removal(self, first: int, hashes: list[bytes], frames: Sequence[Frame]) -> None:
+        """What was believed of the removal stands in the tree; the root of the tree that it says it knew."""
+        removal = self._removal
+        if removal is None:
+            return
+        place = removal.sequence - first
+        if 0 <= place < len(frames) and frames[place] != removal.frame:
+            raise LogTampered(
+                f"entry {removal.sequence} is two", cause="it changed while it was read", sequence=removal.sequence
+            )
+        if first < removal.size <= first + len(hashes):
+            edge = Frontier(self._edge.size, self._edge.peaks)
+            for each in hashes[: removal.size - first]:
+                edge.append(each)
+            self._root_at_removal = edge.root()
 
     def _frames(self, bundle: int, first: int, width: int) -> list[Frame]:
         """A bundle's entries with their sealed records."""

@@ -18,6 +18,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from sqlalchemy import Connection, Table, insert, select, update
 from sqlalchemy.engine import RowMapping
@@ -31,7 +32,7 @@ SECRET_PREFIX = "hf_"  # noqa: S105 (says what a secret begins with)
 _SECRET_BYTES = 32
 _SECRET_LENGTH = len(SECRET_PREFIX) + 43  # base64url without padding
 _KNOWN_CALLERS = 10_000
-_REVOKE_ATTEMPTS = 8
+_CHANGE_ATTEMPTS = 8
 _INSERT_TENANT = insert(tables.tenants)
 _INSERT_PRINCIPAL = insert(tables.principals)
 _INSERT_API_KEY = insert(tables.api_keys)
@@ -139,6 +140,7 @@ class Identity:
             "isolation": tenant.isolation,
             "created_at": tenant.created_at,
             "row_version": 1,
+            "audit_digests": None,
         }
         sealed = self._rows.seal(tables.tenants, row, scope=tenant.tenant_id, purpose=KeyPurpose.RECORDS)
 
@@ -163,12 +165,33 @@ class Identity:
         query = select(tenants).where((tenants.c.tenant_id == name_or_id) | (tenants.c.name_lookup == lookup))
         row = await self._store.read(lambda db: db.execute(query).mappings().first())
         if row is None:
-            raise UnknownIdentity(
-                f"there is no tenant {name_or_id!r}",
-                cause="no tenant has that name or id",
-                remedy="`holdfast tenant list` names them",
-            )
+            raise _no_tenant(name_or_id)
         return self._tenant(row)
+
+    async def choose_digests(self, tenant: Tenant, *, on: bool) -> Tenant:
+        """Have keyed digests of a tenant's texts in the audit log, or no more. In force for the next request.
+
+        Raises:
+            UnknownIdentity: there is no such tenant any more.
+            TamperedValue: its row was changed outside; it is left as it is.
+            StoreBusy: others changed it again and again meanwhile.
+        """
+        query = select(tables.tenants).where(tables.tenants.c.tenant_id == tenant.tenant_id)
+        try:
+            for _ in range(_CHANGE_ATTEMPTS):
+                row = await self._store.read(lambda db: db.execute(query).mappings().first())
+                if row is None:
+                    raise _no_tenant(tenant.tenant_id)
+                known = self._tenant(row)
+                if known.audit_digests == on or await self._choose_digests(row, on=on):
+                    return replace(known, audit_digests=on)
+        finally:
+            self._forget_callers()
+        raise StoreBusy(
+            f"the tenant {tenant.name!r} is as it was",
+            cause="somebody else changed it each time that it was looked at",
+            remedy="Ask again",
+        )
 
     # Principals
 
@@ -264,7 +287,7 @@ class Identity:
         """
         self._forget_callers()
         try:
-            for _ in range(_REVOKE_ATTEMPTS):
+            for _ in range(_CHANGE_ATTEMPTS):
                 row = await self._key_row(key_id)
                 if row["revoked_at"] is not None or await self._revoke(row):
                     return self._api_key(await self._key_row(key_id))
@@ -296,6 +319,18 @@ class Identity:
             update(api_keys)
             .where(api_keys.c.key_id == row["key_id"], api_keys.c.row_version == row["row_version"])
             .values(self._seal(api_keys, revoked))
+        )
+        return await self._store.transact(lambda db: db.execute(statement).rowcount == 1)
+
+    async def _choose_digests(self, row: RowMapping, *, on: bool) -> bool:
+        """Whether the tenant was changed: not when its row has become another one since it was read."""
+        tenants = tables.tenants
+        opened = self._rows.open(tenants, row)
+        chosen = {**opened, "audit_digests": "on" if on else "off", "row_version": row["row_version"] + 1}
+        statement = (
+            update(tenants)
+            .where(tenants.c.tenant_id == row["tenant_id"], tenants.c.row_version == row["row_version"])
+            .values(self._seal(tenants, chosen))
         )
         return await self._store.transact(lambda db: db.execute(statement).rowcount == 1)
 
@@ -346,7 +381,14 @@ class Identity:
 
     def _tenant(self, row: RowMapping) -> Tenant:
         name = _text(self._rows.open(tables.tenants, row)["name"])
-        return Tenant(row["tenant_id"], name or "", row["idle_timeout_s"], row["isolation"], row["created_at"])
+        return Tenant(
+            tenant_id=row["tenant_id"],
+            name=name or "",
+            idle_timeout_s=row["idle_timeout_s"],
+            isolation=row["isolation"],
+            created_at=row["created_at"],
+            audit_digests=row["audit_digests"] == "on",
+        )
 
     def _principal(self, row: RowMapping) -> Principal:
         name = _text(self._rows.open(tables.principals, row)["name"])
@@ -400,6 +442,14 @@ def _scopes(text: str) -> Scopes:
 
 def _text(value: object) -> str | None:
     return value.decode() if isinstance(value, bytes) else None
+
+
+def _no_tenant(name_or_id: str) -> UnknownIdentity:
+    return UnknownIdentity(
+        f"there is no tenant {name_or_id!r}",
+        cause="no tenant has that name or id",
+        remedy="`holdfast tenant list` names them",
+    )
 
 
 def _invalid(cause: str) -> InvalidApiKey:

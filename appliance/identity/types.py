@@ -48,6 +48,7 @@ class Tenant:
     Attributes:
         idle_timeout_s: overrides the appliance's; None: does not.
         isolation: `session`: nothing is shared outside a session tree.
+        audit_digests: the audit log has keyed digests of what its turns ask and are answered.
     """
 
     tenant_id: str
@@ -55,6 +56,7 @@ class Tenant:
     idle_timeout_s: float | None
     isolation: str
     created_at: float
+    audit_digests: bool = False
 
 
 @dataclass(frozen=True, slots=True)

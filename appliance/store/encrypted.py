@@ -7,6 +7,8 @@ Rules:
   another version of its row does not open; the error names the row.
 - A column with `info=BOUND` is in plaintext, for the database to search and for nobody to change: every ciphertext of
   its row is bound to its value too. Whoever updates one seals the row again, under the next version.
+- One with `info=BOUND_ONCE_SET` came with a migration, which has no key: while it is NULL nothing is bound to it, so
+  that older rows open; a value that was put there, or taken away, by hand does not.
 - Reading returns the plaintext or raises. No function says whether a row is authentic.
 """
 
@@ -25,6 +27,9 @@ from appliance.vault.keys import length_prefixed
 
 BOUND: dict[Any, Any] = {"bound": True}
 """The `info` of a column whose value every ciphertext of its row is bound to."""
+
+BOUND_ONCE_SET: dict[Any, Any] = {"bound": True, "once_set": True}
+"""The same, of a column that older rows do not have: it is bound as soon as it is not NULL."""
 
 _DOUBLE = struct.Struct(">d")
 
@@ -54,7 +59,7 @@ class _Layout:
     table: str
     row_id: str
     encrypted: tuple[tuple[str, bool], ...]  # column, may be NULL
-    bound: tuple[tuple[str, bytes, TypeEngine[Any]], ...]  # column, its name as bytes, its type; by name
+    bound: tuple[tuple[str, bytes, TypeEngine[Any], bool], ...]  # column, its name as bytes, type, once set; by name
 
 
 class RowCipher:
@@ -128,8 +133,9 @@ class RowCipher:
                 (column.name, bool(column.nullable)) for column in table.columns if isinstance(column.type, Encrypted)
             )
             bound = tuple(
-                (name, length_prefixed(name.encode()), table.columns[name].type)
-                for name in sorted(column.name for column in table.columns if column.info.get("bound"))
+                (name, length_prefixed(name.encode()), column.type, bool(column.info.get("once_set")))
+                for name, column in sorted(table.columns.items(), key=lambda each: each[0])
+                if column.info.get("bound")
             )
             layout = self._layouts[table.name] = _Layout(table.name, row_id, encrypted, bound)
         return layout
@@ -148,7 +154,11 @@ def _beside(layout: _Layout, row: RowMapping | Mapping[str, Any]) -> bytes:
     """
     if not layout.bound:
         return b""
-    said = [named + _canonical(kind, row[name]) for name, named, kind in layout.bound]
+    said = [
+        named + _canonical(kind, row[name])
+        for name, named, kind, once_set in layout.bound
+        if not once_set or row[name] is not None
+    ]
     return hashlib.sha256(b"".join(said)).digest()
 
 

@@ -9,7 +9,7 @@ Rules:
   into its ciphertexts. `row_version` counts the versions of what is encrypted or bound.
 - What says who may do what, whose a row is, or how it is found, is bound (`info=BOUND`): who can write the database and
   has no key cannot change it unnoticed. Such a table has an `Encrypted` column that is never NULL; where there may be
-  nothing to say in it, nothing is sealed. A new bound column needs the rows sealed again.
+  nothing to say in it, nothing is sealed. A new column to be bound is `BOUND_ONCE_SET`, and NULL in the older rows.
 - A change here needs a migration: `tests/unit/store` compares the two.
 """
 
@@ -28,7 +28,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-from appliance.store.encrypted import BOUND, Encrypted
+from appliance.store.encrypted import BOUND, BOUND_ONCE_SET, Encrypted
 
 metadata = MetaData(
     naming_convention={
@@ -73,6 +73,7 @@ tenants = Table(
     Column("isolation", Text, nullable=False, server_default="session", info=BOUND),
     Column("created_at", Double, nullable=False),
     Column("row_version", Integer, nullable=False),
+    Column("audit_digests", Text, info=BOUND_ONCE_SET),
 )
 
 principals = Table(

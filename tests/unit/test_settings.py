@@ -35,3 +35,38 @@ def test_beyond_loopback_there_is_tls_or_nothing(host: str) -> None:
 def test_a_certificate_and_its_key_go_together(host: str, name: str) -> None:
     with pytest.raises(SettingsError, match="go together"):
         gateway(host=host, **{name: TLS[name]})
+
+
+def audit(**values: Any) -> Settings:
+    return load_settings({"audit": values}, environment={}, state_dir=Path("/nowhere"))
+
+
+def test_the_audit_log_is_kept_for_400_days() -> None:
+    assert audit().audit.retention_days == 400
+    assert audit(retention_days=183).audit.retention_override is None
+
+
+@pytest.mark.parametrize("days", [7, 182])
+def test_less_than_six_months_needs_somebodys_word_and_a_reason(days: int) -> None:
+    with pytest.raises(SettingsError, match="six months") as refused:
+        audit(retention_days=days)
+    assert "2024/1689" in refused.value.cause
+    for half in ({"by": "D. Officer"}, {"reason": "not a high-risk system"}, {"by": "", "reason": "x"}):
+        with pytest.raises(SettingsError):
+            audit(retention_days=days, retention_override=half)
+    given = {"by": "D. Officer", "reason": "not a high-risk system"}
+    assert audit(retention_days=days, retention_override=given).audit.retention_days == days
+
+
+@pytest.mark.parametrize("days", [0, 6, -1, 1.5, "long"])
+def test_a_retention_that_is_none_is_refused(days: object) -> None:
+    with pytest.raises(SettingsError):
+        audit(retention_days=days, retention_override={"by": "D. Officer", "reason": "none"})
+
+
+def test_an_override_can_come_from_the_environment() -> None:
+    environment = {
+        "HOLDFAST_AUDIT__RETENTION_DAYS": "90",
+        "HOLDFAST_AUDIT__RETENTION_OVERRIDE": '{ by = "D. Officer", reason = "not a high-risk system" }',
+    }
+    assert load_settings(environment=environment, state_dir=Path("/nowhere")).audit.retention_days == 90

@@ -21,7 +21,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield it
 
 
-def _holdfast(served: Served, *words: str, secret: str = "") -> subprocess.CompletedProcess[str]:
+def run_holdfast(served: Served, *words: str, secret: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [HOLDFAST, "--state-dir", str(served.state_dir), *words],
         input=secret,
@@ -33,19 +33,19 @@ def _holdfast(served: Served, *words: str, secret: str = "") -> subprocess.Compl
 
 
 def _json(served: Served, *words: str) -> Any:
-    done = _holdfast(served, "--json", *words)
+    done = run_holdfast(served, "--json", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
 
 
 def test_a_person_sees_how_the_log_is_and_what_is_in_it(served: Served) -> None:
-    assert "turn.completed" in _holdfast(served, "audit", "tail").stdout
+    assert "turn.completed" in run_holdfast(served, "audit", "tail").stdout
     found = _json(served, "audit", "search", "--action", "turn.*", "--since", "1h", "--limit", "100")
     assert len(found["entries"]) == 10
     first = found["entries"][-1]
     shown = _json(served, "audit", "show", str(first["sequence"]))
     assert shown["record"]["action"] == "turn.admitted"
-    status = _holdfast(served, "audit", "status").stdout
+    status = run_holdfast(served, "audit", "status").stdout
     assert "public key" in status
     assert "holdfast." in status
 
@@ -61,7 +61,7 @@ def test_an_auditor_checks_a_copy_with_the_public_key(served: Served, tmp_path: 
     content = bytearray((copy / "journal").read_bytes())
     content[500] ^= 1
     (copy / "journal").write_bytes(content)
-    wrong = _holdfast(served, "--json", "audit", "verify", "--log", str(copy), "--key", key)
+    wrong = run_holdfast(served, "--json", "audit", "verify", "--log", str(copy), "--key", key)
     assert wrong.returncode == 6
     assert json.loads(wrong.stdout)["code"] == "audit_log_tampered"
 
@@ -103,6 +103,6 @@ def test_a_witness_sees_the_log_grow_and_the_log_is_held_to_it(served: Served, t
 
 def test_who_may_not_read_the_log_is_told_so(served: Served) -> None:
     client = served.new_key(principal="reader").secret
-    done = _holdfast(served, "--json", "audit", "tail", "--api-key-fd", "0", secret=client)
+    done = run_holdfast(served, "--json", "audit", "tail", "--api-key-fd", "0", secret=client)
     assert done.returncode == 4
     assert json.loads(done.stdout)["code"] == "admin_denied"

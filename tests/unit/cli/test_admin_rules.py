@@ -122,7 +122,8 @@ async def call(
 ) -> tuple[int, bytes]:
     """The status and the body of an answer; a body goes up in the pieces given."""
     method, path = route
-    path = path.replace("{key_id}", "ak_1").replace("{session_id}", "ses_1").replace("{sequence}", "1")
+    for name, given in {"key_id": "ak_1", "session_id": "ses_1", "tenant_id": "ten_1", "sequence": "1"}.items():
+        path = path.replace(f"{{{name}}}", given)
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
     offered = authorization if key is None else f"Bearer {key}"
     if offered is not None:
@@ -175,7 +176,12 @@ async def test_a_client_may_do_nothing_but_with_sessions(route: tuple[str, str],
 
 @pytest.mark.parametrize("role", [Role.AUDITOR, Role.OPERATOR, Role.CLIENT])
 async def test_only_an_administrator_makes_tenants_keys_and_backups(role: Role, services: Any) -> None:
-    for route in (("POST", "/v1/tenants"), ("POST", "/v1/keys"), ("POST", "/v1/backup")):
+    for route in (
+        ("POST", "/v1/tenants"),
+        ("POST", "/v1/tenants/{tenant_id}"),
+        ("POST", "/v1/keys"),
+        ("POST", "/v1/backup"),
+    ):
         assert (await ask(services, route, key=f"{role.value}@appliance"))[1] == "admin_denied"
 
 
@@ -274,7 +280,7 @@ async def test_what_is_asked_for_is_recorded_before_it_is_done(route: tuple[str,
     (event,) = services.audit.events
     assert (event.kind.action, event.actor.id, event.outcome) == ("admin.acted", "prn_1", Outcome.SUCCESS)
     assert event.details == {"route": " ".join(route)}
-    assert event.target[1] in ("", "ak_1", "ses_1")
+    assert event.target[1] in ("", "ak_1", "ses_1", "ten_1")
 
 
 @pytest.mark.parametrize("route", [route for route, rule in RULES.items() if rule.recorded])
@@ -299,6 +305,7 @@ def test_everything_but_a_look_at_the_status_leaves_a_record() -> None:
         "/v1/audit",
         "/v1/audit/entries",
         "/v1/audit/entries/{sequence}",
+        "/v1/audit/digest",
         "/v1/sessions",
         "/v1/sessions/{session_id}/transcript",
     }

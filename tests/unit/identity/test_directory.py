@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -385,6 +386,49 @@ async def test_a_tenants_rules_cannot_be_changed_in_the_database(
     _, secret = await identity.create_key(client, Scopes())
     await store.transact(lambda db: db.execute(update(tables.tenants).values(**values)))
     for asked in (reopened(store).authenticate(secret), reopened(store).tenant(tenant.tenant_id)):
+        with pytest.raises(TamperedValue, match=tenant.tenant_id):
+            await asked
+
+
+async def test_a_tenant_chooses_digests_and_its_next_request_has_them(
+    identity: Identity, store: Store, tenant: Tenant, client: Principal
+) -> None:
+    _, secret = await identity.create_key(client, Scopes())
+    for on in (True, True, False, True):
+        changed = await identity.choose_digests(tenant, on=on)
+        assert changed == replace(tenant, audit_digests=on)
+        for known in (identity, reopened(store)):
+            assert (await known.authenticate(secret)).tenant == changed
+    versions = select(tables.tenants.c.row_version).where(tables.tenants.c.tenant_id == tenant.tenant_id)
+    assert await store.read(lambda db: db.execute(versions).scalar_one()) == 4
+    with pytest.raises(UnknownIdentity):
+        await identity.choose_digests(replace(tenant, tenant_id="ten_none"), on=True)
+
+
+async def test_two_who_choose_at_once_end_with_one_of_the_two(identity: Identity, tenant: Tenant) -> None:
+    await asyncio.gather(*(identity.choose_digests(tenant, on=number % 2 == 0) for number in range(6)))
+    assert (await identity.tenant(tenant.tenant_id)).name == tenant.name
+
+
+@pytest.mark.parametrize("chosen", [None, True, False])
+@pytest.mark.parametrize("forged", [None, "on", "off"])
+async def test_what_a_tenant_chose_cannot_be_changed_in_the_database(
+    identity: Identity, store: Store, tenant: Tenant, client: Principal, chosen: bool | None, forged: str | None
+) -> None:
+    _, secret = await identity.create_key(client, Scopes())
+    if chosen is not None:
+        await identity.choose_digests(tenant, on=True)
+        await identity.choose_digests(tenant, on=chosen)
+    before = {None: None, True: "on", False: "off"}[chosen]
+    await store.transact(lambda db: db.execute(update(tables.tenants).values(audit_digests=forged)))
+    if forged == before:
+        assert (await reopened(store).tenant(tenant.tenant_id)).audit_digests == (forged == "on")
+        return
+    for asked in (
+        reopened(store).authenticate(secret),
+        reopened(store).tenants(),
+        reopened(store).choose_digests(tenant, on=True),
+    ):
         with pytest.raises(TamperedValue, match=tenant.tenant_id):
             await asked
 

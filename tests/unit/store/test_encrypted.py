@@ -40,6 +40,7 @@ def rows(store: Store, vault: Vault) -> RowCipher:
             "isolation": "session",
             "created_at": 1.0,
             "row_version": 1,
+            "audit_digests": None,
         }
         sealed = cipher.seal(tables.tenants, tenant_row, scope=tenant, purpose=KeyPurpose.RECORDS)
         store.write_blocking([Change(insert(tables.tenants), sealed)])
@@ -192,6 +193,22 @@ def test_what_a_database_makes_of_a_bound_number_is_the_same_number(store: Store
         rows.open(tables.tenants, {**tenant, "idle_timeout_s": None})
 
 
+def test_a_column_that_came_later_binds_once_it_is_set_and_neither_side_of_that_can_be_forged(
+    store: Store, rows: RowCipher
+) -> None:
+    query = select(tables.tenants).where(tables.tenants.c.tenant_id == "ten_1")
+    older = store.read_blocking(lambda db: db.execute(query).mappings().one())
+    assert older["audit_digests"] is None
+    with pytest.raises(TamperedValue, match="ten_1"):
+        rows.open(tables.tenants, {**older, "audit_digests": "on"})
+    opened = {**rows.open(tables.tenants, older), "audit_digests": "on", "row_version": 2}
+    newer = rows.seal(tables.tenants, opened, scope="ten_1", purpose=KeyPurpose.RECORDS)
+    assert rows.open(tables.tenants, newer)["audit_digests"] == "on"
+    for forged in (None, "off", ""):
+        with pytest.raises(TamperedValue, match="ten_1"):
+            rows.open(tables.tenants, {**newer, "audit_digests": forged})
+
+
 def test_values_of_neighbouring_bound_columns_cannot_run_into_each_other(vault: Vault) -> None:
     cipher = RowCipher(vault)
     made = row("ada") | {"role": "admin", "permissions": "[]"}
@@ -212,7 +229,7 @@ def test_a_row_with_bound_values_can_always_be_opened() -> None:
     [
         (tables.principals, {"role", "permissions", "uid", "name_lookup"}),
         (tables.api_keys, {"principal_id", "secret_lookup", "scopes", "expires_at", "revoked_at"}),
-        (tables.tenants, {"isolation", "idle_timeout_s", "name_lookup"}),
+        (tables.tenants, {"isolation", "idle_timeout_s", "name_lookup", "audit_digests"}),
         (tables.sessions, {"principal_id", "tree_id", "client_id_lookup"}),
         (tables.turns, {"session_id", "number"}),
     ],

@@ -1,5 +1,6 @@
 """The schema: made by migrations, the same as the tables say, and refused when it is newer."""
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,17 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, insert, select, text
 
-from appliance.store import SchemaTooNew, SchemaUnreleased, Store, StoreUnavailable, migrations, tables
+from appliance.identity import Identity
+from appliance.store import (
+    DatabaseKeys,
+    SchemaTooNew,
+    SchemaUnreleased,
+    Store,
+    StoreUnavailable,
+    migrations,
+    tables,
+)
+from appliance.vault import RootKey, Vault
 from tests.postgres import PostgresServer
 
 
@@ -40,6 +51,21 @@ def test_the_head_is_the_newest_migration() -> None:
     config = Config()
     config.set_main_option("script_location", str(Path(migrations.__file__).parent))
     assert ScriptDirectory.from_config(config).get_heads() == [migrations.HEAD]
+
+
+async def test_rows_of_the_first_schema_open_after_the_migration(store: Store, vault: Vault, database_url: str) -> None:
+    made = await Identity(store, vault).create_tenant("Harbour Bank", idle_timeout_s=30.0)
+    await store.transact(lambda db: db.execute(text("ALTER TABLE tenants DROP COLUMN audit_digests")))
+    await store.transact(lambda db: migrate_to("0001_bound", db))
+    store.close()
+    with contextlib.closing(Store.open(database_url)) as migrated:
+        again = Vault(DatabaseKeys(migrated))
+        again.open(RootKey(b"r" * 32))
+        identity = Identity(migrated, again)
+        assert await identity.tenants() == [made]
+        changed = await identity.choose_digests(made, on=True)
+        assert changed.audit_digests
+        assert await identity.tenants() == [changed]
 
 
 async def test_a_newer_schema_is_refused_and_left_alone(store: Store, database_url: str) -> None:

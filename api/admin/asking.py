@@ -1,0 +1,118 @@
+"""Who asks the admin API for something, as its routes have it.
+
+Rule: what an asker did is in the audit log, under the asker's id, before the answer is given.
+"""
+
+import dataclasses
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Annotated, Any, ClassVar
+
+from fastapi import Depends, Request
+
+from api import trail
+from api.admin import types
+from api.services import Services
+from appliance.audit import Actor, Event, NodeAudit, Outcome
+from appliance.audit.events import EventClass
+from appliance.errors import Fault, HoldfastError
+from appliance.identity import Caller, Tenant
+from appliance.vault import VaultSealed
+
+Endpoints = Mapping[tuple[str, str], tuple[Callable[..., Awaitable[Any]], type[types.Wire] | None]]
+"""Method and path, to what answers and the schema of the answer."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Asker:
+    """Who a request is made for. `caller` is None while the vault is sealed: the gateway's own user, nameless."""
+
+    caller: Caller | None
+    source: str
+    audit: NodeAudit
+
+    async def did(
+        self,
+        kind: EventClass,
+        target: tuple[str, str],
+        *,
+        outcome: Outcome = Outcome.SUCCESS,
+        reason: str = "",
+        tenant_id: str | None = None,
+        details: Mapping[str, str] | None = None,
+    ) -> None:
+        """Record what the asker did, or asked for.
+
+        Raises:
+            AuditUnavailable: it is not in the log.
+        """
+        actor = Actor("user", self.source) if self.caller is None else trail.actor_of(self.caller)
+        event = Event(
+            kind,
+            actor,
+            outcome,
+            tenant_id=tenant_id or "",
+            source=self.source,
+            target=target,
+            reason=reason,
+            details=details or {},
+        )
+        await self.audit.record(event, privileged=True)
+
+    def __str__(self) -> str:
+        return "the gateway's own user" if self.caller is None else self.caller.principal.principal_id
+
+    @property
+    def named(self) -> Caller:
+        """The caller.
+
+        Raises:
+            VaultSealed: nobody has a name now.
+        """
+        if self.caller is None:
+            raise VaultSealed
+        return self.caller
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+def _who(request: Request) -> Asker:
+    asker: Asker = request.state.asker
+    return asker
+
+
+ServicesOf = Annotated[Services, Depends(_services)]
+AskerOf = Annotated[Asker, Depends(_who)]
+
+
+class NoSuchThing(HoldfastError, LookupError):
+    """A tenant or a key that does not exist, or that the caller may not know of."""
+
+    code: ClassVar[str] = "admin_not_found"
+    fault: ClassVar[Fault] = Fault.MISSING
+
+
+async def chosen_tenant(services: Services, caller: Caller, named: str | None) -> Tenant | None:
+    """The tenant that a request speaks of; None: all of them. Another tenant's is as unknown as one that never was."""
+    if named is None:
+        return caller.tenant
+    try:
+        tenant = await services.identity.tenant(named)
+    except HoldfastError as error:
+        if error.fault is not Fault.MISSING:
+            raise
+        raise unknown("tenant", named, "tenant list") from None
+    if caller.tenant is not None and caller.tenant.tenant_id != tenant.tenant_id:
+        raise unknown("tenant", named, "tenant list")
+    return tenant
+
+
+def unknown(what: str, name: str, command: str) -> NoSuchThing:
+    """What is answered where there is none, or none that the asker may know of."""
+    return NoSuchThing(
+        f"there is no {what} {name!r}",
+        cause=f"no {what} has that name or id, or it is not yours to know of",
+        remedy=f"`holdfast {command}` names those that there are",
+    )
