@@ -6,7 +6,8 @@ Rules:
 - Units are in the names (https://prometheus.io/docs/practices/naming/).
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -75,6 +76,14 @@ class Metrics:
     def observe(self, name: str, help_text: str, value: Callable[[], float]) -> None:
         """Publish a gauge whose value is asked for when it is read."""
         Gauge(name, help_text, registry=self._registry).set_function(value)
+
+    def observe_each(
+        self, name: str, help_text: str, destinations: Sequence[str], value: Callable[[str], float]
+    ) -> None:
+        """As `observe`, for each destination that the settings name."""
+        gauge = Gauge(name, help_text, ("destination",), registry=self._registry)
+        for destination in destinations:
+            gauge.labels(destination).set_function(functools.partial(value, destination))
 
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""

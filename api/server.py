@@ -44,6 +44,7 @@ from api.roots import open_root, read_seal
 from api.services import Lifecycle, Services
 from appliance.audit import AuditUnavailable, Event, NodeAudit
 from appliance.audit.events import ENGINE_LOST, ENGINE_READY, GATEWAY_STARTED, GATEWAY_STOPPED, SYSTEM
+from appliance.audit.siem.exports import Exports
 from appliance.engine.client import EngineClient
 from appliance.engine.launcher import SOCKET_NAME, EngineFailed, EngineProcess, EngineSpec, engine_python
 from appliance.errors import Fault, HoldfastError
@@ -116,6 +117,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
     ]
     async with asyncio.TaskGroup() as tasks:
         await services.audit.start()
+        services.exports.start()
         tasks.create_task(_record_start(services))
         recording = tasks.create_task(_record_engine(services))
         marking = tasks.create_task(keep_marks(services))
@@ -145,8 +147,10 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         for server in servers:
             server.should_exit = True
         await asyncio.wait(serving)
+        last = None
         with contextlib.suppress(AuditUnavailable):
-            await services.audit.record(Event(GATEWAY_STOPPED, SYSTEM), privileged=True)
+            last = await services.audit.record(Event(GATEWAY_STOPPED, SYSTEM), privileged=True)
+        await services.exports.stop(None if last is None else last + 1)
         await services.audit.stop()
 
 
@@ -234,11 +238,13 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
         )
         metrics = Metrics()
         lifecycle = Lifecycle(started_at=time.time())
+        audit = NodeAudit(settings.state_dir, vault, versions=versions(process))
         services = Services(
             settings=settings,
             vault=vault,
             store=store,
-            audit=NodeAudit(settings.state_dir, vault, versions=versions(process)),
+            audit=audit,
+            exports=Exports(settings.audit.siem, audit.directory, size=audit.size, keys=vault),
             identity=Identity(store, vault),
             quotas=Quotas(store),
             sessions=Sessions(store, vault, settings.sessions),
@@ -269,6 +275,25 @@ def _observe(services: Services) -> None:
     )
     metrics.observe(
         "holdfast_store_waiting_writes", "Change sets that wait to be written.", lambda: services.store.waiting_writes
+    )
+    exports = services.exports
+    metrics.observe_each(
+        "holdfast_audit_export_lag_entries",
+        "Entries of the audit log that a destination was not sent yet.",
+        exports.names,
+        lambda name: exports.view(name).lag_entries,
+    )
+    metrics.observe_each(
+        "holdfast_audit_export_lag_seconds",
+        "How old the oldest entry is that a destination was not sent yet.",
+        exports.names,
+        lambda name: exports.view(name).lag_s,
+    )
+    metrics.observe_each(
+        "holdfast_audit_export_failing",
+        "1 while a destination takes nothing.",
+        exports.names,
+        lambda name: float(exports.view(name).error is not None),
     )
     process = services.engine_process
     if process is not None:

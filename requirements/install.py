@@ -173,6 +173,8 @@ def missing_packages(targets: Sequence[str], *, tests: bool, engine: str) -> lis
             missing.append(("libstdc++6", "the engine is linked with it"))
     if tests and shutil.which("initdb") is None and not [*Path("/usr/lib/postgresql").glob("*/bin/initdb")]:
         missing.append(("postgresql", "the store's tests start a real PostgreSQL"))
+    if tests and not any(Path("/usr/lib").glob("*/rsyslog/lmnsd_ossl.so")):
+        missing += [(name, "the SIEM's tests start a real rsyslog") for name in ("rsyslog", "rsyslog-openssl")]
     return missing
 
 

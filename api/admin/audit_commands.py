@@ -2,8 +2,8 @@
 
 Rules:
 
-- `verify`, `verify-proof` and `witness cosign` need the log's files or what travelled, and its public key: no
-  appliance, no vault, no right but to read. They are the auditor's, on a machine of the auditor's own.
+- `verify`, `verify-proof`, `verify-export` and `witness cosign` need the log's files or what travelled, and its public
+  key: no appliance, no vault, no right but to read. They are the auditor's, on a machine of the auditor's own.
 - The rest asks the running appliance, which decides who may, and records that it was asked.
 """
 
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from appliance.audit.notes import Algorithm, SigningKey, VerifierKey
+from appliance.audit.notes import Algorithm, SigningKey, VerifierKey, decode_note
 from appliance.audit.proof import prove as make_proof
 from appliance.audit.proof import verify_proof
 from appliance.audit.reading import LogReader
+from appliance.audit.siem.verify_export import ExportVerified, verify_export
 from appliance.audit.signing import PUBLIC_KEY
 from appliance.audit.verify import Verified, verify_log
 from appliance.audit.witness import Witness, read_request
@@ -195,6 +196,59 @@ def check_proof(console: Console, file: Any, log_dir: Path | None, key_text: str
     console.result(value, text)
 
 
+@audit.command("verify-export")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.option("--key", "key_text", metavar="VKEY", required=True, help="The log's public key, or a file with it.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="A signed checkpoint from elsewhere, which what arrived must reach: it shows a tail that was cut off.",
+)
+@pass_console
+def check_export(console: Console, file: Path, key_text: str, checkpoint: Path | None) -> None:
+    """At the receiver of events: check that none was altered, dropped or added on the way."""
+    note = None if checkpoint is None else decode_note(checkpoint.read_bytes())
+    with file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+        found = verify_export(lines, _vkey(key_text), checkpoint=note)
+    console.result(found.record(), _export_text(found))
+
+
+# Destinations
+
+
+@audit.group("export", cls=Group)
+def exporting() -> None:
+    """See how far behind a SIEM is, and try the way to it."""
+
+
+@exporting.command("status")
+@pass_console
+def export_status(console: Console) -> None:
+    """Show each destination: what it has, how far it is behind, what is in the way."""
+    exports = console.admin().audit_exports()
+    rows = [
+        (
+            each.name,
+            each.receiver,
+            f"{each.delivered}",
+            f"{each.lag_entries} entries, {in_words(each.lag_s)}" if each.lag_entries else "nothing",
+            each.error.cause if each.error is not None else each.waits_for or "none",
+        )
+        for each in exports.destinations
+    ]
+    empty = "holdfast.toml names no destination: see [[audit.siem]] in docs/siem.md."
+    console.result(exports, table(("name", "to", "delivered", "behind by", "error"), rows, empty=empty))
+
+
+@exporting.command("test")
+@click.argument("name")
+@pass_console
+def try_export(console: Console, name: str) -> None:
+    """Send an event that says it is a test."""
+    tried = console.admin(deadline_s=90).try_audit_export(name)
+    console.result(tried, f"{tried.name}: {tried.receiver} took a test event; look for audit.export.test there.")
+
+
 # Witnesses
 
 
@@ -358,6 +412,23 @@ def _actor(record: dict[str, Any]) -> str:
 def _target(record: dict[str, Any]) -> str:
     target = record.get("target", {})
     return str(target.get("id") or record.get("session_id") or record.get("reason") or "-")
+
+
+def _export_text(found: ExportVerified) -> str:
+    lines = [f"{found.origin}: entries {found.first} to {found.end - 1} hold."]
+    lines.append(f"  {found.proved_to - found.proved_from} of them are proved by {found.checkpoints} checkpoints")
+    if before := found.proved_from - found.first:
+        lines.append(f"  the first {before} are proved only together with what the receiver has from before")
+    if behind := found.end - found.proved_to:
+        lines.append(f"  the last {behind} are not proved yet: the next checkpoint will")
+    if found.repeated:
+        lines.append(f"  {found.repeated} events came more than once, and are the same")
+    if found.withheld:
+        named = ", ".join(f"{sequence} ({why})" for sequence, why in found.withheld_named.items())
+        lines.append(f"  {found.withheld} came without their record: {named}")
+    if found.tests:
+        lines.append(f"  {found.tests} events say that they are a test")
+    return "\n".join(lines)
 
 
 def _verified_text(found: Verified, took_s: float) -> str:

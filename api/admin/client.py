@@ -156,6 +156,14 @@ class AdminClient:
         """How long the audit log is, and what is in its way."""
         return self._call(types.AuditStatus, "GET", "/v1/audit")
 
+    def audit_exports(self) -> types.AuditExports:
+        """How far behind each destination of the audit log is."""
+        return self._call(types.AuditExports, "GET", "/v1/audit/exports")
+
+    def try_audit_export(self, name: str) -> types.AuditExport:
+        """Send a test event to a destination."""
+        return self._call(types.AuditExport, "POST", f"/v1/audit/exports/{_quote(name)}/test")
+
     def audit_entries(self, **wanted: str | float | None) -> types.AuditPage:
         """Entries of the audit log, the newest first. `since` and `until` are epoch seconds."""
         return self._call(types.AuditPage, "GET", "/v1/audit/entries", query=wanted)

@@ -63,6 +63,7 @@ from appliance.audit.notes import Checkpoint, VerifierKey
 from appliance.audit.reading import LogReader
 from appliance.audit.search import Found, look_at, search
 from appliance.audit.search import Query as AuditQuery
+from appliance.audit.siem.shipper import View
 from appliance.audit.signing import public_key
 from appliance.audit.tree import leaf_hash
 from appliance.audit.witness import read_request
@@ -116,6 +117,8 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", "/v1/audit"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False),
     ("GET", "/v1/audit/entries"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
     ("GET", "/v1/audit/entries/{sequence}"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
+    ("GET", "/v1/audit/exports"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False),
+    ("POST", "/v1/audit/exports/{destination}/test"): Rule(_MASTERS, appliance_wide=True),
     ("GET", "/v1/audit/witness"): Rule(_PEOPLE, appliance_wide=True),
     ("POST", "/v1/audit/witness"): Rule(_PEOPLE, appliance_wide=True),
 }
@@ -548,6 +551,14 @@ async def _audit_witness_reply(
     return types.AuditWitnessed(witness=witness.name, size=seen.size)
 
 
+async def _audit_exports(services: ServicesOf) -> types.AuditExports:
+    return types.AuditExports(destinations=[_export_view(view) for view in services.exports.views()])
+
+
+async def _try_audit_export(destination: str, services: ServicesOf) -> types.AuditExport:
+    return _export_view(await services.exports.try_out(destination))
+
+
 _ENDPOINTS: Mapping[tuple[str, str], tuple[Callable[..., Awaitable[Any]], type[types.Wire] | None]] = {
     ("GET", "/v1/status"): (_status, types.Status),
     ("POST", "/v1/vault/unseal"): (_unseal, types.VaultState),
@@ -565,6 +576,8 @@ _ENDPOINTS: Mapping[tuple[str, str], tuple[Callable[..., Awaitable[Any]], type[t
     ("GET", "/v1/audit"): (_audit_status, types.AuditStatus),
     ("GET", "/v1/audit/entries"): (_audit_entries, types.AuditPage),
     ("GET", "/v1/audit/entries/{sequence}"): (_audit_entry, types.AuditEntry),
+    ("GET", "/v1/audit/exports"): (_audit_exports, types.AuditExports),
+    ("POST", "/v1/audit/exports/{destination}/test"): (_try_audit_export, types.AuditExport),
     ("GET", "/v1/audit/witness"): (_audit_witness_request, types.AuditWitnessAsked),
     ("POST", "/v1/audit/witness"): (_audit_witness_reply, types.AuditWitnessed),
 }
@@ -711,6 +724,10 @@ def _audit_view(found: Found) -> types.AuditEntry:
         salt=found.salt.hex() or None,
         why_not=found.why_not or None,
     )
+
+
+def _export_view(view: View) -> types.AuditExport:
+    return types.AuditExport.model_validate(dataclasses.asdict(view))
 
 
 # Answers that are errors

@@ -261,6 +261,30 @@ class AuditError(Wire):
     remedy: str
 
 
+class AuditExport(Wire):
+    """A destination of the audit log.
+
+    `sent` entries went over the connection there is; `delivered` ones are never sent again. `lag_entries` are not sent,
+    `lag_s` is the age of the oldest of them. `waits_for` says what it waits for where that is no error.
+    """
+
+    name: str
+    receiver: str
+    connected: bool
+    sent: int
+    delivered: int
+    lag_entries: int
+    lag_s: float
+    waits_for: str
+    error: AuditError | None
+
+
+class AuditExports(Wire):
+    """Every destination of the audit log."""
+
+    destinations: list[AuditExport]
+
+
 class AuditStatus(Wire):
     """The audit log of this node.
 

@@ -30,6 +30,7 @@ _LENGTH: Final = struct.Struct(">H")
 _CRC: Final = struct.Struct(">I")
 _SEQUENCE: Final = struct.Struct(">Q")
 _SEQUENCE_AT: Final = 4
+_FOLLOWED_BYTES: Final = 256 << 10  # read at once: more than the longest frame
 
 
 class Frame(NamedTuple):
@@ -186,6 +187,55 @@ class JournalContent(NamedTuple):
     rest_bytes: int
 
 
+class JournalFollower:
+    """Reads a journal that somebody else appends to, each frame once.
+
+    Attributes:
+        base: the sequence of the first frame.
+        frames: those that were read, from the base on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = (-1, -1)  # which file the frames are from: another one has taken its place since, or not
+        self._end = 0
+        self.base = 0
+        self.frames: list[Frame] = []
+
+    def read(self, until: int | None = None) -> bool:
+        """Take up the frames before the sequence `until`; None: all. Whether there is a journal.
+
+        Frames that the appender has not answered for may yet be taken back: name its size as `until`.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        try:
+            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            status = os.fstat(descriptor)
+            if self._file != (status.st_dev, status.st_ino):
+                head = os.pread(descriptor, _HEAD.size, 0)
+                magic, base = _HEAD.unpack(head) if len(head) == _HEAD.size else (b"", 0)
+                self.base, self.frames, self._end = (base if magic == _MAGIC else 0), [], _HEAD.size
+                if magic != _MAGIC:
+                    return True
+                self._file = (status.st_dev, status.st_ino)
+            while until is None or self.base + len(self.frames) < until:
+                content = os.pread(descriptor, _FOLLOWED_BYTES, self._end)
+                most = None if until is None else until - self.base - len(self.frames)
+                frames, end = _frames(content, self.base + len(self.frames), at=0, most=most)
+                if not frames:
+                    break
+                self.frames += frames
+                self._end += end
+        finally:
+            os.close(descriptor)
+        return True
+
+
 def read_journal(path: Path) -> JournalContent | None:
     """Read a journal without opening it for writing; None: there is none."""
     try:
@@ -204,11 +254,10 @@ def _packed(frame: Frame) -> bytes:
     return data + _CRC.pack(zlib.crc32(data))
 
 
-def _frames(content: bytes, base: int) -> tuple[list[Frame], int]:
-    """The whole frames from the beginning, and where they end."""
+def _frames(content: bytes, base: int, *, at: int = _HEAD.size, most: int | None = None) -> tuple[list[Frame], int]:
+    """The whole frames from `at` on, at most so many, and where they end."""
     frames: list[Frame] = []
-    at = _HEAD.size
-    while at + _LENGTH.size + ENTRY_BYTES + _CRC.size <= len(content):
+    while at + _LENGTH.size + ENTRY_BYTES + _CRC.size <= len(content) and len(frames) != most:
         (length,) = _LENGTH.unpack_from(content, at)
         begin = at + _LENGTH.size
         middle = begin + ENTRY_BYTES

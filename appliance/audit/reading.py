@@ -4,7 +4,7 @@ Rules:
 
 - Nothing is verified here: who needs that calls `verify_log`, or checks a proof.
 - What is read is what the newest checkpoint names, and behind it what the journal has. A log that grows meanwhile is
-  read as it was when the reader was made.
+  read as it was when the reader was made, or refreshed.
 """
 
 import bisect
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from appliance.audit.entry import ENTRY_BYTES, Entry
-from appliance.audit.journal import Frame, read_journal
+from appliance.audit.journal import Frame, JournalFollower
 from appliance.audit.log import CHECKPOINT, JOURNAL, record_path
 from appliance.audit.notes import decode_note, parse_number
 from appliance.audit.tree import HASH_BYTES, TILE_WIDTH, TileHashes, tile_path
@@ -41,30 +41,45 @@ class LogUnreadable(HoldfastError, OSError):
 class LogReader:
     """The log in `directory`, as it is now.
 
+    Args:
+        size: see `refresh`.
+
     Attributes:
         note: its newest checkpoint, signed; empty: there is none yet.
         published: how many entries that names.
         size: how many there are.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, size: int | None = None) -> None:
         self._directory = directory
         self._bundles: OrderedDict[int, list[Frame]] = OrderedDict()
+        self._journal = JournalFollower(directory / JOURNAL)
+        self.refresh(size)
+
+    def refresh(self, size: int | None = None) -> None:
+        """Take up what was appended and signed since; what was read before is not read again.
+
+        Args:
+            size: what the appender has answered for: entries behind it may yet be taken back. None: all there are.
+
+        Raises:
+            LogUnreadable: there is no log, or it cannot be read.
+        """
         # The checkpoint first: the journal lets go only of what an earlier one names.
         self.note = self._note()
         self.published = parse_number(self.note.split("\n", 2)[1], "its size") if self.note else 0
         try:
-            journal = read_journal(directory / JOURNAL)
+            there = self._journal.read(size)
         except OSError as error:
-            raise _unreadable(directory / JOURNAL, error) from None
-        if journal is None:
+            raise _unreadable(self._directory / JOURNAL, error) from None
+        if not there:
             raise LogUnreadable(
-                f"there is no audit log in {directory}",
-                cause=f"{directory / JOURNAL} is not there",
+                f"there is no audit log in {self._directory}",
+                cause=f"{self._directory / JOURNAL} is not there",
                 remedy="Name the folder of the log with --log",
             )
-        self._base = journal.base
-        self._tail = journal.frames
+        self._base = self._journal.base
+        self._tail = self._journal.frames
         self.size = max(self.published, self._base + len(self._tail))
 
     def frame(self, sequence: int) -> Frame:
