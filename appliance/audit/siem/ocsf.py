@@ -2,24 +2,19 @@
 
 Rules:
 
-- Pure, and a function of the log's origin, the entry and the record alone: who receives an event can make it again.
-  What the mapping says is `MAPPING`, a number that each event carries: another mapping is another number.
-- Every event carries its proof in `unmapped.holdfast`: origin, sequence, leaf hash, the entry's bytes, the canonical
-  record and the salt that opens the entry's commitment to it.
-- A record that cannot be had or would not fit is withheld, and the event says so: the entry is never skipped.
-- An event is one line of printable ASCII: whatever a field holds, it ends no line and begins none.
+- What `formats` asks of every format. The number of the mapping is `MAPPING`; the proof is in `unmapped.holdfast`.
+- An event is one line of printable ASCII: JSON, in which everything else is escaped.
 
 https://schema.ocsf.io/1.8.0
 """
 
 import base64
 import binascii
-import enum
 import ipaddress
 import json
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, Final
 
-from appliance.audit.entry import Entry, canonical, check_commitment
+from appliance.audit.entry import Entry, check_commitment
 from appliance.audit.events import (
     ADMIN_REFUSED,
     CATALOGUE,
@@ -29,8 +24,19 @@ from appliance.audit.events import (
     TURN_NOT_KEPT,
     VAULT_REFUSED,
 )
+from appliance.audit.siem.formats import (
+    Carried,
+    CheckpointEvent,
+    Disclosed,
+    Withheld,
+    checkpoint_id,
+    invalid,
+    stable_id,
+    trial_id,
+)
+from appliance.audit.siem.transport import Message
 from appliance.audit.tree import leaf_hash
-from appliance.errors import Fault, HoldfastError
+from appliance.errors import HoldfastError
 
 MAPPING: Final = 1
 SCHEMA: Final = "1.8.0"
@@ -51,61 +57,36 @@ _STATUSES: Final = {
 _USER_TYPES: Final = {"admin": (2, "Admin"), "client": (4, "Service")}
 
 
-class EventInvalid(HoldfastError, ValueError):
-    """An event is not what the log's entry and record make."""
+class Ocsf:
+    """The format, as `formats.Format` has it."""
 
-    code: ClassVar[str] = "audit_event_invalid"
-    fault: ClassVar[Fault] = Fault.CONFLICT
+    name: Final = "ocsf"
 
+    def entry(self, origin: str, disclosed: Disclosed) -> Message:
+        """See `Format.entry`."""
+        return _message(entry_event(origin, disclosed))
 
-class Withheld(enum.StrEnum):
-    """Why an event carries no record."""
+    def checkpoint(self, origin: str, checkpoint: CheckpointEvent, wall_ms: int) -> Message:
+        """See `Format.checkpoint`."""
+        return _message(checkpoint_event(origin, checkpoint, wall_ms))
 
-    SHREDDED = "shredded"  # its key was destroyed
-    TOO_LONG = "too long"  # the event would not fit into one message
-    DAMAGED = "damaged"  # the record on the appliance's disk is not the one of the entry
+    def trial(self, origin: str, wall_ms: int) -> Message:
+        """See `Format.trial`."""
+        return _message(trial_event(origin, wall_ms))
 
+    def find(self, line: str) -> int:
+        """An object with one of our proofs in it. See `Format.find`."""
+        return line.find("{") if '"unmapped"' in line else -1
 
-class Disclosed(NamedTuple):
-    """An entry with its record, or with why it is withheld.
-
-    Attributes:
-        packed: the entry's bytes, which its leaf hashes.
-        content: the canonical record; None: withheld.
-    """
-
-    packed: bytes
-    content: bytes | None
-    salt: bytes
-    withheld: Withheld | None = None
-
-    @classmethod
-    def of(cls, packed: bytes, record: dict[str, Any], salt: bytes) -> "Disclosed":
-        """An entry whose record was opened."""
-        return cls(packed, canonical(record), salt)
-
-    @classmethod
-    def without(cls, packed: bytes, why: Withheld) -> "Disclosed":
-        """An entry without its record."""
-        return cls(packed, None, b"", why)
-
-
-class CheckpointEvent(NamedTuple):
-    """A signed checkpoint, and what proves it from the entries [start, size) alone.
-
-    Attributes:
-        peaks: the roots of the complete subtrees of the first `start` leaves, the largest first.
-    """
-
-    note: str
-    start: int
-    size: int
-    peaks: tuple[bytes, ...]
-
-
-def stable_id(origin: str, sequence: int) -> str:
-    """What an event is known by, however often it is sent."""
-    return f"{origin}/{sequence}"
+    def read(self, text: str) -> Carried:
+        """See `Format.read`."""
+        try:
+            event = json.loads(text, object_pairs_hook=_unique)
+        except ValueError as error:
+            raise invalid(f"what it holds cannot be read as JSON: {error}"[:200]) from None
+        if not isinstance(event, dict):
+            raise invalid("it holds no JSON object")
+        return Carried(origin_of(event), read_event(event))
 
 
 def entry_event(origin: str, disclosed: Disclosed) -> dict[str, Any]:
@@ -156,7 +137,7 @@ def checkpoint_event(origin: str, checkpoint: CheckpointEvent, wall_ms: int) -> 
     return _head(*_BASE_EVENT, wall_ms, 1) | {
         "activity_name": "audit.checkpoint",
         "message": "The audit log's signed checkpoint of everything up to here.",
-        "metadata": _metadata(f"{origin}/checkpoint/{checkpoint.start}-{checkpoint.size}", "")
+        "metadata": _metadata(checkpoint_id(origin, checkpoint), "")
         | {"event_code": "audit.checkpoint", "log_provider": origin},
         "unmapped": {
             "holdfast": {
@@ -176,10 +157,15 @@ def trial_event(origin: str, wall_ms: int) -> dict[str, Any]:
     return _head(*_BASE_EVENT, wall_ms, 1) | {
         "activity_name": "audit.export.test",
         "message": "A test of the way to the SIEM: nothing happened.",
-        "metadata": _metadata(f"{origin}/test/{wall_ms}", "")
+        "metadata": _metadata(trial_id(origin, wall_ms), "")
         | {"event_code": "audit.export.test", "log_provider": origin},
         "unmapped": {"holdfast": {"mapping": MAPPING, "origin": origin, "test": True}},
     }
+
+
+def _message(event: dict[str, Any]) -> Message:
+    metadata = event["metadata"]
+    return Message(line_of(event), event["time"], event["severity_id"], metadata["event_code"], metadata["uid"])
 
 
 def line_of(event: dict[str, Any]) -> bytes:
@@ -199,7 +185,7 @@ def read_event(event: dict[str, Any]) -> Disclosed | CheckpointEvent | None:
     """
     proof = _proof(event)
     if proof.get("mapping") != MAPPING:
-        raise _invalid(f"its mapping is {proof.get('mapping')!r}, and this version knows {MAPPING}")
+        raise invalid(f"its mapping is {proof.get('mapping')!r}, and this version knows {MAPPING}")
     try:
         origin = str(proof["origin"])
         if "test" in proof:
@@ -215,10 +201,10 @@ def read_event(event: dict[str, Any]) -> Disclosed | CheckpointEvent | None:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, HoldfastError):
             raise
-        raise _invalid(f"its proof cannot be read: {type(error).__name__}") from None
+        raise invalid(f"its proof cannot be read: {type(error).__name__}") from None
     if made != event:
         differing = sorted(name for name in made.keys() | event.keys() if made.get(name) != event.get(name))
-        raise _invalid(f"what it says is not what its entry and record say: {', '.join(differing)}"[:300])
+        raise invalid(f"what it says is not what its entry and record say: {', '.join(differing)}"[:300])
     return carried
 
 
@@ -231,11 +217,19 @@ def origin_of(event: dict[str, Any]) -> str:
     return str(_proof(event).get("origin"))
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object in which no name comes twice: readers differ in which of the two they take."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a name comes twice in one object")
+    return made
+
+
 def _proof(event: dict[str, Any]) -> dict[str, Any]:
     unmapped = event.get("unmapped")
     proof = unmapped.get("holdfast") if isinstance(unmapped, dict) else None
     if not isinstance(proof, dict):
-        raise _invalid("it has no unmapped.holdfast")
+        raise invalid("it has no unmapped.holdfast")
     return proof
 
 
@@ -352,7 +346,7 @@ def _record(content: bytes) -> dict[str, Any]:
     except ValueError:
         record = None
     if not isinstance(record, dict):
-        raise _invalid("its record is no JSON object")
+        raise invalid("its record is no JSON object")
     return record
 
 
@@ -364,12 +358,4 @@ def _bytes(text: object) -> bytes:
     try:
         return base64.b64decode(str(text), validate=True)
     except (binascii.Error, ValueError):
-        raise _invalid("a part of its proof is not base64") from None
-
-
-def _invalid(cause: str) -> EventInvalid:
-    return EventInvalid(
-        "this is no event of an audit log",
-        cause=cause,
-        remedy="Keep the file as it is, and compare it with the log: `holdfast audit show NUMBER` at the appliance",
-    )
+        raise invalid("a part of its proof is not base64") from None

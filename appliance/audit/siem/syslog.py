@@ -14,6 +14,7 @@ Rules:
 
 import asyncio
 import contextlib
+import functools
 import os
 import socket
 import ssl
@@ -21,10 +22,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Final
 
-from appliance.errors import Fault, HoldfastError
+from appliance.audit.siem.transport import ExportUnreachable, ExportUnusable, Message
 
+PORT: Final = 6514
+MAX_MESSAGE_BYTES: Final = 8000  # rsyslog cuts off what is over 8 KiB unless told otherwise
 DEADLINE_S: Final = 20.0
 _FACILITY: Final = 13  # log audit
 _PRIORITIES: Final = {1: 6, 2: 5, 3: 4}  # OCSF's severity to syslog's: informational, notice, warning
@@ -35,22 +38,9 @@ _CIPHERS: Final = (
 )
 _MAX_HOST: Final = 255
 _MAX_MSGID: Final = 32
+_HEADER_BYTES: Final = 60  # beside host and MSGID
 _KEEPALIVE_IDLE_S: Final = 10
 _KEEPALIVE_EVERY_S: Final = 5
-
-
-class ExportUnreachable(HoldfastError, ConnectionError):
-    """A destination takes nothing now."""
-
-    code: ClassVar[str] = "audit_export_unreachable"
-    fault: ClassVar[Fault] = Fault.UNAVAILABLE
-
-
-class ExportUnusable(HoldfastError, ValueError):
-    """A destination's certificates cannot be used."""
-
-    code: ClassVar[str] = "audit_export_unusable"
-    fault: ClassVar[Fault] = Fault.ENVIRONMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,41 +64,95 @@ class Receiver:
         return f"{self.host}, port {self.port}"
 
 
-def message(line: bytes, *, wall_ms: int, severity_id: int, host: str, kind: str) -> bytes:
-    """One message (RFC 5424, section 6).
+class SyslogTls:
+    """The transport, as `transport.Transport` has it.
 
     Args:
-        line: printable ASCII: the message itself (MSG-ANY; no byte order mark, which receivers of JSON stumble over).
-        severity_id: OCSF's.
-        host, kind: HOSTNAME and MSGID; what may not be in them is left out.
+        hostname: what we are called in messages.
+        max_message_bytes: what the receiver takes, header and all.
     """
-    seconds, ms = divmod(wall_ms, 1000)
-    moment = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    priority = 8 * _FACILITY + _PRIORITIES[severity_id]
-    head = f"<{priority}>1 {moment}.{ms:03d}Z {_header(host, _MAX_HOST)} holdfast - {_header(kind, _MAX_MSGID)} - "
-    return head.encode("ascii") + line
+
+    messages_at_once: Final = 64
+
+    def __init__(
+        self,
+        receiver: Receiver,
+        *,
+        hostname: str,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        deadline_s: float = DEADLINE_S,
+    ) -> None:
+        self._receiver = receiver
+        self._hostname = _header(hostname, _MAX_HOST)
+        self._max_message_bytes = max_message_bytes
+        self._deadline_s = deadline_s
+
+    def __str__(self) -> str:
+        return str(self._receiver)
+
+    @property
+    def max_payload_bytes(self) -> int:
+        """What the longest header leaves."""
+        return self._max_message_bytes - _HEADER_BYTES - len(self._hostname) - _MAX_MSGID
+
+    async def connect(self) -> "Connection":
+        """See `Transport.connect`."""
+        return await connect(self._receiver, hostname=self._hostname, deadline_s=self._deadline_s)
 
 
-def frame(message_: bytes) -> bytes:
-    """A message with its length before it (RFC 5425, section 4.3)."""
-    return b"%d %b" % (len(message_), message_)
+def framed(sent: Message, hostname: str) -> bytes:
+    """One message (RFC 5424, section 6) with its length before it (RFC 5425, section 4.3).
+
+    The payload is the message itself (MSG-ANY; no byte order mark, which receivers of JSON stumble over).
+
+    Args:
+        hostname: HOSTNAME, as `_header` leaves it.
+    """
+    seconds, ms = divmod(sent.wall_ms, 1000)
+    priority = 8 * _FACILITY + _PRIORITIES[sent.severity_id]
+    head = b"<%d>1 %b.%03dZ %b holdfast - %b - " % (
+        priority, _moment(seconds), ms, hostname.encode("ascii"), _message_id(sent.kind)
+    )  # fmt: skip
+    return b"%d %b%b" % (len(head) + len(sent.payload), head, sent.payload)
+
+
+@functools.lru_cache(8)
+def _moment(seconds: int) -> bytes:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S").encode("ascii")
+
+
+@functools.lru_cache(256)
+def _message_id(kind: str) -> bytes:
+    return _header(kind, _MAX_MSGID).encode("ascii")
 
 
 class Connection:
     """A connection with a receiver. Made by `connect`."""
 
     def __init__(
-        self, receiver: Receiver, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, deadline_s: float
+        self,
+        receiver: Receiver,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        hostname: str,
+        deadline_s: float,
     ) -> None:
         self._receiver = receiver
+        self._hostname = hostname
         self._reader = reader
         self._writer = writer
         self._deadline_s = deadline_s
         # What is read is dropped: a receiver has nothing to say but that it goes.
         self._ended = asyncio.create_task(self._read_to_the_end())
 
-    async def send(self, frames: Sequence[bytes]) -> None:
-        """Send frames; the kernel has them when this returns.
+    @property
+    def acknowledged(self) -> int | None:
+        """Nothing ever is."""
+        return None
+
+    async def send(self, messages: Sequence[Message]) -> None:
+        """Send messages; the kernel has them when this returns.
 
         Raises:
             ExportUnreachable: it is not known which of them arrived.
@@ -116,7 +160,7 @@ class Connection:
         self.check()
         try:
             async with asyncio.timeout(self._deadline_s):
-                self._writer.write(b"".join(frames))
+                self._writer.write(b"".join([framed(each, self._hostname) for each in messages]))
                 await self._writer.drain()
         except TimeoutError:
             raise self._unreachable(f"it took nothing for {self._deadline_s:g} s") from None
@@ -157,7 +201,7 @@ class Connection:
         return unreachable(self._receiver, cause)
 
 
-async def connect(receiver: Receiver, *, deadline_s: float = DEADLINE_S) -> Connection:
+async def connect(receiver: Receiver, *, hostname: str, deadline_s: float = DEADLINE_S) -> Connection:
     """Connect with a receiver.
 
     Raises:
@@ -180,7 +224,7 @@ async def connect(receiver: Receiver, *, deadline_s: float = DEADLINE_S) -> Conn
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_EVERY_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(deadline_s * 1000))
-    return Connection(receiver, reader, writer, deadline_s)
+    return Connection(receiver, reader, writer, hostname=hostname, deadline_s=deadline_s)
 
 
 def tls_context(receiver: Receiver) -> ssl.SSLContext:

@@ -15,14 +15,15 @@ An event may arrive more than once (`shipper`): equal ones are counted, differen
 Memory: about 150 bytes an entry.
 """
 
-import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
 from appliance.audit.entry import Entry
 from appliance.audit.notes import Checkpoint, VerifierKey, open_checkpoint
-from appliance.audit.siem.ocsf import CheckpointEvent, Disclosed, origin_of, read_event
+from appliance.audit.siem.destinations import FORMATS
+from appliance.audit.siem.formats import Carried, CheckpointEvent, Disclosed
 from appliance.audit.tree import Frontier, leaf_hash
 from appliance.errors import Fault, HoldfastError
 
@@ -67,7 +68,9 @@ class ExportVerified:
 
 
 def verify_export(lines: Iterable[str], key: VerifierKey, *, checkpoint: str | None = None) -> ExportVerified:
-    """Check what a receiver wrote: a JSON event a line, or a syslog line that ends in one. An empty line is none.
+    """Check what a receiver wrote: an event a line, in any of our formats, alone or behind a header of the receiver's.
+
+    An empty line is none.
 
     Args:
         checkpoint: a signed one from elsewhere: what arrived must reach it, and follow from it.
@@ -84,7 +87,7 @@ def verify_export(lines: Iterable[str], key: VerifierKey, *, checkpoint: str | N
         if not line.strip():
             continue
         try:
-            carried = read_event(_event(line, key.name))
+            carried = _carried(line, key.name).content
             if isinstance(carried, CheckpointEvent):
                 signed = _signed(carried, key)
                 stretches[carried.size] = (carried.start, carried.peaks, signed)
@@ -93,7 +96,9 @@ def verify_export(lines: Iterable[str], key: VerifierKey, *, checkpoint: str | N
             else:
                 _take(carried, leaves, found)
         except HoldfastError as error:
-            raise _differs(f"line {number}{_whose(line)} does not hold", f"{error.message}: {error.cause}") from error
+            raise _differs(
+                f"line {number}{_whose(line, key.name)} does not hold", f"{error.message}: {error.cause}"
+            ) from error
     if not leaves:
         raise _differs("there is nothing to check", "no line holds an entry of the log")
     found.first, found.end = min(leaves), max(leaves) + 1
@@ -180,36 +185,26 @@ def _signed(carried: CheckpointEvent, key: VerifierKey) -> Checkpoint:
     return signed
 
 
-def _event(line: str, origin: str) -> dict[str, Any]:
+def _carried(line: str, origin: str) -> Carried:
+    """What a line carries, in whichever format it is."""
     if len(line) > MAX_LINE:
         raise _differs("it is too long", f"it has more than {MAX_LINE} characters")
-    begin = line.find("{")
-    try:
-        event = json.loads(line[max(0, begin) :], object_pairs_hook=_unique)
-    except ValueError as error:
-        raise _differs("it is no event", f"what it holds cannot be read as JSON: {error}"[:200]) from None
-    if begin < 0 or not isinstance(event, dict):
-        raise _differs("it is no event", "it holds no JSON object")
-    if origin_of(event) != origin:
-        raise _differs("it is another log's", f"it is of {origin_of(event)[:100]!r}, and the key of {origin!r}")
-    return event
+    text = line.rstrip("\r\n")
+    for known in FORMATS.values():
+        if (begin := known.find(text)) >= 0:
+            carried = known.read(text[begin:])
+            break
+    else:
+        raise _differs("it is no event", f"it holds none of {', '.join(FORMATS)}")
+    if carried.origin != origin:
+        raise _differs("it is another log's", f"it is of {carried.origin[:100]!r}, and the key of {origin!r}")
+    return carried
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object in which no name comes twice: readers differ in which of the two they take."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("a name comes twice in one object")
-    return made
-
-
-def _whose(line: str) -> str:
-    """Which entry a line says it is of, for whoever looks for it."""
-    try:
-        sequence = json.loads(line[max(0, line.find("{")) :])["unmapped"]["holdfast"]["sequence"]
-    except (ValueError, KeyError, TypeError):
-        return ""
-    return f" (entry {sequence})" if isinstance(sequence, int) else ""
+def _whose(line: str, origin: str) -> str:
+    """Which entry a line says it is of, by its stable id, for whoever looks for it."""
+    said = re.search(rf"{re.escape(origin)}/(\d{{1,19}})(?!\d)", line[:MAX_LINE])
+    return f" (entry {said[1]})" if said else ""
 
 
 def _differs(message: str, cause: str, remedy: str = "") -> ExportDiffers:
