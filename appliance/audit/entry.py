@@ -183,7 +183,13 @@ class Opened(NamedTuple):
 
 
 def open_record(entry: Entry, sealed: bytes, keys: AuditKeys) -> Opened:
-    """Decrypt a record and check it against its entry.
+    """Decrypt a record and check it against its entry. Raises as `open_content`."""
+    content, salt = open_content(entry, sealed, keys)
+    return Opened(json.loads(content), salt)
+
+
+def open_content(entry: Entry, sealed: bytes, keys: AuditKeys) -> tuple[bytes, bytes]:
+    """A record in its canonical bytes, checked against its entry, and the salt that opens the entry's commitment.
 
     Raises:
         EntryInvalid: the sealed bytes, the key or the record are not those that the entry commits to.
@@ -206,7 +212,7 @@ def open_record(entry: Entry, sealed: bytes, keys: AuditKeys) -> Opened:
             raise _invalid(entry, "its record was not sealed for it") from None
     salt, content = salted[:_SALT_BYTES], salted[_SALT_BYTES:]
     check_commitment(entry, salt, content)
-    return Opened(json.loads(content), salt)
+    return content, salt
 
 
 def check_commitment(entry: Entry, salt: bytes, content: bytes) -> None:

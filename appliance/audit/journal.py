@@ -25,12 +25,12 @@ from appliance.audit.entry import ENTRY_BYTES, FORMAT
 RESERVE_BYTES: Final = 512 << 10
 _AHEAD_BYTES: Final = 4 << 20
 _HEAD: Final = struct.Struct(">16sQ")
+FRAMES_AT: Final = _HEAD.size
 _MAGIC: Final = b"holdfast-audit-1"
 _LENGTH: Final = struct.Struct(">H")
 _CRC: Final = struct.Struct(">I")
 _SEQUENCE: Final = struct.Struct(">Q")
 _SEQUENCE_AT: Final = 4
-_FOLLOWED_BYTES: Final = 256 << 10  # read at once: more than the longest frame
 
 
 class Frame(NamedTuple):
@@ -187,53 +187,17 @@ class JournalContent(NamedTuple):
     rest_bytes: int
 
 
-class JournalFollower:
-    """Reads a journal that somebody else appends to, each frame once.
+def first_sequence(descriptor: int) -> int:
+    """The sequence of the first frame of an open journal; it stands at `FRAMES_AT`.
 
-    Attributes:
-        base: the sequence of the first frame.
-        frames: those that were read, from the base on.
+    Raises:
+        OSError: it cannot be read, or is none: `EILSEQ`.
     """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = (-1, -1)  # which file the frames are from: another one has taken its place since, or not
-        self._end = 0
-        self.base = 0
-        self.frames: list[Frame] = []
-
-    def read(self, until: int | None = None) -> bool:
-        """Take up the frames before the sequence `until`; None: all. Whether there is a journal.
-
-        Frames that the appender has not answered for may yet be taken back: name its size as `until`.
-
-        Raises:
-            OSError: it cannot be read.
-        """
-        try:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            status = os.fstat(descriptor)
-            if self._file != (status.st_dev, status.st_ino):
-                head = os.pread(descriptor, _HEAD.size, 0)
-                magic, base = _HEAD.unpack(head) if len(head) == _HEAD.size else (b"", 0)
-                self.base, self.frames, self._end = (base if magic == _MAGIC else 0), [], _HEAD.size
-                if magic != _MAGIC:
-                    return True
-                self._file = (status.st_dev, status.st_ino)
-            while until is None or self.base + len(self.frames) < until:
-                content = os.pread(descriptor, _FOLLOWED_BYTES, self._end)
-                most = None if until is None else until - self.base - len(self.frames)
-                frames, end = _frames(content, self.base + len(self.frames), at=0, most=most)
-                if not frames:
-                    break
-                self.frames += frames
-                self._end += end
-        finally:
-            os.close(descriptor)
-        return True
+    head = os.pread(descriptor, _HEAD.size, 0)
+    magic, base = _HEAD.unpack(head) if len(head) == _HEAD.size else (b"", 0)
+    if magic != _MAGIC:
+        raise OSError(errno.EILSEQ, os.strerror(errno.EILSEQ))
+    return int(base)
 
 
 def read_journal(path: Path) -> JournalContent | None:
@@ -252,6 +216,11 @@ def read_journal(path: Path) -> JournalContent | None:
 def _packed(frame: Frame) -> bytes:
     data = _LENGTH.pack(len(frame.sealed)) + frame.entry + frame.sealed
     return data + _CRC.pack(zlib.crc32(data))
+
+
+def frames_of(content: bytes, first: int, *, most: int) -> tuple[list[Frame], int]:
+    """The whole frames that a part of a journal begins with, `first` the first one's sequence, and their length."""
+    return _frames(content, first, at=0, most=most)
 
 
 def _frames(content: bytes, base: int, *, at: int = _HEAD.size, most: int | None = None) -> tuple[list[Frame], int]:

@@ -4,7 +4,7 @@ Rules:
 
 - Nothing is verified here: who needs that calls `verify_log`, or checks a proof.
 - What is read is what the newest checkpoint names, and behind it what the journal has. A log that grows meanwhile is
-  read as it was when the reader was made, or refreshed.
+  read as it was when the reader was made.
 """
 
 import bisect
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from appliance.audit.entry import ENTRY_BYTES, Entry
-from appliance.audit.journal import Frame, JournalFollower
+from appliance.audit.journal import Frame, read_journal
 from appliance.audit.log import CHECKPOINT, JOURNAL, record_path
 from appliance.audit.notes import decode_note, parse_number
 from appliance.audit.tree import HASH_BYTES, TILE_WIDTH, TileHashes, tile_path
@@ -41,45 +41,30 @@ class LogUnreadable(HoldfastError, OSError):
 class LogReader:
     """The log in `directory`, as it is now.
 
-    Args:
-        size: see `refresh`.
-
     Attributes:
         note: its newest checkpoint, signed; empty: there is none yet.
         published: how many entries that names.
         size: how many there are.
     """
 
-    def __init__(self, directory: Path, size: int | None = None) -> None:
+    def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._bundles: OrderedDict[int, list[Frame]] = OrderedDict()
-        self._journal = JournalFollower(directory / JOURNAL)
-        self.refresh(size)
-
-    def refresh(self, size: int | None = None) -> None:
-        """Take up what was appended and signed since; what was read before is not read again.
-
-        Args:
-            size: what the appender has answered for: entries behind it may yet be taken back. None: all there are.
-
-        Raises:
-            LogUnreadable: there is no log, or it cannot be read.
-        """
         # The checkpoint first: the journal lets go only of what an earlier one names.
         self.note = self._note()
         self.published = parse_number(self.note.split("\n", 2)[1], "its size") if self.note else 0
         try:
-            there = self._journal.read(size)
+            journal = read_journal(directory / JOURNAL)
         except OSError as error:
-            raise _unreadable(self._directory / JOURNAL, error) from None
-        if not there:
+            raise unreadable(directory / JOURNAL, error) from None
+        if journal is None:
             raise LogUnreadable(
-                f"there is no audit log in {self._directory}",
-                cause=f"{self._directory / JOURNAL} is not there",
+                f"there is no audit log in {directory}",
+                cause=f"{directory / JOURNAL} is not there",
                 remedy="Name the folder of the log with --log",
             )
-        self._base = self._journal.base
-        self._tail = self._journal.frames
+        self._base = journal.base
+        self._tail = journal.frames
         self.size = max(self.published, self._base + len(self._tail))
 
     def frame(self, sequence: int) -> Frame:
@@ -116,7 +101,7 @@ class LogReader:
 
     def hashes(self) -> TileHashes:
         """The hashes of what the checkpoint names."""
-        return TileHashes(self._read_tile, self.published)
+        return hashes_of(self._directory, self.published)
 
     def _note(self) -> str:
         path = self._directory / CHECKPOINT
@@ -125,46 +110,53 @@ class LogReader:
         except FileNotFoundError:
             return ""
         except OSError as error:
-            raise _unreadable(path, error) from None
+            raise unreadable(path, error) from None
 
     def _bundle(self, index: int) -> list[Frame]:
         frames = self._bundles.get(index)
         if frames is None:
-            entries = self._read(tile_path("entries", index))
-            sealed = list(prefixed_parts(self._read(record_path(index))))
-            frames = [
-                Frame(entries[at + 2 : at + _STRIDE], record)
-                for at, record in zip(range(0, len(entries), _STRIDE), sealed, strict=False)
-            ]
-            if len(frames) != TILE_WIDTH:
-                raise LogUnreadable(
-                    f"the bundle from entry {index * TILE_WIDTH} on is damaged",
-                    cause=f"it has {len(frames)} entries instead of {TILE_WIDTH}",
-                    remedy="`holdfast audit verify` names what is wrong",
-                )
-            self._bundles[index] = frames
+            frames = self._bundles[index] = read_bundle(self._directory, index)
             if len(self._bundles) > _CACHED_BUNDLES:
                 self._bundles.popitem(last=False)
         return frames
 
-    def _read_tile(self, level: int, index: int, width: int) -> bytes:
+
+def hashes_of(directory: Path, size: int) -> TileHashes:
+    """The hashes of the tree of `size` entries, which a checkpoint of the log in `directory` names."""
+
+    def read_tile(level: int, index: int, width: int) -> bytes:
         try:
-            return self._read(tile_path(level, index, width))
+            return _read(directory / tile_path(level, index, width))
         except LogUnreadable:
             # A newer checkpoint has put a wider one in its place.
-            wider = (each for each in range(width + 1, TILE_WIDTH + 1))
-            for more in wider:
-                path = self._directory / tile_path(level, index, more)
+            for more in range(width + 1, TILE_WIDTH + 1):
+                path = directory / tile_path(level, index, more)
                 if path.is_file():
-                    return self._read(tile_path(level, index, more))[: width * HASH_BYTES]
+                    return _read(path)[: width * HASH_BYTES]
             raise
 
-    def _read(self, name: str) -> bytes:
-        path = self._directory / name
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise _unreadable(path, error) from None
+    return TileHashes(read_tile, size)
+
+
+def read_bundle(directory: Path, index: int) -> list[Frame]:
+    """The entries of a full bundle of the log in `directory`, with their sealed records.
+
+    Raises:
+        LogUnreadable: it is not whole, or cannot be read.
+    """
+    entries = _read(directory / tile_path("entries", index))
+    sealed = list(prefixed_parts(_read(directory / record_path(index))))
+    frames = [
+        Frame(entries[at + 2 : at + _STRIDE], record)
+        for at, record in zip(range(0, len(entries), _STRIDE), sealed, strict=False)
+    ]
+    if len(frames) != TILE_WIDTH:
+        raise LogUnreadable(
+            f"the bundle from entry {index * TILE_WIDTH} on is damaged",
+            cause=f"it has {len(frames)} entries instead of {TILE_WIDTH}",
+            remedy="`holdfast audit verify` names what is wrong",
+        )
+    return frames
 
 
 def prefixed_parts(data: bytes) -> Iterator[bytes]:
@@ -178,9 +170,17 @@ def prefixed_parts(data: bytes) -> Iterator[bytes]:
         at = end
 
 
-def _unreadable(path: Path, error: OSError) -> LogUnreadable:
+def unreadable(path: Path, error: OSError) -> LogUnreadable:
+    """What the system's error means to a person."""
     return LogUnreadable(
         "the audit log cannot be read",
         cause=f"{path}: {error.strerror}",
         remedy="Read it as the appliance's user, or from a copy of the whole folder",
     )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from None

@@ -218,7 +218,8 @@ async def connect(receiver: Receiver, *, hostname: str, deadline_s: float = DEAD
         raise unreachable(receiver, f"nobody answered within {deadline_s:g} s") from None
     except OSError as error:
         raise unreachable(receiver, in_words(error)) from None
-    writer.transport.set_write_buffer_limits(high=0)
+    # Not `high=0`: asyncio's TLS would stop the writer where nothing waits, and nothing would start it again.
+    writer.transport.set_write_buffer_limits(high=1, low=0)
     connection = writer.get_extra_info("socket")
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)

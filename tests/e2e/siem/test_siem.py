@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -12,8 +14,13 @@ import pytest
 
 from appliance.audit.launch import Launcher
 from appliance.audit.recorder import Recorder
-from appliance.audit.siem import syslog
-from appliance.audit.siem.shipper import Destination, Shipper
+from appliance.audit.siem.ocsf import Ocsf
+from appliance.audit.siem.formats import stable_id
+from appliance.audit.siem.opening import KeyOpener
+from appliance.audit.siem.shipper import Shipper
+from appliance.audit.siem.syslog import Receiver, SyslogTls
+from appliance.audit.siem.verify_export import verify_export
+from appliance.audit.reading import LogReader
 from tests.rsyslog import Pki, Rsyslog, running_rsyslog
 from tests.unit.audit.making import KEY, Keys, event
 
@@ -35,18 +42,24 @@ class Node:
     async def size(self) -> int:
         return int((await self.recorder.status())["size"])
 
-    def shipper(self, port: int, *, client: str = "client", deadline_s: float = syslog.DEADLINE_S) -> Shipper:
+    def transport(
+        self, port: int, *, client: str = "client", server_name: str = "127.0.0.1", deadline_s: float = DEADLINE_S
+    ) -> SyslogTls:
         folder = self.pki.folder
-        receiver = syslog.Receiver(
-            "127.0.0.1", port, "127.0.0.1", folder / "ca.pem", folder / f"{client}.pem", folder / f"{client}.key"
+        receiver = Receiver(
+            "127.0.0.1", port, server_name, folder / "ca.pem", folder / f"{client}.pem", folder / f"{client}.key"
         )
+        return SyslogTls(receiver, hostname="node", deadline_s=deadline_s)
+
+    def shipper(self, transport: SyslogTls) -> Shipper:
         return Shipper(
-            Destination("to", receiver, 8000, "node"),
+            "to",
+            Ocsf(),
+            transport,
             self.log,
             self.folder / "siem" / "to.cursor",
             size=self.size,
-            keys=Keys(),
-            connect=lambda to: syslog.connect(to, deadline_s=deadline_s),
+            opener=KeyOpener(Keys()),
         )
 
 
@@ -154,3 +167,27 @@ async def test_a_receiver_that_never_reads_is_given_up_and_bounded(tmp_path: Pat
         for writer in held:
             writer.transport.abort()
         await asyncio.sleep(0)
+
+
+async def test_what_arrives_is_the_log_through_restarts_and_kills(tmp_path: Path) -> None:
+    async with _node(tmp_path) as node:
+        with running_rsyslog(tmp_path / "receiver", node.pki) as receiver:
+            async with _shipping(node.shipper(node.transport(receiver.port))) as shipper:
+                recording = asyncio.create_task(_record(node, EVENTS - 1))
+                await _until(lambda: shipper.view().sent > 3000)
+                await asyncio.to_thread(receiver.stop)
+                pid = node.launcher.pid
+                assert pid is not None
+                os.kill(pid, signal.SIGKILL)
+                await _until(lambda: not shipper.view().connected)
+                await asyncio.to_thread(receiver.start)
+                await recording
+                size = (await node.recorder.checkpoint())["size"]
+                assert size >= EVENTS
+                wanted = {stable_id(KEY.name, sequence) for sequence in range(size)}
+                await _until(lambda: shipper.view().sent == size)
+                await _until(lambda: any(f'"size":{size},' in line for line in receiver.received[-50:]))
+        assert {each for each in _ids(receiver) if "/checkpoint/" not in each} == wanted
+        lines = (tmp_path / "receiver" / "received").read_text().splitlines()
+        found = verify_export(lines, KEY.verifier(), checkpoint=LogReader(node.log).note)
+        assert (found.first, found.end, found.proved_to) == (0, size, size)
