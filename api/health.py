@@ -55,10 +55,18 @@ class Health:
         return {
             "gateway": _part(not draining, "it is stopping"),
             "vault": _part(not sealed, "it is sealed; an administrator opens it with `holdfast unseal`"),
-            "audit": _part(services.audit.error is None, self._audit()),
+            "audit": self._audit_part(),
             "store": _part(not (why_not := await self._store()), why_not),
             "engine": _part(watch.ready, watch.detail if self._in_full else watch.summary),
         }
+
+    def _audit_part(self) -> dict[str, object]:
+        """A SIEM that is down is told and counts for nothing: it delays its export only."""
+        part = _part(self._services.audit.error is None, self._audit())
+        errors = [(view.name, view.error) for view in self._services.exports.views() if view.error is not None]
+        if errors and self._in_full:
+            part["degraded"] = "; ".join(f"{name} takes no events: {error['cause']}" for name, error in errors)
+        return part
 
     def _audit(self) -> str:
         """Why nothing can be recorded, and therefore nothing is served."""

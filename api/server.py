@@ -47,6 +47,7 @@ from api.services import Lifecycle, Services
 from appliance.audit import AuditUnavailable, Event, NodeAudit
 from appliance.audit.configuration import digest, effective
 from appliance.audit.events import ENGINE_LOST, ENGINE_READY, GATEWAY_STARTED, GATEWAY_STOPPED, SYSTEM
+from appliance.audit.siem.exports import Exports
 from appliance.engine.client import EngineClient
 from appliance.engine.launcher import SOCKET_NAME, EngineFailed, EngineProcess, EngineSpec, engine_python
 from appliance.errors import Fault, HoldfastError
@@ -119,6 +120,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
     ]
     async with asyncio.TaskGroup() as tasks:
         await services.audit.start()
+        services.exports.start()
         tasks.create_task(_record_start(services))
         recording = tasks.create_task(_record_engine(services))
         marking = tasks.create_task(keep_marks(services))
@@ -152,8 +154,10 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         for server in servers:
             server.should_exit = True
         await asyncio.wait(serving)
+        last = None
         with contextlib.suppress(AuditUnavailable):
-            await services.audit.record(Event(GATEWAY_STOPPED, SYSTEM), privileged=True)
+            last = await services.audit.record(Event(GATEWAY_STOPPED, SYSTEM), privileged=True)
+        await services.exports.stop(None if last is None else last + 1)
         await services.audit.stop()
 
 
@@ -242,16 +246,17 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
         )
         metrics = Metrics()
         lifecycle = Lifecycle(started_at=time.time())
+        audit = NodeAudit(
+            settings.state_dir, vault, versions=versions(process), retention_days=settings.audit.retention_days
+        )
+        exports = Exports(settings.state_dir, audit.directory, size=audit.size, keys=vault)
+        audit.retention.needed_from = exports.needed_from
         services = Services(
             settings=settings,
             vault=vault,
             store=store,
-            audit=NodeAudit(
-                settings.state_dir,
-                vault,
-                versions=versions(process),
-                retention_days=settings.audit.retention_days,
-            ),
+            audit=audit,
+            exports=exports,
             identity=Identity(store, vault),
             quotas=Quotas(store),
             sessions=Sessions(store, vault, settings.sessions, block_size=None if spec is None else spec.block_size),
@@ -282,6 +287,22 @@ def _observe(services: Services) -> None:
     )
     metrics.observe(
         "holdfast_store_waiting_writes", "Change sets that wait to be written.", lambda: services.store.waiting_writes
+    )
+    exports = services.exports
+    metrics.observe_each(
+        "holdfast_audit_export_lag_entries",
+        "Entries of the audit log that a destination was not sent yet.",
+        lambda: [(view.name, view.lag_entries) for view in exports.views()],
+    )
+    metrics.observe_each(
+        "holdfast_audit_export_lag_seconds",
+        "How old the oldest entry is that a destination was not sent yet.",
+        lambda: [(view.name, view.lag_s) for view in exports.views()],
+    )
+    metrics.observe_each(
+        "holdfast_audit_export_failing",
+        "1 while a destination takes nothing.",
+        lambda: [(view.name, float(view.error is not None)) for view in exports.views()],
     )
     process = services.engine_process
     if process is not None:

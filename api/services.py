@@ -19,6 +19,7 @@ from api.engine_watch import EngineWatch
 from api.identifiers import RandomIds
 from api.metrics import Metrics
 from appliance.audit import NodeAudit
+from appliance.audit.siem.exports import Exports
 from appliance.engine.client import EngineClient
 from appliance.engine.launcher import EngineProcess
 from appliance.errors import HoldfastError
@@ -65,6 +66,7 @@ class Services:
 
     Attributes:
         audit: where everything that happens is recorded before it counts.
+        exports: what carries the audit log to SIEMs.
         engine: how the engine is spoken to; it may not be up.
         engine_process: the engine that this gateway started and watches; None when somebody else runs it.
         watch: whether the engine answers, and what it serves.
@@ -76,6 +78,7 @@ class Services:
     vault: Vault
     store: Store
     audit: NodeAudit
+    exports: Exports
     identity: Identity
     quotas: Quotas
     sessions: Sessions

@@ -4,7 +4,8 @@ Rule: what an asker did is in the audit log, under the asker's id, before the an
 """
 
 import dataclasses
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from typing import Annotated, Any, ClassVar
 
 from fastapi import Depends, Request
@@ -107,6 +108,14 @@ async def chosen_tenant(services: Services, caller: Caller, named: str | None) -
     if caller.tenant is not None and caller.tenant.tenant_id != tenant.tenant_id:
         raise unknown("tenant", named, "tenant list")
     return tenant
+
+
+async def with_first(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    """The first piece of an answer, made before it began so that what fails at once is an error, and the rest."""
+    async with aclosing(rest):
+        yield first
+        async for piece in rest:
+            yield piece
 
 
 def unknown(what: str, name: str, command: str) -> NoSuchThing:

@@ -2,13 +2,14 @@
 
 Rules:
 
-- `verify`, `verify-proof` and `witness cosign` need the log's files or what travelled, and its public key: no
-  appliance, no vault, no right but to read. They are the auditor's, on a machine of the auditor's own.
+- `verify`, `verify-proof`, `verify-export` and `witness cosign` need the log's files or what travelled, and its public
+  key: no appliance, no vault, no right but to read. They are the auditor's, on a machine of the auditor's own.
 - The rest asks the running appliance, which decides who may, and records that it was asked.
 """
 
 import hashlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from appliance.audit.digests import prompt_hash
-from appliance.audit.notes import Algorithm, SigningKey, VerifierKey
+from appliance.audit.notes import Algorithm, SigningKey, VerifierKey, decode_note
 from appliance.audit.proof import prove as make_proof
 from appliance.audit.proof import verify_proof
 from appliance.audit.reading import LogReader
+from appliance.audit.siem.verify_export import ExportVerified, verify_export
 from appliance.audit.signing import PUBLIC_KEY
 from appliance.audit.verify import Removed, Verified, verify_log
 from appliance.audit.witness import Witness, read_request
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 _PROGRESS_EVERY_S = 0.5
 _WITNESS_KEY = "witness-key"
+_EXCERPT_DEADLINE_S = 6 * 3600.0
+_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 _LOG_OPTION = click.option(
     "--log",
     "log_dir",
@@ -227,6 +231,141 @@ def digest(console: Console, tenant: str, of: str, api_key_fd: int | None) -> No
     console.result(found, found.digest)
 
 
+@audit.command("verify-export")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.option("--key", "key_text", metavar="VKEY", required=True, help="The log's public key, or a file with it.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="A signed checkpoint from elsewhere, which what arrived must reach: it shows a tail that was cut off.",
+)
+@pass_console
+def check_export(console: Console, file: Path, key_text: str, checkpoint: Path | None) -> None:
+    """At the receiver of events: check that none was altered, dropped or added on the way."""
+    note = None if checkpoint is None else decode_note(checkpoint.read_bytes())
+    with file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+        found = verify_export(lines, _vkey(key_text), checkpoint=note)
+    console.result(found.record(), _export_text(found))
+
+
+# Destinations
+
+
+@audit.group("export", cls=Group)
+def exporting() -> None:
+    """Send the log to a SIEM: where to, how far behind it is, and what is in the way."""
+
+
+@exporting.command("add")
+@click.argument("name")
+@click.argument("url")
+@click.option("--format", "form", default="ocsf", show_default=True, help="What events are written in.")
+@click.option("--ca", type=_FILE, help="Certificates that the receiver's may be from, PEM.")
+@click.option("--certificate", type=_FILE, help="Ours, PEM.")
+@click.option("--private-key", type=_FILE, help="Of our certificate, PEM without a passphrase.")
+@click.option("--server-name", default="", help="What the receiver's certificate is for, if not the host of the URL.")
+@click.option("--token-file", type=_FILE, help="A file with the token that the receiver wants to be shown.")
+@click.option("--max-message-bytes", type=click.IntRange(4096, 1 << 20), help="What the receiver takes in one message.")
+@click.option("--from", "first", metavar="NUMBER|now", default="0", show_default=True, help="The first entry to send.")
+@pass_console
+def add_export(
+    console: Console,
+    /,
+    name: str,
+    url: str,
+    form: str,
+    max_message_bytes: int | None,
+    first: str,
+    server_name: str,
+    **files: Path | None,
+) -> None:
+    """Try a destination with a test event, and add it when it took that.
+
+    URL is syslog+tls://HOST[:PORT]; docs/siem.md has the others. The appliance reads the files whenever it connects.
+    """
+    if first != "now" and not (first.isascii() and first.isdigit()):
+        raise click.BadParameter("a number, or the word now", param_hint="--from")
+    added = console.admin(deadline_s=120).add_audit_export(
+        name=name,
+        url=url,
+        format=form,
+        server_name=server_name,
+        max_message_bytes=max_message_bytes or 0,
+        first=None if first == "now" else int(first),
+        **{kind: None if path is None else str(path.expanduser().absolute()) for kind, path in files.items()},
+    )
+    console.result(
+        added, f"{added.name}: {added.to} took a test event; from now on it is sent the log as {added.format}."
+    )
+
+
+@exporting.command("list")
+@pass_console
+def list_exports(console: Console) -> None:
+    """Show each destination: what it has, how far it is behind, what is in the way."""
+    exports = console.admin().audit_exports()
+    rows = [
+        (
+            each.name,
+            each.url,
+            each.format,
+            f"{each.delivered}",
+            f"{each.lag_entries} entries, {in_words(each.lag_s)}" if each.lag_entries else "nothing",
+            each.error.cause if each.error is not None else each.waits_for or "none",
+        )
+        for each in exports.destinations
+    ]
+    empty = "The log goes nowhere: `holdfast audit export add` sends it to a SIEM."
+    console.result(exports, table(("name", "to", "format", "delivered", "behind by", "error"), rows, empty=empty))
+
+
+@exporting.command("test")
+@click.argument("name")
+@pass_console
+def try_export(console: Console, name: str) -> None:
+    """Send an event that says it is a test."""
+    tried = console.admin(deadline_s=120).try_audit_export(name)
+    console.result(tried, f"{tried.name}: {tried.to} took a test event; look for audit.export.test there.")
+
+
+@exporting.command("remove")
+@click.argument("name")
+@pass_console
+def remove_export(console: Console, name: str) -> None:
+    """End a destination, and forget how far it was."""
+    removed = console.admin(deadline_s=60).remove_audit_export(name)
+    text = f"{removed.name} is sent nothing any more. {removed.delivered} entries were delivered to {removed.to}."
+    console.result(removed, text)
+
+
+@exporting.command("file")
+@click.argument("path", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--from", "first", type=click.IntRange(0), default=0, show_default=True, help="The first entry.")
+@click.option("--to", "last", type=click.IntRange(0), help="The last entry; by default the newest.")
+@pass_console
+def export_file(console: Console, path: Path, first: int, last: int | None) -> None:
+    """Write events to a file, a line each, with what proves them: for `verify-export`."""
+    from api.private_files import new_private_file
+
+    if path.exists():
+        raise click.BadParameter("it exists, and nothing is ever written over", param_hint="PATH")
+    end = None if last is None else last + 1
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    lines = 0
+    try:
+        with (
+            console.admin(deadline_s=_EXCERPT_DEADLINE_S).audit_excerpt(first=first, end=end) as pieces,
+            new_private_file(partial) as into,
+        ):
+            for piece in pieces:
+                lines += piece.count(b"\n")
+                into.write(piece)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    console.result({"file": path, "events": lines - 1}, f"Wrote {path}: {lines - 1} events and their checkpoint.")
+
+
 # Witnesses
 
 
@@ -415,6 +554,23 @@ def _removed_words(removed: Removed) -> str:
     if removed.missing:
         words += f"\n  {removed.missing} of them were gone before they were due: retention did not remove those"
     return words
+
+
+def _export_text(found: ExportVerified) -> str:
+    lines = [f"{found.origin}: entries {found.first} to {found.end - 1} hold."]
+    lines.append(f"  {found.proved_to - found.proved_from} of them are proved by {found.checkpoints} checkpoints")
+    if before := found.proved_from - found.first:
+        lines.append(f"  the first {before} are proved only together with what the receiver has from before")
+    if behind := found.end - found.proved_to:
+        lines.append(f"  the last {behind} are not proved yet: the next checkpoint will")
+    if found.repeated:
+        lines.append(f"  {found.repeated} events came more than once, and are the same")
+    if found.withheld:
+        named = ", ".join(f"{sequence} ({why})" for sequence, why in found.withheld_named.items())
+        lines.append(f"  {found.withheld} came without their record: {named}")
+    if found.tests:
+        lines.append(f"  {found.tests} events say that they are a test")
+    return "\n".join(lines)
 
 
 def _verified_text(found: Verified, took_s: float) -> str:

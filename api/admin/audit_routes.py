@@ -9,20 +9,33 @@ from pathlib import Path
 from typing import Annotated
 
 from fastapi import Query
+from fastapi.responses import StreamingResponse
 
 from api.admin import status, types
-from api.admin.asking import AskerOf, Endpoints, ServicesOf, chosen_tenant, unknown
+from api.admin.asking import AskerOf, Endpoints, ServicesOf, chosen_tenant, unknown, with_first
 from api.services import Services
+from appliance.audit import Outcome
 from appliance.audit.digests import Text, keyed_digest
-from appliance.audit.events import AUDIT_READ, AUDIT_WITNESSED, CATALOGUE
+from appliance.audit.events import (
+    AUDIT_EXPORTED,
+    AUDIT_READ,
+    AUDIT_WITNESSED,
+    CATALOGUE,
+    EXPORT_ADDED,
+    EXPORT_REMOVED,
+    EXPORT_TESTED,
+)
 from appliance.audit.notes import Checkpoint, VerifierKey
 from appliance.audit.reading import LogReader
 from appliance.audit.search import Found, look_at, search
 from appliance.audit.search import Query as AuditQuery
+from appliance.audit.siem.destinations import FORMATS, Destination
+from appliance.audit.siem.excerpt import excerpt
 from appliance.audit.signing import public_key
 from appliance.audit.tree import leaf_hash
 from appliance.audit.witness import read_request
 from appliance.audit.witnessing import last_seen, make_request, take_reply
+from appliance.errors import HoldfastError
 
 
 async def _audit_status(services: ServicesOf) -> types.AuditStatus:
@@ -109,6 +122,63 @@ async def _audit_witness_reply(
     return types.AuditWitnessed(witness=witness.name, size=seen.size)
 
 
+async def _audit_exports(services: ServicesOf) -> types.AuditExports:
+    exports = services.exports
+    return types.AuditExports(
+        destinations=[_export_view(services, name) for name in exports.names], exporter_pid=exports.pid
+    )
+
+
+async def _add_audit_export(new: types.NewAuditExport, services: ServicesOf, asker: AskerOf) -> types.AuditExport:
+    given = new.model_dump(exclude={"first"})
+    target, details = ("destination", new.name), {"url": new.url, "format": new.format}
+    first = await services.audit.size() if new.first is None else new.first
+    try:
+        destination = Destination.read(given)
+        await services.exports.add(
+            destination, first=first, admitted=lambda: asker.did(EXPORT_ADDED, target, details=details)
+        )
+    except HoldfastError as error:
+        await asker.did(EXPORT_ADDED, target, outcome=Outcome.FAILURE, reason=error.code, details=details)
+        raise
+    return _export_view(services, new.name)
+
+
+async def _try_audit_export(destination: str, services: ServicesOf, asker: AskerOf) -> types.AuditExport:
+    target = ("destination", destination)
+    try:
+        await services.exports.try_out(services.exports.destination(destination))
+    except HoldfastError as error:
+        await asker.did(EXPORT_TESTED, target, outcome=Outcome.FAILURE, reason=error.code)
+        raise
+    await asker.did(EXPORT_TESTED, target)
+    return _export_view(services, destination)
+
+
+async def _remove_audit_export(destination: str, services: ServicesOf, asker: AskerOf) -> types.AuditExport:
+    last = _export_view(services, destination)
+    target, details = ("destination", destination), {"url": last.url, "delivered": str(last.delivered)}
+    # Before it is done: that nothing goes there any more is the last that goes there, if it is connected.
+    await asker.did(EXPORT_REMOVED, target, details=details)
+    await services.exports.remove(destination)
+    return last
+
+
+async def _audit_excerpt(
+    services: ServicesOf,
+    asker: AskerOf,
+    first: Annotated[int, Query(ge=0)] = 0,
+    end: Annotated[int | None, Query(ge=1)] = None,
+) -> StreamingResponse:
+    details = {"first": str(first), "end": "" if end is None else str(end)}
+    await asker.did(AUDIT_EXPORTED, ("audit", ""), details=details)
+    await services.audit.checkpoint()
+    lines = excerpt(services.audit.directory, FORMATS["ocsf"], services.vault, first=first, end=end)
+    # As with a backup: what fails at once is an error, and not half a file.
+    begin = await anext(lines)
+    return StreamingResponse(with_first(begin, lines), media_type="application/x-ndjson")
+
+
 def _audit_view(found: Found) -> types.AuditEntry:
     entry = found.entry
     known = CATALOGUE.get(entry.event_class)
@@ -123,11 +193,21 @@ def _audit_view(found: Found) -> types.AuditEntry:
     )
 
 
+def _export_view(services: Services, name: str) -> types.AuditExport:
+    view = dataclasses.asdict(services.exports.view(name))
+    return types.AuditExport.model_validate({**view, "url": services.exports.destination(name).url})
+
+
 ENDPOINTS: Endpoints = {
     ("GET", "/v1/audit"): (_audit_status, types.AuditStatus),
     ("GET", "/v1/audit/entries"): (_audit_entries, types.AuditPage),
     ("GET", "/v1/audit/entries/{sequence}"): (_audit_entry, types.AuditEntry),
     ("POST", "/v1/audit/digest"): (_audit_digest, types.AuditDigest),
+    ("GET", "/v1/audit/exports"): (_audit_exports, types.AuditExports),
+    ("POST", "/v1/audit/exports"): (_add_audit_export, types.AuditExport),
+    ("POST", "/v1/audit/exports/{destination}/test"): (_try_audit_export, types.AuditExport),
+    ("POST", "/v1/audit/exports/{destination}/remove"): (_remove_audit_export, types.AuditExport),
+    ("GET", "/v1/audit/excerpt"): (_audit_excerpt, None),
     ("GET", "/v1/audit/witness"): (_audit_witness_request, types.AuditWitnessAsked),
     ("POST", "/v1/audit/witness"): (_audit_witness_reply, types.AuditWitnessed),
 }

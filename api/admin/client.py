@@ -165,6 +165,28 @@ class AdminClient:
         """How long the audit log is, and what is in its way."""
         return self._call(types.AuditStatus, "GET", "/v1/audit")
 
+    def audit_exports(self) -> types.AuditExports:
+        """How far behind each destination of the audit log is."""
+        return self._call(types.AuditExports, "GET", "/v1/audit/exports")
+
+    def add_audit_export(self, **wanted: str | int | None) -> types.AuditExport:
+        """Try a destination of the audit log and add it. The fields are those of `types.NewAuditExport`."""
+        return self._call(types.AuditExport, "POST", "/v1/audit/exports", body=wanted)
+
+    def remove_audit_export(self, name: str) -> types.AuditExport:
+        """End a destination; how it was."""
+        return self._call(types.AuditExport, "POST", f"/v1/audit/exports/{_quote(name)}/remove")
+
+    @contextmanager
+    def audit_excerpt(self, *, first: int, end: int | None) -> Iterator[Iterator[bytes]]:
+        """The pieces of a file with the events [first, end) of the audit log."""
+        with self._answer("GET", "/v1/audit/excerpt", query={"first": first, "end": end}) as response:
+            yield iter(lambda: self._read(response, _CHUNK), b"")
+
+    def try_audit_export(self, name: str) -> types.AuditExport:
+        """Send a test event to a destination."""
+        return self._call(types.AuditExport, "POST", f"/v1/audit/exports/{_quote(name)}/test")
+
     def audit_entries(self, **wanted: str | float | None) -> types.AuditPage:
         """Entries of the audit log, the newest first. `since` and `until` are epoch seconds."""
         return self._call(types.AuditPage, "GET", "/v1/audit/entries", query=wanted)

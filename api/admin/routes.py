@@ -19,8 +19,7 @@ import asyncio
 import dataclasses
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
 from fastapi import Depends, FastAPI, Query, Request
@@ -31,7 +30,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.admin import audit_routes, status, types
-from api.admin.asking import Asker, AskerOf, Endpoints, ServicesOf, chosen_tenant, unknown
+from api.admin.asking import Asker, AskerOf, Endpoints, ServicesOf, chosen_tenant, unknown, with_first
 from api.admin.peers import pid_of, uid_of
 from api.backups import stream_backup
 from api.engine_leases import release
@@ -107,6 +106,11 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", "/v1/audit/entries"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
     ("GET", "/v1/audit/entries/{sequence}"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
     ("POST", "/v1/audit/digest"): Rule(_AUDITORS, recorded=False),
+    ("GET", "/v1/audit/exports"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False),
+    ("POST", "/v1/audit/exports"): Rule(_ADMINS, appliance_wide=True),
+    ("POST", "/v1/audit/exports/{destination}/test"): Rule(_MASTERS, appliance_wide=True),
+    ("POST", "/v1/audit/exports/{destination}/remove"): Rule(_ADMINS, appliance_wide=True),
+    ("GET", "/v1/audit/excerpt"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
     ("GET", "/v1/audit/witness"): Rule(_PEOPLE, appliance_wide=True),
     ("POST", "/v1/audit/witness"): Rule(_PEOPLE, appliance_wide=True),
 }
@@ -393,14 +397,7 @@ async def _backup(services: ServicesOf, asker: AskerOf) -> StreamingResponse:
     # The first piece is made before the answer begins, so that what fails is an error and not half a file.
     first = await anext(pieces)
     await asker.did(BACKUP_MADE, ("database", ""))
-    return StreamingResponse(_with_first(first, pieces), media_type="application/x-tar")
-
-
-async def _with_first(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
-    async with aclosing(rest):
-        yield first
-        async for piece in rest:
-            yield piece
+    return StreamingResponse(with_first(first, pieces), media_type="application/x-tar")
 
 
 _ENDPOINTS: Endpoints = {

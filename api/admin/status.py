@@ -125,6 +125,10 @@ async def _audit(services: Services) -> types.Part:
         return types.Part(name="audit", state="failed", detail=told)
     age = "none yet" if said.checkpoint_age_s is None else f"{said.checkpoint_age_s:.0f} s old"
     detail = f"{said.size} entries; last checkpoint {age}, of {said.checkpoint_size} entries"
+    for export in services.exports.views():
+        behind = f"{export.lag_entries} entries, {export.lag_s:.0f} s behind"
+        state = behind if export.lag_entries else "has everything"
+        detail += f"; {export.name} {state}" + ("" if export.error is None else f" ({export.error['cause']})")
     if said.error is not None:
         return types.Part(name="audit", state="degraded", detail=f"no checkpoint can be made: {said.error.cause}")
     if said.alarm is not None:

@@ -49,11 +49,8 @@ class EntryInvalid(HoldfastError, ValueError):
     fault: ClassVar[Fault] = Fault.CONFLICT
 
 
-class AuditKeys(Protocol):
-    """The AUDIT keys, one for each tenant and one for the system."""
-
-    def audit_key_id(self, scope: str) -> bytes:
-        """Which key seals for a scope now, 16 bytes."""
+class EntryKeys(Protocol):
+    """What opens records."""
 
     def audit_secret(self, key_id: bytes, label: str, *parts: bytes) -> bytes:
         """A keyed hash under one of them, 32 bytes.
@@ -61,6 +58,13 @@ class AuditKeys(Protocol):
         Raises:
             HoldfastError: the key is not to be had: sealed, or destroyed with its tenant.
         """
+
+
+class AuditKeys(EntryKeys, Protocol):
+    """The AUDIT keys, one for each tenant and one for the system."""
+
+    def audit_key_id(self, scope: str) -> bytes:
+        """Which key seals for a scope now, 16 bytes."""
 
 
 class Draft(NamedTuple):
@@ -186,8 +190,14 @@ class Opened(NamedTuple):
     salt: bytes
 
 
-def open_record(entry: Entry, sealed: bytes, keys: AuditKeys) -> Opened:
-    """Decrypt a record and check it against its entry.
+def open_record(entry: Entry, sealed: bytes, keys: EntryKeys) -> Opened:
+    """Decrypt a record and check it against its entry. Raises as `open_content`."""
+    content, salt = open_content(entry, sealed, keys)
+    return Opened(json.loads(content), salt)
+
+
+def open_content(entry: Entry, sealed: bytes, keys: EntryKeys) -> tuple[bytes, bytes]:
+    """A record in its canonical bytes, checked against its entry, and the salt that opens the entry's commitment.
 
     Raises:
         EntryInvalid: the sealed bytes, the key or the record are not those that the entry commits to.
@@ -209,7 +219,7 @@ def open_record(entry: Entry, sealed: bytes, keys: AuditKeys) -> Opened:
             raise _invalid(entry, "its record was not sealed for it") from None
     salt, content = salted[:_SALT_BYTES], salted[_SALT_BYTES:]
     check_commitment(entry, salt, content)
-    return Opened(json.loads(content), salt)
+    return content, salt
 
 
 def check_commitment(entry: Entry, salt: bytes, content: bytes) -> None:
@@ -224,7 +234,9 @@ def check_commitment(entry: Entry, salt: bytes, content: bytes) -> None:
 
 def search_tag(keys: AuditKeys, key_id: bytes, label: str, value: str) -> bytes:
     """What an actor or a session is found by: a truncated keyed hash; zeros for none."""
-    return keys.audit_secret(key_id, f"tag-{label}", value.encode())[:TAG_BYTES] if value else NO_TAG
+    return (
+        keys.audit_secret(key_id, f"tag-{label}", value.encode(errors="surrogatepass"))[:TAG_BYTES] if value else NO_TAG
+    )
 
 
 def canonical(record: Mapping[str, Any]) -> bytes:
@@ -235,7 +247,7 @@ def canonical(record: Mapping[str, Any]) -> bytes:
 _CANONICAL: Final = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _entry_key(keys: AuditKeys, key_id: bytes, nonce: bytes, commitment: bytes) -> tuple[bytes, bytes]:
+def _entry_key(keys: EntryKeys, key_id: bytes, nonce: bytes, commitment: bytes) -> tuple[bytes, bytes]:
     """The entry's key, and what commits to it. A nonce that came twice, in a cloned machine say, repeats no key."""
     secret = keys.audit_secret(key_id, "entry", nonce, commitment)
     return _hkdf_expand(secret, b"holdfast-audit-entry")

@@ -25,6 +25,7 @@ from appliance.audit.entry import ENTRY_BYTES, FORMAT
 RESERVE_BYTES: Final = 512 << 10
 _AHEAD_BYTES: Final = 4 << 20
 _HEAD: Final = struct.Struct(">16sQ")
+FRAMES_AT: Final = _HEAD.size
 _MAGIC: Final = b"holdfast-audit-1"
 _LENGTH: Final = struct.Struct(">H")
 _CRC: Final = struct.Struct(">I")
@@ -186,6 +187,19 @@ class JournalContent(NamedTuple):
     rest_bytes: int
 
 
+def first_sequence(descriptor: int) -> int:
+    """The sequence of the first frame of an open journal; it stands at `FRAMES_AT`.
+
+    Raises:
+        OSError: it cannot be read, or is none: `EILSEQ`.
+    """
+    head = os.pread(descriptor, _HEAD.size, 0)
+    magic, base = _HEAD.unpack(head) if len(head) == _HEAD.size else (b"", 0)
+    if magic != _MAGIC:
+        raise OSError(errno.EILSEQ, os.strerror(errno.EILSEQ))
+    return int(base)
+
+
 def read_journal(path: Path) -> JournalContent | None:
     """Read a journal without opening it for writing; None: there is none."""
     try:
@@ -204,11 +218,15 @@ def _packed(frame: Frame) -> bytes:
     return data + _CRC.pack(zlib.crc32(data))
 
 
-def _frames(content: bytes, base: int) -> tuple[list[Frame], int]:
-    """The whole frames from the beginning, and where they end."""
+def frames_of(content: bytes, first: int, *, most: int) -> tuple[list[Frame], int]:
+    """The whole frames that a part of a journal begins with, `first` the first one's sequence, and their length."""
+    return _frames(content, first, at=0, most=most)
+
+
+def _frames(content: bytes, base: int, *, at: int = _HEAD.size, most: int | None = None) -> tuple[list[Frame], int]:
+    """The whole frames from `at` on, at most so many, and where they end."""
     frames: list[Frame] = []
-    at = _HEAD.size
-    while at + _LENGTH.size + ENTRY_BYTES + _CRC.size <= len(content):
+    while at + _LENGTH.size + ENTRY_BYTES + _CRC.size <= len(content) and len(frames) != most:
         (length,) = _LENGTH.unpack_from(content, at)
         begin = at + _LENGTH.size
         middle = begin + ENTRY_BYTES

@@ -107,6 +107,14 @@ class NodeAudit:
         """
         return await self._recorder.status()
 
+    async def size(self) -> int:
+        """How many entries are on the disk.
+
+        Raises:
+            AuditUnavailable: there is no appender to ask.
+        """
+        return int((await self._recorder.status())["size"])
+
     async def checkpoint(self) -> dict[str, Any]:
         """Have a checkpoint made of all that there is; the status then.
 

@@ -62,7 +62,7 @@ class LogReader:
         try:
             journal = read_journal(directory / JOURNAL)
         except OSError as error:
-            raise _unreadable(directory / JOURNAL, error) from None
+            raise unreadable(directory / JOURNAL, error) from None
         if journal is None:
             raise LogUnreadable(
                 f"there is no audit log in {directory}",
@@ -132,7 +132,7 @@ class LogReader:
 
     def hashes(self) -> TileHashes:
         """The hashes of what the checkpoint names."""
-        return TileHashes(self._read_tile, self.published)
+        return hashes_of(self._directory, self.published)
 
     def _note(self) -> str:
         path = self._directory / CHECKPOINT
@@ -141,7 +141,7 @@ class LogReader:
         except FileNotFoundError:
             return ""
         except OSError as error:
-            raise _unreadable(path, error) from None
+            raise unreadable(path, error) from None
 
     def _is_kept(self, bundle: int) -> bool:
         # A removal takes the records first.
@@ -152,41 +152,48 @@ class LogReader:
         if frames is None:
             if not self._is_kept(index) and index * TILE_WIDTH < (oldest := self.oldest):
                 raise removed(index * TILE_WIDTH, oldest)
-            entries = self._read(tile_path("entries", index))
-            sealed = list(prefixed_parts(self._read(record_path(index))))
-            frames = [
-                Frame(entries[at + 2 : at + _STRIDE], record)
-                for at, record in zip(range(0, len(entries), _STRIDE), sealed, strict=False)
-            ]
-            if len(frames) != TILE_WIDTH:
-                raise LogUnreadable(
-                    f"the bundle from entry {index * TILE_WIDTH} on is damaged",
-                    cause=f"it has {len(frames)} entries instead of {TILE_WIDTH}",
-                    remedy="`holdfast audit verify` names what is wrong",
-                )
-            self._bundles[index] = frames
+            frames = self._bundles[index] = read_bundle(self._directory, index)
             if len(self._bundles) > _CACHED_BUNDLES:
                 self._bundles.popitem(last=False)
         return frames
 
-    def _read_tile(self, level: int, index: int, width: int) -> bytes:
+
+def hashes_of(directory: Path, size: int) -> TileHashes:
+    """The hashes of the tree of `size` entries, which a checkpoint of the log in `directory` names."""
+
+    def read_tile(level: int, index: int, width: int) -> bytes:
         try:
-            return self._read(tile_path(level, index, width))
+            return _read(directory / tile_path(level, index, width))
         except LogUnreadable:
             # A newer checkpoint has put a wider one in its place.
-            wider = (each for each in range(width + 1, TILE_WIDTH + 1))
-            for more in wider:
-                path = self._directory / tile_path(level, index, more)
+            for more in range(width + 1, TILE_WIDTH + 1):
+                path = directory / tile_path(level, index, more)
                 if path.is_file():
-                    return self._read(tile_path(level, index, more))[: width * HASH_BYTES]
+                    return _read(path)[: width * HASH_BYTES]
             raise
 
-    def _read(self, name: str) -> bytes:
-        path = self._directory / name
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise _unreadable(path, error) from None
+    return TileHashes(read_tile, size)
+
+
+def read_bundle(directory: Path, index: int) -> list[Frame]:
+    """The entries of a full bundle of the log in `directory`, with their sealed records.
+
+    Raises:
+        LogUnreadable: it is not whole, or cannot be read.
+    """
+    entries = _read(directory / tile_path("entries", index))
+    sealed = list(prefixed_parts(_read(directory / record_path(index))))
+    frames = [
+        Frame(entries[at + 2 : at + _STRIDE], record)
+        for at, record in zip(range(0, len(entries), _STRIDE), sealed, strict=False)
+    ]
+    if len(frames) != TILE_WIDTH:
+        raise LogUnreadable(
+            f"the bundle from entry {index * TILE_WIDTH} on is damaged",
+            cause=f"it has {len(frames)} entries instead of {TILE_WIDTH}",
+            remedy="`holdfast audit verify` names what is wrong",
+        )
+    return frames
 
 
 def prefixed_parts(data: bytes) -> Iterator[bytes]:
@@ -210,9 +217,17 @@ def removed(first: int, oldest: int) -> EntryRemoved:
     )
 
 
-def _unreadable(path: Path, error: OSError) -> LogUnreadable:
+def unreadable(path: Path, error: OSError) -> LogUnreadable:
+    """What the system's error means to a person."""
     return LogUnreadable(
         "the audit log cannot be read",
         cause=f"{path}: {error.strerror}",
         remedy="Read it as the appliance's user, or from a copy of the whole folder",
     )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from None

@@ -1,0 +1,121 @@
+"""Follows a log that somebody else appends to: from any entry on, a few at a time, holding none of it.
+
+Rules:
+
+- Nothing is verified here: who needs that calls `verify_log`.
+- What was read is not read again: a journal is read from where the last frames of it ended, a bundle is read once.
+- Entries that the appender has not answered for may yet be taken back: who follows says how far it has.
+"""
+
+import os
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from appliance.audit.journal import FRAMES_AT, Frame, first_sequence, frames_of
+from appliance.audit.log import CHECKPOINT, JOURNAL
+from appliance.audit.notes import decode_note, parse_number
+from appliance.audit.reading import LogUnreadable, hashes_of, read_bundle, unreadable
+from appliance.audit.tree import TILE_WIDTH, Frontier
+
+_READ_BYTES: Final = 256 << 10  # of the journal at once: more than the longest frame
+
+
+class Published(NamedTuple):
+    """A checkpoint as it was signed, and how many entries it names; 0: there is none."""
+
+    note: str
+    size: int
+
+
+class LogFollower:
+    """The log in `directory`. One task uses it; everything here blocks."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._journal = (-1, -1)  # which file `_next` and `_at` are of: another one may take its place
+        self._next = 0
+        self._at = 0
+        self._bundle: tuple[int, list[Frame]] = (-1, [])
+        self._note = (-1, -1, Published("", 0))
+
+    def published(self) -> Published:
+        """Its newest checkpoint.
+
+        Raises:
+            LogUnreadable: it cannot be read.
+        """
+        path = self._directory / CHECKPOINT
+        try:
+            status = path.stat()
+            if self._note[:2] != (status.st_ino, status.st_mtime_ns):
+                note = decode_note(path.read_bytes())
+                published = Published(note, parse_number(note.split("\n", 2)[1], "its size"))
+                self._note = (status.st_ino, status.st_mtime_ns, published)
+        except FileNotFoundError:
+            return Published("", 0)
+        except OSError as error:
+            raise unreadable(path, error) from None
+        return self._note[2]
+
+    def frames(self, first: int, end: int, *, most: int) -> list[Frame]:
+        """Entries from `first` on, at most `most` and none from `end` on; fewer where a file ends.
+
+        Raises:
+            LogUnreadable: they are not there, or cannot be read.
+        """
+        most = min(most, end - first)
+        if most <= 0:
+            return []
+        path = self._directory / JOURNAL
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                base = self._open(descriptor)
+                if first >= base:
+                    return self._from_journal(descriptor, base, first, most)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise unreadable(path, error) from None
+        index, place = divmod(first, TILE_WIDTH)
+        if self._bundle[0] != index:
+            self._bundle = (index, read_bundle(self._directory, index))
+        return self._bundle[1][place : place + most]
+
+    def peaks(self, size: int) -> tuple[bytes, ...]:
+        """The roots of the complete subtrees of the first `size` entries, which a checkpoint names.
+
+        Raises:
+            LogUnreadable: a tile cannot be read.
+        """
+        return Frontier.read(hashes_of(self._directory, self.published().size), size).peaks
+
+    def _open(self, descriptor: int) -> int:
+        """The sequence of the journal's first frame."""
+        base = first_sequence(descriptor)
+        status = os.fstat(descriptor)
+        if self._journal != (status.st_dev, status.st_ino):
+            self._journal = (status.st_dev, status.st_ino)
+            self._next, self._at = base, FRAMES_AT
+        return base
+
+    def _from_journal(self, descriptor: int, base: int, first: int, most: int) -> list[Frame]:
+        if first < self._next:
+            self._next, self._at = base, FRAMES_AT
+        found: list[Frame] = []
+        while len(found) < most:
+            content = os.pread(descriptor, _READ_BYTES, self._at)
+            wanted = first + most - self._next
+            frames, length = frames_of(content, self._next, most=wanted)
+            if not frames:
+                break
+            found += frames[max(0, first - self._next) :]
+            self._next += len(frames)
+            self._at += length
+        if not found:
+            raise LogUnreadable(
+                "the audit log cannot be read",
+                cause=f"{self._directory / JOURNAL} ends before entry {first}, which its appender has written",
+                remedy="`holdfast audit verify` names what is wrong with the log",
+            )
+        return found

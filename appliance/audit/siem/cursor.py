@@ -1,0 +1,71 @@
+"""How far a destination is, in a file that survives whatever ends the process.
+
+Rules:
+
+- It names what need not be sent again, never more: written after the fact, at once or not at all.
+- One that cannot be read is none: everything is sent again, under the same stable ids.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from appliance.audit.journal import sync_directory, write_at
+
+_MODE: Final = 0o600
+
+
+class Position(NamedTuple):
+    """Where in the log: the next entry to send, and the size of the last checkpoint that was sent."""
+
+    next: int = 0
+    checkpoint: int = 0
+
+
+class Cursor:
+    """The file of one destination and one log. Blocks.
+
+    Args:
+        origin: another log's cursor says nothing about this one.
+    """
+
+    def __init__(self, path: Path, origin: str) -> None:
+        self._path = path
+        self._origin = origin
+
+    def load(self) -> Position:
+        """The position, the beginning if there is none."""
+        try:
+            said = json.loads(self._path.read_bytes())
+            position = Position(int(said["next"]), int(said["checkpoint"]))
+            known = said["origin"] == self._origin
+        except (OSError, ValueError, KeyError, TypeError):
+            return Position()
+        return position if known and min(position) >= 0 else Position()
+
+    def save(self, position: Position) -> None:
+        """Put it in the place of the one before; it is on the disk when this returns.
+
+        Raises:
+            OSError: the one before is there still.
+        """
+        write_whole(self._path, json.dumps({"origin": self._origin, **position._asdict()}).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Put a private file in the place of the one before; it is on the disk when this returns.
+
+    Raises:
+        OSError: the one before is there still.
+    """
+    staged = path.with_name(f"{path.name}.new")
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _MODE)
+    try:
+        write_at(descriptor, content, 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    staged.replace(path)
+    sync_directory(path.parent)

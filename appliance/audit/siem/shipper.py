@@ -1,0 +1,371 @@
+"""Carries the log to one destination, in its order, and goes on from where it was.
+
+Rules:
+
+- At least once. An entry counts as delivered when the receiver said so; where the transport knows no acknowledgement
+  (plain syslog), once its connection has lived `SETTLE_S` longer. When a connection ends, what is not delivered is sent
+  again over the next one, and so it is after a restart. Whoever receives an event twice knows it by its stable id.
+  `SETTLE_S` is longer than any transport's own deadline: what counts as delivered was acknowledged by the receiver's
+  kernel at least. What a receiver keeps only in memory for longer, and loses, this cannot know.
+- What is known to be delivered is in the cursor, which is never ahead of it.
+- A destination that is down, slow or silent is tried again, ever more seldom, with jitter. Nobody waits for it: what it
+  has not got stays in the log. Whatever goes wrong here is told in `view`, and ends nothing.
+- Bounded: so many entries are read and opened ahead, so many may be sent and not acknowledged.
+- A tenant's record whose key was shredded is sent without content. One that waits for the vault to be opened waits,
+  and all that follow it; what is in plaintext before it goes.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import ClassVar, Final, NamedTuple, Protocol
+
+from appliance.audit.entry import Entry
+from appliance.audit.following import LogFollower, Published
+from appliance.audit.journal import Frame
+from appliance.audit.siem.cursor import Cursor, Position
+from appliance.audit.siem.formats import CheckpointEvent, Disclosed, Format, Withheld
+from appliance.audit.siem.transport import Connection, ExportUnreachable, Message, Transport
+from appliance.audit.signing import public_key
+from appliance.errors import ErrorRecord, Fault, HoldfastError
+
+SETTLE_S: Final = 60.0
+MOST_UNACKNOWLEDGED: Final = 8192  # messages
+_MOST_PER_S: Final = 8000  # entries: whoever catches up leaves the processors to those who serve
+_READ_AHEAD: Final = 512
+_POLL_S: Final = 0.2
+_MARK_EVERY_S: Final = 1.0
+_SAVE_EVERY_S: Final = 1.0
+_FIRST_PAUSE_S: Final = 0.5
+_LONGEST_PAUSE_S: Final = 60.0
+_LIVED_S: Final = 10.0  # a connection that lived so long begins the pauses anew
+_REFUSED_WITHIN_S: Final = 2.0  # with TLS 1.3 a receiver refuses our certificate after its handshake
+_TRIAL_S: Final = 30.0  # for a test to be acknowledged
+_LOG = logging.getLogger("holdfast.audit.siem")
+
+
+class LogShorter(HoldfastError):
+    """The log has fewer entries than were sent."""
+
+    code: ClassVar[str] = "audit_export_log_shorter"
+    fault: ClassVar[Fault] = Fault.CONFLICT
+
+
+class Opener(Protocol):
+    """Who opens records for a shipper."""
+
+    async def open(self, frames: Sequence[Frame]) -> list[Disclosed]:
+        """Entries with their records, in their order; fewer: the next one waits for the vault to be opened."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How a destination is.
+
+    Attributes:
+        to: where it is, for people.
+        sent: entries that went over the connection there is; without one, those that are delivered.
+        delivered: entries that need not be sent again.
+        lag_entries: those that are not sent.
+        lag_s: how old the oldest of them is.
+        waits_for: what it waits for, when it is no error: the vault.
+    """
+
+    name: str
+    to: str
+    format: str
+    connected: bool
+    sent: int
+    delivered: int
+    lag_entries: int
+    lag_s: float
+    waits_for: str
+    error: ErrorRecord | None
+
+
+class _Mark(NamedTuple):
+    """Everything before `position` was sent between two moments, as the first `messages` of the connection."""
+
+    begun_s: float
+    ended_s: float
+    messages: int
+    position: Position
+
+
+class Shipper:
+    """One destination's way through the log in `directory`.
+
+    Args:
+        name: what the destination is called.
+        cursor: where it keeps how far it is.
+        size: how many entries the appender has answered for.
+        opener: opens records.
+        monotonic, wall_s: clocks, seconds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        form: Format,
+        transport: Transport,
+        directory: Path,
+        cursor: Path,
+        *,
+        size: Callable[[], Awaitable[int]],
+        opener: Opener,
+        monotonic: Callable[[], float] = time.monotonic,
+        wall_s: Callable[[], float] = time.time,
+        random: Random | None = None,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        settle_s: float = SETTLE_S,
+    ) -> None:
+        self.name = name
+        self._format = form
+        self._transport = transport
+        self._directory = directory
+        self._cursor_path = cursor
+        self._ask_size = size
+        self._opener = opener
+        self._monotonic = monotonic
+        self._wall_s = wall_s
+        self._random = random or Random()  # noqa: S311  (jitter)
+        self._pause = pause
+        self._settle_s = settle_s
+        self._log = LogFollower(directory)
+        self._cursor: Cursor | None = None
+        self._origin = ""
+        self._size = 0
+        self._size_asked_s = 0.0
+        self._oldest_ns: int | None = None
+        self._position = self._delivered = self._saved = Position()
+        self._saved_at_s = 0.0
+        self._marks: deque[_Mark] = deque()
+        self._messages = 0  # of the connection there is
+        self._checkpoint: Published | None = None  # its entries are not all sent
+        self._connected = False
+        self._failures = 0
+        self._waits_for = ""
+        self._error: ErrorRecord | None = None
+
+    def view(self, size: int = 0) -> View:
+        """How it is now.
+
+        Args:
+            size: how long the log is, where that is known better than here: a receiver that stands still stops us too.
+        """
+        waiting = max(0, max(size, self._size) - self._position.next)
+        oldest_s = None if self._oldest_ns is None or not waiting else self._oldest_ns / 1e9
+        return View(
+            name=self.name,
+            to=str(self._transport),
+            format=self._format.name,
+            connected=self._connected,
+            sent=self._position.next,
+            delivered=self._delivered.next,
+            lag_entries=waiting,
+            lag_s=0.0 if oldest_s is None else max(0.0, self._wall_s() - oldest_s),
+            waits_for=self._waits_for,
+            error=self._error,
+        )
+
+    async def run(self) -> None:
+        """Ship until cancelled."""
+        try:
+            while True:
+                begun_s = self._monotonic()
+                try:
+                    await self._take_up()
+                    await self._ship()
+                except HoldfastError as error:
+                    self._failed(error, begun_s)
+                except Exception as error:  # a defect of ours, or of the disk: it must not end the others
+                    _LOG.exception("%s: the export failed", self.name)
+                    self._failed(_defect(error), begun_s)
+                with contextlib.suppress(HoldfastError, OSError):
+                    await self._look()
+                await self._pause(self._pause_s())
+        finally:
+            if self._delivered != self._saved and self._cursor is not None:
+                with contextlib.suppress(OSError):
+                    self._cursor.save(self._delivered)
+
+    # Where it is
+
+    async def _take_up(self) -> None:
+        """Go to what is delivered for certain."""
+        if self._cursor is None:
+            self._origin = (await asyncio.to_thread(public_key, self._directory)).name
+            cursor = Cursor(self._cursor_path, self._origin)
+            self._delivered = self._saved = await asyncio.to_thread(cursor.load)
+            self._size = await self._ask_size()
+            self._cursor = cursor
+        self._size_asked_s = float("-inf")
+        self._position = self._delivered
+        self._marks.clear()
+        self._messages = 0
+        self._checkpoint = None
+
+    async def _look(self) -> list[Frame]:
+        """What there is to send next, at most `_READ_AHEAD` entries."""
+        now_s = self._monotonic()
+        if self._position.next >= self._size or now_s >= self._size_asked_s + _POLL_S:
+            # An appender that is being started again is no reason to part with the receiver.
+            with contextlib.suppress(HoldfastError):
+                self._size = await self._ask_size()
+            self._size_asked_s = now_s
+        if max(self._position) > self._size:
+            raise LogShorter(
+                f"{self.name} has more of the log than there is",
+                cause=f"{max(self._position)} entries were sent, and the log has {self._size}",
+                remedy="An older copy of the log was put back: keep what the SIEM has. To send this one from its "
+                f"beginning: `holdfast audit export remove {self.name}`, and add it again",
+            )
+        frames = await asyncio.to_thread(self._read, self._position, self._size)
+        self._oldest_ns = Entry.unpack(frames[0].entry).wall_ns if frames else None
+        return frames
+
+    def _read(self, position: Position, size: int) -> list[Frame]:
+        if self._checkpoint is None and (published := self._log.published()).size > position.checkpoint:
+            self._checkpoint = published
+        return self._log.frames(position.next, size, most=_READ_AHEAD)
+
+    def _sent(self, messages: int, position: Position) -> None:
+        now_s = self._monotonic()
+        self._position = position
+        self._messages += messages
+        begun_s = now_s
+        if self._marks and now_s < self._marks[-1].begun_s + _MARK_EVERY_S:
+            begun_s = self._marks.pop().begun_s
+        self._marks.append(_Mark(begun_s, now_s, self._messages, position))
+
+    async def _settle(self, connection: Connection) -> None:
+        """What was acknowledged, or the connection outlived, is delivered."""
+        now_s = self._monotonic()
+        acknowledged = connection.acknowledged
+        while self._marks and (
+            self._marks[0].ended_s + self._settle_s <= now_s
+            if acknowledged is None
+            else self._marks[0].messages <= acknowledged
+        ):
+            self._delivered = self._marks.popleft().position
+        if self._delivered != self._saved and self._cursor is not None and now_s >= self._saved_at_s + _SAVE_EVERY_S:
+            await asyncio.to_thread(self._cursor.save, self._delivered)
+            self._saved, self._saved_at_s = self._delivered, now_s
+
+    # Shipping
+
+    async def _ship(self) -> None:
+        connection = await self._transport.connect()
+        self._connected = True
+        try:
+            while True:
+                connection.check()
+                frames = await self._look()
+                whole = await self._send(connection, frames)
+                if self._checkpoint is not None and self._checkpoint.size <= self._position.next:
+                    await self._send_checkpoint(connection, self._checkpoint)
+                await self._settle(connection)
+                rests = not whole or self._position.next >= self._size or self._has_too_many(connection)
+                if rests and await connection.ended_within(_POLL_S):
+                    connection.check()
+        finally:
+            self._connected = False
+            await connection.close(in_good_order=self._position.next >= self._size)
+
+    async def _send(self, connection: Connection, frames: Sequence[Frame]) -> bool:
+        """Send entries, those that can be opened; whether all could."""
+        at_once = self._transport.messages_at_once
+        self._waits_for = ""
+        for begin in range(0, len(frames), at_once):
+            some = frames[begin : begin + at_once]
+            begun_s = self._monotonic()
+            opened = await self._opener.open(some)
+            if opened:
+                await connection.send([self._made(each) for each in opened])
+                self._error = None
+                self._sent(len(opened), self._position._replace(next=self._position.next + len(opened)))
+            if len(opened) < len(some):
+                self._waits_for = "the vault is sealed: what follows cannot be read until it is opened"
+                return False
+            await self._pause(max(0.0, begun_s + len(opened) / _MOST_PER_S - self._monotonic()))
+        return True
+
+    def _has_too_many(self, connection: Connection) -> bool:
+        acknowledged = connection.acknowledged
+        return acknowledged is not None and self._messages - acknowledged > MOST_UNACKNOWLEDGED
+
+    async def _send_checkpoint(self, connection: Connection, published: Published) -> None:
+        start = self._position.checkpoint
+        peaks = await asyncio.to_thread(self._log.peaks, start)
+        event = CheckpointEvent(published.note, start, published.size, peaks)
+        await connection.send([self._format.checkpoint(self._origin, event, int(self._wall_s() * 1000))])
+        self._checkpoint = None
+        self._sent(1, self._position._replace(checkpoint=published.size))
+
+    def _made(self, disclosed: Disclosed) -> Message:
+        made = self._format.entry(self._origin, disclosed)
+        if len(made.payload) > self._transport.max_payload_bytes:
+            withheld = Disclosed.without(disclosed.packed, Withheld.TOO_LONG)
+            made = self._format.entry(self._origin, withheld)
+        return made
+
+    # Failing
+
+    def _failed(self, error: HoldfastError, begun_s: float) -> None:
+        if self._error is None or self._error["cause"] != error.cause:
+            _LOG.warning("%s: %s: %s", self.name, error.message, error.cause)
+        self._error = error.record()
+        self._position = self._delivered
+        self._failures = 1 if self._monotonic() >= begun_s + _LIVED_S else self._failures + 1
+
+    def _pause_s(self) -> float:
+        """Twice as long each time, and a random part of that: those who lost one receiver do not all come at once."""
+        longest_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(self._failures, 16))
+        return longest_s * (0.5 + self._random.random() / 2)
+
+
+async def try_out(form: Format, transport: Transport, *, origin: str, wall_ms: int) -> None:
+    """Send an event that says it is a test, over a connection of its own.
+
+    Raises:
+        ExportUnreachable: it was not taken; says why.
+        ExportUnusable: what we need for it cannot be used.
+    """
+    connection = await transport.connect()
+    try:
+        await connection.send([form.trial(origin, wall_ms)])
+        if connection.acknowledged is None:
+            if await connection.ended_within(_REFUSED_WITHIN_S):
+                connection.check()
+        else:
+            await _until_acknowledged(connection, transport)
+    finally:
+        await connection.close(in_good_order=True)
+
+
+async def _until_acknowledged(connection: Connection, transport: Transport) -> None:
+    try:
+        async with asyncio.timeout(_TRIAL_S):
+            while not connection.acknowledged:
+                if await connection.ended_within(_POLL_S):
+                    connection.check()
+    except TimeoutError:
+        raise ExportUnreachable(
+            f"{transport} takes no events",
+            cause=f"it did not say within {_TRIAL_S:g} s that it keeps the test",
+            remedy="See at the receiver what became of it; it may be overloaded, or lack the room",
+        ) from None
+
+
+def _defect(error: Exception) -> HoldfastError:
+    return HoldfastError(
+        "the export failed",
+        cause=f"{type(error).__name__}: {error}"[:300],
+        remedy="`holdfast logs gateway` has the trace; events wait in the log",
+    )
