@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
 
 from appliance.audit.siem import syslog
+from appliance.audit.siem.cef import Cef
+from appliance.audit.siem.ecs import Ecs
 from appliance.audit.siem.formats import Format
+from appliance.audit.siem.leef import Leef
 from appliance.audit.siem.ocsf import Ocsf
 from appliance.audit.siem.transport import Transport
 from appliance.errors import Fault, HoldfastError
@@ -83,7 +86,7 @@ class Destination(NamedTuple):
             raise _invalid("a destination has other fields", str(error)) from None
 
 
-FORMATS: Final[Mapping[str, Format]] = {"ocsf": Ocsf()}
+FORMATS: Final[Mapping[str, Format]] = {each.name: each for each in (Ocsf(), Cef(), Leef(), Ecs())}
 
 # A transport's own factory raises DestinationInvalid for what it cannot work with, or lacks.
 TRANSPORTS: Final[Mapping[str, Callable[[Destination, urllib.parse.SplitResult], Transport]]] = {

@@ -15,15 +15,7 @@ import json
 from typing import Any, Final
 
 from appliance.audit.entry import Entry, check_commitment
-from appliance.audit.events import (
-    ADMIN_REFUSED,
-    CATALOGUE,
-    ENGINE_LOST,
-    LOG_RECOVERED,
-    NOT_AUTHENTICATED,
-    TURN_NOT_KEPT,
-    VAULT_REFUSED,
-)
+from appliance.audit.events import CATALOGUE
 from appliance.audit.siem.formats import (
     Carried,
     CheckpointEvent,
@@ -34,6 +26,7 @@ from appliance.audit.siem.formats import (
     stable_id,
     trial_id,
 )
+from appliance.audit.siem.severity import severity_of
 from appliance.audit.siem.transport import Message
 from appliance.audit.tree import leaf_hash
 from appliance.errors import HoldfastError
@@ -46,9 +39,6 @@ _BASE_EVENT: Final = (0, _OTHER)
 _ACCOUNT_CHANGE, _AUTHENTICATION, _ENTITY_MANAGEMENT = 3001, 3002, 3004
 _APPLICATION_LIFECYCLE, _API_ACTIVITY = 6002, 6003
 _SEVERITIES: Final = {1: "Informational", 2: "Low", 3: "Medium"}
-_MEDIUM: Final = frozenset(
-    kind.number for kind in (ADMIN_REFUSED, ENGINE_LOST, LOG_RECOVERED, NOT_AUTHENTICATED, TURN_NOT_KEPT, VAULT_REFUSED)
-)
 _STATUSES: Final = {
     "success": (1, "Success"),
     "failure": (2, "Failure"),
@@ -113,7 +103,7 @@ def entry_event(origin: str, disclosed: Disclosed) -> dict[str, Any]:
     known = CATALOGUE.get(entry.event_class)
     class_uid, activity_id = _BASE_EVENT if known is None else known.ocsf
     outcome = record.get("outcome")
-    severity = 3 if entry.event_class in _MEDIUM else 1 if outcome in ("success", None) else 2
+    severity = severity_of(entry.event_class, outcome).value
     status_id, status = _STATUSES.get(str(outcome), (0, "Unknown"))
     event = _head(class_uid, activity_id, entry.wall_ns // 1_000_000, severity) | {
         "status_id": status_id,
