@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appliance.audit.entry import Entry, canonical, number, seal
+from appliance.audit.entry import Entry, EntryInvalid, canonical, number, seal
 from appliance.audit.events import (
     CATALOGUE,
     OLDER_COPY,
@@ -250,6 +250,15 @@ def test_every_class_comes_through_every_format(format_: Format, kind: EventClas
                 assert format_.read(line[format_.find(line) :]) == Carried(ORIGIN, each)
                 assert (made.kind, made.wall_ms, made.stable_id) == (kind.action, 1_700_000_000_123, f"{ORIGIN}/41")
                 assert made.severity_id in list(Severity)
+
+
+@pytest.mark.parametrize("format_", FORMATS.values(), ids=lambda each: each.name)
+def test_a_record_that_the_entry_does_not_commit_to_is_refused(format_: Format) -> None:
+    disclosed = disclosed_of(40, Event(TURN_ADMITTED, Actor("principal", "pri_1")).record({}))
+    other = Event(TURN_ADMITTED, Actor("principal", "pri_2")).record({})
+    whole = format_.entry(ORIGIN, disclosed._replace(content=canonical(other)))
+    with pytest.raises(EntryInvalid, match="commits to"):
+        format_.read(whole.payload.decode())
 
 
 def test_severity_is_the_same_in_every_format() -> None:
