@@ -50,15 +50,15 @@ class Receiver:
     Attributes:
         server_name: what its certificate must be for.
         ca: a file with the certificates that it may be from.
-        certificate, private_key: ours, PEM.
+        certificate, private_key: ours, PEM; None: we show none, for transports where that is left to the receiver.
     """
 
     host: str
     port: int
     server_name: str
     ca: Path
-    certificate: Path
-    private_key: Path
+    certificate: Path | None
+    private_key: Path | None
 
     def __str__(self) -> str:
         return f"{self.host}, port {self.port}"
@@ -240,8 +240,9 @@ def tls_context(receiver: Receiver) -> ssl.SSLContext:
     path = receiver.ca
     try:
         context.load_verify_locations(receiver.ca)
-        path = receiver.certificate
-        context.load_cert_chain(receiver.certificate, receiver.private_key, password=_no_passphrase)
+        if receiver.certificate is not None:
+            path = receiver.certificate
+            context.load_cert_chain(receiver.certificate, receiver.private_key, password=_no_passphrase)
     except (OSError, ValueError) as error:
         told = in_words(error) if isinstance(error, OSError) else str(error)
         raise ExportUnusable(
