@@ -21,7 +21,8 @@ def main() -> int:
     """Until a writer comes through without being ended."""
     folder = Path(sys.argv[1])
     events = iter(range(0, 10**6, 2))
-    ended = published = 0
+    _write(folder, next(events))
+    ended, published = 0, _look(folder)
     while True:
         first, left = next(events), ended
         child = os.fork()

@@ -309,6 +309,38 @@ class _Fault:
         return self.real(where, *arguments, **named)
 
 
+async def test_what_appears_was_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is synced after it was written, before it is renamed; the folder after that, before it is acknowledged."""
+    connection = await transport(tmp_path, SLOW).connect()
+    dirty: set[str] = set()
+    write, fsync, rename = os.write, os.fsync, os.rename
+
+    def name_of(descriptor: int) -> str:
+        return Path(f"/proc/self/fd/{descriptor}").readlink().name
+
+    def writing(descriptor: int, content: bytes) -> int:
+        dirty.add(name_of(descriptor))
+        return write(descriptor, content)
+
+    def syncing(descriptor: int) -> None:
+        fsync(descriptor)
+        dirty.discard(name_of(descriptor))
+
+    def renaming(old: Path, new: Path) -> None:
+        assert Path(old).name not in dirty
+        rename(old, new)
+        dirty.add("out")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", writing)
+        patched.setattr(os, "fsync", syncing)
+        patched.setattr(os, "rename", renaming)
+        await connection.send(messages(100))
+    assert connection.acknowledged == 100
+    assert not dirty
+    await connection.close()
+
+
 async def test_a_full_disk_is_told_with_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     connection = await transport(tmp_path, SLOW).connect()
     fault = _Fault(os.write, tmp_path / "out", errno.ENOSPC, 1)
