@@ -2,14 +2,16 @@
 
 Rules:
 
-- A label is one of a few words that we chose: never a token, a salt, a text, a name or an id.
+- A label is one of a few words that we chose, or a destination's name, which an administrator chose: never a token, a
+  salt, a text, another name or an id.
 - Units are in the names (https://prometheus.io/docs/practices/naming/).
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from appliance.sessions import TurnState
 
@@ -77,14 +79,28 @@ class Metrics:
         """Publish a gauge whose value is asked for when it is read."""
         Gauge(name, help_text, registry=self._registry).set_function(value)
 
-    def observe_each(
-        self, name: str, help_text: str, destinations: Sequence[str], value: Callable[[str], float]
-    ) -> None:
-        """As `observe`, for each destination that the settings name."""
-        gauge = Gauge(name, help_text, ("destination",), registry=self._registry)
-        for destination in destinations:
-            gauge.labels(destination).set_function(functools.partial(value, destination))
+    def observe_each(self, name: str, help_text: str, values: Callable[[], Iterable[tuple[str, float]]]) -> None:
+        """As `observe`, for each destination of the audit log that there is then."""
+        self._registry.register(_EachDestination(name, help_text, values))
 
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self._registry)
+
+
+class _EachDestination(Collector):
+    """A gauge of destinations, which come and go."""
+
+    def __init__(self, name: str, help_text: str, values: Callable[[], Iterable[tuple[str, float]]]) -> None:
+        self._name = name
+        self._help_text = help_text
+        self._values = values
+
+    def describe(self) -> Iterable[Metric]:
+        return [GaugeMetricFamily(self._name, self._help_text, labels=("destination",))]
+
+    def collect(self) -> Iterable[Metric]:
+        family = GaugeMetricFamily(self._name, self._help_text, labels=("destination",))
+        for destination, value in self._values():
+            family.add_metric((destination,), value)
+        return [family]

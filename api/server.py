@@ -244,7 +244,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             vault=vault,
             store=store,
             audit=audit,
-            exports=Exports(settings.audit.siem, audit.directory, size=audit.size, keys=vault),
+            exports=Exports(settings.state_dir, audit.directory, size=audit.size, keys=vault),
             identity=Identity(store, vault),
             quotas=Quotas(store),
             sessions=Sessions(store, vault, settings.sessions),
@@ -280,20 +280,17 @@ def _observe(services: Services) -> None:
     metrics.observe_each(
         "holdfast_audit_export_lag_entries",
         "Entries of the audit log that a destination was not sent yet.",
-        exports.names,
-        lambda name: exports.view(name).lag_entries,
+        lambda: [(view.name, view.lag_entries) for view in exports.views()],
     )
     metrics.observe_each(
         "holdfast_audit_export_lag_seconds",
         "How old the oldest entry is that a destination was not sent yet.",
-        exports.names,
-        lambda name: exports.view(name).lag_s,
+        lambda: [(view.name, view.lag_s) for view in exports.views()],
     )
     metrics.observe_each(
         "holdfast_audit_export_failing",
         "1 while a destination takes nothing.",
-        exports.names,
-        lambda name: float(exports.view(name).error is not None),
+        lambda: [(view.name, float(view.error is not None)) for view in exports.views()],
     )
     process = services.engine_process
     if process is not None:

@@ -100,33 +100,6 @@ class SessionSettings(_Section):
     idle_timeout_s_by_model: dict[str, float] = Field(default_factory=dict)
 
 
-class SiemSettings(_Section):
-    """A destination of the audit log: a syslog receiver over TLS, which shows a certificate and is shown ours."""
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")
-    host: str = Field(min_length=1, max_length=255)
-    port: int = Field(6514, ge=1, le=65535)
-    server_name: str | None = None  # what its certificate is for; None: the host
-    ca: Path  # who issued its certificate
-    certificate: Path  # ours
-    private_key: Path
-    format: Literal["ocsf"] = "ocsf"
-    max_message_bytes: int = Field(8000, ge=4096, le=1 << 20)  # rsyslog cuts off what is over 8 KiB unless told
-
-
-class AuditSettings(_Section):
-    """Where the audit log goes besides its own folder."""
-
-    siem: tuple[SiemSettings, ...] = Field((), max_length=8)
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> Self:
-        names = [each.name for each in self.siem]
-        if len(set(names)) != len(names):
-            raise ValueError("two destinations have the same name")
-        return self
-
-
 class Settings(_Section):
     """Every setting of one appliance."""
 
@@ -137,7 +110,6 @@ class Settings(_Section):
     store: StoreSettings = Field(default_factory=StoreSettings)
     engine: EngineSettings = Field(default_factory=lambda: EngineSettings.model_validate({}))
     sessions: SessionSettings = Field(default_factory=lambda: SessionSettings.model_validate({}))
-    audit: AuditSettings = Field(default_factory=lambda: AuditSettings.model_validate({}))
 
 
 def default_state_dir(environment: Mapping[str, str]) -> Path:

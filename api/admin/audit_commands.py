@@ -7,6 +7,7 @@ Rules:
 - The rest asks the running appliance, which decides who may, and records that it was asked.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 _PROGRESS_EVERY_S = 0.5
 _WITNESS_KEY = "witness-key"
+_EXCERPT_DEADLINE_S = 6 * 3600.0
+_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 _LOG_OPTION = click.option(
     "--log",
     "log_dir",
@@ -218,26 +221,70 @@ def check_export(console: Console, file: Path, key_text: str, checkpoint: Path |
 
 @audit.group("export", cls=Group)
 def exporting() -> None:
-    """See how far behind a SIEM is, and try the way to it."""
+    """Send the log to a SIEM: where to, how far behind it is, and what is in the way."""
 
 
-@exporting.command("status")
+@exporting.command("add")
+@click.argument("name")
+@click.argument("url")
+@click.option("--format", "form", default="ocsf", show_default=True, help="What events are written in.")
+@click.option("--ca", type=_FILE, help="Certificates that the receiver's may be from, PEM.")
+@click.option("--certificate", type=_FILE, help="Ours, PEM.")
+@click.option("--private-key", type=_FILE, help="Of our certificate, PEM without a passphrase.")
+@click.option("--server-name", default="", help="What the receiver's certificate is for, if not the host of the URL.")
+@click.option("--token-file", type=_FILE, help="A file with the token that the receiver wants to be shown.")
+@click.option("--max-message-bytes", type=click.IntRange(4096, 1 << 20), help="What the receiver takes in one message.")
+@click.option("--from", "first", metavar="NUMBER|now", default="0", show_default=True, help="The first entry to send.")
 @pass_console
-def export_status(console: Console) -> None:
+def add_export(
+    console: Console,
+    /,
+    name: str,
+    url: str,
+    form: str,
+    max_message_bytes: int | None,
+    first: str,
+    server_name: str,
+    **files: Path | None,
+) -> None:
+    """Try a destination with a test event, and add it when it took that.
+
+    URL is syslog+tls://HOST[:PORT]; docs/siem.md has the others. The appliance reads the files whenever it connects.
+    """
+    if first != "now" and not (first.isascii() and first.isdigit()):
+        raise click.BadParameter("a number, or the word now", param_hint="--from")
+    added = console.admin(deadline_s=120).add_audit_export(
+        name=name,
+        url=url,
+        format=form,
+        server_name=server_name,
+        max_message_bytes=max_message_bytes or 0,
+        first=None if first == "now" else int(first),
+        **{kind: None if path is None else str(path.expanduser().absolute()) for kind, path in files.items()},
+    )
+    console.result(
+        added, f"{added.name}: {added.to} took a test event; from now on it is sent the log as {added.format}."
+    )
+
+
+@exporting.command("list")
+@pass_console
+def list_exports(console: Console) -> None:
     """Show each destination: what it has, how far it is behind, what is in the way."""
     exports = console.admin().audit_exports()
     rows = [
         (
             each.name,
-            each.receiver,
+            each.url,
+            each.format,
             f"{each.delivered}",
             f"{each.lag_entries} entries, {in_words(each.lag_s)}" if each.lag_entries else "nothing",
             each.error.cause if each.error is not None else each.waits_for or "none",
         )
         for each in exports.destinations
     ]
-    empty = "holdfast.toml names no destination: see [[audit.siem]] in docs/siem.md."
-    console.result(exports, table(("name", "to", "delivered", "behind by", "error"), rows, empty=empty))
+    empty = "The log goes nowhere: `holdfast audit export add` sends it to a SIEM."
+    console.result(exports, table(("name", "to", "format", "delivered", "behind by", "error"), rows, empty=empty))
 
 
 @exporting.command("test")
@@ -245,8 +292,46 @@ def export_status(console: Console) -> None:
 @pass_console
 def try_export(console: Console, name: str) -> None:
     """Send an event that says it is a test."""
-    tried = console.admin(deadline_s=90).try_audit_export(name)
-    console.result(tried, f"{tried.name}: {tried.receiver} took a test event; look for audit.export.test there.")
+    tried = console.admin(deadline_s=120).try_audit_export(name)
+    console.result(tried, f"{tried.name}: {tried.to} took a test event; look for audit.export.test there.")
+
+
+@exporting.command("remove")
+@click.argument("name")
+@pass_console
+def remove_export(console: Console, name: str) -> None:
+    """End a destination, and forget how far it was."""
+    removed = console.admin(deadline_s=60).remove_audit_export(name)
+    text = f"{removed.name} is sent nothing any more. {removed.delivered} entries were delivered to {removed.to}."
+    console.result(removed, text)
+
+
+@exporting.command("file")
+@click.argument("path", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--from", "first", type=click.IntRange(0), default=0, show_default=True, help="The first entry.")
+@click.option("--to", "last", type=click.IntRange(0), help="The last entry; by default the newest.")
+@pass_console
+def export_file(console: Console, path: Path, first: int, last: int | None) -> None:
+    """Write events to a file, a line each, with what proves them: for `verify-export`."""
+    from api.private_files import new_private_file
+
+    if path.exists():
+        raise click.BadParameter("it exists, and nothing is ever written over", param_hint="PATH")
+    end = None if last is None else last + 1
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    lines = 0
+    try:
+        with (
+            console.admin(deadline_s=_EXCERPT_DEADLINE_S).audit_excerpt(first=first, end=end) as pieces,
+            new_private_file(partial) as into,
+        ):
+            for piece in pieces:
+                lines += piece.count(b"\n")
+                into.write(piece)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    console.result({"file": path, "events": lines - 1}, f"Wrote {path}: {lines - 1} events and their checkpoint.")
 
 
 # Witnesses

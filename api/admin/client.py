@@ -160,6 +160,20 @@ class AdminClient:
         """How far behind each destination of the audit log is."""
         return self._call(types.AuditExports, "GET", "/v1/audit/exports")
 
+    def add_audit_export(self, **wanted: str | int | None) -> types.AuditExport:
+        """Try a destination of the audit log and add it. The fields are those of `types.NewAuditExport`."""
+        return self._call(types.AuditExport, "POST", "/v1/audit/exports", body=wanted)
+
+    def remove_audit_export(self, name: str) -> types.AuditExport:
+        """End a destination; how it was."""
+        return self._call(types.AuditExport, "POST", f"/v1/audit/exports/{_quote(name)}/remove")
+
+    @contextmanager
+    def audit_excerpt(self, *, first: int, end: int | None) -> Iterator[Iterator[bytes]]:
+        """The pieces of a file with the events [first, end) of the audit log."""
+        with self._answer("GET", "/v1/audit/excerpt", query={"first": first, "end": end}) as response:
+            yield iter(lambda: self._read(response, _CHUNK), b"")
+
     def try_audit_export(self, name: str) -> types.AuditExport:
         """Send a test event to a destination."""
         return self._call(types.AuditExport, "POST", f"/v1/audit/exports/{_quote(name)}/test")

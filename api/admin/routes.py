@@ -43,10 +43,14 @@ from appliance.audit.events import (
     ADMIN_ACTED,
     ADMIN_REFUSED,
     ANYONE,
+    AUDIT_EXPORTED,
     AUDIT_READ,
     AUDIT_WITNESSED,
     BACKUP_MADE,
     CATALOGUE,
+    EXPORT_ADDED,
+    EXPORT_REMOVED,
+    EXPORT_TESTED,
     KEY_CREATED,
     KEY_REVOKED,
     NOT_AUTHENTICATED,
@@ -63,7 +67,8 @@ from appliance.audit.notes import Checkpoint, VerifierKey
 from appliance.audit.reading import LogReader
 from appliance.audit.search import Found, look_at, search
 from appliance.audit.search import Query as AuditQuery
-from appliance.audit.siem.shipper import View
+from appliance.audit.siem.destinations import FORMATS, Destination
+from appliance.audit.siem.excerpt import excerpt
 from appliance.audit.signing import public_key
 from appliance.audit.tree import leaf_hash
 from appliance.audit.witness import read_request
@@ -118,7 +123,10 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", "/v1/audit/entries"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
     ("GET", "/v1/audit/entries/{sequence}"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
     ("GET", "/v1/audit/exports"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False),
+    ("POST", "/v1/audit/exports"): Rule(_ADMINS, appliance_wide=True),
     ("POST", "/v1/audit/exports/{destination}/test"): Rule(_MASTERS, appliance_wide=True),
+    ("POST", "/v1/audit/exports/{destination}/remove"): Rule(_ADMINS, appliance_wide=True),
+    ("GET", "/v1/audit/excerpt"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
     ("GET", "/v1/audit/witness"): Rule(_PEOPLE, appliance_wide=True),
     ("POST", "/v1/audit/witness"): Rule(_PEOPLE, appliance_wide=True),
 }
@@ -552,11 +560,60 @@ async def _audit_witness_reply(
 
 
 async def _audit_exports(services: ServicesOf) -> types.AuditExports:
-    return types.AuditExports(destinations=[_export_view(view) for view in services.exports.views()])
+    exports = services.exports
+    return types.AuditExports(
+        destinations=[_export_view(services, name) for name in exports.names], exporter_pid=exports.pid
+    )
 
 
-async def _try_audit_export(destination: str, services: ServicesOf) -> types.AuditExport:
-    return _export_view(await services.exports.try_out(destination))
+async def _add_audit_export(new: types.NewAuditExport, services: ServicesOf, asker: AskerOf) -> types.AuditExport:
+    given = new.model_dump(exclude={"first"})
+    target, details = ("destination", new.name), {"url": new.url, "format": new.format}
+    first = await services.audit.size() if new.first is None else new.first
+    try:
+        destination = Destination.read(given)
+        await services.exports.add(
+            destination, first=first, admitted=lambda: asker.did(EXPORT_ADDED, target, details=details)
+        )
+    except HoldfastError as error:
+        await asker.did(EXPORT_ADDED, target, outcome=Outcome.FAILURE, reason=error.code, details=details)
+        raise
+    return _export_view(services, new.name)
+
+
+async def _try_audit_export(destination: str, services: ServicesOf, asker: AskerOf) -> types.AuditExport:
+    target = ("destination", destination)
+    try:
+        await services.exports.try_out(services.exports.destination(destination))
+    except HoldfastError as error:
+        await asker.did(EXPORT_TESTED, target, outcome=Outcome.FAILURE, reason=error.code)
+        raise
+    await asker.did(EXPORT_TESTED, target)
+    return _export_view(services, destination)
+
+
+async def _remove_audit_export(destination: str, services: ServicesOf, asker: AskerOf) -> types.AuditExport:
+    last = _export_view(services, destination)
+    target, details = ("destination", destination), {"url": last.url, "delivered": str(last.delivered)}
+    # Before it is done: that nothing goes there any more is the last that goes there, if it is connected.
+    await asker.did(EXPORT_REMOVED, target, details=details)
+    await services.exports.remove(destination)
+    return last
+
+
+async def _audit_excerpt(
+    services: ServicesOf,
+    asker: AskerOf,
+    first: Annotated[int, Query(ge=0)] = 0,
+    end: Annotated[int | None, Query(ge=1)] = None,
+) -> StreamingResponse:
+    details = {"first": str(first), "end": "" if end is None else str(end)}
+    await asker.did(AUDIT_EXPORTED, ("audit", ""), details=details)
+    await services.audit.checkpoint()
+    lines = excerpt(services.audit.directory, FORMATS["ocsf"], services.vault, first=first, end=end)
+    # As with a backup: what fails at once is an error, and not half a file.
+    begin = await anext(lines)
+    return StreamingResponse(_with_first(begin, lines), media_type="application/x-ndjson")
 
 
 _ENDPOINTS: Mapping[tuple[str, str], tuple[Callable[..., Awaitable[Any]], type[types.Wire] | None]] = {
@@ -577,7 +634,10 @@ _ENDPOINTS: Mapping[tuple[str, str], tuple[Callable[..., Awaitable[Any]], type[t
     ("GET", "/v1/audit/entries"): (_audit_entries, types.AuditPage),
     ("GET", "/v1/audit/entries/{sequence}"): (_audit_entry, types.AuditEntry),
     ("GET", "/v1/audit/exports"): (_audit_exports, types.AuditExports),
+    ("POST", "/v1/audit/exports"): (_add_audit_export, types.AuditExport),
     ("POST", "/v1/audit/exports/{destination}/test"): (_try_audit_export, types.AuditExport),
+    ("POST", "/v1/audit/exports/{destination}/remove"): (_remove_audit_export, types.AuditExport),
+    ("GET", "/v1/audit/excerpt"): (_audit_excerpt, None),
     ("GET", "/v1/audit/witness"): (_audit_witness_request, types.AuditWitnessAsked),
     ("POST", "/v1/audit/witness"): (_audit_witness_reply, types.AuditWitnessed),
 }
@@ -726,8 +786,9 @@ def _audit_view(found: Found) -> types.AuditEntry:
     )
 
 
-def _export_view(view: View) -> types.AuditExport:
-    return types.AuditExport.model_validate(dataclasses.asdict(view))
+def _export_view(services: Services, name: str) -> types.AuditExport:
+    view = dataclasses.asdict(services.exports.view(name))
+    return types.AuditExport.model_validate({**view, "url": services.exports.destination(name).url})
 
 
 # Answers that are errors

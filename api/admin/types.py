@@ -7,6 +7,7 @@ Rules:
 - Nothing here imports a web framework: clients use these types too.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -269,7 +270,9 @@ class AuditExport(Wire):
     """
 
     name: str
-    receiver: str
+    url: str
+    to: str
+    format: str
     connected: bool
     sent: int
     delivered: int
@@ -280,9 +283,28 @@ class AuditExport(Wire):
 
 
 class AuditExports(Wire):
-    """Every destination of the audit log."""
+    """Every destination of the audit log. `exporter_pid` is the process that ships to them; None: there is none."""
 
     destinations: list[AuditExport]
+    exporter_pid: int | None
+
+
+class NewAuditExport(Wire):
+    """A destination to add, as `appliance.audit.siem.destinations.Destination` has it.
+
+    `first` is the entry to begin with; None: the next one to come.
+    """
+
+    name: Annotated[str, Field(max_length=64)]
+    url: Annotated[str, Field(max_length=2048)]
+    format: Annotated[str, Field(max_length=64)] = "ocsf"
+    server_name: Annotated[str, Field(max_length=255)] = ""
+    ca: Path | None = None
+    certificate: Path | None = None
+    private_key: Path | None = None
+    token_file: Path | None = None
+    max_message_bytes: int = Field(0, ge=0)
+    first: int | None = Field(0, ge=0)
 
 
 class AuditStatus(Wire):

@@ -43,11 +43,8 @@ class EntryInvalid(HoldfastError, ValueError):
     fault: ClassVar[Fault] = Fault.CONFLICT
 
 
-class AuditKeys(Protocol):
-    """The AUDIT keys, one for each tenant and one for the system."""
-
-    def audit_key_id(self, scope: str) -> bytes:
-        """Which key seals for a scope now, 16 bytes."""
+class EntryKeys(Protocol):
+    """What opens records."""
 
     def audit_secret(self, key_id: bytes, label: str, *parts: bytes) -> bytes:
         """A keyed hash under one of them, 32 bytes.
@@ -55,6 +52,13 @@ class AuditKeys(Protocol):
         Raises:
             HoldfastError: the key is not to be had: sealed, or destroyed with its tenant.
         """
+
+
+class AuditKeys(EntryKeys, Protocol):
+    """The AUDIT keys, one for each tenant and one for the system."""
+
+    def audit_key_id(self, scope: str) -> bytes:
+        """Which key seals for a scope now, 16 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,13 +186,13 @@ class Opened(NamedTuple):
     salt: bytes
 
 
-def open_record(entry: Entry, sealed: bytes, keys: AuditKeys) -> Opened:
+def open_record(entry: Entry, sealed: bytes, keys: EntryKeys) -> Opened:
     """Decrypt a record and check it against its entry. Raises as `open_content`."""
     content, salt = open_content(entry, sealed, keys)
     return Opened(json.loads(content), salt)
 
 
-def open_content(entry: Entry, sealed: bytes, keys: AuditKeys) -> tuple[bytes, bytes]:
+def open_content(entry: Entry, sealed: bytes, keys: EntryKeys) -> tuple[bytes, bytes]:
     """A record in its canonical bytes, checked against its entry, and the salt that opens the entry's commitment.
 
     Raises:
@@ -238,7 +242,7 @@ def canonical(record: Mapping[str, Any]) -> bytes:
 _CANONICAL: Final = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _entry_key(keys: AuditKeys, key_id: bytes, nonce: bytes, commitment: bytes) -> tuple[bytes, bytes]:
+def _entry_key(keys: EntryKeys, key_id: bytes, nonce: bytes, commitment: bytes) -> tuple[bytes, bytes]:
     """The entry's key, and what commits to it. A nonce that came twice, in a cloned machine say, repeats no key."""
     secret = keys.audit_secret(key_id, "entry", nonce, commitment)
     key = hmac.digest(secret, b"holdfast-audit-entry\x01", "sha256")

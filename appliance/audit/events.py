@@ -123,6 +123,18 @@ AUDIT_READ: Final = EventClass(95, "audit.read", "Somebody read the audit log.",
 AUDIT_WITNESSED: Final = EventClass(
     96, "audit.witnessed", "A witness co-signed a checkpoint.", Scope.SYSTEM, (6003, 99)
 )
+EXPORT_ADDED: Final = EventClass(
+    110, "export.added", "A destination of the audit log was added.", Scope.SYSTEM, (3004, 1)
+)
+EXPORT_REMOVED: Final = EventClass(
+    111, "export.removed", "A destination of the audit log was removed.", Scope.SYSTEM, (3004, 4)
+)
+EXPORT_TESTED: Final = EventClass(
+    112, "export.tested", "A destination of the audit log was sent a test event.", Scope.SYSTEM, (6003, 99)
+)
+AUDIT_EXPORTED: Final = EventClass(
+    113, "audit.exported", "Somebody took a part of the audit log out of it.", Scope.SYSTEM, (6003, 2)
+)
 
 CATALOGUE: Final[Mapping[int, EventClass]] = {
     known.number: known for known in list(globals().values()) if isinstance(known, EventClass)

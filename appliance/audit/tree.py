@@ -86,7 +86,7 @@ class Frontier:
     @classmethod
     def read(cls, reader: HashReader, size: int) -> "Frontier":
         """The edge of the tree of `size` leaves, from its hashes."""
-        return cls(size, [reader.hash_at(level, index) for level, index in _cover(0, size)])
+        return cls(size, [reader.hash_at(level, index) for level, index in cover(0, size)])
 
     @property
     def size(self) -> int:
@@ -315,7 +315,7 @@ def range_proof(reader: HashReader, start: int, end: int, size: int) -> list[byt
         OutsideTree: the range is empty, or not in the tree.
     """
     _must_be_inside(0 <= start < end <= size <= MAX_SIZE, f"the range [{start}, {end})", size)
-    return [reader.hash_at(*node) for span in ((0, start), (end, size)) for node in _cover(*span)]
+    return [reader.hash_at(*node) for span in ((0, start), (end, size)) for node in cover(*span)]
 
 
 def verify_range(leaf_hashes: Iterable[bytes], start: int, size: int, proof: Sequence[bytes], root: bytes) -> None:
@@ -340,14 +340,14 @@ def verify_range(leaf_hashes: Iterable[bytes], start: int, size: int, proof: Seq
     end = edge.size
     if end == start:
         raise _invalid("there is not one leaf that it could be about")
-    right = list(_cover(end, size))
+    right = list(cover(end, size))
     _check_length(proof, left + len(right))
     for (level, _), node in zip(right, proof[left:], strict=True):
         edge.append_subtree(level, node)
     _check_root(edge.root(), root, f"these are not the leaves [{start}, {end}) of the tree of {size} leaves")
 
 
-def _cover(start: int, end: int) -> Iterator[tuple[int, int]]:
+def cover(start: int, end: int) -> Iterator[tuple[int, int]]:
     """The (level, index) of the largest complete subtrees that cover [start, end), from left to right."""
     while start < end:
         level = (end - start).bit_length() - 1
@@ -364,7 +364,7 @@ def _left_leaves(leaves: int) -> int:
 
 def _range_root(reader: HashReader, start: int, end: int) -> bytes:
     """MTH(D[start:end]) of RFC 6962, for a range that is one node of the tree."""
-    return _fold([reader.hash_at(*node) for node in _cover(start, end)])
+    return _fold([reader.hash_at(*node) for node in cover(start, end)])
 
 
 def _fold(peaks: Sequence[bytes]) -> bytes:

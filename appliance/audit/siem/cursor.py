@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from appliance.audit.journal import sync_directory
+from appliance.audit.journal import sync_directory, write_at
 
 _MODE: Final = 0o600
 
@@ -50,14 +50,22 @@ class Cursor:
         Raises:
             OSError: the one before is there still.
         """
-        staged = self._path.with_name(f"{self._path.name}.new")
-        self._path.parent.mkdir(mode=0o700, exist_ok=True)
-        content = json.dumps({"origin": self._origin, **position._asdict()}).encode()
-        descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _MODE)
-        try:
-            os.write(descriptor, content)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        staged.replace(self._path)
-        sync_directory(self._path.parent)
+        write_whole(self._path, json.dumps({"origin": self._origin, **position._asdict()}).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Put a private file in the place of the one before; it is on the disk when this returns.
+
+    Raises:
+        OSError: the one before is there still.
+    """
+    staged = path.with_name(f"{path.name}.new")
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _MODE)
+    try:
+        write_at(descriptor, content, 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    staged.replace(path)
+    sync_directory(path.parent)

@@ -1,115 +1,376 @@
-"""Every destination of this node's log.
+"""Every destination of this node's log, as the gateway has them: saved in a file, served by an exporter of its own.
 
-Rule: a destination is started, looked at and stopped here; whatever becomes of one concerns nobody else.
+Rules:
+
+- A destination is tried before it is saved, and saved before it is shipped to. With it goes its cursor.
+- The exporter is another process: whatever becomes of it or of a destination is told in `views`, and delays export and
+  nothing else. One that ends is started again. Where there is no destination there is none.
+- No destination names a file of the appliance's own state: what it holds is not for a receiver.
 """
 
 import asyncio
-import platform
+import contextlib
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from asyncio.subprocess import Process
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Final
 
+from appliance.audit import protocol
 from appliance.audit.entry import AuditKeys
-from appliance.audit.siem.shipper import Destination, Shipper, View
-from appliance.audit.siem.syslog import Receiver
-from appliance.errors import Fault, HoldfastError
-from appliance.settings import SiemSettings
+from appliance.audit.siem import link
+from appliance.audit.siem.cursor import Cursor, Position, write_whole
+from appliance.audit.siem.destinations import (
+    MOST_DESTINATIONS,
+    Destination,
+    DestinationInvalid,
+    checked,
+    format_of,
+    transport_of,
+)
+from appliance.audit.siem.exporter import CURSOR_SUFFIX, secrets_for, view_of
+from appliance.audit.siem.shipper import View
+from appliance.audit.signing import public_key
+from appliance.errors import ErrorRecord, Fault, HoldfastError
 
-CURSORS: Final = "siem"
-_LAST_EVENTS_S: Final = 2.0  # for what was recorded last to leave
-_LOOK_EVERY_S: Final = 0.05
+FOLDER: Final = "siem"  # in the state directory
+_SAVED: Final = "destinations.json"
+_STOP_S: Final = 5.0
+_PAUSE_S: Final = 0.5
+_LONGEST_PAUSE_S: Final = 30.0
+_LIVED_S: Final = 30.0  # an exporter that lived so long begins the pauses anew
+_PASSED_ON: Final = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONPYCACHEPREFIX", "PYTHONDONTWRITEBYTECODE")
+_LOG = logging.getLogger("holdfast.audit.siem")
 
 
 class NoSuchDestination(HoldfastError, LookupError):
-    """The settings name no such destination."""
+    """There is no destination of that name."""
 
     code: ClassVar[str] = "audit_export_unknown"
     fault: ClassVar[Fault] = Fault.MISSING
 
 
+class DestinationExists(HoldfastError):
+    """There is one of that name, or there are as many as there may be."""
+
+    code: ClassVar[str] = "audit_export_exists"
+    fault: ClassVar[Fault] = Fault.CONFLICT
+
+
+class DestinationsUnreadable(HoldfastError, OSError):
+    """The file with the destinations cannot be read or written."""
+
+    code: ClassVar[str] = "audit_exports_unreadable"
+    fault: ClassVar[Fault] = Fault.ENVIRONMENT
+
+
 class Exports:
-    """The destinations that the settings name, for the log in `directory`.
+    """The destinations of the log in `directory`.
 
     Args:
+        state_dir: the appliance's: where they are saved.
         size: how many entries the appender has answered for.
         keys: open records; may raise `VaultSealed`.
     """
 
     def __init__(
-        self,
-        destinations: Sequence[SiemSettings],
-        directory: Path,
-        *,
-        size: Callable[[], Awaitable[int]],
-        keys: AuditKeys,
+        self, state_dir: Path, directory: Path, *, size: Callable[[], Awaitable[int]], keys: AuditKeys
     ) -> None:
-        self._shippers = {
-            each.name: Shipper(
-                _destination(each), directory, directory / CURSORS / f"{each.name}.cursor", size=size, keys=keys
-            )
-            for each in destinations
-        }
-        self._tasks: list[asyncio.Task[None]] = []
+        self._state_dir = state_dir
+        self._folder = state_dir / FOLDER
+        self._directory = directory
+        self._size = size
+        self._keys = keys
+        self._destinations: dict[str, Destination] = {}
+        self._error: ErrorRecord | None = None  # why there is no exporter
+        self._views: dict[str, View] = {}
+        self._link: link.Link | None = None
+        self._process: Process | None = None
+        self._wanted = asyncio.Event()
+        self._connected = asyncio.Event()
+        self._running: asyncio.Task[None] | None = None
+        self._changing = asyncio.Lock()
 
-    def start(self) -> None:
-        """Begin to ship to all of them."""
-        self._tasks = [asyncio.create_task(shipper.run()) for shipper in self._shippers.values()]
+    # What there is
 
     @property
     def names(self) -> list[str]:
         """What the destinations are called."""
-        return list(self._shippers)
+        return list(self._destinations)
 
-    def view(self, name: str) -> View:
-        """How one of them is now."""
-        return self._shippers[name].view()
+    @property
+    def pid(self) -> int | None:
+        """The exporter's process, while there is one."""
+        process = self._process
+        return None if process is None or process.returncode is not None else process.pid
+
+    @property
+    def error(self) -> ErrorRecord | None:
+        """Why nothing is shipped at all; None: nothing is in the way."""
+        return self._error
+
+    def destination(self, name: str) -> Destination:
+        """One of them.
+
+        Raises:
+            NoSuchDestination: there is none of that name.
+        """
+        if name not in self._destinations:
+            raise NoSuchDestination(
+                "there is no such destination",
+                cause=f"there are: {', '.join(self._destinations) or 'none'}",
+                remedy="`holdfast audit export list` shows them, `holdfast audit export add` makes one",
+            )
+        return self._destinations[name]
 
     def views(self) -> list[View]:
         """How each is now."""
-        return [shipper.view() for shipper in self._shippers.values()]
+        return [self.view(name) for name in self._destinations]
 
-    async def try_out(self, name: str) -> View:
-        """Send a test event to a destination; how it is then.
+    def view(self, name: str) -> View:
+        """How one of them is now. Raises as `destination`."""
+        destination = self.destination(name)
+        known = self._views.get(name) or View(
+            name=name, to=str(transport_of(destination)), format=format_of(destination).name, connected=False, sent=0,
+            delivered=0, lag_entries=0, lag_s=0.0, waits_for="the exporter has just begun", error=None,
+        )  # fmt: skip
+        return known if self._error is None else replace(known, connected=False, error=self._error)
+
+    # Changing it
+
+    async def try_out(self, destination: Destination) -> None:
+        """Send a test event to a destination, one of ours or not.
 
         Raises:
-            NoSuchDestination: the settings do not name it.
+            DestinationInvalid: it cannot be one.
             ExportUnreachable, ExportUnusable: it was not taken; says why.
+            ExporterLost: there is no exporter to try it.
         """
-        shipper = self._shippers.get(name)
-        if shipper is None:
-            known = ", ".join(self._shippers) or "there is none"
-            raise NoSuchDestination(
-                f"there is no destination {name!r}",
-                cause=f"the settings name: {known}",
-                remedy="Add it to holdfast.toml as [[audit.siem]] and start the appliance again; see docs/siem.md",
-            )
-        await shipper.try_out()
-        return shipper.view()
+        self._refuse_own_files(checked(destination))
+        await (await self._exporter()).ask(link.TRY_OUT, json.dumps(destination.record()).encode())
+
+    async def add(
+        self, destination: Destination, *, first: int = 0, admitted: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        """Try a destination, save it, and begin to ship to it.
+
+        Args:
+            first: the entry that it begins with.
+            admitted: called between the two: what it raises for is not done.
+
+        Raises:
+            DestinationExists: there is one of that name, or there are too many.
+            DestinationsUnreadable: it cannot be saved.
+            Otherwise as `try_out`.
+        """
+        async with self._changing:
+            if destination.name in self._destinations:
+                raise DestinationExists(
+                    "there is a destination of that name",
+                    cause=f"{destination.name} is {self._destinations[destination.name].url}",
+                    remedy=f"Choose another name, or `holdfast audit export remove {destination.name}` first",
+                )
+            if len(self._destinations) >= MOST_DESTINATIONS:
+                raise DestinationExists(
+                    "there are too many destinations",
+                    cause=f"there are {MOST_DESTINATIONS}",
+                    remedy="Remove one: `holdfast audit export list` shows them",
+                )
+            await self.try_out(destination)
+            if admitted is not None:
+                await admitted()
+            await self._change({**self._destinations, destination.name: destination}, begin=(destination.name, first))
+
+    async def remove(self, name: str) -> None:
+        """End a destination, and forget how far it was.
+
+        Raises:
+            NoSuchDestination: there is none of that name.
+            DestinationsUnreadable: the others cannot be saved.
+        """
+        async with self._changing:
+            self.destination(name)
+            await self._change({known: each for known, each in self._destinations.items() if known != name})
+            self._views.pop(name, None)
+            with contextlib.suppress(FileNotFoundError):
+                self._cursor(name).unlink()
+
+    async def _change(self, destinations: dict[str, Destination], begin: tuple[str, int] | None = None) -> None:
+        try:
+            if begin is not None:
+                await asyncio.to_thread(self._begin, *begin)
+            await asyncio.to_thread(self._save, list(destinations.values()))
+        except OSError as error:
+            raise _unreadable(self._folder / _SAVED, error) from None
+        self._destinations = destinations
+        if self._link is not None:
+            # One that has just ended is told by whoever starts it again.
+            with contextlib.suppress(link.ExporterLost):
+                await self._tell(self._link)
+
+    def _begin(self, name: str, first: int) -> None:
+        origin = public_key(self._directory).name
+        Cursor(self._cursor(name), origin).save(Position(first, first))
+
+    def _save(self, destinations: Sequence[Destination]) -> None:
+        content = json.dumps({"destinations": [each.record() for each in destinations]}, indent=1)
+        write_whole(self._folder / _SAVED, content.encode())
+
+    def _load(self) -> None:
+        try:
+            said = json.loads((self._folder / _SAVED).read_bytes())
+            self._destinations = {each["name"]: Destination.read(each) for each in said["destinations"]}
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise _unreadable(self._folder / _SAVED, error) from None
+        except (DestinationInvalid, ValueError, KeyError, TypeError) as error:
+            told = error.cause if isinstance(error, HoldfastError) else type(error).__name__
+            raise DestinationsUnreadable(
+                "the destinations of the audit log cannot be read",
+                cause=f"{self._folder / _SAVED}: {told}",
+                remedy="Put it back from a copy, or move it away and add them again with `holdfast audit export add`",
+            ) from None
+
+    def _refuse_own_files(self, destination: Destination) -> None:
+        for path in destination.files:
+            if path.resolve().is_relative_to(self._state_dir.resolve()):
+                raise DestinationInvalid(
+                    f"{path} cannot be used",
+                    cause="it is in the appliance's own state directory",
+                    remedy="Put certificates and tokens for receivers into a folder of their own",
+                )
+
+    def _cursor(self, name: str) -> Path:
+        return self._folder / f"{name}{CURSOR_SUFFIX}"
+
+    # The exporter
+
+    def start(self) -> None:
+        """Begin to ship, if there is where to. Reads a file; what is wrong with it is told in `error`."""
+        try:
+            self._load()
+        except DestinationsUnreadable as error:
+            self._error = error.record()
+            _LOG.error("%s", error)
+        if self._destinations:
+            self._wanted.set()
+        self._running = asyncio.create_task(self._run())
 
     async def stop(self, size: int | None = None) -> None:
         """End it; destinations that are connected get a moment for what is not sent yet of the log's `size`."""
-        loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + _LAST_EVENTS_S
-        while (  # noqa: ASYNC110  (many senders, and no hurry)
-            size is not None and loop.time() < deadline_s and any(_is_behind(each, size) for each in self.views())
-        ):
-            await asyncio.sleep(_LOOK_EVERY_S)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._link is not None:
+            with contextlib.suppress(HoldfastError, TimeoutError):
+                async with asyncio.timeout(_STOP_S):
+                    await self._link.ask(link.STOP, protocol.SEQUENCE.pack(size or 0))
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.gather(self._running, return_exceptions=True)
+
+    async def _exporter(self) -> link.Link:
+        """The link with the exporter, which is started if there is none."""
+        self._wanted.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_S):
+                await self._connected.wait()
+        if self._link is None:
+            raise link.ExporterLost(
+                "the exporter of the audit log is not there",
+                cause="it has not started" if self._error is None else self._error["cause"],
+                remedy="`holdfast logs gateway` has what it said",
+            )
+        return self._link
+
+    async def _run(self) -> None:
+        """Have an exporter, from when one is wanted, until cancelled."""
+        await self._wanted.wait()
+        pause_s = _PAUSE_S
+        while True:
+            begun_s = time.monotonic()
+            try:
+                ended = await self._run_once()
+            except OSError as error:
+                ended = f"it cannot be started: {error.strerror}"
+            except HoldfastError as error:
+                ended = f"{error.message}: {error.cause}"
+            if time.monotonic() > begun_s + _LIVED_S:
+                pause_s = _PAUSE_S
+            _LOG.warning("the exporter ended: %s", ended)
+            self._error = link.ExporterLost(
+                "the audit log's exporter ended",
+                cause=ended,
+                remedy="It is started again by itself; events wait in the log. `holdfast logs gateway` says more",
+            ).record()
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def _run_once(self) -> str:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "appliance.audit.siem.exporter",
+                    str(self._directory),
+                    str(self._folder),
+                    stdin=theirs.fileno(),
+                    stdout=asyncio.subprocess.DEVNULL,
+                    env={name: os.environ[name] for name in _PASSED_ON if name in os.environ},
+                    start_new_session=True,
+                )
+            except BaseException:
+                ours.close()
+                raise
+        _, connected = await asyncio.get_running_loop().create_connection(lambda: link.Link(self._serve), sock=ours)
+        try:
+            await self._tell(connected)
+            self._link, self._error = connected, None
+            self._connected.set()
+            await connected.lost
+        finally:
+            self._link = None
+            self._connected.clear()
+            connected.close()
+            await self._end(self._process)
+        return f"with status {self._process.returncode}"
+
+    async def _end(self, process: Process) -> None:
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await process.wait()
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            raise
+
+    async def _tell(self, exporter: link.Link) -> None:
+        """What there is to ship to."""
+        records = [each.record() for each in self._destinations.values()]
+        await exporter.ask(link.DESTINATIONS, json.dumps(records).encode())
+
+    async def _serve(self, kind: int, body: bytes) -> bytes:
+        """What the exporter asks for."""
+        if kind == link.SECRETS:
+            return secrets_for(body, self._keys.audit_secret)
+        if kind == link.SIZE:
+            return protocol.SEQUENCE.pack(await self._size())
+        if kind == link.VIEWS:
+            self._views = {view.name: view for view in map(view_of, json.loads(body))}
+        return b""
 
 
-def _is_behind(view: View, size: int) -> bool:
-    return view.connected and not view.waits_for and view.sent < size
-
-
-def _destination(settings: SiemSettings) -> Destination:
-    receiver = Receiver(
-        host=settings.host,
-        port=settings.port,
-        server_name=settings.server_name or settings.host,
-        ca=settings.ca,
-        certificate=settings.certificate,
-        private_key=settings.private_key,
+def _unreadable(path: Path, error: OSError) -> DestinationsUnreadable:
+    return DestinationsUnreadable(
+        "the destinations of the audit log cannot be kept",
+        cause=f"{path}: {error.strerror}",
+        remedy="See that the appliance's user can write there, and that there is room",
     )
-    return Destination(settings.name, receiver, settings.max_message_bytes, platform.node())

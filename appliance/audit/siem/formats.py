@@ -58,16 +58,21 @@ class Disclosed(NamedTuple):
 
 
 class CheckpointEvent(NamedTuple):
-    """A signed checkpoint, and what proves it from the entries [start, size) alone.
+    """A signed checkpoint, and what proves it from the entries [start, end) alone.
 
     Attributes:
+        size: how many entries it names.
         peaks: the roots of the complete subtrees of the first `start` leaves, the largest first.
+        end: None: the size. A shipper's always is; an excerpt of the log may end before.
+        rest: the roots of the complete subtrees that cover [end, size), from left to right.
     """
 
     note: str
     start: int
     size: int
     peaks: tuple[bytes, ...]
+    end: int | None = None
+    rest: tuple[bytes, ...] = ()
 
 
 class Carried(NamedTuple):
@@ -120,7 +125,8 @@ def stable_id(origin: str, sequence: int) -> str:
 
 def checkpoint_id(origin: str, checkpoint: CheckpointEvent) -> str:
     """What a checkpoint's event is known by, in every format."""
-    return f"{origin}/checkpoint/{checkpoint.start}-{checkpoint.size}"
+    part = "" if checkpoint.end is None else f"/{checkpoint.end}"
+    return f"{origin}/checkpoint/{checkpoint.start}-{checkpoint.size}{part}"
 
 
 def trial_id(origin: str, wall_ms: int) -> str:

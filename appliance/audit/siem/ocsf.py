@@ -138,6 +138,11 @@ def checkpoint_event(origin: str, checkpoint: CheckpointEvent, wall_ms: int) -> 
                 "size": checkpoint.size,
                 "peaks": [_base64(peak) for peak in checkpoint.peaks],
             }
+            | (
+                {}
+                if checkpoint.end is None
+                else {"end": checkpoint.end, "rest": [_base64(root) for root in checkpoint.rest]}
+            )
         },
     }
 
@@ -183,7 +188,16 @@ def read_event(event: dict[str, Any]) -> Disclosed | CheckpointEvent | None:
             carried: Disclosed | CheckpointEvent | None = None
         elif "checkpoint" in proof:
             peaks = tuple(_bytes(peak) for peak in proof["peaks"])
-            carried = CheckpointEvent(str(proof["checkpoint"]), int(proof["start"]), int(proof["size"]), peaks)
+            rest = tuple(_bytes(root) for root in proof.get("rest", ()))
+            end = proof.get("end")
+            carried = CheckpointEvent(
+                str(proof["checkpoint"]),
+                int(proof["start"]),
+                int(proof["size"]),
+                peaks,
+                None if end is None else int(end),
+                rest,
+            )
             made = checkpoint_event(origin, carried, int(event["time"]))
         else:
             carried = _disclosed(proof)

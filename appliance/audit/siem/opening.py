@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from appliance.audit.entry import AuditKeys, Entry, EntryInvalid, open_content
+from appliance.audit.entry import Entry, EntryInvalid, EntryKeys, open_content
 from appliance.audit.journal import Frame
 from appliance.audit.siem.formats import Disclosed, Withheld
 from appliance.vault import KeyMissing, VaultSealed
@@ -11,7 +11,7 @@ from appliance.vault import KeyMissing, VaultSealed
 class KeyOpener:
     """Opens with keys that may be sealed or destroyed."""
 
-    def __init__(self, keys: AuditKeys) -> None:
+    def __init__(self, keys: EntryKeys) -> None:
         self._keys = keys
 
     async def open(self, frames: Sequence[Frame]) -> list[Disclosed]:
@@ -25,7 +25,7 @@ class KeyOpener:
         return opened
 
 
-def disclosed(frame: Frame, keys: AuditKeys) -> Disclosed:
+def disclosed(frame: Frame, keys: EntryKeys) -> Disclosed:
     """An entry with its record, or with why that is withheld.
 
     Raises:

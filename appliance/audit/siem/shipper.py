@@ -37,6 +37,7 @@ from appliance.errors import ErrorRecord, Fault, HoldfastError
 
 SETTLE_S: Final = 60.0
 MOST_UNACKNOWLEDGED: Final = 8192  # messages
+_MOST_PER_S: Final = 8000  # entries: whoever catches up leaves the processors to those who serve
 _READ_AHEAD: Final = 512
 _POLL_S: Final = 0.2
 _MARK_EVERY_S: Final = 1.0
@@ -198,6 +199,7 @@ class Shipper:
             self._origin = (await asyncio.to_thread(public_key, self._directory)).name
             cursor = Cursor(self._cursor_path, self._origin)
             self._delivered = self._saved = await asyncio.to_thread(cursor.load)
+            self._size = await self._ask_size()
             self._cursor = cursor
         self._position = self._delivered
         self._marks.clear()
@@ -208,7 +210,9 @@ class Shipper:
         """What there is to send next, at most `_READ_AHEAD` entries."""
         now_s = self._monotonic()
         if self._position.next >= self._size or now_s >= self._size_asked_s + _POLL_S:
-            self._size = await self._ask_size()
+            # An appender that is being started again is no reason to part with the receiver.
+            with contextlib.suppress(HoldfastError):
+                self._size = await self._ask_size()
             self._size_asked_s = now_s
         if max(self._position) > self._size:
             raise LogShorter(
@@ -262,9 +266,9 @@ class Shipper:
                 if self._checkpoint is not None and self._checkpoint.size <= self._position.next:
                     await self._send_checkpoint(connection, self._checkpoint)
                 await self._settle(connection)
-                if not whole or self._position.next >= self._size or self._has_too_many(connection):
-                    if await connection.ended_within(_POLL_S):
-                        connection.check()
+                rests = not whole or self._position.next >= self._size or self._has_too_many(connection)
+                if rests and await connection.ended_within(_POLL_S):
+                    connection.check()
         finally:
             self._connected = False
             await connection.close(in_good_order=self._position.next >= self._size)
@@ -275,6 +279,7 @@ class Shipper:
         self._waits_for = ""
         for begin in range(0, len(frames), at_once):
             some = frames[begin : begin + at_once]
+            begun_s = self._monotonic()
             opened = await self._opener.open(some)
             if opened:
                 await connection.send([self._made(each) for each in opened])
@@ -283,6 +288,7 @@ class Shipper:
             if len(opened) < len(some):
                 self._waits_for = "the vault is sealed: what follows cannot be read until it is opened"
                 return False
+            await self._pause(max(0.0, begun_s + len(opened) / _MOST_PER_S - self._monotonic()))
         return True
 
     def _has_too_many(self, connection: Connection) -> bool:

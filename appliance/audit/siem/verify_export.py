@@ -24,7 +24,7 @@ from appliance.audit.entry import Entry
 from appliance.audit.notes import Checkpoint, VerifierKey, open_checkpoint
 from appliance.audit.siem.destinations import FORMATS
 from appliance.audit.siem.formats import Carried, CheckpointEvent, Disclosed
-from appliance.audit.tree import Frontier, leaf_hash
+from appliance.audit.tree import Frontier, cover, leaf_hash
 from appliance.errors import Fault, HoldfastError
 
 MAX_LINE: Final = 4 << 20  # characters
@@ -83,6 +83,7 @@ def verify_export(lines: Iterable[str], key: VerifierKey, *, checkpoint: str | N
     found = ExportVerified(key.name)
     leaves: dict[int, bytes] = {}
     stretches: dict[int, tuple[int, tuple[bytes, ...], Checkpoint]] = {}
+    excerpts: dict[tuple[int, int], tuple[CheckpointEvent, Checkpoint]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -90,7 +91,10 @@ def verify_export(lines: Iterable[str], key: VerifierKey, *, checkpoint: str | N
             carried = _carried(line, key.name).content
             if isinstance(carried, CheckpointEvent):
                 signed = _signed(carried, key)
-                stretches[carried.size] = (carried.start, carried.peaks, signed)
+                if carried.end is None:
+                    stretches[carried.size] = (carried.start, carried.peaks, signed)
+                else:
+                    excerpts[carried.start, carried.end] = (carried, signed)
             elif carried is None:
                 found.tests += 1
             else:
@@ -108,8 +112,37 @@ def verify_export(lines: Iterable[str], key: VerifierKey, *, checkpoint: str | N
             f"entry {missing} is missing",
             f"entries {found.first} to {found.end - 1} arrived without {found.end - found.first - len(leaves)} of them",
         )
-    _prove(leaves, stretches, told, found)
+    _prove_excerpts(leaves, excerpts, found)
+    if stretches or told is not None or not excerpts:
+        _prove(leaves, stretches, told, found)
     return found
+
+
+def _prove_excerpts(
+    leaves: dict[int, bytes], excerpts: dict[tuple[int, int], tuple[CheckpointEvent, Checkpoint]], found: ExportVerified
+) -> None:
+    """Compute the signed root of each part of the log that was taken out of it by itself."""
+    for (start, end), (carried, signed) in sorted(excerpts.items()):
+        if start < found.first or end > found.end:
+            raise _differs(
+                f"entry {start if start < found.first else found.end} is missing",
+                f"the checkpoint of entries {start} to {end - 1} names it, and it did not arrive",
+            )
+        edge = Frontier(start, carried.peaks)
+        for sequence in range(start, end):
+            edge.append(leaves[sequence])
+        for (level, _), root in zip(cover(end, carried.size), carried.rest, strict=True):
+            edge.append_subtree(level, root)
+        if edge.root() != signed.root:
+            raise _differs(
+                f"one of the entries {start} to {end - 1} is not the log's",
+                "their checkpoint does not follow from them: one was added, or exchanged for another",
+            )
+        if found.checkpoints == 0:
+            found.proved_from, found.proved_to = start, end
+        elif start <= found.proved_to:
+            found.proved_to = max(found.proved_to, end)
+        found.checkpoints += 1
 
 
 def _prove(
@@ -182,6 +215,10 @@ def _signed(carried: CheckpointEvent, key: VerifierKey) -> Checkpoint:
         raise _differs("its checkpoint is another one", f"it is of {signed.size} entries, and not of {carried.size}")
     if len(carried.peaks) != carried.start.bit_count() or any(len(peak) != 32 for peak in carried.peaks):
         raise _differs("its checkpoint proves nothing", "its hashes are not those of a tree of that size")
+    end = carried.size if carried.end is None else carried.end
+    rest = list(cover(end, carried.size)) if carried.start < end <= carried.size else None
+    if rest is None or len(rest) != len(carried.rest) or any(len(root) != 32 for root in carried.rest):
+        raise _differs("its checkpoint proves nothing", "its hashes do not lead to a tree of that size")
     return signed
 
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from appliance.audit.launch import Launcher
+from appliance.audit.reading import LogReader
 from appliance.audit.recorder import Recorder
-from appliance.audit.siem.ocsf import Ocsf
 from appliance.audit.siem.formats import stable_id
+from appliance.audit.siem.ocsf import Ocsf
 from appliance.audit.siem.opening import KeyOpener
 from appliance.audit.siem.shipper import Shipper
 from appliance.audit.siem.syslog import Receiver, SyslogTls
 from appliance.audit.siem.verify_export import verify_export
-from appliance.audit.reading import LogReader
 from tests.rsyslog import Pki, Rsyslog, running_rsyslog
 from tests.unit.audit.making import KEY, Keys, event
 
