@@ -150,7 +150,7 @@ def facts_of_entry(origin: str, disclosed: Disclosed, mapping: int) -> Facts:
 
 def facts_of_checkpoint(origin: str, checkpoint: CheckpointEvent, wall_ms: int, mapping: int) -> Facts:
     """What a checkpoint's event says."""
-    proof = {
+    proof: dict[str, Any] = {
         "mapping": mapping,
         "origin": origin,
         "checkpoint": checkpoint.note,
@@ -159,6 +159,8 @@ def facts_of_checkpoint(origin: str, checkpoint: CheckpointEvent, wall_ms: int, 
         "peaks": [_base64(peak) for peak in checkpoint.peaks],
         "time": wall_ms,
     }
+    if checkpoint.end is not None:
+        proof |= {"end": checkpoint.end, "rest": [_base64(root) for root in checkpoint.rest]}
     meaning = "The audit log's signed checkpoint of everything up to here."
     known_by = checkpoint_id(origin, checkpoint)
     return Facts(0, known_by, wall_ms, CHECKPOINT_ACTION, meaning, _NO_CLASS, Severity.INFORMATIONAL, origin, proof)
@@ -248,10 +250,16 @@ def carried_by(proof: Mapping[str, Any]) -> Carried:
     if "test" in proof:
         return Carried(origin, None)
     if "checkpoint" in proof:
-        peaks = tuple(_bytes(peak) for peak in proof["peaks"])
-        return Carried(
-            origin, CheckpointEvent(str(proof["checkpoint"]), int(proof["start"]), int(proof["size"]), peaks)
+        end = proof.get("end")
+        checkpoint = CheckpointEvent(
+            note=str(proof["checkpoint"]),
+            start=int(proof["start"]),
+            size=int(proof["size"]),
+            peaks=tuple(_bytes(peak) for peak in proof["peaks"]),
+            end=None if end is None else int(end),
+            rest=tuple(_bytes(root) for root in proof.get("rest", ())),
         )
+        return Carried(origin, checkpoint)
     packed = _bytes(proof["entry"])
     if "withheld" in proof:
         return Carried(origin, Disclosed.without(packed, Withheld(proof["withheld"])))

@@ -74,8 +74,8 @@ class Shipped:
         return self.log.size
 
     async def _pause(self, seconds: float) -> None:
-        error = self.shipper.view().error
-        self.errors.append("" if error is None else f"{error['message']}: {error['cause']}")
+        if (error := self.shipper.view().error) is not None:
+            self.errors.append(f"{error['message']}: {error['cause']}")
         await asyncio.sleep(min(seconds, 0.02))
 
 

@@ -318,6 +318,8 @@ def test_checkpoints_and_trials_come_through(format_: Format) -> None:
     assert is_one_line(made.payload)
     assert made.stable_id == f"{ORIGIN}/checkpoint/3-5"
     assert format_.read(made.payload.decode()) == Carried(ORIGIN, checkpoint)
+    excerpt = checkpoint._replace(end=4, rest=(b"r" * 32,))
+    assert format_.read(format_.checkpoint(ORIGIN, excerpt, 1).payload.decode()) == Carried(ORIGIN, excerpt)
     trial = format_.trial(ORIGIN, 1_700_000_000_123)
     assert (trial.kind, trial.stable_id) == ("audit.export.test", f"{ORIGIN}/test/1700000000123")
     assert format_.read(trial.payload.decode()) == Carried(ORIGIN, None)
