@@ -29,9 +29,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,27 @@ def _lock_path(lock: str) -> Path:
 # What the machine must have
 
 
+def _rsyslog_has(module: str) -> bool:
+    return any(Path("/usr/lib").glob(f"*/rsyslog/{module}.so"))
+
+
+_RSYSLOG = "the SIEM's tests start a real rsyslog"
+_SYSLOG_NG = "the SIEM's tests start a real syslog-ng, which is linked with it"
+# Debian lets a machine have one of rsyslog and syslog-ng: the second is unpacked beside it, `_unpack_syslog_ng`.
+_RECEIVERS: dict[str, tuple[Callable[[], bool], str]] = {
+    "rsyslog": (lambda: shutil.which("rsyslogd", path="/usr/sbin:/sbin") is not None, _RSYSLOG),
+    "rsyslog-gnutls": (lambda: _rsyslog_has("lmnsd_gtls"), _RSYSLOG),
+    "rsyslog-openssl": (lambda: _rsyslog_has("lmnsd_ossl"), _RSYSLOG),
+    "libglib2.0-0": (lambda: _loads("libglib-2.0.so.0"), _SYSLOG_NG),
+    "libivykis0": (lambda: _loads("libivykis.so.0"), _SYSLOG_NG),
+    "libjson-c5": (lambda: _loads("libjson-c.so.5"), _SYSLOG_NG),
+    "libnet1": (lambda: _loads("libnet.so.1") or _loads("libnet.so.9"), _SYSLOG_NG),
+    "libpcre3": (lambda: _loads("libpcre.so.3"), _SYSLOG_NG),
+    "libwrap0": (lambda: _loads("libwrap.so.0"), _SYSLOG_NG),
+    "openssl": (lambda: shutil.which("openssl") is not None, "the SIEM's tests look at what is spoken"),
+}
+
+
 def missing_packages(targets: Sequence[str], *, tests: bool, engine: str) -> list[tuple[str, str]]:
     """Debian packages that are missing, each with what for."""
     missing = []
@@ -173,8 +195,8 @@ def missing_packages(targets: Sequence[str], *, tests: bool, engine: str) -> lis
             missing.append(("libstdc++6", "the engine is linked with it"))
     if tests and shutil.which("initdb") is None and not [*Path("/usr/lib/postgresql").glob("*/bin/initdb")]:
         missing.append(("postgresql", "the store's tests start a real PostgreSQL"))
-    if tests and not any(Path("/usr/lib").glob("*/rsyslog/lmnsd_ossl.so")):
-        missing += [(name, "the SIEM's tests start a real rsyslog") for name in ("rsyslog", "rsyslog-openssl")]
+    if tests:
+        missing += [(package, why) for package, (there, why) in _RECEIVERS.items() if not there()]
     return missing
 
 
@@ -432,6 +454,23 @@ def _install_distribution(environment: Environment) -> None:
     _pip(environment, [*flags, "--editable", str(ROOT)], "building", 0)
 
 
+def _unpack_syslog_ng(environment: Environment) -> None:
+    """Put syslog-ng into the environment, for the tests; without apt they say that it is missing."""
+    folder = environment.folder / "syslog-ng"
+    if folder.exists() or shutil.which("apt-get") is None or shutil.which("dpkg") is None:
+        return
+    with tempfile.TemporaryDirectory(dir=environment.folder) as fetched:
+        fetch = ["apt-get", "download", "-q", "syslog-ng-core"]
+        if subprocess.run(fetch, cwd=fetched, capture_output=True, check=False).returncode:
+            say(environment, "syslog-ng could not be fetched: the test with it will fail (apt-get update helps)")
+            return
+        unpacked = Path(fetched) / "unpacked"
+        for package in Path(fetched).glob("*.deb"):
+            subprocess.run(["dpkg", "-x", str(package), str(unpacked)], check=True)
+        unpacked.rename(folder)
+    say(environment, f"unpacked syslog-ng into {folder.relative_to(ROOT)}, for the tests")
+
+
 def _distribution_hash() -> str:
     return hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
 
@@ -619,6 +658,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _alone():
             for environment in environments(chosen.targets, tests=chosen.tests, engine=engine):
                 install(environment)
+                if chosen.tests and environment.name == "gateway":
+                    _unpack_syslog_ng(environment)
     except CannotInstall as error:
         print(f"Error: {error}\n  Why:  {error.cause}\n  Next: {error.remedy}", file=sys.stderr)
         return 1

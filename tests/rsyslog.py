@@ -1,11 +1,12 @@
 """A real rsyslog for the tests, in the foreground, that takes syslog over mutual TLS and writes what it took to a file.
 
-Rule: without rsyslog and its OpenSSL driver the tests fail, and say what to install.
+Rule: without rsyslog and its TLS drivers the tests fail, and say what to install.
 """
 
 import contextlib
 import datetime
 import ipaddress
+import os
 import shutil
 import socket
 import subprocess
@@ -19,11 +20,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 _READY_WITHIN_S = 20.0
+_NEWEST_BYTES = 64 << 10
 _CONFIG = """
 global(workDirectory="{folder}" maxMessageSize="64k"
-       defaultNetstreamDriver="ossl" defaultNetstreamDriverCAFile="{pki}/ca.pem"
+       defaultNetstreamDriver="{driver}" defaultNetstreamDriverCAFile="{pki}/ca.pem"
        defaultNetstreamDriverCertFile="{pki}/server.pem" defaultNetstreamDriverKeyFile="{pki}/server.key")
-module(load="imtcp" streamDriver.name="ossl" streamDriver.mode="1" streamDriver.authMode="x509/name"
+module(load="imtcp" streamDriver.name="{driver}" streamDriver.mode="1" streamDriver.authMode="x509/name"
        permittedPeer=["client"])
 template(name="line" type="string" string="%msg:::sp-if-no-1st-sp%%msg%\\n")
 input(type="imtcp" address="127.0.0.1" port="{port}")
@@ -71,15 +73,24 @@ class Pki:
         return made
 
 
-class Rsyslog:
-    """The receiver: `received` is what it wrote down. It can be stopped, killed and started again."""
+class Receiver:
+    """A receiver of syslog: `received` is what it wrote down. It can be stopped, killed and started again."""
 
-    def __init__(self, folder: Path, pki: Pki) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(exist_ok=True)
         self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
-        (folder / "rsyslog.conf").write_text(_CONFIG.format(folder=folder, pki=pki.folder, port=self.port))
+
+    def command(self) -> tuple[list[str], dict[str, str]]:
+        """What starts it, and its environment."""
+        raise NotImplementedError
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        assert self._process is not None
+        return self._process.pid
 
     @property
     def received(self) -> list[str]:
@@ -87,21 +98,30 @@ class Rsyslog:
         path = self.folder / "received"
         return [line.strip() for line in path.read_text().splitlines()] if path.exists() else []
 
+    @property
+    def newest(self) -> str:
+        """The end of what it wrote, some lines: cheaper than all of it."""
+        path = self.folder / "received"
+        if not path.exists():
+            return ""
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _NEWEST_BYTES))
+            return file.read().decode(errors="replace")
+
     def start(self) -> None:
         """Start it; it listens when this returns."""
-        program = shutil.which("rsyslogd", path="/usr/sbin:/sbin:/usr/bin")
-        if program is None:
-            raise RuntimeError("the tests need rsyslog: run `apt-get install rsyslog rsyslog-openssl`")
+        command, environment = self.command()
         with (self.folder / "log").open("ab") as log:
-            command = [program, "-n", "-f", str(self.folder / "rsyslog.conf"), "-i", str(self.folder / "pid")]
             (self.folder / "pid").unlink(missing_ok=True)
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **environment}
+            )
         deadline = time.monotonic() + _READY_WITHIN_S
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
                 return
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"rsyslog does not listen: {(self.folder / 'log').read_text()[-2000:]}")
+                raise RuntimeError(f"{command[0]} does not listen: {(self.folder / 'log').read_text()[-2000:]}")
             time.sleep(0.02)
 
     def stop(self, *, kill: bool = False) -> None:
@@ -116,6 +136,26 @@ class Rsyslog:
             self._process = None
 
 
+class Rsyslog(Receiver):
+    """The receiver; see `Receiver`.
+
+    Args:
+        driver: what it speaks TLS with: `ossl` or `gtls`.
+    """
+
+    def __init__(self, folder: Path, pki: Pki, *, driver: str = "ossl") -> None:
+        super().__init__(folder)
+        config = _CONFIG.format(folder=folder, pki=pki.folder, port=self.port, driver=driver)
+        (folder / "rsyslog.conf").write_text(config)
+
+    def command(self) -> tuple[list[str], dict[str, str]]:
+        """See `Receiver`."""
+        program = shutil.which("rsyslogd", path="/usr/sbin:/sbin:/usr/bin")
+        if program is None:
+            raise RuntimeError("the tests need rsyslog: run `apt-get install rsyslog rsyslog-openssl rsyslog-gnutls`")
+        return [program, "-n", "-f", str(self.folder / "rsyslog.conf"), "-i", str(self.folder / "pid")], {}
+
+
 def free_port() -> int:
     """A port that nobody listens on now."""
     with socket.socket() as probe:
@@ -125,9 +165,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_rsyslog(folder: Path, pki: Pki) -> Iterator[Rsyslog]:
+def running_rsyslog(folder: Path, pki: Pki, *, driver: str = "ossl") -> Iterator[Rsyslog]:
     """A receiver for as long as the context lasts."""
-    receiver = Rsyslog(folder, pki)
+    receiver = Rsyslog(folder, pki, driver=driver)
     receiver.start()
     try:
         yield receiver

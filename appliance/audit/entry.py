@@ -231,7 +231,9 @@ def check_commitment(entry: Entry, salt: bytes, content: bytes) -> None:
 
 def search_tag(keys: AuditKeys, key_id: bytes, label: str, value: str) -> bytes:
     """What an actor or a session is found by: a truncated keyed hash; zeros for none."""
-    return keys.audit_secret(key_id, f"tag-{label}", value.encode())[:TAG_BYTES] if value else NO_TAG
+    return (
+        keys.audit_secret(key_id, f"tag-{label}", value.encode(errors="surrogatepass"))[:TAG_BYTES] if value else NO_TAG
+    )
 
 
 def canonical(record: Mapping[str, Any]) -> bytes:

@@ -187,8 +187,11 @@ class Exporter:
     async def _tell(self, gateway: link.Link) -> None:
         """How each destination is, while it changes."""
         told: object = None
+        size = 0
         while True:
-            views = [asdict(each.shipper.view()) for each in self._running.values()]
+            with contextlib.suppress(HoldfastError):
+                size = await self._size()
+            views = [asdict(each.shipper.view(size)) for each in self._running.values()]
             if views != told:
                 with contextlib.suppress(HoldfastError):
                     await gateway.ask(link.VIEWS, json.dumps(views).encode())
@@ -224,8 +227,7 @@ def _is_behind(view: View, size: int) -> bool:
 
 
 def _yield_the_processor() -> None:
-    """Run when nobody else does. A session of its own is a group of its own to the scheduler, with a niceness of its own:
-    sched(7), autogroups."""
+    """Run when nobody else does; to the scheduler, a session is a group with a niceness of its own (sched(7))."""
     os.nice(_NICE)
     with contextlib.suppress(OSError):
         Path("/proc/self/autogroup").write_text(str(_NICE))

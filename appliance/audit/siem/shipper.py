@@ -153,9 +153,13 @@ class Shipper:
         self._waits_for = ""
         self._error: ErrorRecord | None = None
 
-    def view(self) -> View:
-        """How it is now."""
-        waiting = max(0, self._size - self._position.next)
+    def view(self, size: int = 0) -> View:
+        """How it is now.
+
+        Args:
+            size: how long the log is, where that is known better than here: a receiver that stands still stops us too.
+        """
+        waiting = max(0, max(size, self._size) - self._position.next)
         oldest_s = None if self._oldest_ns is None or not waiting else self._oldest_ns / 1e9
         return View(
             name=self.name,
@@ -201,6 +205,7 @@ class Shipper:
             self._delivered = self._saved = await asyncio.to_thread(cursor.load)
             self._size = await self._ask_size()
             self._cursor = cursor
+        self._size_asked_s = float("-inf")
         self._position = self._delivered
         self._marks.clear()
         self._messages = 0

@@ -170,11 +170,13 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     assert "sudo apt-get update && sudo apt-get install -y python3-venv" in capsys.readouterr().err
 
 
-def test_postgresql_is_asked_for_by_the_tests_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None if name == "initdb" else f"/usr/bin/{name}")
+def test_what_only_the_tests_start_is_asked_for_by_the_tests_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacked = ("initdb", "rsyslogd")
+    monkeypatch.setattr(shutil, "which", lambda name, **_: None if name in lacked else f"/usr/bin/{name}")
     monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
     monkeypatch.setattr(install, "_loads", lambda _: True)
-    assert [name for name, _ in install.missing_packages(RUN, tests=True, engine="cpu")] == ["postgresql"]
+    asked_for = [name for name, _ in install.missing_packages(RUN, tests=True, engine="cpu")]
+    assert asked_for == ["postgresql", "rsyslog", "rsyslog-gnutls", "rsyslog-openssl"]
     assert install.missing_packages(RUN, tests=False, engine="cpu") == []
 
 
