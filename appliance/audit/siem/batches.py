@@ -34,6 +34,7 @@ from appliance.errors import Fault, HoldfastError
 
 BATCH: Final = ".log"
 MANIFEST: Final = ".manifest"
+PUBLIC_KEY: Final = "batches.vkey"  # beside the batches
 NO_PREVIOUS: Final = "0" * 64
 _FIRST_LINE: Final = "holdfast batch v1"  # with spaces: no checkpoint begins so
 _NAME: Final = re.compile(r"batch-([0-9a-f]{16})-([0-9]{12})")

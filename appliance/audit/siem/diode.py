@@ -25,14 +25,13 @@ from typing import Final, NamedTuple, TypeVar
 
 from appliance.audit.journal import sync_directory
 from appliance.audit.notes import KeyInvalid, SigningKey
-from appliance.audit.siem.batches import BATCH, MANIFEST, NO_PREVIOUS, Manifest
+from appliance.audit.siem.batches import BATCH, MANIFEST, NO_PREVIOUS, PUBLIC_KEY, Manifest
 from appliance.audit.siem.transport import ExportUnreachable, ExportUnusable, Message
 from appliance.errors import HoldfastError
 
 MAX_BYTES: Final = 8 << 20
 MAX_EVENTS: Final = 4096  # less than a shipper sends ahead of what is acknowledged
 MAX_AGE_S: Final = 60.0
-PUBLIC_KEY: Final = "batches.vkey"
 _MAX_MESSAGE_BYTES: Final = 64 << 10
 _FIRST_AGE_S: Final = 1.0
 _STATE: Final = ".state"
