@@ -123,6 +123,7 @@ async def call(
     """The status and the body of an answer; a body goes up in the pieces given."""
     method, path = route
     path = path.replace("{key_id}", "ak_1").replace("{session_id}", "ses_1").replace("{sequence}", "1")
+    path = path.replace("{destination}", "soc")
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
     offered = authorization if key is None else f"Bearer {key}"
     if offered is not None:
@@ -221,6 +222,7 @@ def test_what_is_open_while_sealed_shows_and_changes_nothing_that_is_stored() ->
     assert {path for (_, path), rule in RULES.items() if rule.while_sealed} == {
         "/v1/status",
         "/v1/audit",
+        "/v1/audit/exports",
         "/v1/vault/unseal",
         "/v1/vault/seal",
     }
@@ -274,7 +276,7 @@ async def test_what_is_asked_for_is_recorded_before_it_is_done(route: tuple[str,
     (event,) = services.audit.events
     assert (event.kind.action, event.actor.id, event.outcome) == ("admin.acted", "prn_1", Outcome.SUCCESS)
     assert event.details == {"route": " ".join(route)}
-    assert event.target[1] in ("", "ak_1", "ses_1")
+    assert event.target[1] in ("", "ak_1", "ses_1", "soc")
 
 
 @pytest.mark.parametrize("route", [route for route, rule in RULES.items() if rule.recorded])
@@ -293,12 +295,14 @@ async def test_what_is_denied_is_recorded_and_a_key_that_does_not_hold_is_counte
 
 
 def test_everything_but_a_look_at_the_status_leaves_a_record() -> None:
-    """What is not recorded when it is asked for is recorded by its own route; the two statuses are not."""
+    """What is not recorded when it is asked for is recorded by its own route; the three statuses are not."""
     assert {route[1] for route, rule in RULES.items() if not rule.recorded} == {
         "/v1/status",
         "/v1/audit",
         "/v1/audit/entries",
         "/v1/audit/entries/{sequence}",
+        "/v1/audit/excerpt",
+        "/v1/audit/exports",
         "/v1/sessions",
         "/v1/sessions/{session_id}/transcript",
     }

@@ -1,0 +1,167 @@
+"""The audit log on its way to a SIEM, as an administrator of a whole appliance meets it."""
+
+import json
+import os
+import signal
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api.admin.client import AdminClient
+from benchmarks.running import make_appliance, running_gateway, running_stub
+from tests.e2e.api.conftest import DEADLINE_S, Served, serving, until
+from tests.e2e.cli.conftest import HOLDFAST
+from tests.rsyslog import Pki, Rsyslog, running_rsyslog
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("siem")
+
+
+@pytest.fixture(scope="module")
+def pki(place: Path) -> Pki:
+    return Pki(place / "pki")
+
+
+@pytest.fixture(scope="module")
+def receiver(place: Path, pki: Pki) -> Iterator[Rsyslog]:
+    with running_rsyslog(place / "receiver", pki) as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def served(place: Path) -> Iterator[Served]:
+    (place / "node").mkdir()
+    with serving(place / "node") as it:
+        yield it
+
+
+def _holdfast(state_dir: Path, *words: str) -> tuple[int, Any]:
+    done = subprocess.run(
+        [HOLDFAST, "--state-dir", str(state_dir), "--json", *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, json.loads(done.stdout)
+
+
+def _add(state_dir: Path, name: str, receiver: Rsyslog, pki: Pki, *, client: str = "client") -> tuple[int, Any]:
+    files = {"--ca": "ca.pem", "--certificate": f"{client}.pem", "--private-key": f"{client}.key"}
+    options = [word for option, file in files.items() for word in (option, str(pki.folder / file))]
+    return _holdfast(state_dir, "audit", "export", "add", name, f"syslog+tls://127.0.0.1:{receiver.port}", *options)
+
+
+def _actions(receiver: Rsyslog) -> list[str]:
+    return [json.loads(line)["metadata"]["event_code"] for line in receiver.received]
+
+
+def _metrics(state_dir: Path) -> str:
+    with AdminClient(state_dir)._answer("GET", "/metrics") as answer:
+        return answer.read().decode()
+
+
+def test_a_destination_is_tried_added_listed_and_removed(served: Served, receiver: Rsyslog, pki: Pki) -> None:
+    state_dir = served.state_dir
+    assert _holdfast(state_dir, "audit", "export", "list") == (0, {"destinations": [], "exporter_pid": None})
+    status, refused = _add(state_dir, "stranger", receiver, pki, client="stranger")
+    assert (status != 0, refused["code"]) == (True, "audit_export_unreachable")
+    status, refused = _holdfast(state_dir, "audit", "export", "add", "own", "syslog+tls://127.0.0.1:1")
+    assert refused["code"] == "audit_export_invalid"
+    assert _holdfast(state_dir, "audit", "export", "list")[1]["destinations"] == []
+    assert not (state_dir / "siem" / "destinations.json").exists()
+
+    status, added = _add(state_dir, "soc", receiver, pki)
+    assert (status, added["name"], added["format"]) == (0, "soc", "ocsf")
+    assert _add(state_dir, "soc", receiver, pki)[1]["code"] == "audit_export_exists"
+    assert served.ask("what is the vault's combination?").status == 200
+    until(lambda: {"turn.admitted", "turn.completed", "export.added"} <= set(_actions(receiver)))
+    until(lambda: served.admin.audit_exports().destinations[0].lag_entries == 0)
+    assert "combination" not in (receiver.folder / "received").read_text()
+    assert 'holdfast_audit_export_failing{destination="soc"} 0.0' in _metrics(state_dir)
+    assert _holdfast(state_dir, "audit", "export", "test", "soc")[0] == 0
+    until(lambda: _actions(receiver).count("audit.export.test") == 2)
+
+    asked = served.admin.audit_entries(action="export.*", limit=20).entries
+    told = [((each.record or {})["action"], (each.record or {})["outcome"]) for each in reversed(asked)]
+    assert told == [
+        ("export.added", "failure"),
+        ("export.added", "failure"),
+        ("export.added", "success"),
+        ("export.added", "failure"),
+        ("export.tested", "success"),
+    ]
+    status, removed = _holdfast(state_dir, "audit", "export", "remove", "soc")
+    assert (status, removed["name"]) == (0, "soc")
+    assert not list((state_dir / "siem").glob("soc*"))
+    assert _holdfast(state_dir, "audit", "export", "remove", "soc")[1]["code"] == "audit_export_unknown"
+    assert _holdfast(state_dir, "audit", "export", "list")[1]["destinations"] == []
+
+
+def test_no_destination_names_a_file_of_the_appliances_own(served: Served, receiver: Rsyslog) -> None:
+    own = [str(served.state_dir / "audit" / "log.vkey")] * 3
+    options = [word for pair in zip(("--ca", "--certificate", "--private-key"), own, strict=True) for word in pair]
+    url = f"syslog+tls://127.0.0.1:{receiver.port}"
+    _, refused = _holdfast(served.state_dir, "audit", "export", "add", "own", url, *options)
+    assert refused["code"] == "audit_export_invalid"
+    assert "state directory" in refused["cause"]
+
+
+def test_a_receiver_that_stands_still_delays_export_and_nothing_else(
+    served: Served, receiver: Rsyslog, pki: Pki
+) -> None:
+    assert _add(served.state_dir, "still", receiver, pki)[0] == 0
+    until(lambda: served.admin.audit_exports().destinations[0].connected)
+    os.kill(receiver.pid, signal.SIGSTOP)
+    try:
+        for number in range(30):
+            assert served.ask(f"question {number}").status == 200
+        with urllib.request.urlopen(f"http://127.0.0.1:{served.gateway.port}/readyz", timeout=DEADLINE_S) as ready:
+            assert ready.status == 200
+    finally:
+        os.kill(receiver.pid, signal.SIGCONT)
+    until(lambda: served.admin.audit_exports().destinations[0].lag_entries == 0)
+    assert _holdfast(served.state_dir, "audit", "export", "remove", "still")[0] == 0
+
+
+def test_a_part_of_the_log_is_written_to_a_file_that_proves_itself(served: Served, tmp_path: Path) -> None:
+    key = served.admin.audit_status().public_key
+    for part, name in ((("--from", "3", "--to", "9"), "part"), ((), "all")):
+        path = tmp_path / name
+        status, written = _holdfast(served.state_dir, "audit", "export", "file", str(path), *part)
+        assert status == 0
+        status, found = _holdfast(tmp_path, "audit", "verify-export", str(path), "--key", str(key))
+        assert (status, found["end"] - found["first"]) == (0, written["events"])
+        assert (found["proved_from"], found["proved_to"]) == (found["first"], found["end"])
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join([*lines[:2], *lines[3:]]))
+        status, refused = _holdfast(tmp_path, "audit", "verify-export", str(path), "--key", str(key))
+        assert (status, refused["code"]) == (6, "audit_export_differs")
+    assert served.admin.audit_entries(action="audit.exported", limit=5).entries
+
+
+def test_a_destination_and_its_place_in_the_log_outlive_the_gateway(tmp_path: Path, pki: Pki) -> None:
+    state_dir, engine = tmp_path / "state", tmp_path / "engine.sock"
+    api_key = make_appliance(state_dir)
+    with running_stub(engine), running_rsyslog(tmp_path / "receiver", pki) as receiver:
+        with running_gateway(state_dir, engine) as gateway:
+            assert _add(state_dir, "soc", receiver, pki)[0] == 0
+            assert Served(state_dir, engine, gateway, api_key).ask("hello").status == 200
+            gateway.end()
+        until(lambda: "gateway.stopped" in _actions(receiver))
+        with running_gateway(state_dir, engine) as gateway:
+            until(lambda: _actions(receiver).count("gateway.started") >= 2)
+            exporter = AdminClient(state_dir).audit_exports().exporter_pid
+            assert exporter is not None
+            os.kill(exporter, signal.SIGKILL)
+            until(lambda: AdminClient(state_dir).audit_exports().exporter_pid not in (exporter, None))
+            successor = AdminClient(state_dir).audit_exports().exporter_pid
+            gateway.process.kill()
+            gateway.process.wait()
+            until(lambda: not Path(f"/proc/{successor}").exists())
