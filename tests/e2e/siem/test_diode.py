@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
@@ -20,6 +21,7 @@ from appliance.audit.siem.diode import DiodeFiles, Limits
 from appliance.audit.siem.leef import Leef
 from appliance.audit.siem.shipper import try_out
 from appliance.audit.siem.transport import ExportUnreachable, ExportUnusable
+from appliance.cli import holdfast
 from tests.e2e.siem.shipping import Shipped, messages, until
 from tests.unit.audit.making import KEY, ORIGIN
 
@@ -69,6 +71,18 @@ async def test_what_is_in_the_folder_is_the_log(tmp_path: Path) -> None:
     assert (first, last) == (1, len(found.paths))
     assert len(found.paths) >= 3  # 256 events at once, and the checkpoint
     assert not [path for path in (tmp_path / "out").iterdir() if path.suffix in (".new", ".ready")]
+
+
+async def test_a_folder_is_verified_by_the_command(tmp_path: Path) -> None:
+    await Shipped(tmp_path, transport(tmp_path), form=Leef()).until_delivered()
+    command = ["audit", "verify-export", str(tmp_path / "out"), "--key", str(KEY.verifier())]
+    outcome = CliRunner().invoke(holdfast, [*command, "--batch-key", str(public_key(tmp_path))])
+    assert outcome.exit_code == 0, outcome.output
+    assert "600 of them are proved" in outcome.output
+    _altered([path for path in visible(tmp_path) if path.suffix == ".log"])
+    outcome = CliRunner().invoke(holdfast, command)
+    assert outcome.exit_code != 0
+    assert "000000000002.log does not hold" in outcome.output
 
 
 async def test_a_batch_is_closed_by_its_age_and_counts_from_then(tmp_path: Path) -> None:

@@ -4,12 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from appliance.audit.siem.destinations import TRANSPORTS, Destination, DestinationInvalid, checked, transport_of
+from appliance.audit.siem.destinations import TRANSPORTS, Destination, DestinationInvalid, transport_of
 
 FILES = {name: Path(f"/etc/siem/{name}") for name in ("ca", "certificate", "private_key", "token_file")}
 TLS = {name: FILES[name] for name in ("ca", "certificate", "private_key")}
 HTTP = {name: FILES[name] for name in ("ca", "token_file")}
 KEY = {"private_key": FILES["private_key"]}
+
+
+def named(url: str, files: dict[str, Path], form: str = "ocsf") -> Destination:
+    return Destination.read({"name": "to", "url": url, "format": form, **files})
 
 
 @pytest.mark.parametrize(
@@ -25,7 +29,7 @@ KEY = {"private_key": FILES["private_key"]}
     ],
 )
 def test_each_transport_is_named_by_its_url(url: str, files: dict[str, Path], where: str) -> None:
-    destination = checked(Destination("to", url)._replace(**files))
+    destination = named(url, files)
     assert str(transport_of(destination)) == where
     assert Destination.read(destination.record()) == destination
     assert transport_of(destination).max_payload_bytes >= 4096
@@ -63,16 +67,16 @@ def test_each_transport_is_named_by_its_url(url: str, files: dict[str, Path], wh
 )
 def test_what_cannot_work_is_refused_and_told(url: str, files: dict[str, Path], told: str) -> None:
     with pytest.raises(DestinationInvalid, match=told):
-        checked(Destination("to", url)._replace(**files))
+        named(url, files)
 
 
 def test_elasticsearch_takes_json_alone() -> None:
     for form in ("ecs", "ocsf"):
-        checked(Destination("to", "elasticsearch+https://siem.example/logs", form)._replace(**HTTP))
+        named("elasticsearch+https://siem.example/logs", HTTP, form)
     for form in ("cef", "leef"):
         with pytest.raises(DestinationInvalid, match="what it takes is JSON"):
-            checked(Destination("to", "elasticsearch+https://siem.example/logs", form)._replace(**HTTP))
+            named("elasticsearch+https://siem.example/logs", HTTP, form)
 
 
 def test_the_folder_is_one_of_the_files_that_must_not_be_the_appliances() -> None:
-    assert Destination("to", "file:///srv/out")._replace(**KEY).files == (FILES["private_key"], Path("/srv/out"))
+    assert named("file:///srv/out", KEY).files == (FILES["private_key"], Path("/srv/out"))
