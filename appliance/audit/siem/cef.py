@@ -38,6 +38,7 @@ _BEGIN: Final = f"CEF:0|{VENDOR}|{PRODUCT}|"
 _MAX_VERSION, _MAX_CLASS_ID, _MAX_NAME = 31, 1023, 512
 _HEADER: Final = str.maketrans({"\\": r"\\", "|": r"\|"})
 _EXTENSION: Final = str.maketrans({"\\": r"\\", "=": r"\=", "\n": r"\n", "\r": r"\r"})
+_PLAIN: Final = re.compile(r"[ -<>-\[\]-~]*")  # printable ASCII, and nothing to escape
 _ESCAPED: Final = re.compile(r"\\(.)")
 _MEANT: Final = {"n": "\n", "r": "\r"}
 
@@ -141,13 +142,16 @@ def _message(facts: Facts) -> Message:
             extension.append(f"{field.name}={_escaped(value, field.limit)}")
             if field.label:
                 extension.append(f"{field.name}Label={field.label}")
-    extension.append(f"{PROOF_KEY}={proof_text(facts).translate(_EXTENSION)}")
+    proof = proof_text(facts).replace("\\", r"\\").replace("=", r"\=")  # it is JSON: it has no ends of lines
+    extension.append(f"{PROOF_KEY}={proof}")
     line = f"{_BEGIN}{header}|{' '.join(extension)}"
     return Message(line.encode(), facts.wall_ms, facts.severity.value, facts.action, facts.id)
 
 
 def _escaped(value: str, limit: int) -> str:
     """A value of the extension. It may have several lines: their ends are CEF's own to escape."""
+    if len(value) <= limit and _PLAIN.fullmatch(value):
+        return value
     lines = re.split(r"([\n\r])", value)
     seen = "".join(part if part in ("\n", "\r") else shown(part, limit) for part in lines)
     return (seen if len(seen) <= limit else f"{seen[: limit - 1]}\u2026").translate(_EXTENSION)

@@ -198,6 +198,8 @@ def shown(text: str, limit: int) -> str:
 
     The exact text is in the record that the proof carries.
     """
+    if len(text) <= limit and text.isascii() and text.isprintable():
+        return text
     seen = _HIDDEN.sub(lambda found: f"<U+{ord(found[0]):04X}>", text)
     return seen if len(seen) <= limit else f"{seen[: limit - 1]}\u2026"
 
