@@ -55,7 +55,7 @@ FIELDS: Final = (
     ("@timestamp", "when it happened, UTC"),
     ("message", "what the event means"),
     ("event.kind", "`event`"),
-    ("event.category, event.type", "see the table of classes; `denied` besides where a request was refused"),
+    ("event.category, event.type", "see the table of classes; `denied` besides for an API call that was refused"),
     ("event.action", "action"),
     ("event.code", "number of the class"),
     ("event.outcome", "success, failure (also for refused), unknown (withheld)"),
@@ -168,7 +168,7 @@ def _event(facts: Facts) -> dict[str, Any]:
     if (found := categories(facts.ocsf)) is not None:
         category, type_ = found
         denied = ["denied"] if facts.outcome == "refused" and category in _DENIABLE else []
-        event |= {"category": [category], "type": [type_, *denied]}
+        event |= {"category": [category], "type": sorted([type_, *denied])}
     if facts.event_class:
         event["code"] = str(facts.event_class)
     if facts.sequence is not None:
