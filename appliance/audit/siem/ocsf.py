@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from appliance.audit.entry import Entry, check_commitment
 from appliance.audit.events import CATALOGUE
+from appliance.audit.siem.facts import read_object
 from appliance.audit.siem.formats import (
     Carried,
     CheckpointEvent,
@@ -70,12 +71,7 @@ class Ocsf:
 
     def read(self, text: str) -> Carried:
         """See `Format.read`."""
-        try:
-            event = json.loads(text, object_pairs_hook=_unique)
-        except ValueError as error:
-            raise invalid(f"what it holds cannot be read as JSON: {error}"[:200]) from None
-        if not isinstance(event, dict):
-            raise invalid("it holds no JSON object")
+        event = read_object(text)
         return Carried(origin_of(event), read_event(event))
 
 
@@ -202,7 +198,7 @@ def read_event(event: dict[str, Any]) -> Disclosed | CheckpointEvent | None:
         else:
             carried = _disclosed(proof)
             made = entry_event(origin, carried)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         if isinstance(error, HoldfastError):
             raise
         raise invalid(f"its proof cannot be read: {type(error).__name__}") from None
@@ -219,14 +215,6 @@ def origin_of(event: dict[str, Any]) -> str:
         EventInvalid: it is no event of ours.
     """
     return str(_proof(event).get("origin"))
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object in which no name comes twice: readers differ in which of the two they take."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("a name comes twice in one object")
-    return made
 
 
 def _proof(event: dict[str, Any]) -> dict[str, Any]:
@@ -347,7 +335,7 @@ def _endpoint(record: dict[str, Any]) -> dict[str, Any]:
 def _record(content: bytes) -> dict[str, Any]:
     try:
         record = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
         raise invalid("its record is no JSON object")

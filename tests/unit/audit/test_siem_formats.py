@@ -1,5 +1,7 @@
 """CEF, LEEF and ECS: whatever a field holds, a reader that knows the specification alone gets back what was put in."""
 
+import base64
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -325,7 +327,7 @@ def test_checkpoints_and_trials_come_through(format_: Format) -> None:
     assert format_.read(trial.payload.decode()) == Carried(ORIGIN, None)
 
 
-@pytest.mark.parametrize("format_", OURS, ids=lambda each: each.name)
+@pytest.mark.parametrize("format_", FORMATS.values(), ids=lambda each: each.name)
 @pytest.mark.parametrize(
     "proof",
     [
@@ -342,12 +344,34 @@ def test_a_forged_proof_is_refused_and_nothing_else(format_: Format, proof: str)
     lines = {
         "cef": f"CEF:0|Holdfast|Holdfast|1|a|b|1|act=a {PROOF_KEY}={proof}",
         "leef": f"LEEF:2.0|Holdfast|Holdfast|1|a|^|sev=1^{PROOF_KEY}={proof}",
+        "ocsf": f'{{"time":1,"unmapped":{{"holdfast":{proof}}}}}',
         "ecs": f'{{"ecs":{{"version":"8.17.0"}},"holdfast":{{"proof":{proof}}}}}',
     }
     line = lines[format_.name]
     assert format_.find(line) == 0
     with pytest.raises(HoldfastError):
         format_.read(line)
+
+
+@pytest.mark.parametrize("format_", FORMATS.values(), ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "record", ['{"counts":{"duration_ms":1e999,"count":1e999}}', '{"actor":[],"target":5}', "[" * 10_000]
+)
+def test_a_forged_record_is_refused_or_read_and_nothing_else(format_: Format, record: str) -> None:
+    """Who forges a record forges the entry that commits to it: what shows that is the log's tree."""
+    disclosed = disclosed_of(40, {})
+    random = disclosed.salt
+    commitment = hashlib.sha256(b"\x02" + random + record.encode()).digest()
+    packed = Entry.unpack(disclosed.packed)._replace(commitment=commitment).pack()
+    genuine = format_.entry(ORIGIN, disclosed).payload.decode()
+    for old, new in ((disclosed.packed, packed), (leaf_hash(disclosed.packed), leaf_hash(packed))):
+        for write in (lambda data: base64.b64encode(data).decode(), bytes.hex):
+            genuine = genuine.replace(write(old).replace("=", r"\=" if format_.name == "cef" else "="), write(new))
+    text = json.dumps(record)[1:-1].replace("\\", r"\\" if format_.name == "cef" else "\\")
+    forged = genuine.replace('"record":"{}"', f'"record":"{text}"')
+    assert forged != genuine
+    with contextlib.suppress(HoldfastError):
+        assert isinstance(format_.read(forged).content, Disclosed)
 
 
 def test_what_was_altered_is_named() -> None:
