@@ -152,7 +152,7 @@ class Rsyslog(Receiver):
         """See `Receiver`."""
         program = shutil.which("rsyslogd", path="/usr/sbin:/sbin:/usr/bin")
         if program is None:
-            raise RuntimeError("the tests need rsyslog: run `apt-get install rsyslog rsyslog-openssl rsyslog-gnutls`")
+            raise RuntimeError("the tests need rsyslog: run `apt-get install rsyslog rsyslog-openssl rsyslog-gnutls rsyslog-relp`")
         return [program, "-n", "-f", str(self.folder / "rsyslog.conf"), "-i", str(self.folder / "pid")], {}
 
 
