@@ -212,9 +212,7 @@ class _Batch:
         self.size = self.events = 0
         self.first = self.last = ""
         self._hashed = hashlib.sha256()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._descriptor = os.open(path, flags, _MODE)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)  # so it is not taken for one that somebody left
+        self._descriptor = _create(path)
 
     @property
     def sha256(self) -> str:
@@ -355,9 +353,8 @@ class _Room:
     def _put(self, name: str, content: bytes) -> None:
         """Write a file in the place of the one before, whole and on the disk."""
         staged = self.folder / f".{self._random(8).hex()}{_NEW}"
-        descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, _MODE)
+        descriptor = _create(staged)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
             _write_all(descriptor, content)
             os.fsync(descriptor)
             staged.rename(self.folder / name)
@@ -374,6 +371,18 @@ class _Room:
             yield
         finally:
             os.close(descriptor)
+
+
+def _create(path: Path) -> int:
+    """A file that is not there yet, for the folder's group to read, locked: nobody takes it for one that was left."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.fchmod(descriptor, _MODE)  # whatever the umask is
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _is_left(path: Path) -> bool:

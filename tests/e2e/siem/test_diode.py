@@ -106,6 +106,16 @@ async def test_a_batch_is_closed_by_its_size(tmp_path: Path) -> None:
     await connection.close()
 
 
+async def test_the_folders_group_can_read_batches_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        await batches_of(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in visible(tmp_path)} == {0o640}
+    assert (tmp_path / "out" / "batches.vkey").stat().st_mode & 0o777 == 0o640
+
+
 async def test_what_is_open_is_kept_in_good_order_and_else_dropped(tmp_path: Path) -> None:
     for in_good_order in (False, True):
         connection = await transport(tmp_path, SLOW).connect()
