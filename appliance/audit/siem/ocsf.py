@@ -10,6 +10,7 @@ https://schema.ocsf.io/1.8.0
 
 import base64
 import binascii
+import functools
 import ipaddress
 import json
 from typing import Any, Final
@@ -35,6 +36,7 @@ from appliance.errors import HoldfastError
 MAPPING: Final = 1
 SCHEMA: Final = "1.8.0"
 PRODUCT: Final = "Holdfast"
+_LINE: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False)
 _OTHER: Final = 99
 _BASE_EVENT: Final = (0, _OTHER)
 _ACCOUNT_CHANGE, _AUTHENTICATION, _ENTITY_MANAGEMENT = 3001, 3002, 3004
@@ -161,7 +163,7 @@ def _message(event: dict[str, Any]) -> Message:
 
 def line_of(event: dict[str, Any]) -> bytes:
     """The event as one line of printable ASCII."""
-    return json.dumps(event, separators=(",", ":"), allow_nan=False).encode("ascii")
+    return _LINE.encode(event).encode("ascii")
 
 
 # At the receiver
@@ -324,12 +326,18 @@ def _endpoint(record: dict[str, Any]) -> dict[str, Any]:
     source = record.get("source")
     if not source:
         return {"name": "unknown"}
+    address = _address(source)
+    return {"ip": address} if address else {"name": source}
+
+
+@functools.lru_cache(1024)
+def _address(source: str) -> str:
+    """An address as OCSF has it; empty: it is none."""
     try:
-        address = ipaddress.ip_address(source)
+        # OCSF bounds an address at 40 characters: an IPv6 scope is no part of it.
+        return str(ipaddress.ip_address(source)).partition("%")[0]
     except ValueError:
-        return {"name": source}
-    # OCSF bounds an address at 40 characters: an IPv6 scope is no part of it.
-    return {"ip": str(address).partition("%")[0]}
+        return ""
 
 
 def _record(content: bytes) -> dict[str, Any]:
