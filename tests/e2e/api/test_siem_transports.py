@@ -54,7 +54,7 @@ def _in_a_thread(server: Hec | Elastic, pki: Pki) -> Iterator[int]:
 
 
 def _holdfast(state_dir: Path, *words: str) -> Any:
-    command = [HOLDFAST, "--state-dir", str(state_dir), "--json", *words]
+    command = [str(HOLDFAST), "--state-dir", str(state_dir), "--json", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
