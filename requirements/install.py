@@ -171,6 +171,7 @@ _RECEIVERS: dict[str, tuple[Callable[[], bool], str]] = {
     "rsyslog": (lambda: shutil.which("rsyslogd", path="/usr/sbin:/sbin") is not None, _RSYSLOG),
     "rsyslog-gnutls": (lambda: _rsyslog_has("lmnsd_gtls"), _RSYSLOG),
     "rsyslog-openssl": (lambda: _rsyslog_has("lmnsd_ossl"), _RSYSLOG),
+    "rsyslog-relp": (lambda: _rsyslog_has("imrelp"), _RSYSLOG),
     "libglib2.0-0": (lambda: _loads("libglib-2.0.so.0"), _SYSLOG_NG),
     "libivykis0": (lambda: _loads("libivykis.so.0"), _SYSLOG_NG),
     "libjson-c5": (lambda: _loads("libjson-c.so.5"), _SYSLOG_NG),

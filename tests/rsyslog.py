@@ -152,7 +152,8 @@ class Rsyslog(Receiver):
         """See `Receiver`."""
         program = shutil.which("rsyslogd", path="/usr/sbin:/sbin:/usr/bin")
         if program is None:
-            raise RuntimeError("the tests need rsyslog: run `apt-get install rsyslog rsyslog-openssl rsyslog-gnutls`")
+            packages = "rsyslog rsyslog-openssl rsyslog-gnutls rsyslog-relp"
+            raise RuntimeError(f"the tests need rsyslog: run `apt-get install {packages}`")
         return [program, "-n", "-f", str(self.folder / "rsyslog.conf"), "-i", str(self.folder / "pid")], {}
 
 

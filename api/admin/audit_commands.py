@@ -22,6 +22,8 @@ from appliance.audit.notes import Algorithm, SigningKey, VerifierKey, decode_not
 from appliance.audit.proof import prove as make_proof
 from appliance.audit.proof import verify_proof
 from appliance.audit.reading import LogReader
+from appliance.audit.siem.batches import PUBLIC_KEY as BATCHES_KEY
+from appliance.audit.siem.batches import verify_batches
 from appliance.audit.siem.verify_export import ExportVerified, verify_export
 from appliance.audit.signing import PUBLIC_KEY
 from appliance.audit.verify import Removed, Verified, verify_log
@@ -232,19 +234,34 @@ def digest(console: Console, tenant: str, of: str, api_key_fd: int | None) -> No
 
 
 @audit.command("verify-export")
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.argument("file", type=click.Path(path_type=Path, exists=True))
 @click.option("--key", "key_text", metavar="VKEY", required=True, help="The log's public key, or a file with it.")
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     help="A signed checkpoint from elsewhere, which what arrived must reach: it shows a tail that was cut off.",
 )
+@click.option(
+    "--batch-key",
+    metavar="VKEY",
+    help="For a folder of batches: the public key that signed them, or a file with it; by default the folder's own, "
+    "which whoever changed the batches could have changed too.",
+)
 @pass_console
-def check_export(console: Console, file: Path, key_text: str, checkpoint: Path | None) -> None:
-    """At the receiver of events: check that none was altered, dropped or added on the way."""
+def check_export(console: Console, file: Path, key_text: str, checkpoint: Path | None, batch_key: str | None) -> None:
+    """At the receiver of events: check that none was altered, dropped or added on the way.
+
+    FILE holds an event a line; or it is a folder of batches that came over a data diode.
+    """
     note = None if checkpoint is None else decode_note(checkpoint.read_bytes())
-    with file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
-        found = verify_export(lines, _vkey(key_text), checkpoint=note)
+    if file.is_dir():
+        batches = verify_batches(file, _vkey(batch_key or str(file / BATCHES_KEY)))
+        found = verify_export(batches.lines(), _vkey(key_text), checkpoint=note)
+        series = ", ".join(f"{name}: {first} to {last}" for name, (first, last) in batches.numbers.items())
+        console.say(f"{len(batches.paths)} batches hold ({series}).")
+    else:
+        with file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+            found = verify_export(lines, _vkey(key_text), checkpoint=note)
     console.result(found.record(), _export_text(found))
 
 

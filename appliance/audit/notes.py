@@ -247,6 +247,24 @@ def open_checkpoint(note: str, key: VerifierKey) -> Checkpoint:
     return checkpoint
 
 
+def sign_note(text: str, key: SigningKey) -> str:
+    """The note of a text that is no checkpoint, signed.
+
+    Raises:
+        NoteInvalid: the text is a checkpoint, or cannot be a note's.
+        KeyInvalid: the key is a witness's.
+    """
+    _must_sign(key.algorithm, Algorithm.ED25519)
+    try:
+        Checkpoint.parse(text)
+    except NoteInvalid:
+        note = f"{text}\n{_signature_line(key, key.sign(text.encode()))}"
+        if _parse_note(note).text != text:
+            raise _invalid("its text does not end in a newline") from None
+        return note
+    raise _invalid("its text is a checkpoint, which its log alone signs")
+
+
 def open_note(note: str, key: VerifierKey) -> str:
     """The text of a note that this Ed25519 key signed. What others signed is passed over, as signed-note says.
 

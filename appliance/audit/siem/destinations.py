@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
 
 from appliance.audit.siem import syslog
+from appliance.audit.siem.cef import Cef
+from appliance.audit.siem.ecs import Ecs
 from appliance.audit.siem.formats import Format
+from appliance.audit.siem.leef import Leef
 from appliance.audit.siem.ocsf import Ocsf
 from appliance.audit.siem.transport import Transport
 from appliance.errors import Fault, HoldfastError
@@ -23,6 +26,8 @@ from appliance.errors import Fault, HoldfastError
 MOST_DESTINATIONS: Final = 8
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _MAX_URL: Final = 1024
+_INDEX: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,254}")
+_JSON: Final = ("ecs", "ocsf")
 
 
 class DestinationInvalid(HoldfastError, ValueError):
@@ -37,7 +42,8 @@ class Destination(NamedTuple):
 
     Attributes:
         name: what it is called here: small letters, digits, `-`.
-        url: `syslog+tls://host:port`; the other schemes are in `TRANSPORTS`.
+        url: `syslog+tls://host:port`, `relp+tls://host:port`, `splunk+https://host:port`,
+            `elasticsearch+https://host:port/index`, `file:///folder`.
         format: one of `FORMATS`.
         server_name: what the receiver's certificate must be for; empty: the host of the url.
         ca: a file with the certificates that the receiver's may be from, PEM.
@@ -58,8 +64,10 @@ class Destination(NamedTuple):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that it names."""
-        named = (self.ca, self.certificate, self.private_key, self.token_file)
+        """The files that it names, and the folder."""
+        url = urllib.parse.urlsplit(self.url)
+        folder = _folder(url) if url.scheme == "file" else None
+        named = (self.ca, self.certificate, self.private_key, self.token_file, folder)
         return tuple(path for path in named if path is not None)
 
     def record(self) -> dict[str, Any]:
@@ -83,23 +91,109 @@ class Destination(NamedTuple):
             raise _invalid("a destination has other fields", str(error)) from None
 
 
-FORMATS: Final[Mapping[str, Format]] = {"ocsf": Ocsf()}
+FORMATS: Final[Mapping[str, Format]] = {each.name: each for each in (Ocsf(), Cef(), Leef(), Ecs())}
 
-# A transport's own factory raises DestinationInvalid for what it cannot work with, or lacks.
-TRANSPORTS: Final[Mapping[str, Callable[[Destination, urllib.parse.SplitResult], Transport]]] = {
-    "syslog+tls": lambda destination, url: syslog.SyslogTls(
-        syslog.Receiver(
-            host=host_of(url),
-            port=port_of(url, syslog.PORT),
-            server_name=destination.server_name or host_of(url),
-            ca=needed(destination, "ca"),
-            certificate=needed(destination, "certificate"),
-            private_key=needed(destination, "private_key"),
-        ),
+
+def _syslog(destination: "Destination", url: urllib.parse.SplitResult) -> Transport:
+    _refuse_rest(url, path="")
+    return syslog.SyslogTls(
+        _receiver(destination, url, syslog.PORT, needs_certificate=True),
         hostname=platform.node(),
         max_message_bytes=destination.max_message_bytes or syslog.MAX_MESSAGE_BYTES,
-    ),
+    )
+
+
+def _relp(destination: "Destination", url: urllib.parse.SplitResult) -> Transport:
+    from appliance.audit.siem import relp
+
+    _refuse_rest(url, path="")
+    return relp.RelpTls(
+        _receiver(destination, url, relp.PORT, needs_certificate=True),
+        hostname=platform.node(),
+        max_message_bytes=destination.max_message_bytes or syslog.MAX_MESSAGE_BYTES,
+    )
+
+
+# What speaks HTTP is imported when it is wanted: a receiver's `verify-export` needs none of it.
+def _splunk(destination: "Destination", url: urllib.parse.SplitResult) -> Transport:
+    from appliance.audit.siem import splunk
+
+    _refuse_rest(url, path="")
+    return splunk.SplunkHec(
+        _receiver(destination, url, splunk.PORT, needs_certificate=False),
+        needed(destination, "token_file"),
+        hostname=platform.node(),
+        max_payload_bytes=destination.max_message_bytes or splunk.MAX_MESSAGE_BYTES,
+    )
+
+
+def _elasticsearch(destination: "Destination", url: urllib.parse.SplitResult) -> Transport:
+    from appliance.audit.siem import elastic
+
+    index = url.path.removeprefix("/")
+    if not _INDEX.fullmatch(index):
+        raise _invalid("its url cannot be used", "its path is the name of an index or a data stream, and nothing else")
+    if destination.format not in _JSON:
+        raise _invalid(f"Elasticsearch takes no {destination.format}", f"what it takes is JSON: {', '.join(_JSON)}")
+    _refuse_rest(url, path=url.path)
+    return elastic.Elasticsearch(
+        _receiver(destination, url, elastic.PORT, needs_certificate=False),
+        needed(destination, "token_file"),
+        index=index,
+        max_payload_bytes=destination.max_message_bytes or elastic.MAX_MESSAGE_BYTES,
+    )
+
+
+def _files(destination: "Destination", url: urllib.parse.SplitResult) -> Transport:
+    """`file:///folder?bytes=N&seconds=N`: how large and how old a batch becomes."""
+    from appliance.audit.siem import diode
+
+    if url.netloc or url.fragment or not url.path.startswith("/") or not str(_folder(url)).isprintable():
+        raise _invalid("its url cannot be used", "a folder of this machine is written file:///folder")
+    try:
+        given = dict(urllib.parse.parse_qsl(url.query, strict_parsing=True)) if url.query else {}
+        limits = diode.Limits(
+            max_bytes=int(given.pop("bytes", diode.MAX_BYTES)), max_age_s=float(given.pop("seconds", diode.MAX_AGE_S))
+        )
+    except ValueError:
+        raise _invalid("its url cannot be used", "behind the folder there is ?bytes=N&seconds=N, or nothing") from None
+    if given or not 1 << 12 <= limits.max_bytes <= 1 << 30 or not 1 <= limits.max_age_s <= 86_400:
+        raise _invalid("its url cannot be used", "a batch has 4096 to 1073741824 bytes and 1 to 86400 seconds")
+    key = needed(destination, "private_key")
+    return diode.DiodeFiles(_folder(url), key, name=f"diode.{destination.name}", limits=limits)
+
+
+# Each raises DestinationInvalid for what it cannot work with, or lacks.
+TRANSPORTS: Final[Mapping[str, Callable[[Destination, urllib.parse.SplitResult], Transport]]] = {
+    "syslog+tls": _syslog,
+    "relp+tls": _relp,
+    "splunk+https": _splunk,
+    "elasticsearch+https": _elasticsearch,
+    "file": _files,
 }
+
+
+def _receiver(
+    destination: Destination, url: urllib.parse.SplitResult, usual: int, *, needs_certificate: bool
+) -> syslog.Receiver:
+    shows = needs_certificate or destination.certificate is not None or destination.private_key is not None
+    return syslog.Receiver(
+        host=host_of(url),
+        port=port_of(url, usual),
+        server_name=destination.server_name or host_of(url),
+        ca=needed(destination, "ca"),
+        certificate=needed(destination, "certificate") if shows else None,
+        private_key=needed(destination, "private_key") if shows else None,
+    )
+
+
+def _refuse_rest(url: urllib.parse.SplitResult, *, path: str) -> None:
+    if url.path.rstrip("/") != path.rstrip("/") or url.query or url.fragment:
+        raise _invalid("its url cannot be used", "there is something behind the host that says nothing here")
+
+
+def _folder(url: urllib.parse.SplitResult) -> Path:
+    return Path(urllib.parse.unquote(url.path))
 
 
 def checked(destination: Destination) -> Destination:
@@ -114,10 +208,10 @@ def checked(destination: Destination) -> Destination:
         raise _invalid(f"there is no format {destination.format[:64]!r}", f"there are {', '.join(FORMATS)}")
     if destination.max_message_bytes and not 1 << 12 <= destination.max_message_bytes <= 1 << 20:
         raise _invalid("messages cannot be bounded like that", "max_message_bytes is 4096 to 1048576, or 0")
+    transport_of(destination)
     for path in destination.files:
         if not path.is_absolute():
             raise _invalid(f"{path} cannot be used", "it is not an absolute path")
-    transport_of(destination)
     return destination
 
 

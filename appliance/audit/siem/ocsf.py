@@ -16,15 +16,8 @@ import json
 from typing import Any, Final
 
 from appliance.audit.entry import Entry, check_commitment
-from appliance.audit.events import (
-    ADMIN_REFUSED,
-    CATALOGUE,
-    ENGINE_LOST,
-    LOG_RECOVERED,
-    NOT_AUTHENTICATED,
-    TURN_NOT_KEPT,
-    VAULT_REFUSED,
-)
+from appliance.audit.events import CATALOGUE
+from appliance.audit.siem.facts import read_object
 from appliance.audit.siem.formats import (
     Carried,
     CheckpointEvent,
@@ -35,6 +28,7 @@ from appliance.audit.siem.formats import (
     stable_id,
     trial_id,
 )
+from appliance.audit.siem.severity import severity_of
 from appliance.audit.siem.transport import Message
 from appliance.audit.tree import leaf_hash
 from appliance.errors import HoldfastError
@@ -48,9 +42,6 @@ _BASE_EVENT: Final = (0, _OTHER)
 _ACCOUNT_CHANGE, _AUTHENTICATION, _ENTITY_MANAGEMENT = 3001, 3002, 3004
 _APPLICATION_LIFECYCLE, _API_ACTIVITY = 6002, 6003
 _SEVERITIES: Final = {1: "Informational", 2: "Low", 3: "Medium"}
-_MEDIUM: Final = frozenset(
-    kind.number for kind in (ADMIN_REFUSED, ENGINE_LOST, LOG_RECOVERED, NOT_AUTHENTICATED, TURN_NOT_KEPT, VAULT_REFUSED)
-)
 _STATUSES: Final = {
     "success": (1, "Success"),
     "failure": (2, "Failure"),
@@ -82,12 +73,7 @@ class Ocsf:
 
     def read(self, text: str) -> Carried:
         """See `Format.read`."""
-        try:
-            event = json.loads(text, object_pairs_hook=_unique)
-        except ValueError as error:
-            raise invalid(f"what it holds cannot be read as JSON: {error}"[:200]) from None
-        if not isinstance(event, dict):
-            raise invalid("it holds no JSON object")
+        event = read_object(text)
         return Carried(origin_of(event), read_event(event))
 
 
@@ -115,7 +101,7 @@ def entry_event(origin: str, disclosed: Disclosed) -> dict[str, Any]:
     known = CATALOGUE.get(entry.event_class)
     class_uid, activity_id = _BASE_EVENT if known is None else known.ocsf
     outcome = record.get("outcome")
-    severity = 3 if entry.event_class in _MEDIUM else 1 if outcome in ("success", None) else 2
+    severity = severity_of(entry.event_class, outcome).value
     status_id, status = _STATUSES.get(str(outcome), (0, "Unknown"))
     event = _head(class_uid, activity_id, entry.wall_ns // 1_000_000, severity) | {
         "status_id": status_id,
@@ -214,7 +200,7 @@ def read_event(event: dict[str, Any]) -> Disclosed | CheckpointEvent | None:
         else:
             carried = _disclosed(proof)
             made = entry_event(origin, carried)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         if isinstance(error, HoldfastError):
             raise
         raise invalid(f"its proof cannot be read: {type(error).__name__}") from None
@@ -231,14 +217,6 @@ def origin_of(event: dict[str, Any]) -> str:
         EventInvalid: it is no event of ours.
     """
     return str(_proof(event).get("origin"))
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object in which no name comes twice: readers differ in which of the two they take."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("a name comes twice in one object")
-    return made
 
 
 def _proof(event: dict[str, Any]) -> dict[str, Any]:
@@ -365,7 +343,7 @@ def _address(source: str) -> str:
 def _record(content: bytes) -> dict[str, Any]:
     try:
         record = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
         raise invalid("its record is no JSON object")

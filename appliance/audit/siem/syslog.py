@@ -36,9 +36,9 @@ _CIPHERS: Final = (
     "ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:"
     "ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-RSA-AES256-GCM-SHA384"
 )
-_MAX_HOST: Final = 255
-_MAX_MSGID: Final = 32
-_HEADER_BYTES: Final = 60  # beside host and MSGID
+MAX_HOST: Final = 255
+MAX_MSGID: Final = 32
+HEADER_BYTES: Final = 60  # beside host and MSGID
 _KEEPALIVE_IDLE_S: Final = 10
 _KEEPALIVE_EVERY_S: Final = 5
 
@@ -50,15 +50,15 @@ class Receiver:
     Attributes:
         server_name: what its certificate must be for.
         ca: a file with the certificates that it may be from.
-        certificate, private_key: ours, PEM.
+        certificate, private_key: ours, PEM; None: we show none, for transports where that is left to the receiver.
     """
 
     host: str
     port: int
     server_name: str
     ca: Path
-    certificate: Path
-    private_key: Path
+    certificate: Path | None
+    private_key: Path | None
 
     def __str__(self) -> str:
         return f"{self.host}, port {self.port}"
@@ -83,7 +83,7 @@ class SyslogTls:
         deadline_s: float = DEADLINE_S,
     ) -> None:
         self._receiver = receiver
-        self._hostname = _header(hostname, _MAX_HOST)
+        self._hostname = header_field(hostname, MAX_HOST)
         self._max_message_bytes = max_message_bytes
         self._deadline_s = deadline_s
 
@@ -93,7 +93,7 @@ class SyslogTls:
     @property
     def max_payload_bytes(self) -> int:
         """What the longest header leaves."""
-        return self._max_message_bytes - _HEADER_BYTES - len(self._hostname) - _MAX_MSGID
+        return self._max_message_bytes - HEADER_BYTES - len(self._hostname) - MAX_MSGID
 
     async def connect(self) -> "Connection":
         """See `Transport.connect`."""
@@ -101,19 +101,25 @@ class SyslogTls:
 
 
 def framed(sent: Message, hostname: str) -> bytes:
-    """One message (RFC 5424, section 6) with its length before it (RFC 5425, section 4.3).
+    """`line`, with its length before it (RFC 5425, section 4.3)."""
+    made = line(sent, hostname)
+    return b"%d %b" % (len(made), made)
+
+
+def line(sent: Message, hostname: str) -> bytes:
+    """One message (RFC 5424, section 6).
 
     The payload is the message itself (MSG-ANY; no byte order mark, which receivers of JSON stumble over).
 
     Args:
-        hostname: HOSTNAME, as `_header` leaves it.
+        hostname: HOSTNAME, as `header_field` leaves it.
     """
     seconds, ms = divmod(sent.wall_ms, 1000)
     priority = 8 * _FACILITY + _PRIORITIES[sent.severity_id]
     head = b"<%d>1 %b.%03dZ %b holdfast - %b - " % (
         priority, _moment(seconds), ms, hostname.encode("ascii"), _message_id(sent.kind)
     )  # fmt: skip
-    return b"%d %b%b" % (len(head) + len(sent.payload), head, sent.payload)
+    return head + sent.payload
 
 
 @functools.lru_cache(8)
@@ -123,7 +129,7 @@ def _moment(seconds: int) -> bytes:
 
 @functools.lru_cache(256)
 def _message_id(kind: str) -> bytes:
-    return _header(kind, _MAX_MSGID).encode("ascii")
+    return header_field(kind, MAX_MSGID).encode("ascii")
 
 
 class Connection:
@@ -202,7 +208,13 @@ class Connection:
 
 
 async def connect(receiver: Receiver, *, hostname: str, deadline_s: float = DEADLINE_S) -> Connection:
-    """Connect with a receiver.
+    """Connect with a receiver. Raises as `open_tls`."""
+    reader, writer = await open_tls(receiver, deadline_s)
+    return Connection(receiver, reader, writer, hostname=hostname, deadline_s=deadline_s)
+
+
+async def open_tls(receiver: Receiver, deadline_s: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection over TLS, on which a peer that is silent is given up.
 
     Raises:
         ExportUnreachable: nobody answers, or not whom we know.
@@ -225,7 +237,7 @@ async def connect(receiver: Receiver, *, hostname: str, deadline_s: float = DEAD
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_EVERY_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(deadline_s * 1000))
-    return Connection(receiver, reader, writer, hostname=hostname, deadline_s=deadline_s)
+    return reader, writer
 
 
 def tls_context(receiver: Receiver) -> ssl.SSLContext:
@@ -240,8 +252,9 @@ def tls_context(receiver: Receiver) -> ssl.SSLContext:
     path = receiver.ca
     try:
         context.load_verify_locations(receiver.ca)
-        path = receiver.certificate
-        context.load_cert_chain(receiver.certificate, receiver.private_key, password=_no_passphrase)
+        if receiver.certificate is not None:
+            path = receiver.certificate
+            context.load_cert_chain(receiver.certificate, receiver.private_key, password=_no_passphrase)
     except (OSError, ValueError) as error:
         told = in_words(error) if isinstance(error, OSError) else str(error)
         raise ExportUnusable(
@@ -274,6 +287,6 @@ def _no_passphrase() -> str:
     raise ValueError("the private key has a passphrase")
 
 
-def _header(text: str, at_most: int) -> str:
+def header_field(text: str, at_most: int) -> str:
     """A field of the header: printable ASCII without spaces, `-` for nothing."""
     return "".join(character for character in text if "!" <= character <= "~")[:at_most] or "-"

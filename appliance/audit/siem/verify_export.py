@@ -227,12 +227,12 @@ def _carried(line: str, origin: str) -> Carried:
     if len(line) > MAX_LINE:
         raise _differs("it is too long", f"it has more than {MAX_LINE} characters")
     text = line.rstrip("\r\n")
-    for known in FORMATS.values():
-        if (begin := known.find(text)) >= 0:
-            carried = known.read(text[begin:])
-            break
-    else:
+    # The first that begins: what a field of an event holds may look like the beginning of another one.
+    begun = [(begin, name) for name, known in FORMATS.items() if (begin := known.find(text)) >= 0]
+    if not begun:
         raise _differs("it is no event", f"it holds none of {', '.join(FORMATS)}")
+    begin, name = min(begun)
+    carried = FORMATS[name].read(text[begin:])
     if carried.origin != origin:
         raise _differs("it is another log's", f"it is of {carried.origin[:100]!r}, and the key of {origin!r}")
     return carried

@@ -175,7 +175,7 @@ def test_checkpoints_and_tests_fit_the_schema() -> None:
 
 
 def test_a_message_is_rfc_5424_in_a_frame_of_rfc_5425_whatever_names_hold() -> None:
-    made = syslog.framed(Message(b"{}", 1_700_000_000_123, 3, "", "id"), syslog._header(NASTY, 255))
+    made = syslog.framed(Message(b"{}", 1_700_000_000_123, 3, "", "id"), syslog.header_field(NASTY, 255))
     length, _, rest = made.partition(b" ")
     assert int(length) == len(rest)
     head = rest.decode("ascii").split(" ")

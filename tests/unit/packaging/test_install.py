@@ -176,7 +176,7 @@ def test_what_only_the_tests_start_is_asked_for_by_the_tests_alone(monkeypatch: 
     monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
     monkeypatch.setattr(install, "_loads", lambda _: True)
     asked_for = [name for name, _ in install.missing_packages(RUN, tests=True, engine="cpu")]
-    assert asked_for == ["postgresql", "rsyslog", "rsyslog-gnutls", "rsyslog-openssl"]
+    assert asked_for == ["postgresql", "rsyslog", "rsyslog-gnutls", "rsyslog-openssl", "rsyslog-relp"]
     assert install.missing_packages(RUN, tests=False, engine="cpu") == []
 
 
