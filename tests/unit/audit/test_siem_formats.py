@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import dataclasses
 import hashlib
 import json
 import re
@@ -82,7 +81,7 @@ def disclosed_of(kind: int, record: dict[str, Any], *, wall_ns: int = 1_700_000_
     draft = seal(kind, {}, keys=Keys(), scope="s", actor="", session="", random=random)
     content = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
     commitment = hashlib.sha256(b"\x02" + random[16:] + content).digest()
-    draft = dataclasses.replace(draft, commitment=commitment)
+    draft = draft._replace(commitment=commitment)
     return Disclosed(number(draft, sequence=41, wall_ns=wall_ns, monotonic_ns=7, boot_id=BOOT), content, random[16:])
 
 
