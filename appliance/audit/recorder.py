@@ -26,7 +26,7 @@ from appliance.vault import VaultSealed
 
 _WAIT_S: Final = 10.0
 _MOST_WAITING: Final = 4096
-_SENT_TOGETHER: Final = 8  # frames: the appender works at these while the next are sealed
+_SENT_TOGETHER: Final = 4  # frames: the appender works at these while the next are sealed
 _PATIENCE_S: Final = 3.0  # with an appender that does not start: its predecessor may be ending
 _SWEEP_S: Final = 1.0
 _TAGS: Final = 8192  # of actors and sessions, remembered
