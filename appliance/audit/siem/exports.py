@@ -303,6 +303,9 @@ class Exports:
                 ended = f"it cannot be started: {error.strerror}"
             except HoldfastError as error:
                 ended = f"{error.message}: {error.cause}"
+            except Exception as error:  # a defect of ours: it must not end the export for good
+                _LOG.exception("the exporter cannot be had")
+                ended = f"{type(error).__name__}: {error}"[:300]
             if time.monotonic() > begun_s + _LIVED_S:
                 pause_s = _PAUSE_S
             _LOG.warning("the exporter ended: %s", ended)
@@ -328,7 +331,6 @@ class Exports:
                     stdin=theirs.fileno(),
                     stdout=asyncio.subprocess.DEVNULL,
                     env={name: os.environ[name] for name in _PASSED_ON if name in os.environ},
-                    start_new_session=True,
                 )
             except BaseException:
                 ours.close()
