@@ -2,8 +2,8 @@
 
 Rules:
 
-- The two completion routes are called by the guard, which has matched their paths already: a turn pays for no second
-  routing, no dependency injection and no response model. The other routes are FastAPI's.
+- The two completion routes and the end of a session are called by the guard, which has matched their paths already: a
+  turn pays for no second routing, no dependency injection and no response model. The other routes are FastAPI's.
 - FastAPI's own pages (schema, documentation) do not exist: nothing answers that is not listed here.
 """
 
@@ -39,8 +39,14 @@ def create_app(services: Services) -> App:
         [
             Route(LIST_PATH.decode(), models, methods=["GET"]),
             Route(f"{LIST_PATH.decode()}/{{model:path}}", models, methods=["GET"]),
-            Route("/v1/sessions/{session:path}", EndOfSession(services), methods=["DELETE"]),
         ]
     )
     turns: dict[bytes, App] = {endpoint.path.encode(): Turns(services, endpoint) for endpoint in (CHAT, COMPLETION)}
-    return Guard(app, Health(services, in_full=False), services, turns=turns, routes={LIST_PATH: ("GET",)})
+    return Guard(
+        app,
+        Health(services, in_full=False),
+        services,
+        turns=turns,
+        end_of_session=EndOfSession(services),
+        routes={LIST_PATH: ("GET",)},
+    )

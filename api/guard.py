@@ -43,10 +43,8 @@ from appliance.vault import VaultSealed
 
 _LOG = logging.getLogger("holdfast.gateway")
 _NAME = rb"(?:[A-Za-z0-9._~:@/+-]|%[2-7][0-9A-Fa-f])+"
-_ITEMS = (
-    (re.compile(rb"/v1/models/" + _NAME), ("GET",)),
-    (re.compile(rb"/v1/sessions/" + _NAME), ("DELETE",)),
-)
+_MODEL_PATH = re.compile(rb"/v1/models/" + _NAME)
+_SESSION_PATH = re.compile(rb"/v1/sessions/" + _NAME)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _ONCE = frozenset({b"host", b"authorization", b"content-length", b"x-request-id"}) | SESSION_HEADERS
 
@@ -58,6 +56,7 @@ class Guard:
         app: what answers the requests that pass.
         open_app: what answers on the routes that need no key.
         turns: what answers a POST on these raw paths, without the way through `app`.
+        end_of_session: what answers a DELETE of a session, in the same way.
         routes: the methods of each other raw path.
     """
 
@@ -68,12 +67,14 @@ class Guard:
         services: Services,
         *,
         turns: Mapping[bytes, App],
+        end_of_session: App,
         routes: Mapping[bytes, tuple[str, ...]],
     ) -> None:
         self._app = app
         self._open_app = open_app
         self._services = services
         self._turns = turns
+        self._end_of_session = end_of_session
         self._routes = {**dict.fromkeys(turns, ("POST",)), **routes}
         self._hosts = frozenset(host.lower().encode() for host in services.settings.gateway.allowed_hosts)
         self._max_body_bytes = services.settings.gateway.max_body_bytes
@@ -149,15 +150,18 @@ class Guard:
         if services.vault.sealed:
             raise VaultSealed
         request.caller = await authenticate(services.identity, request)
+        if _SESSION_PATH.fullmatch(raw_path) is not None:
+            _check_method(method, ("DELETE",))
+            return self._end_of_session
         methods = self._routes.get(raw_path)
         if methods is None:
-            methods = next((methods for path, methods in _ITEMS if path.fullmatch(raw_path)), None)
-            if methods is None:
+            if _MODEL_PATH.fullmatch(raw_path) is None:
                 raise RouteMissing(
                     "there is nothing at this path",
                     cause="paths are compared exactly, encoded characters included",
                     remedy="See GET /v1/models, POST /v1/chat/completions and POST /v1/completions",
                 )
+            methods = ("GET",)
         _check_method(method, methods)
         return self._turns.get(raw_path, self._app)
 

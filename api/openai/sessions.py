@@ -4,6 +4,7 @@ Rules:
 
 - What the engine holds of it is let go at once, and of every session of its tree where it is the tree's first. What was
   said stays in the transcript: forgetting is an administrator's, or `holdfast session forget`.
+- That it was said is recorded before anything is let go. A session that is over already is recorded no second time.
 - A session of somebody else is as unknown as one that never was.
 - A session that is over can go on: its next turn is computed anew.
 """
@@ -12,10 +13,9 @@ from typing import Final
 from urllib.parse import unquote
 
 from api import trail
-from api.answers import REQUEST, Receive, Request, Scope, Send, answer_json, refuse
+from api.answers import REQUEST, Receive, Request, Scope, Send, answer_json
 from api.engine_leases import release
 from api.services import Services
-from appliance.errors import HoldfastError
 
 ITEM_PREFIX: Final = b"/v1/sessions/"
 
@@ -27,16 +27,22 @@ class EndOfSession:
         self._services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  (ASGI's signature)
-        """Answer one request."""
+        """Answer one request.
+
+        Raises:
+            HoldfastError: it is refused.
+        """
         request: Request = scope[REQUEST]
         services = self._services
+        admission = services.quotas.enter(request.known_caller())
         try:
             asked = unquote(scope["raw_path"].removeprefix(ITEM_PREFIX).decode("ascii"))
-            ended = await services.sessions.end(request.known_caller(), asked)
-            for session_id in ended.session_ids:
-                await services.audit.record(trail.session_ended(request, session_id=session_id))
+            ended = await services.sessions.ending(request.known_caller(), asked)
+            said = [trail.session_ended(request, session_id=session_id) for session_id in ended.session_ids]
+            await services.audit.record(trail.authenticated(request), *said)
+            await services.sessions.end(ended)
             released = await release(services, ended.lease_labels)
-            answer = {"id": asked, "object": "session", "ended": len(ended.session_ids), "released": released}
-            await answer_json(send, 200, answer)
-        except HoldfastError as error:
-            await refuse(send, request, error)
+        finally:
+            admission.release()
+        answer = {"id": asked, "object": "session", "ended": len(ended.session_ids), "released": released}
+        await answer_json(send, 200, answer)

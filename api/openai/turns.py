@@ -168,8 +168,8 @@ class Turns:
             finally:
                 watcher.cancel()
                 if ends:
-                    services.sessions.end_after_turn(running.session)
-                if running.session.is_over:
+                    services.sessions.end_with_turn(running.session)
+                if running.session.was_ended_since(running.started_at):
                     await release(services, [running.session.lease_label])
         finally:
             if running is not None:
@@ -373,7 +373,14 @@ class Turns:
         begun_at = time.perf_counter()
         session_id = running.session.session_id
         stored, recorded = await asyncio.gather(
-            services.sessions.record(running.session, running.asked.turn, outcome, used, engine=services.engine_life),
+            services.sessions.record(
+                running.session,
+                running.asked.turn,
+                outcome,
+                used,
+                engine=services.engine_life,
+                last=ends_session(request.headers),
+            ),
             services.audit.record(self._ended(request, running, state, failure)),
             return_exceptions=True,
         )

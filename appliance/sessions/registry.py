@@ -12,6 +12,7 @@ Rules:
   is still resident cannot be reached again.
 - A session's key is made when its first turn is written down: what can be dropped from memory before it is stored would
   take the turn with it.
+- The first session of a tree has the tree's name for its own: that outlives whatever else is forgotten.
 - Forgetting deletes first and then erases what deletion left on the disk. That the second is due stands in the database
   from the moment of the first: it is done at the next start, and again until it succeeds.
 - A turn is durable, whole and encrypted when `record` returns, and not there at all when it raises.
@@ -51,6 +52,7 @@ _ERASURE_PAUSES_S = (1.0, 600.0)  # after the first failure, and at most
 _LIVE_SESSIONS = 4096
 _TIP_BYTES = 32 << 20
 _KNOWN_LINKS = 32_768
+_MOST_ENDED = 1000  # sessions of a tree, by one word
 _OWN_ID = re.compile(r"ses_[0-9a-f]{32}")
 _LOOKUP_LINKS = 512  # how far back from its end a history is searched for an answer of ours
 _LOG = logging.getLogger("holdfast.sessions")
@@ -85,7 +87,8 @@ class _Live:
     parent_session_id: str | None = None
     stored: bool = False
     forgotten: bool = False
-    over: bool = False  # its client said so, and asked nothing since
+    last_used_at: float = 0.0  # when its latest turn ended, by the wall clock
+    over_at: float | None = None  # when its client said last that it is over
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     __weakref__: Any = field(init=False, repr=False)
 
@@ -114,18 +117,22 @@ class Session:
     is_new: bool
     _live: _Live = field(repr=False, compare=False)
     _epoch: int = field(repr=False, compare=False)
-    _goes_on: bool = field(repr=False, compare=False)  # it was over before this turn
     _links: Sequence[bytes] = field(default=(), repr=False, compare=False)  # of the request, where they were needed
 
-    @property
-    def is_over(self) -> bool:
-        """Whether its client has said so since this turn began."""
-        return self._live.over
+    def was_ended_since(self, moment: float) -> bool:
+        """Whether its client has said that it is over, at `moment` (epoch seconds) or later."""
+        over_at = self._live.over_at
+        return over_at is not None and over_at >= moment
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """Sessions that their client said are over: the one that it named, and those of its tree where it is the first."""
+    """Sessions that their client says are over: the one that it named, and those of its tree where it is the first.
+
+    Attributes:
+        session_ids: those that were not over already.
+        lease_labels: of all of them.
+    """
 
     session_ids: Sequence[str]
     lease_labels: Sequence[str]
@@ -202,8 +209,7 @@ class Sessions(Archive):
             else:
                 live, links = await self._of_history(tenant_id, principal_id, turn.messages)
         self._remember(live)
-        goes_on, live.over = live.over, False
-        return self._session(caller, turn.model, live, links, goes_on=goes_on)
+        return self._session(caller, turn.model, live, links)
 
     async def _of_response(self, tenant_id: str, principal_id: str, response_id: str) -> _Live:
         turns, sessions = tables.turns, tables.sessions
@@ -353,6 +359,8 @@ class Sessions(Archive):
             origin=Origin(row["origin"]),
             parent_session_id=row["parent_session_id"],
             stored=True,
+            last_used_at=row["last_used_at"],
+            over_at=row["over_at"],
         )
         self._live[session_id] = live
         return live
@@ -377,7 +385,7 @@ class Sessions(Archive):
             session_id=session_id,
             tenant_id=tenant_id,
             principal_id=principal_id,
-            tree_id=parent.tree_id if parent is not None else self._new_id("tre"),
+            tree_id=parent.tree_id if parent is not None else _own_tree(session_id),
             client_id=client_id,
             epoch=parent.epoch if parent is not None else 0,
             turns=0,
@@ -387,7 +395,7 @@ class Sessions(Archive):
         self._live[session_id] = live
         return live
 
-    def _session(self, caller: Caller, model: str, live: _Live, links: Sequence[bytes], *, goes_on: bool) -> Session:
+    def _session(self, caller: Caller, model: str, live: _Live, links: Sequence[bytes]) -> Session:
         mac = self._vault.mac
         tenant_id = live.tenant_id
         salt = mac(
@@ -411,7 +419,6 @@ class Sessions(Archive):
             is_new=not live.stored,
             _live=live,
             _epoch=live.epoch,
-            _goes_on=goes_on,
             _links=links,
         )
 
@@ -423,11 +430,19 @@ class Sessions(Archive):
     # Writing a turn down
 
     async def record(
-        self, session: Session, turn: Turn, outcome: Outcome, also: Sequence[Change] = (), *, engine: str | None = None
+        self,
+        session: Session,
+        turn: Turn,
+        outcome: Outcome,
+        also: Sequence[Change] = (),
+        *,
+        engine: str | None = None,
+        last: bool = False,
     ) -> Account:
         """Commit a turn, and `also` with it, in one transaction; what became of its prompt's tokens.
 
         Args:
+            last: its client says that the session is over with it.
             engine: tells the life of the engine that ran it from others; None: not known.
 
         Raises:
@@ -447,10 +462,11 @@ class Sessions(Archive):
             links = self._turn_links(session, turn, outcome)
             tip = self._tips.get(live.session_id)
             circumstances = Circumstances(
-                self._block_size, engine, session.idle_timeout_s, session._epoch, session._goes_on
+                self._block_size, engine, session.idle_timeout_s, session._epoch, _was_over(live, outcome.started_at)
             )
             try:
-                session_changes = self._session_changes(live, turn, outcome, number)
+                over_at = outcome.ended_at if last else live.over_at
+                session_changes = self._session_changes(live, turn, outcome, number, over_at)
                 changes, new_tip, account = self._turn_changes(live, turn, outcome, number, links, tip, circumstances)
                 await self._store.write([*session_changes, *changes, *also])
             except BaseException:
@@ -458,6 +474,9 @@ class Sessions(Archive):
                     self._vault.forget(live.session_id)  # the next try makes a key of its own
                 raise
             live.turns, live.stored = number, True
+            live.last_used_at = outcome.ended_at
+            if last:
+                live.over_at = over_at  # else: what was said meanwhile stands
             self._tips.put(live.session_id, new_tip)
             if links:
                 _keep(self._by_link, links[-1], (live.session_id, number), _KNOWN_LINKS)
@@ -469,13 +488,16 @@ class Sessions(Archive):
         said = [*turn.messages, outcome.answer]
         return self._links(session.tenant_id, session.principal_id, said, session._links)
 
-    def _session_changes(self, live: _Live, turn: Turn, outcome: Outcome, number: int) -> list[Change]:
+    def _session_changes(
+        self, live: _Live, turn: Turn, outcome: Outcome, number: int, over_at: float | None
+    ) -> list[Change]:
         totals = {
             "turns": number,
             "prompt_tokens": outcome.prompt_tokens,
             "cached_tokens": outcome.cached_tokens,
             "completion_tokens": outcome.completion_tokens,
             "last_used_at": outcome.ended_at,
+            "over_at": over_at,
         }
         if live.stored:
             named = {f"b_{name}": value for name, value in totals.items()}
@@ -560,14 +582,15 @@ class Sessions(Archive):
 
     # The end of a session
 
-    async def end(self, caller: Caller, visible_id: str) -> Ended:
-        """A client says that a session of its own is over: nothing of it need be held ready.
+    async def ending(self, caller: Caller, visible_id: str) -> Ended:
+        """What it means that a client calls a session of its own over; nothing is changed yet: see `end`.
 
         Args:
             visible_id: the client's own id for it, or ours.
 
         Raises:
             UnknownSession: this principal has no session of that id.
+            TamperedValue: a row of its tree was changed outside the appliance; it is named.
         """
         tenant_id, principal_id = _owner(caller)
         if _OWN_ID.fullmatch(visible_id):
@@ -578,22 +601,52 @@ class Sessions(Archive):
             )
         if live is None:
             raise unknown_session(visible_id)
-        ended = [live]
-        if live.parent_session_id is None:
-            ended += [
-                other
-                for other in list(self._live.values())
-                if other is not live and (other.tree_id, other.principal_id) == (live.tree_id, principal_id)
-            ]
-        for each in ended:
-            each.over = True
+        self._remember(live)
+        together = {live.session_id: _is_over(live.last_used_at, live.over_at)}
+        if live.tree_id == _own_tree(live.session_id):
+            together |= await self._of_tree(tenant_id, principal_id, live.tree_id)
         return Ended(
-            [each.session_id for each in ended], [self.lease_label(tenant_id, each.session_id) for each in ended]
+            [session_id for session_id, over in together.items() if not over],
+            [self.lease_label(tenant_id, session_id) for session_id in together],
         )
 
-    def end_after_turn(self, session: Session) -> None:
-        """The turn that has just ended was its session's last."""
-        session._live.over = True
+    async def _of_tree(self, tenant_id: str, principal_id: str, tree_id: str) -> dict[str, bool]:
+        """The ids of the principal's sessions in a tree, those used last, each with whether it is over."""
+        sessions = tables.sessions
+        query = (
+            select(sessions)
+            .where(sessions.c.tree_id == tree_id)
+            .where(sessions.c.tenant_id == tenant_id, sessions.c.principal_id == principal_id)
+            .order_by(sessions.c.last_used_at.desc())
+            .limit(_MOST_ENDED)
+        )
+        rows = await self._store.read(lambda db: db.execute(query).mappings().all())
+        verified = await asyncio.to_thread(lambda: [self._verified(row) for row in rows])
+        found = {row["session_id"]: _is_over(row["last_used_at"], row["over_at"]) for row in verified}
+        for live in list(self._live.values()):  # a first turn may run, and nothing of it be stored yet
+            if (live.tenant_id, live.principal_id, live.tree_id) == (tenant_id, principal_id, tree_id):
+                found[live.session_id] = _is_over(live.last_used_at, live.over_at)
+        return found
+
+    async def end(self, ended: Ended) -> None:
+        """Have sessions be over from now on.
+
+        Raises:
+            StoreFull, StoreBusy, StoreUnavailable: it will not be known after a restart that they are.
+        """
+        now = self._now()
+        for session_id in ended.session_ids:
+            live = self._live.get(session_id)
+            if live is not None:
+                live.over_at = now
+        if ended.session_ids:
+            await self._store.write(
+                [Change(_END_SESSION, {"b_session_id": each, "b_over_at": now}) for each in ended.session_ids]
+            )
+
+    def end_with_turn(self, session: Session) -> None:
+        """A session is over though its last turn was not written down."""
+        session._live.over_at = max(self._now(), session._live.over_at or 0.0)
 
     # Forgetting
 
@@ -712,6 +765,20 @@ class _Tips:
             self._held -= tip.size()
 
 
+def _own_tree(session_id: str) -> str:
+    """The tree that a session is the first of."""
+    return f"tre_{session_id.removeprefix('ses_')}"
+
+
+def _is_over(last_used_at: float, over_at: float | None) -> bool:
+    return over_at is not None and over_at >= last_used_at
+
+
+def _was_over(live: _Live, started_at: float) -> bool:
+    """Whether its client had called a session over, and nothing of it was written down since, when a turn began."""
+    return live.over_at is not None and live.last_used_at <= live.over_at <= started_at
+
+
 def _owner(caller: Caller) -> tuple[str, str]:
     tenant_id = caller.principal.tenant_id
     if tenant_id is None:
@@ -750,6 +817,11 @@ _INSERT_TREE = insert(tables.trees).from_select(
     ),
 )  # a child's first turn may be over before its parent's
 _INSERT_SESSION = insert(tables.sessions)
+_END_SESSION = (
+    update(tables.sessions)
+    .where(tables.sessions.c.session_id == bindparam("b_session_id"))
+    .values(over_at=bindparam("b_over_at"))
+)
 _INSERT_TURN = insert(tables.turns)
 _INSERT_LINK = insert(tables.chain)
 _DELETE_LINK = delete(tables.chain).where(
@@ -764,5 +836,6 @@ _UPDATE_SESSION = (
         cached_tokens=tables.sessions.c.cached_tokens + bindparam("b_cached_tokens"),
         completion_tokens=tables.sessions.c.completion_tokens + bindparam("b_completion_tokens"),
         last_used_at=bindparam("b_last_used_at"),
+        over_at=bindparam("b_over_at"),
     )
 )

@@ -135,9 +135,11 @@ sessions = Table(
     Column("completion_tokens", BigInteger, nullable=False),
     Column("created_at", Double, nullable=False),
     Column("last_used_at", Double, nullable=False),
+    Column("over_at", Double),
     Column("row_version", Integer, nullable=False),
     UniqueConstraint("tenant_id", "principal_id", "client_id_lookup"),
     Index(None, "parent_session_id"),
+    Index(None, "tree_id"),
 )
 
 turns = Table(

@@ -118,13 +118,14 @@ class _Gaps:
 class _Session:
     """What is remembered of a session."""
 
-    __slots__ = ("finished_at", "kind", "mean_log_gap", "waits")
+    __slots__ = ("closed", "finished_at", "kind", "mean_log_gap", "waiting")
 
     def __init__(self) -> None:
         self.finished_at: float | None = None  # None: nothing of it was finished yet
         self.kind = _CLASSES[0]
         self.mean_log_gap: float | None = None
-        self.waits = False
+        self.waiting = 0  # requests
+        self.closed = False  # while one still runs
 
 
 class RetentionPolicy:
@@ -149,7 +150,7 @@ class RetentionPolicy:
     def arrived(self, *, session: Hashable, now: float) -> None:
         """A request of the session arrived: it waits or runs, until `finished` or `closed`."""
         known = self._known(session)
-        if known.finished_at is not None and not known.waits:
+        if known.finished_at is not None and not known.waiting:
             gap_s = now - known.finished_at
             if gap_s < _HORIZON_S:  # else it was learned when it grew so old
                 self._learn(known.kind, gap_s)
@@ -157,7 +158,8 @@ class RetentionPolicy:
                 newest = math.log(max(gap_s, _SHORTEST_GAP_S))
                 mean = newest if known.mean_log_gap is None else known.mean_log_gap
                 known.mean_log_gap = mean + _WEIGHT_OF_NEWEST * (newest - mean)
-        known.waits = True
+        known.waiting += 1
+        known.closed = False
         self._bound(now)
 
     def finished(
@@ -175,7 +177,10 @@ class RetentionPolicy:
             stop: "tool_use": the session called a tool; "end_turn": it answered; None: another reason, or not known.
         """
         known = self._known(session)
-        known.waits = False
+        known.waiting = max(0, known.waiting - 1)
+        if known.closed and not known.waiting:
+            del self._sessions[session]
+            return
         known.finished_at = now
         known.kind = _Class(
             _OTHER_STOP if stop is None else _STOPS.get(stop, _OTHER_STOP),
@@ -186,10 +191,16 @@ class RetentionPolicy:
 
     def closed(self, *, session: Hashable, now: float) -> None:  # noqa: ARG002  (kvsim's interface)
         """The session is over: nobody will ask for its KV again. If somebody does, it is a new one."""
-        known = self._sessions.pop(session, None)
-        if known is not None and not known.waits and known.finished_at is not None:
+        self._asleep.pop(session, None)  # what its gap was worth is learned
+        known = self._sessions.get(session)
+        if known is None:
+            return
+        if known.waiting:
+            known.closed = True  # its KV is of use until the request that runs is over
+            return
+        del self._sessions[session]
+        if known.finished_at is not None:
             self._learn(known.kind, math.inf)
-        self._asleep.pop(session, None)
 
     # What it says
 
@@ -204,7 +215,7 @@ class RetentionPolicy:
         known = self._sessions.get(session) or self._asleep.get(session)
         if abandoned or known is None:
             return _NOTHING
-        if known.waits or known.finished_at is None:
+        if known.waiting or known.finished_at is None:
             return _WANTED
         worth = self._worth.get(known.kind)
         if worth is None:
@@ -241,7 +252,7 @@ class RetentionPolicy:
             if lessons["edges_s"] != list(_EDGES):
                 raise ValueError("they are counted in other cells of idle time")
             taken = {_Class(*said["class"]): _read_gaps(said) for said in lessons["classes"]}
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"the lessons cannot be read: {error}") from None
         if not taken.keys() <= self._gaps.keys():
             raise ValueError("the lessons are of classes that are not known")
@@ -261,12 +272,16 @@ class RetentionPolicy:
         """Let go of what is too much, and learn from gaps that outlast the horizon."""
         while self._sessions:
             session, oldest = next(iter(self._sessions.items()))
-            if oldest.waits or oldest.finished_at is None or now - oldest.finished_at < _HORIZON_S:
+            if oldest.waiting or oldest.finished_at is None or now - oldest.finished_at < _HORIZON_S:
                 break
             self._asleep[session] = self._sessions.pop(session)
             self._learn(oldest.kind, math.inf)
         while len(self._sessions) + len(self._asleep) > self._max_sessions:
-            (self._asleep or self._sessions).popitem(last=False)
+            if self._asleep:
+                self._asleep.popitem(last=False)
+                continue
+            idle = next((session for session, known in self._sessions.items() if not known.waiting), None)
+            self._sessions.pop(next(iter(self._sessions)) if idle is None else idle)
 
     def _learn(self, kind: _Class, gap_s: float) -> None:
         gaps = self._gaps[kind]

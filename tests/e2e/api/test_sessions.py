@@ -1,5 +1,6 @@
 """Whose turn it is, told by headers, bodies and histories; and that nobody learns of anybody else's."""
 
+import concurrent.futures
 import json
 import uuid
 from typing import Any
@@ -249,9 +250,38 @@ def test_a_session_that_is_deleted_is_let_go_with_its_agents_and_keeps_its_trans
     for each in labels:
         lets_go_of(served, each)
     assert len(served.transcript(own_id).turns) == 1
-    assert served.send("DELETE", f"/v1/sessions/{own_id}").json["ended"] == 2
+    assert served.send("DELETE", f"/v1/sessions/{own_id}").json["ended"] == 0
     assert served.ask("and on", session=mine).status == 200
     assert served.transcript(own_id).session.turns == 2
+    ended = served.admin.audit_entries(action="session.ended").entries[:2]
+    assert own_id in {each.record["session_id"] for each in ended if each.record is not None}
+    assert served.send("DELETE", f"/v1/sessions/{own_id}").json["ended"] == 1
+
+
+def test_a_session_that_ends_while_its_turn_runs_is_let_go_when_that_ends(served: Served) -> None:
+    mine = name()
+    served.ask("hello", session=mine)
+    mine_label = label(served)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(served.ask, '@stub {"chunks": 20, "pause_s": 0.05}', session=mine)
+        until(lambda: served.engine_seen()["bodies"][-1]["messages"][-1]["content"].startswith("@stub"))
+        served.send("DELETE", f"/v1/sessions/{mine}")
+        released = served.engine_seen()["released"].count(mine_label)
+        assert not running.done()
+        assert running.result().status == 200
+    until(lambda: served.engine_seen()["released"].count(mine_label) > released)
+
+
+def test_ending_sessions_has_a_quota_and_what_is_refused_is_recorded(served: Served) -> None:
+    key = served.new_key(principal="ends", requests_per_minute=2).secret
+    mine = name()
+    served.ask("hello", session=mine, api_key=key)
+    unknown = served.send("DELETE", f"/v1/sessions/{name()}", api_key=key)
+    assert (unknown.status, unknown.code) == (404, "session_not_found")
+    refused = served.admin.audit_entries(action="request.refused").entries[0]
+    assert refused.record is not None
+    assert refused.record["reason"] == "session_not_found"
+    assert served.send("DELETE", f"/v1/sessions/{mine}", api_key=key).status == 429
 
 
 def test_another_s_session_cannot_be_ended_and_is_as_unknown_as_any(served: Served) -> None:

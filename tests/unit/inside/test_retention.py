@@ -115,6 +115,32 @@ def test_two_requests_of_a_session_at_once_are_one_wait(policy: RetentionPolicy)
     assert sum(sum(said["ended"]) + said["lasted"] for said in learned["classes"]) == 1
 
 
+def test_a_context_waits_until_the_last_of_its_requests_is_over(policy: RetentionPolicy) -> None:
+    policy.arrived(session="one", now=0.0)
+    policy.arrived(session="one", now=1.0)
+    finish(policy, "one", 2.0)
+    assert worth(policy, "one", 3.0) == math.inf
+    finish(policy, "one", 4.0)
+    assert worth(policy, "one", 5.0) < math.inf
+
+
+def test_a_session_that_is_closed_while_its_request_runs_is_worth_nothing_afterwards(policy: RetentionPolicy) -> None:
+    policy.arrived(session="one", now=0.0)
+    policy.closed(session="one", now=1.0)
+    assert worth(policy, "one", 1.0) == math.inf
+    finish(policy, "one", 2.0)
+    turn(policy, "idle", 0.0)
+    assert worth(policy, "one", 3.0) < worth(policy, "idle", 100 * HOUR)
+
+
+def test_who_waits_is_forgotten_last() -> None:
+    policy = RetentionPolicy(max_sessions=10)
+    policy.arrived(session="waits", now=0.0)
+    for number in range(20):
+        turn(policy, f"session {number}", float(number))
+    assert worth(policy, "waits", 20.0) == math.inf
+
+
 def test_a_session_that_returns_after_it_was_closed_begins_anew(policy: RetentionPolicy) -> None:
     turn(policy, "one", 0.0)
     policy.closed(session="one", now=1.0)
@@ -156,6 +182,7 @@ def test_what_was_learned_survives_a_restart(policy: RetentionPolicy) -> None:
         lambda lessons: lessons["classes"][0].update(lasted=-1),
         lambda lessons: lessons["classes"][0].update(lasted=math.nan),
         lambda lessons: lessons["classes"][0].update(lasted="many"),
+        lambda lessons: lessons["classes"][0].update(lasted=10**400),
         lambda lessons: lessons["classes"][0].update({"class": [9, 9, 9]}),
         lambda lessons: lessons.update(classes=3),
     ],

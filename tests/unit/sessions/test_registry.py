@@ -12,6 +12,7 @@ from sqlalchemy import Connection, insert, select, update
 from appliance.identity import Caller, Permission, Principal, Role, Scopes, Tenant
 from appliance.identity.types import ApiKey
 from appliance.sessions import (
+    Account,
     Origin,
     Outcome,
     Session,
@@ -50,7 +51,8 @@ class World:
 
     def reopened(self) -> Sessions:
         """The sessions as another process would find them."""
-        return Sessions(self.store, self.vault, SessionSettings(idle_timeout_s=15.0), now=lambda: self.clock)
+        settings = SessionSettings(idle_timeout_s=15.0)
+        return Sessions(self.store, self.vault, settings, block_size=4, now=lambda: self.clock)
 
     def add_keys(self, records: list[KeyRecord]) -> None:
         self.store.write_blocking(key_changes(records))
@@ -161,26 +163,88 @@ async def test_a_session_id_is_scoped_to_its_principal_and_an_unknown_one_begins
     assert unknown.is_new
 
 
-async def test_the_end_of_a_tree_s_first_session_is_that_of_its_agents_and_of_nobody_else(world: World) -> None:
+async def end(sessions: Sessions, who: Caller, name: str) -> set[str]:
+    ended = await sessions.ending(who, name)
+    await sessions.end(ended)
+    return set(ended.session_ids)
+
+
+async def family(world: World) -> tuple[Session, Session, Session, Session]:
+    """A session, two agents of its, and a session of the same principal's that is none of them."""
     parent = await say(world.sessions, caller(), chat(HELLO, client_id="job"), "Hello.")
-    child = await say(world.sessions, caller(), chat(HELLO, client_id="agent", parent_client_id="job"), "Hello.")
+    one, two = [
+        await say(world.sessions, caller(), chat(HELLO, client_id=name, parent_client_id="job"), "Hello.")
+        for name in ("agent-1", "agent-2")
+    ]
     other = await say(world.sessions, caller(), chat(HELLO, client_id="other"), "Hello.")
-    ended = await world.sessions.end(caller(), "agent")
-    assert (ended.session_ids, ended.lease_labels) == ([child.session_id], [child.lease_label])
-    assert (parent.is_over, child.is_over) == (False, True)
-    ended = await world.sessions.end(caller(), parent.session_id)
-    assert set(ended.session_ids) == {parent.session_id, child.session_id}
-    assert (parent.is_over, child.is_over, other.is_over) == (True, True, False)
+    return parent, one, two, other
 
 
-async def test_a_session_that_goes_on_is_not_over_any_more(world: World) -> None:
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_the_end_of_a_tree_s_first_session_is_that_of_its_agents_and_of_nobody_else(
+    world: World, restarted: bool
+) -> None:
+    parent, one, two, _ = await family(world)
+    sessions = world.reopened() if restarted else world.sessions
+    assert await end(sessions, caller(), "agent-1") == {one.session_id}
+    ending = await sessions.ending(caller(), parent.session_id)
+    assert set(ending.session_ids) == {parent.session_id, two.session_id}
+    assert set(ending.lease_labels) == {each.lease_label for each in (parent, one, two)}
+    await sessions.end(ending)
+    assert await end(sessions, caller(), "job") == set()
+
+
+async def test_an_agent_whose_parent_was_forgotten_ends_itself_alone(world: World) -> None:
+    parent, one, _, _ = await family(world)
+    await world.sessions.forget(caller(), parent.session_id)
+    for sessions in (world.sessions, world.reopened()):
+        assert set((await sessions.ending(caller(), "agent-1")).session_ids) == {one.session_id}
+
+
+def computed(account: Account) -> set[str]:
+    return {cause.value for cause in account.computed}
+
+
+async def goes_on(sessions: Sessions, turn: Turn, started_at: float, ended_at: float, *, last: bool = False) -> Account:
+    session = await sessions.resolve(caller(), turn)
+    ids = (list(range(20)), [20])
+    said = dataclasses.replace(outcome("x", ids=ids), started_at=started_at, ended_at=ended_at)
+    return await sessions.record(session, turn, said, engine="one", last=last)
+
+
+@pytest.mark.parametrize("refused_between", [False, True])
+@pytest.mark.parametrize("how", ["with the last call", "deleted"])
+async def test_what_was_let_go_at_a_session_s_end_is_laid_to_that_once(
+    world: World, how: str, refused_between: bool
+) -> None:
+    turn = chat(HELLO, client_id="job")
+    world.clock = 3.0
+    await goes_on(world.sessions, turn, 1.0, 3.0, last=how == "with the last call")
+    if how == "deleted":
+        await end(world.sessions, caller(), "job")
+    if refused_between:
+        await world.sessions.resolve(caller(), turn)
+    assert "ended" in computed(await goes_on(world.sessions, turn, 4.0, 5.0))
+    assert "ended" not in computed(await goes_on(world.sessions, turn, 6.0, 7.0))
+
+
+async def test_that_a_session_is_over_is_known_after_a_restart(world: World) -> None:
+    turn = chat(HELLO, client_id="job")
+    await goes_on(world.sessions, turn, 1.0, 2.0, last=True)
+    sessions = world.reopened()
+    assert await end(sessions, caller(), "job") == set()
+    session = await sessions.resolve(caller(), turn)
+    await sessions.record(session, turn, dataclasses.replace(outcome("x"), started_at=3.0, ended_at=4.0))
+    assert await end(world.reopened(), caller(), "job") == {session.session_id}
+
+
+async def test_a_turn_that_runs_while_its_session_ends_lets_go_and_one_that_begins_later_does_not(world: World) -> None:
     turn = chat(HELLO, client_id="job")
     first = await say(world.sessions, caller(), turn, "Hello.")
-    world.sessions.end_after_turn(first)
-    again = await world.sessions.resolve(caller(), turn)
-    assert (again.session_id, again.is_over) == (first.session_id, False)
-    account = await world.sessions.record(again, turn, outcome("Hello."), engine="one")
-    assert account.served_tokens == 0
+    assert not first.was_ended_since(900.0)
+    await end(world.sessions, caller(), "job")
+    assert first.was_ended_since(world.clock - 1)
+    assert not first.was_ended_since(world.clock + 1)
 
 
 async def test_nobody_ends_a_strangers_session(world: World) -> None:
@@ -188,8 +252,7 @@ async def test_nobody_ends_a_strangers_session(world: World) -> None:
     for stranger in (caller("prn_2"), caller("prn_1", "ten_2")):
         for name in ("job", mine.session_id, "ses_" + "0" * 32):
             with pytest.raises(UnknownSession):
-                await world.sessions.end(stranger, name)
-    assert not mine.is_over
+                await world.sessions.ending(stranger, name)
 
 
 async def test_a_child_agent_shares_its_parents_tree(world: World) -> None:

@@ -55,7 +55,12 @@ def test_the_head_is_the_newest_migration() -> None:
 
 async def test_rows_of_the_first_schema_open_after_the_migration(store: Store, vault: Vault, database_url: str) -> None:
     made = await Identity(store, vault).create_tenant("Harbour Bank", idle_timeout_s=30.0)
-    await store.transact(lambda db: db.execute(text("ALTER TABLE tenants DROP COLUMN audit_digests")))
+    undone = (
+        "ALTER TABLE tenants DROP COLUMN audit_digests",
+        "DROP INDEX ix_sessions_tree_id",
+        "ALTER TABLE sessions DROP COLUMN over_at",
+    )
+    await store.transact(lambda db: [db.execute(text(statement)) for statement in undone])
     await store.transact(lambda db: migrate_to("0001_bound", db))
     store.close()
     with contextlib.closing(Store.open(database_url)) as migrated:
