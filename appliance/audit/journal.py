@@ -179,11 +179,13 @@ class JournalContent(NamedTuple):
 
     Attributes:
         base: the sequence of the first frame.
+        end_bytes: where the frames end.
         rest_bytes: how much is behind the frames that is not zeros.
     """
 
     base: int
     frames: list[Frame]
+    end_bytes: int
     rest_bytes: int
 
 
@@ -208,9 +210,9 @@ def read_journal(path: Path) -> JournalContent | None:
         return None
     magic, base = _HEAD.unpack_from(content) if len(content) >= _HEAD.size else (b"", 0)
     if magic != _MAGIC:
-        return JournalContent(0, [], len(content))
+        return JournalContent(0, [], 0, len(content))
     frames, end = _frames(content, base)
-    return JournalContent(base, frames, len(content[end:].rstrip(b"\0")))
+    return JournalContent(base, frames, end, len(content[end:].rstrip(b"\0")))
 
 
 def _packed(frame: Frame) -> bytes:

@@ -6,6 +6,8 @@ Rules:
 - Nothing here has a key. Drafts come sealed; a checkpoint is signed by who called `publish`.
 - Tiles, bundles and records follow from the journal: they may be written twice, and the journal lets go of an entry
   only when all that holds it is on the disk.
+- At every moment the folder holds all that its checkpoint names: a file is put in its place whole, the checkpoint
+  comes after what it names, and what it replaced goes after it.
 - A log that is shorter than its own checkpoint is not gone on with: something was taken away.
 
 C2SP tlog-tiles; the layout is in docs/decisions/0010-audit-log.md.
@@ -17,7 +19,7 @@ import fcntl
 import os
 import shutil
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
 
@@ -203,15 +205,16 @@ class AuditLog:
         Raises:
             LogUnwritable: it can be written again, or a later one in its place.
         """
-        written: set[Path] = set()
         try:
             for name, content in publication.kept.items():
-                self._write(name, content, written)
-            for directory in sorted(written, reverse=True):
+                self._put(name, content)
+            for directory in sorted(self._folders(publication.kept), reverse=True):
                 sync_directory(directory)
             for name, content in publication.parts.items():
-                self._write_part(name, content)
-            self._replace(CHECKPOINT, note.encode())
+                self._put(name, content, durable=False)
+            self._put(CHECKPOINT, note.encode())
+            sync_directory(self._directory)
+            self._drop_replaced(publication)
         except OSError as error:
             raise unwritable(Path(error.filename or self._directory), error.errno or errno.EIO) from None
 
@@ -304,33 +307,39 @@ class AuditLog:
                 parts[record_path(index, len(row))] = _bundle([frame.sealed for frame in frames])
         return parts
 
-    def _write_part(self, name: str, content: bytes) -> None:
+    def _put(self, name: str, content: bytes, *, durable: bool = True) -> None:
+        """Put a file in its place, whole: nobody sees a part of it, whatever ends this process."""
         path = self._directory / name
         _make_private(path.parent)
-        for older in path.parent.iterdir():
-            if older.name != path.name:
-                older.unlink()
-        path.write_bytes(content)
-        path.chmod(0o600)
-
-    def _write(self, name: str, content: bytes, written: set[Path]) -> None:
-        path = self._directory / name
-        _make_private(path.parent)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        staged = path.with_name(f"{path.name}.new")
+        descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             write_at(descriptor, content, 0)
-            os.fsync(descriptor)
+            if durable:
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        shutil.rmtree(path.with_name(f"{path.name}.p"), ignore_errors=True)  # its partial tiles, if it is a full one
-        while path != self._directory:
-            path = path.parent
-            written.add(path)
+        staged.replace(path)
 
-    def _replace(self, name: str, content: bytes) -> None:
-        self._write(f"{name}.new", content, set())
-        (self._directory / f"{name}.new").replace(self._directory / name)
-        sync_directory(self._directory)
+    def _folders(self, names: Iterable[str]) -> set[Path]:
+        """Those that files are in, up to the log's own."""
+        folders = {self._directory}
+        for name in names:
+            folder = (self._directory / name).parent
+            while folder not in folders:
+                folders.add(folder)
+                folder = folder.parent
+        return folders
+
+    def _drop_replaced(self, publication: Publication) -> None:
+        """Remove the parts that the checkpoint before named, and this one does not."""
+        for name in publication.kept:
+            shutil.rmtree(self._directory / f"{name}.p", ignore_errors=True)
+        for name in publication.parts:
+            path = self._directory / name
+            for other in path.parent.iterdir():
+                if other.name != path.name:
+                    other.unlink()
 
     def _let_go(self) -> None:
         """Begin the journal anew where bundles end, once enough of them are written."""

@@ -8,8 +8,10 @@ Rules:
 """
 
 import bisect
+import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -162,17 +164,27 @@ def hashes_of(directory: Path, size: int) -> TileHashes:
     """The hashes of the tree of `size` entries, which a checkpoint of the log in `directory` names."""
 
     def read_tile(level: int, index: int, width: int) -> bytes:
+        path = directory / tile_path(level, index, width)
         try:
-            return _read(directory / tile_path(level, index, width))
-        except LogUnreadable:
-            # A newer checkpoint has put a wider one in its place.
-            for more in range(width + 1, TILE_WIDTH + 1):
-                path = directory / tile_path(level, index, more)
-                if path.is_file():
-                    return _read(path)[: width * HASH_BYTES]
-            raise
+            return path.read_bytes()
+        except OSError as error:
+            wider = read_wider(directory, partial(tile_path, level, index), width)
+            if wider is None:
+                raise unreadable(path, error) from None
+            return wider[: width * HASH_BYTES]
 
     return TileHashes(read_tile, size)
+
+
+def read_wider(directory: Path, name_of: Callable[[int], str], width: int) -> bytes | None:
+    """What newer checkpoints put in the place of the part of `width` that `name_of` names; it begins with that part.
+
+    From the narrowest on: one that vanishes meanwhile has a wider one in its place already. None: there is none.
+    """
+    for more in range(width + 1, TILE_WIDTH + 1):
+        with contextlib.suppress(OSError):
+            return (directory / name_of(more)).read_bytes()
+    return None
 
 
 def read_bundle(directory: Path, index: int) -> list[Frame]:

@@ -4,10 +4,13 @@ import contextlib
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -292,3 +295,63 @@ def test_the_reserve_is_there_after_the_journal_was_begun_anew_and_on_a_full_dis
     log.append([one] * 100, privileged=True)
     log.close()
     assert verify_log(tmp_path, VERIFIER).unsigned == 100
+
+
+def _restart(directory: Path, kill_at: int) -> bool:
+    """A start and its first checkpoint, in a process that is killed before its `kill_at`th step; whether it ended."""
+    child = os.fork()
+    if child == 0:
+        taken = 0
+
+        def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+            def step(*arguments: Any, **named: Any) -> Any:
+                nonlocal taken
+                taken += 1
+                if taken == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*arguments, **named)
+
+            return step
+
+        try:
+            for name in ("open", "pwrite", "fsync", "fdatasync", "replace", "rename", "unlink", "rmdir", "mkdir"):
+                setattr(os, name, counted(getattr(os, name)))
+            log = open_log(directory)
+            log.append(drafts([4999]))
+            log.publish(sign)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFEXITED(status)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("published", "more", "let_go_after"), [(600, 0, 16), (600, 200, 16), (500, 300, 2)])
+def test_killed_at_any_step_of_a_start_the_folder_verifies_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: int, more: int, let_go_after: int
+) -> None:
+    monkeypatch.setattr("appliance.audit.log._LET_GO_AFTER", let_go_after)
+    made = tmp_path / "made"
+    log = open_log(made)
+    log.append(drafts(range(published)))
+    log.publish(sign)
+    log.append(drafts(range(published, published + more)))
+    log.close()
+    found = []
+    for kill_at in range(1, 1000):
+        directory = Path(shutil.copytree(made, tmp_path / "log"))
+        ended = _restart(directory, kill_at)
+        found.append(verify_log(directory, VERIFIER).size)
+        # The next start finishes it, and leaves nothing half done.
+        assert _restart(directory, 0)
+        assert verify_log(directory, VERIFIER).unsigned == 0
+        assert not list(directory.rglob("*.new"))
+        assert len(list(directory.rglob("*.p/*"))) == 3 + (directory / "tile/1").exists()
+        shutil.rmtree(directory)
+        if ended:
+            break
+    assert ended
+    assert sorted(set(found)) == [published, published + more + 1]
+    assert found == sorted(found)

@@ -29,7 +29,7 @@ from appliance.audit.retention import (
 )
 from appliance.audit.search import Query, search
 from appliance.audit.tree import tile_path
-from appliance.audit.verify import LogTampered, verify_log
+from appliance.audit.verify import LogTampered, Verified, verify_log
 from appliance.audit.witness import Witness
 from appliance.audit.witnessing import make_request, take_reply
 from appliance.errors import HoldfastError
@@ -343,6 +343,88 @@ def test_killed_at_any_step_the_log_verifies_and_the_removal_is_finished(
             break
     assert ended
     assert half_done >= 8, "it was killed between the files, too"
+
+
+def _verify_meanwhile(node: Node, act: Callable[[int], object]) -> Verified:
+    """Verify, and have something done after each bundle."""
+
+    def progress(done: int, _of: int) -> None:
+        act(done // 256)
+
+    return verify_log(node.directory, VERIFIER, progress=progress)
+
+
+@pytest.mark.parametrize("checked", [1, 3, 5, 30])
+def test_a_removal_while_the_log_is_verified_is_no_tampering(node: Node, checked: int) -> None:
+    whole = verify_log(node.directory, VERIFIER).size
+    found = _verify_meanwhile(node, lambda done: node.run() if done == checked else None)
+    assert LogReader(node.directory).oldest == 1280
+    if checked >= 5:
+        assert (found.size, found.removed) == (whole, None)
+    else:
+        assert found.removed is not None
+        assert (found.size, found.removed.count) == (whole + 1, 1280 - 256 * checked)
+
+
+def test_a_removal_behind_an_earlier_one_while_the_log_is_verified_is_no_tampering(node: Node) -> None:
+    node.run()
+    node.live(10)
+
+    def remove(done: int) -> None:
+        if done == 2:
+            assert node.run() is not None
+
+    found = _verify_meanwhile(node, remove)
+    assert found.removed is not None
+    oldest = LogReader(node.directory).oldest
+    assert found.removed.count == found.removed.kept_from == oldest > 1280
+    assert found.size == node.log.size
+
+
+def test_entries_that_filled_a_bundle_and_were_removed_while_the_log_is_verified_are_no_tampering(
+    node: Node,
+) -> None:
+    """What a checkpoint named last is in a part; a part that is removed is one that grew first."""
+    node.live(1)
+
+    def outlive(done: int) -> None:
+        if done == 30:
+            node.live(500)
+            while node.run() is not None:
+                node.live(1)
+
+    found = _verify_meanwhile(node, outlive)
+    assert LogReader(node.directory).oldest > 31 * 256
+    assert found.removed is not None
+    assert found.removed.count == found.removed.kept_from - 30 * 256
+
+
+def test_what_is_deleted_behind_a_removal_while_the_log_is_verified_is_found(node: Node) -> None:
+    def remove(done: int) -> None:
+        if done == 2:
+            node.run()
+            (node.directory / "record/005").unlink()
+            (node.directory / "tile/entries/005").unlink()
+
+    with pytest.raises(LogTampered, match="entry 1280 is missing"):
+        _verify_meanwhile(node, remove)
+
+
+def test_a_log_that_is_replaced_while_it_is_verified_is_found(node: Node, tmp_path: Path) -> None:
+    """The one that takes its place holds in itself, and its removal is signed, but it is not what was signed before."""
+    clock = Days()
+    clock.pass_ns(1)
+    other = Node(tmp_path / "other", clock)
+    other.live(130)
+    other.run()
+
+    def replace(done: int) -> None:
+        if done == 2:
+            shutil.rmtree(node.directory)
+            shutil.copytree(other.directory, node.directory)
+
+    with pytest.raises(LogTampered, match="not the one of its checkpoint"):
+        _verify_meanwhile(node, replace)
 
 
 @pytest.mark.parametrize("name", ["record/000", "tile/entries/000", "record/007", "tile/entries/007"])
