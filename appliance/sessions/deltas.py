@@ -110,18 +110,38 @@ def encode_token_ids(tip: Tip | None, shared: int, ids: "array[int]", prompt_len
 
 @dataclass(frozen=True, slots=True)
 class ReadTurn:
-    """One turn, whole again. The first `shared` messages were there in the turn before it."""
+    """One turn, whole again.
+
+    Attributes:
+        shared: so many messages were there in the turn before it, its answer included.
+        token_ids: of the prompt, then those generated.
+        prompt_length: how many of them are the prompt's.
+        shared_ids: how many of them those of the turn before begin with, too; None: the turn was written without it.
+    """
 
     messages: list[Message]
     shared: int
     parameters: dict[str, Any]
-    prompt_token_ids: list[int]
-    completion_token_ids: list[int]
+    token_ids: "array[int]"
+    prompt_length: int
+    shared_ids: int | None
     circumstances: Circumstances
 
+    @property
+    def prompt_token_ids(self) -> "array[int]":
+        """Those that the engine was given."""
+        return self.token_ids[: self.prompt_length]
 
-@dataclass(frozen=True, slots=True)
-class _Previous:
+    @property
+    def completion_token_ids(self) -> "array[int]":
+        """Those that it generated."""
+        return self.token_ids[self.prompt_length :]
+
+
+@dataclass(slots=True)
+class _Latest:
+    """The turn that was read last, changed in place into the next one: a turn costs what it adds."""
+
     number: int
     messages: list[Message]  # with the answer
     parameters: dict[str, Any]
@@ -132,7 +152,7 @@ class _Previous:
 class Reader:
     """Puts the turns of one session together again, fed in order of their numbers."""
 
-    _previous: _Previous | None = field(default=None)
+    _latest: _Latest | None = field(default=None)
 
     def add(self, number: int, request: bytes, answer: Message, token_ids: bytes) -> ReadTurn:
         """Read turn `number`.
@@ -140,31 +160,52 @@ class Reader:
         Raises:
             TranscriptBroken: it builds on a turn that was not just read, or lengths disagree.
         """
+        record, prompt_length, shared_ids = self._take(number, request, answer, token_ids)
+        latest = self._latest_of(number, number)
+        return ReadTurn(
+            messages=latest.messages[:-1],
+            shared=record["shared"],
+            parameters=latest.parameters,
+            token_ids=latest.token_ids[:],
+            prompt_length=prompt_length,
+            shared_ids=shared_ids,
+            circumstances=Circumstances.from_wire(record.get("circumstances")),
+        )
+
+    def skip(self, number: int, request: bytes, answer: Message, token_ids: bytes) -> None:
+        """Read turn `number` only because those after it build on it.
+
+        Raises:
+            TranscriptBroken: as `add`.
+        """
+        self._take(number, request, answer, token_ids)
+
+    def _take(
+        self, number: int, request: bytes, answer: Message, token_ids: bytes
+    ) -> tuple[dict[str, Any], int, int | None]:
         record = from_json(request)
         base, shared = record["base"], record["shared"]
-        messages = [*self._base(number, base).messages[:shared], *record["messages"]] if base else record["messages"]
+        messages = self._latest_of(number, base).messages if base else []
         if "parameters_of" in record:
-            parameters = self._base(number, record["parameters_of"]).parameters
+            parameters = self._latest_of(number, record["parameters_of"]).parameters
         else:
             parameters = record["parameters"]
-        prompt_length, ids = self._token_ids(number, token_ids)
-        self._previous = _Previous(number, [*messages, answer], parameters, ids)
-        circumstances = Circumstances.from_wire(record.get("circumstances"))
-        prompt, completion = ids[:prompt_length].tolist(), ids[prompt_length:].tolist()
-        return ReadTurn(messages, shared, parameters, prompt, completion, circumstances)
-
-    def _token_ids(self, number: int, blob: bytes) -> tuple[int, "array[int]"]:
-        base, shared, prompt_length, completion_length = _IDS_HEADER.unpack_from(blob)
-        ids = self._base(number, base).token_ids[:shared] if base else array(_UINT32)
-        ids.frombytes(blob[_IDS_HEADER.size :])
+        ids_base, shared_ids, prompt_length, completion_length = _IDS_HEADER.unpack_from(token_ids)
+        ids = self._latest_of(number, ids_base).token_ids if ids_base else array(_UINT32)
+        del ids[shared_ids:]
+        ids.frombytes(memoryview(token_ids)[_IDS_HEADER.size :])
         if len(ids) != prompt_length + completion_length:
             raise _broken(number, f"it holds {len(ids)} token ids and promises {prompt_length + completion_length}")
-        return prompt_length, ids
+        del messages[shared:]
+        messages += record["messages"]
+        messages.append(answer)
+        self._latest = _Latest(number, messages, parameters, ids)
+        return record, prompt_length, shared_ids if ids_base else None
 
-    def _base(self, number: int, base: int) -> _Previous:
-        if self._previous is None or self._previous.number != base:
+    def _latest_of(self, number: int, base: int) -> _Latest:
+        if self._latest is None or self._latest.number != base:
             raise _broken(number, f"it builds on turn {base}, which is not there")
-        return self._previous
+        return self._latest
 
 
 def _broken(number: int, cause: str) -> TranscriptBroken:

@@ -447,7 +447,12 @@ class Sessions(Archive):
             links = self._turn_links(session, turn, outcome)
             tip = self._tips.get(live.session_id)
             circumstances = Circumstances(
-                self._block_size, engine, session.idle_timeout_s, session._epoch, session._goes_on
+                self._block_size,
+                engine,
+                session.idle_timeout_s,
+                session._epoch,
+                session._goes_on,
+                served_known=outcome.cached_tokens is not None,
             )
             try:
                 session_changes = self._session_changes(live, turn, outcome, number)
@@ -473,7 +478,7 @@ class Sessions(Archive):
         totals = {
             "turns": number,
             "prompt_tokens": outcome.prompt_tokens,
-            "cached_tokens": outcome.cached_tokens,
+            "cached_tokens": outcome.cached_tokens or 0,
             "completion_tokens": outcome.completion_tokens,
             "last_used_at": outcome.ended_at,
         }
@@ -542,7 +547,7 @@ class Sessions(Archive):
             "response": to_json(outcome.answer),
             "token_ids": encode_token_ids(tip, shared_ids, ids, prompt_length),
             "prompt_tokens": outcome.prompt_tokens,
-            "cached_tokens": outcome.cached_tokens,
+            "cached_tokens": outcome.cached_tokens or 0,
             "completion_tokens": outcome.completion_tokens,
             "finish_reason": outcome.finish_reason,
             "started_at": outcome.started_at,
