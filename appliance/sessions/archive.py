@@ -118,8 +118,15 @@ class Explanation:
 
 @dataclass(slots=True)
 class _Explaining:
-    """An explanation in the making, fed with the turns of a session in order."""
+    """An explanation in the making, fed with the turns of a session in order.
 
+    Attributes:
+        first: the number of the first turn that is explained.
+        number: of the turn that was read last.
+    """
+
+    first: int
+    number: int = 0
     reader: Reader = field(default_factory=Reader)
     before: tuple[Ran, list[Message], dict[str, Any], int] | None = None
     turns: list[ExplainedTurn] = field(default_factory=list)
@@ -194,16 +201,21 @@ class Archive:
             TamperedValue: a row was changed outside the appliance; it is named.
         """
         row = await self.visible_row(caller, session_id)
-        turns = tables.turns
-        query = select(turns).where(turns.c.session_id == session_id).order_by(turns.c.number)
-        rows = await self._store.read(lambda db: db.execute(query).mappings().all())
-        first = max(0, len(rows) - limit)
-        explaining = _Explaining()
-        for begin in range(0, len(rows), _TURNS_AT_A_TIME):
-            some = rows[begin : begin + _TURNS_AT_A_TIME]
-            await asyncio.to_thread(self._explain, explaining, some, first - begin)
+        explaining = _Explaining(first=max(1, row["turns"] - limit + 1))
+        while rows := await self._turns_between(session_id, explaining.number, row["turns"]):
+            await asyncio.to_thread(self._explain, explaining, rows)
         explained = explaining.turns
-        return Explanation(self._summary(row), explained, findings_of(explained), truncated=first > 0)
+        return Explanation(self._summary(row), explained, findings_of(explained), truncated=explaining.first > 1)
+
+    async def _turns_between(self, session_id: str, after: int, last: int) -> Sequence[RowMapping]:
+        turns = tables.turns
+        query = (
+            select(turns)
+            .where(turns.c.session_id == session_id, turns.c.number > after, turns.c.number <= last)
+            .order_by(turns.c.number)
+            .limit(_TURNS_AT_A_TIME)
+        )
+        return await self._store.read(lambda db: db.execute(query).mappings().all())
 
     async def visible_row(self, caller: Caller, session_id: str) -> RowMapping:
         sessions = tables.sessions
@@ -252,14 +264,15 @@ class Archive:
         client_id = self._rows.open(tables.sessions, row)["client_id"]
         return Transcript(self._summary(row), text_or_none(client_id) or None, turns)
 
-    def _explain(self, explaining: _Explaining, rows: Sequence[RowMapping], first: int) -> None:
-        """Go on with `rows`, of which those before `first` are not explained."""
+    def _explain(self, explaining: _Explaining, rows: Sequence[RowMapping]) -> None:
+        """Go on with `rows`."""
         reader = explaining.reader
-        for index, stored in enumerate(rows):
+        for stored in rows:
             opened = self._rows.open(tables.turns, stored)
-            number, answer = stored["number"], from_json(_bytes(opened["response"]))
+            explaining.number = number = stored["number"]
+            answer = from_json(_bytes(opened["response"]))
             request, token_ids = _bytes(opened["request"]), _bytes(opened["token_ids"])
-            if index < first - 1:
+            if number < explaining.first - 1:
                 reader.skip(number, request, answer, token_ids)
                 continue
             read = reader.add(number, request, answer, token_ids)
@@ -274,7 +287,7 @@ class Archive:
             )
             before = explaining.before
             explaining.before = now, [*read.messages, answer], read.parameters, read.prompt_length
-            if index < first:
+            if number < explaining.first:
                 continue
             account = account_of(None if before is None else before[0], now, shared=read.shared_ids, first=number == 1)
             divergence = None
