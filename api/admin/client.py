@@ -153,9 +153,9 @@ class AdminClient:
         """Everything said in a session."""
         return self._call(types.Transcript, "GET", f"/v1/sessions/{_quote(session_id)}/transcript")
 
-    def why(self, session_id: str) -> types.Explanation:
-        """Why a session's prompts had to be computed."""
-        return self._call(types.Explanation, "GET", f"/v1/sessions/{_quote(session_id)}/why")
+    def why(self, session_id: str, *, limit: int | None = None) -> types.Explanation:
+        """Why a session's prompts had to be computed, in its newest turns, at most `limit`."""
+        return self._call(types.Explanation, "GET", f"/v1/sessions/{_quote(session_id)}/why", query={"limit": limit})
 
     def forget(self, session_id: str) -> types.Forgotten:
         """Shred a session: its key, its rows, what the engine holds of it."""

@@ -57,7 +57,7 @@ from appliance.audit.events import (
 )
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import ApiKey, Permission, Role, Scopes, Tenant
-from appliance.sessions import Explanation, SessionSummary, Transcript
+from appliance.sessions import EXPLAINED_TURNS, Explanation, SessionSummary, Transcript
 from appliance.vault import VaultSealed
 
 MAX_BODY_BYTES = 64 << 10
@@ -374,8 +374,13 @@ async def _transcript(session_id: str, services: ServicesOf, asker: AskerOf) -> 
     return _transcript_view(transcript)
 
 
-async def _why(session_id: str, services: ServicesOf, asker: AskerOf) -> types.Explanation:
-    return _explanation_view(await services.sessions.explanation(asker.named, session_id))
+async def _why(
+    session_id: str,
+    services: ServicesOf,
+    asker: AskerOf,
+    limit: Annotated[int, Query(ge=1, le=EXPLAINED_TURNS)] = EXPLAINED_TURNS,
+) -> types.Explanation:
+    return _explanation_view(await services.sessions.explanation(asker.named, session_id, limit=limit))
 
 
 async def _forget(session_id: str, services: ServicesOf, asker: AskerOf) -> types.Forgotten:
@@ -535,6 +540,7 @@ def _explanation_view(explanation: Explanation) -> types.Explanation:
             )
             for found in explanation.findings
         ],
+        truncated=explanation.truncated,
     )
 
 

@@ -79,16 +79,21 @@ def show_session(console: Console, session_id: str, api_key_fd: int | None) -> N
 
 @session.command("why")
 @click.argument("session_id")
+@click.option(
+    "--limit", type=click.IntRange(1, 1000), default=1000, show_default=True, help="So many of its last turns."
+)
 @api_key_option
 @pass_console
-def explain_session(console: Console, session_id: str, api_key_fd: int | None) -> None:
+def explain_session(console: Console, session_id: str, limit: int, api_key_fd: int | None) -> None:
     """Say why a session's prompts had to be computed, turn by turn, and what can be done about it.
 
     Shows no word of what was said. For each turn: the prompt's tokens, those that were found on the engine, and the
     others by why they had to be computed.
     """
-    explanation = console.admin(api_key_fd=api_key_fd, deadline_s=120).why(session_id)
+    explanation = console.admin(api_key_fd=api_key_fd, deadline_s=120).why(session_id, limit=limit)
     console.result(explanation, _explanation_text(explanation))
+    if explanation.truncated:
+        console.say(f"There are more: these are its last {len(explanation.turns)} turns (--limit).")
 
 
 @session.command("forget")
@@ -146,6 +151,7 @@ _IN_WORDS = {
     "engine_restarted": "engine restarted",
     "ended": "session was over",
     "salt_changed": "tree forgotten",
+    "concurrent": "turn before still ran",
     "expired": "expired",
     "evicted": "evicted",
     "unknown": "unknown",

@@ -276,11 +276,13 @@ class Finding(Wire):
 
 
 class Explanation(Wire):
-    """Why a session's prompts had to be computed. Holds no word of what was said."""
+    """Why a session's prompts had to be computed, in its newest turns; `truncated` says that there are turns before
+    them. Holds no word of what was said."""
 
     session: Session
     turns: list[ExplainedTurn]
     findings: list[Finding]
+    truncated: bool
 
 
 class Forgotten(Wire):

@@ -52,15 +52,15 @@ class _Choice:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a turn cost, in tokens."""
+    """What a turn cost, in tokens. `cached_tokens` is None where the engine did not get to say."""
 
     prompt_tokens: int
-    cached_tokens: int
+    cached_tokens: int | None
     completion_tokens: int
 
     def public(self, account: Account | None) -> dict[str, Any]:
         """As OpenAI writes it, and why the rest of the prompt was computed."""
-        details: dict[str, Any] = {"cached_tokens": self.cached_tokens}
+        details: dict[str, Any] = {"cached_tokens": self.cached_tokens or 0}
         if account is not None:
             details["computed_tokens"] = account.computed
         return {
@@ -245,7 +245,7 @@ class Answer:
         """What the engine said it cost; what was seen of it, when the engine did not get to say."""
         if self._usage is not None:
             return self._usage
-        return Usage(len(self.prompt_token_ids), 0, sum(len(choice.token_ids) for choice in self._choices))
+        return Usage(len(self.prompt_token_ids), None, sum(len(choice.token_ids) for choice in self._choices))
 
     @property
     def completion_token_ids(self) -> Sequence[int]:

@@ -405,7 +405,7 @@ class Turns:
             reason=gone if failure is None else failure.code,
             counts={
                 "prompt_tokens": usage.prompt_tokens,
-                "cached_tokens": usage.cached_tokens,
+                "cached_tokens": usage.cached_tokens or 0,
                 "completion_tokens": usage.completion_tokens,
                 "duration_ms": round(1000 * (self._services.now() - running.started_at)),
             },

@@ -1,6 +1,7 @@
 """Whose turn is this: identification, salts and transcripts."""
 
 from appliance.sessions.archive import (
+    EXPLAINED_TURNS,
     Archive,
     Explanation,
     SessionSummary,
@@ -15,6 +16,7 @@ from appliance.sessions.registry import Forgotten, Session, SessionForgotten, Se
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind, TurnState
 
 __all__ = [
+    "EXPLAINED_TURNS",
     "Account",
     "Archive",
     "Cause",

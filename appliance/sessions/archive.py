@@ -10,7 +10,7 @@ Rules:
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pydantic_core import from_json
@@ -19,7 +19,7 @@ from sqlalchemy.engine import RowMapping
 
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Caller, Permission, Role
-from appliance.sessions.deltas import Reader, token_array
+from appliance.sessions.deltas import Reader
 from appliance.sessions.misses import (
     ExplainedTurn,
     Finding,
@@ -31,6 +31,9 @@ from appliance.sessions.misses import (
 from appliance.sessions.turn import Message, Origin, TurnState
 from appliance.store import RowCipher, Store, tables
 from appliance.vault import KeyPurpose, Vault
+
+EXPLAINED_TURNS = 1000  # at most, in one answer
+_TURNS_AT_A_TIME = 100  # are read before whoever waits for the interpreter, or wants it to stop, is looked after
 
 
 class UnknownSession(HoldfastError):
@@ -99,11 +102,34 @@ class Transcript:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Why a session's prompts had to be computed. Holds no word of what was said."""
+    """Why a session's prompts had to be computed. Holds no word of what was said.
+
+    Attributes:
+        turns: the newest ones, in order.
+        findings: of those turns.
+        truncated: there were turns before them.
+    """
 
     session: SessionSummary
     turns: list[ExplainedTurn]
     findings: list[Finding]
+    truncated: bool
+
+
+@dataclass(slots=True)
+class _Explaining:
+    """An explanation in the making, fed with the turns of a session in order.
+
+    Attributes:
+        first: the number of the first turn that is explained.
+        number: of the turn that was read last.
+    """
+
+    first: int
+    number: int = 0
+    reader: Reader = field(default_factory=Reader)
+    before: tuple[Ran, list[Message], dict[str, Any], int] | None = None
+    turns: list[ExplainedTurn] = field(default_factory=list)
 
 
 class Archive:
@@ -164,18 +190,32 @@ class Archive:
         rows = await self._store.read(lambda db: db.execute(query).mappings().all())
         return await asyncio.to_thread(self._read_transcript, row, rows)
 
-    async def explanation(self, caller: Caller, session_id: str) -> Explanation:
+    async def explanation(self, caller: Caller, session_id: str, *, limit: int = EXPLAINED_TURNS) -> Explanation:
         """Why the session's prompts had to be computed, turn by turn, and what could be done about it.
+
+        Args:
+            limit: so many turns at most, the newest.
 
         Raises:
             UnknownSession: there is none, or it is not this caller's to know of.
             TamperedValue: a row was changed outside the appliance; it is named.
         """
         row = await self.visible_row(caller, session_id)
+        explaining = _Explaining(first=max(1, row["turns"] - limit + 1))
+        while rows := await self._turns_between(session_id, explaining.number, row["turns"]):
+            await asyncio.to_thread(self._explain, explaining, rows)
+        explained = explaining.turns
+        return Explanation(self._summary(row), explained, findings_of(explained), truncated=explaining.first > 1)
+
+    async def _turns_between(self, session_id: str, after: int, last: int) -> Sequence[RowMapping]:
         turns = tables.turns
-        query = select(turns).where(turns.c.session_id == session_id).order_by(turns.c.number)
-        rows = await self._store.read(lambda db: db.execute(query).mappings().all())
-        return await asyncio.to_thread(self._explain, row, rows)
+        query = (
+            select(turns)
+            .where(turns.c.session_id == session_id, turns.c.number > after, turns.c.number <= last)
+            .order_by(turns.c.number)
+            .limit(_TURNS_AT_A_TIME)
+        )
+        return await self._store.read(lambda db: db.execute(query).mappings().all())
 
     async def visible_row(self, caller: Caller, session_id: str) -> RowMapping:
         sessions = tables.sessions
@@ -211,8 +251,8 @@ class Archive:
                     new_messages=read.messages[read.shared :],
                     answer=answer,
                     parameters=read.parameters,
-                    prompt_token_ids=read.prompt_token_ids,
-                    completion_token_ids=read.completion_token_ids,
+                    prompt_token_ids=read.prompt_token_ids.tolist(),
+                    completion_token_ids=read.completion_token_ids.tolist(),
                     prompt_tokens=stored["prompt_tokens"],
                     cached_tokens=stored["cached_tokens"],
                     completion_tokens=stored["completion_tokens"],
@@ -224,30 +264,38 @@ class Archive:
         client_id = self._rows.open(tables.sessions, row)["client_id"]
         return Transcript(self._summary(row), text_or_none(client_id) or None, turns)
 
-    def _explain(self, row: RowMapping, rows: Sequence[RowMapping]) -> Explanation:
-        reader = Reader()
-        explained: list[ExplainedTurn] = []
-        before: tuple[Ran, list[Message], dict[str, Any], int] | None = None
+    def _explain(self, explaining: _Explaining, rows: Sequence[RowMapping]) -> None:
+        """Go on with `rows`."""
+        reader = explaining.reader
         for stored in rows:
             opened = self._rows.open(tables.turns, stored)
+            explaining.number = number = stored["number"]
             answer = from_json(_bytes(opened["response"]))
-            read = reader.add(stored["number"], _bytes(opened["request"]), answer, _bytes(opened["token_ids"]))
+            request, token_ids = _bytes(opened["request"]), _bytes(opened["token_ids"])
+            if number < explaining.first - 1:
+                reader.skip(number, request, answer, token_ids)
+                continue
+            read = reader.add(number, request, answer, token_ids)
             now = Ran(
                 stored["model"],
-                token_array(read.prompt_token_ids, read.completion_token_ids),
+                read.token_ids,
                 stored["prompt_tokens"],
-                stored["cached_tokens"],
+                stored["cached_tokens"] if read.circumstances.served_known else None,
                 stored["started_at"],
                 stored["ended_at"],
                 read.circumstances,
             )
-            account = account_of(None if before is None else before[0], now, first=stored["number"] == 1)
+            before = explaining.before
+            explaining.before = now, [*read.messages, answer], read.parameters, read.prompt_length
+            if number < explaining.first:
+                continue
+            account = account_of(None if before is None else before[0], now, shared=read.shared_ids, first=number == 1)
             divergence = None
             if before is not None:
-                divergence = divergence_of(account, before[1:], (read.messages, read.parameters))
-            explained.append(ExplainedTurn(stored["number"], stored["started_at"], account, divergence))
-            before = now, [*read.messages, answer], read.parameters, len(read.prompt_token_ids)
-        return Explanation(self._summary(row), explained, findings_of(explained))
+                divergence = divergence_of(
+                    account, before[1:], (read.messages, read.parameters), same_messages=read.shared
+                )
+            explaining.turns.append(ExplainedTurn(number, stored["started_at"], account, divergence))
 
     def _summary(self, row: RowMapping) -> SessionSummary:
         return SessionSummary(

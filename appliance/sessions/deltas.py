@@ -6,7 +6,8 @@ turn is kept as what it adds to the turn before it (`base`), or whole (`base` 0)
 Rules:
 
 - Reading needs the turns in order and nothing else; `Reader` raises on a base that is not the turn before.
-- What a record does not change it does not repeat: messages, parameters and token ids alike.
+- What a record does not change it does not repeat: messages, parameters and token ids alike. One with all its messages
+  has its parameters, too: what was said before it can be passed over unread.
 - A message is the same as before only if it is so in every field: what recognises a session overlooks some of them.
 """
 
@@ -25,6 +26,8 @@ from appliance.sessions.turn import Message
 
 _IDS_HEADER = struct.Struct("<IIII")  # base turn, shared ids, prompt ids, completion ids
 _UINT32 = "I"
+_WHOLE = b'{"base":0,'  # how a request begins that has all its messages
+_NOT_WHOLE = b',"parameters_of":'  # is nowhere in it unless as this key, for quotes in a text are escaped
 
 
 class TranscriptBroken(HoldfastError):
@@ -89,7 +92,7 @@ def encode_request(
     record: dict[str, Any] = {"base": 0, "shared": 0, "messages": list(messages)}
     if tip is not None and shared_messages:
         record = {"base": tip.number, "shared": shared_messages, "messages": list(messages[shared_messages:])}
-    if tip is not None and parameters == tip.parameters:
+    if tip is not None and shared_messages and parameters == tip.parameters:
         record["parameters_of"] = tip.number
     else:
         record["parameters"] = from_json(parameters)
@@ -110,29 +113,48 @@ def encode_token_ids(tip: Tip | None, shared: int, ids: "array[int]", prompt_len
 
 @dataclass(frozen=True, slots=True)
 class ReadTurn:
-    """One turn, whole again. The first `shared` messages were there in the turn before it."""
+    """One turn, whole again.
+
+    Attributes:
+        shared: so many messages were there in the turn before it, its answer included.
+        token_ids: of the prompt, then those generated.
+        prompt_length: how many of them are the prompt's.
+        shared_ids: how many of them those of the turn before begin with, too; None: the turn was written without it.
+    """
 
     messages: list[Message]
     shared: int
     parameters: dict[str, Any]
-    prompt_token_ids: list[int]
-    completion_token_ids: list[int]
+    token_ids: "array[int]"
+    prompt_length: int
+    shared_ids: int | None
     circumstances: Circumstances
 
+    @property
+    def prompt_token_ids(self) -> "array[int]":
+        """Those that the engine was given."""
+        return self.token_ids[: self.prompt_length]
 
-@dataclass(frozen=True, slots=True)
-class _Previous:
-    number: int
-    messages: list[Message]  # with the answer
-    parameters: dict[str, Any]
-    token_ids: "array[int]"
+    @property
+    def completion_token_ids(self) -> "array[int]":
+        """Those that it generated."""
+        return self.token_ids[self.prompt_length :]
 
 
 @dataclass(slots=True)
 class Reader:
-    """Puts the turns of one session together again, fed in order of their numbers."""
+    """Puts the turns of one session together again, fed in order of their numbers.
 
-    _previous: _Previous | None = field(default=None)
+    What was read last is changed in place into what is read next, so that a turn costs what it adds, and what is handed
+    out is a copy. After an error the reader is of no use.
+    """
+
+    _number: int = 0  # of the turn whose ids these are
+    _token_ids: "array[int]" = field(default_factory=lambda: array(_UINT32))
+    _said_number: int = 0  # of the turn whose messages and parameters these are
+    _messages: list[Message] = field(default_factory=list)  # with the answer
+    _parameters: dict[str, Any] = field(default_factory=dict)
+    _passed: list[tuple[int, bytes, Message]] = field(default_factory=list)  # and not read: nobody asked yet
 
     def add(self, number: int, request: bytes, answer: Message, token_ids: bytes) -> ReadTurn:
         """Read turn `number`.
@@ -140,31 +162,63 @@ class Reader:
         Raises:
             TranscriptBroken: it builds on a turn that was not just read, or lengths disagree.
         """
-        record = from_json(request)
-        base, shared = record["base"], record["shared"]
-        messages = [*self._base(number, base).messages[:shared], *record["messages"]] if base else record["messages"]
-        if "parameters_of" in record:
-            parameters = self._base(number, record["parameters_of"]).parameters
-        else:
-            parameters = record["parameters"]
-        prompt_length, ids = self._token_ids(number, token_ids)
-        self._previous = _Previous(number, [*messages, answer], parameters, ids)
-        circumstances = Circumstances.from_wire(record.get("circumstances"))
-        prompt, completion = ids[:prompt_length].tolist(), ids[prompt_length:].tolist()
-        return ReadTurn(messages, shared, parameters, prompt, completion, circumstances)
+        for passed in self._passed:
+            self._take_said(*passed)
+        self._passed.clear()
+        record = self._take_said(number, request, answer)
+        prompt_length, shared_ids = self._take_ids(number, token_ids)
+        return ReadTurn(
+            messages=self._messages[:-1],
+            shared=record["shared"],
+            parameters=self._parameters,
+            token_ids=self._token_ids[:],
+            prompt_length=prompt_length,
+            shared_ids=shared_ids,
+            circumstances=Circumstances.from_wire(record.get("circumstances")),
+        )
 
-    def _token_ids(self, number: int, blob: bytes) -> tuple[int, "array[int]"]:
+    def skip(self, number: int, request: bytes, answer: Message, token_ids: bytes) -> None:
+        """Pass over turn `number`: only those after it may want it.
+
+        Raises:
+            TranscriptBroken: as `add`, where it is known by now.
+        """
+        if request.startswith(_WHOLE) and _NOT_WHOLE not in request:
+            self._passed.clear()
+        self._passed.append((number, request, answer))
+        self._take_ids(number, token_ids)
+
+    def _take_said(self, number: int, request: bytes, answer: Message) -> dict[str, Any]:
+        record: dict[str, Any] = from_json(request)
+        for base in (record["base"], record.get("parameters_of", 0)):
+            if base and base != self._said_number:
+                raise _misses_base(number, base)
+        if record["base"]:
+            del self._messages[record["shared"] :]
+        else:
+            self._messages = []
+        self._messages += record["messages"]
+        self._messages.append(answer)
+        self._parameters = record.get("parameters", self._parameters)
+        self._said_number = number
+        return record
+
+    def _take_ids(self, number: int, blob: bytes) -> tuple[int, int | None]:
+        """How many ids the prompt has, and how many are those of the turn before; None: written without it."""
         base, shared, prompt_length, completion_length = _IDS_HEADER.unpack_from(blob)
-        ids = self._base(number, base).token_ids[:shared] if base else array(_UINT32)
-        ids.frombytes(blob[_IDS_HEADER.size :])
+        if base and base != self._number:
+            raise _misses_base(number, base)
+        del self._token_ids[shared if base else 0 :]
+        self._token_ids.frombytes(memoryview(blob)[_IDS_HEADER.size :])
+        ids = self._token_ids
         if len(ids) != prompt_length + completion_length:
             raise _broken(number, f"it holds {len(ids)} token ids and promises {prompt_length + completion_length}")
-        return prompt_length, ids
+        self._number = number
+        return prompt_length, shared if base else None
 
-    def _base(self, number: int, base: int) -> _Previous:
-        if self._previous is None or self._previous.number != base:
-            raise _broken(number, f"it builds on turn {base}, which is not there")
-        return self._previous
+
+def _misses_base(number: int, base: int) -> TranscriptBroken:
+    return _broken(number, f"it builds on turn {base}, which is not there")
 
 
 def _broken(number: int, cause: str) -> TranscriptBroken:

@@ -10,6 +10,7 @@ Rules:
 - Pure, and exact: what was served and what was computed for every cause add up to the prompt.
 - What is not known is `UNKNOWN`. Nothing is called expired or evicted because it is missing.
 - Of a message that changed it is told which, whose, and what kind of change; never a word of it.
+- Two messages are the same if the model's template sees the same: `divergence_of` says what is certain of a place.
 """
 
 import enum
@@ -20,11 +21,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
+from pydantic_core import from_json
+
+from appliance.sessions.history import canonical_message
 from appliance.sessions.turn import Message
 
 _NUMBERS: Final = re.compile(r"\d+")
 _SPACE: Final = re.compile(r"\s+")
 _ENOUGH_TO_KNOW: Final = 3  # messages that come again in the same order
+_FAR: Final = 256  # how many messages are looked through for one that moved
 _OFTEN: Final = 2  # turns of a session in which the same thing destroyed its prefix
 
 
@@ -39,7 +44,8 @@ class Cause(enum.StrEnum):
     ENGINE_RESTARTED = "engine_restarted"
     ENDED = "ended"  # its client had said that the session was over
     SALT_CHANGED = "salt_changed"  # a session of its tree was forgotten
-    EXPIRED = "expired"  # idle for longer than its lease, and gone since
+    CONCURRENT = "concurrent"  # the turn before still ran, and what could be found of it is not known
+    EXPIRED = "expired"  # the turn came after its lease had run out, and what it had was gone by then
     EVICTED = "evicted"  # gone while its lease ran: others wanted the room
     UNKNOWN = "unknown"
 
@@ -52,12 +58,14 @@ class Change(enum.StrEnum):
     CONTENT = "content"
     TOOL_CALLS = "tool_calls"
     REASONING_DROPPED = "reasoning_dropped"
-    FIELDS = "fields"  # of the message, other than those above
+    FIELDS = "fields"  # no message says anything else, but names or ids in one changed, which some templates write
     INSERTED = "inserted"
     REMOVED = "removed"
     REPLACED = "replaced"  # from there on the history is another one: compaction, an edit
     TOOLS_REORDERED = "tools_reordered"
     TOOLS_CHANGED = "tools_changed"
+    PARAMETERS = "parameters"  # no message changed, but what else a template can read did
+    SEVERAL = "several"  # more than one of those above, and it is not certain which of them is at that place
     PROMPT = "prompt"  # of a completion, which has no messages
     ANSWER_REWRITTEN = "answer_rewritten"  # the answer came back as other tokens than were generated
     TEMPLATE = "template"  # no message changed: the template writes the same messages otherwise
@@ -77,13 +85,18 @@ REMEDIES: Final[Mapping[Change | Cause, str]] = {
     Change.REPLACED: "The history is rewritten (compaction, an edit). Do it seldom and much at a time.",
     Change.TOOLS_REORDERED: "The same tools come in another order: send them in a fixed one.",
     Change.TOOLS_CHANGED: "The list of tools changes: keep it the same through a session.",
+    Change.PARAMETERS: "What a chat template can read beside the messages changes (`reasoning_effort`, "
+    "`response_format`, `tool_choice`): keep it the same through a session.",
+    Change.SEVERAL: "Tools, parameters or earlier messages change together: keep all of them as they were, and append.",
     Change.PROMPT: "The prompt does not begin as the one before: append to it.",
     Change.ANSWER_REWRITTEN: "Answers come back as other tokens than were generated. If a client trims or reformats "
     "them, send them back as they were.",
     Change.TEMPLATE: "The model's chat template writes earlier messages otherwise once others follow; another template "
     "does not.",
-    Cause.EXPIRED: "The session paused for longer than its idle timeout, and others wanted the room: raise "
-    "`sessions.idle_timeout_s`, or give the engine more room.",
+    Cause.CONCURRENT: "The session is asked again before its last turn is over: wait for it, or begin a session for "
+    "each of what runs at once.",
+    Cause.EXPIRED: "The session pauses for longer than its idle timeout. While a lease runs, what a session has "
+    "outranks what others had: a longer `sessions.idle_timeout_s` may keep it, as far as there is room.",
     Cause.EVICTED: "Others wanted the room while the session was due: give the engine more room, or run fewer "
     "sessions.",
     Cause.ENDED: "The client says that the session is over and goes on with it: say so with its last call only.",
@@ -104,6 +117,7 @@ class Circumstances:
         idle_timeout_s: of the session's lease.
         epoch: of the session's tree, which its salt is made with.
         was_over: its client had said that the session was over.
+        served_known: the engine said how much of the prompt it found; not of a turn that was broken off.
     """
 
     block_size: int | None = None
@@ -111,10 +125,11 @@ class Circumstances:
     idle_timeout_s: float | None = None
     epoch: int | None = None
     was_over: bool = False
+    served_known: bool = True
 
     def to_wire(self) -> list[int | str | float | None]:
         """As it is written down with a turn."""
-        return [self.block_size, self.engine, self.idle_timeout_s, self.epoch, self.was_over]
+        return [self.block_size, self.engine, self.idle_timeout_s, self.epoch, self.was_over, self.served_known]
 
     @classmethod
     def from_wire(cls, said: Sequence[Any] | None) -> Self:
@@ -129,14 +144,14 @@ class Ran:
     Attributes:
         token_ids: of the prompt, then those generated.
         prompt_tokens: how many of them are the prompt's.
-        cached_tokens: of the prompt, found on the engine.
+        cached_tokens: of the prompt, found on the engine; None: it did not get to say.
         started_at, ended_at: epoch seconds.
     """
 
     model: str
     token_ids: "array[int]"
     prompt_tokens: int
-    cached_tokens: int
+    cached_tokens: int | None
     started_at: float
     ended_at: float
     circumstances: Circumstances
@@ -147,6 +162,7 @@ class Account:
     """What became of a prompt's tokens.
 
     Attributes:
+        served_tokens: 0 also where it is not known how many.
         diverged_at: the first token that is not that of the turn before; None: all of that was continued.
     """
 
@@ -208,18 +224,23 @@ def account_of(before: Ran | None, now: Ran, *, shared: int | None = None, first
         shared: how many tokens both begin with, where the caller knows.
         first: without `before`: there was none.
     """
-    prompt, served = now.prompt_tokens, min(now.cached_tokens, now.prompt_tokens)
+    prompt, served = now.prompt_tokens, min(now.cached_tokens or 0, now.prompt_tokens)
     if before is None or not before.token_ids or len(now.token_ids) < prompt:
-        cause = Cause.FIRST_TURN if before is None and first else Cause.UNKNOWN
-        return Account(prompt, served, _counted([(cause, prompt)], served))
+        is_first = before is None and first and now.cached_tokens is not None
+        return Account(prompt, served, _counted([(Cause.FIRST_TURN if is_first else Cause.UNKNOWN, prompt)], served))
+    known = len(before.token_ids)
+    if before.model != now.model:
+        # Nothing that one model computed is of use to another: where the two histories part does not matter.
+        cause = Cause.UNKNOWN if now.cached_tokens is None else Cause.MODEL_CHANGED
+        return Account(prompt, served, _counted([(cause, min(known, prompt)), (Cause.NEW, prompt)], served))
     if shared is None:
         shared = shared_tokens(before.token_ids, now.token_ids)
-    known = len(before.token_ids)
     shared = min(shared, prompt)
     parted = shared < known and shared < prompt
     block_size = now.circumstances.block_size
     # The engine computes the last token of a prompt in any case, and never the last one that it generated.
-    most = max(0, min(shared, known - 1, prompt - 1))
+    has_kv = known - 1 if known > before.prompt_tokens else known
+    most = max(0, min(shared, has_kv, prompt - 1))
     findable = most // block_size * block_size if block_size else served
     ranges = [
         (_lost(before, now), findable),
@@ -248,27 +269,52 @@ def divergence_of(
     account: Account,
     before: tuple[Sequence[Message], Mapping[str, Any], int],
     now: tuple[Sequence[Message], Mapping[str, Any]],
+    *,
+    same_messages: int = 0,
 ) -> Divergence | None:
     """Where, in which message and how a turn parted from the one before it; None: it did not.
+
+    The place is exact, for it is read from the tokens. What is there is told from what both turns sent, which is
+    certain in these cases:
+
+    - The place is in the tokens that were generated: all that had been sent came again as it was. It is the answer that
+      changed, or else its text became other tokens than were generated.
+    - Before that: the first message that differs in what a template sees is named where it is all that changed, or
+      earlier messages are the same and only later ones changed too. Where tools or parameters changed as well, or a
+      template need not have written what changed first, it is `Change.SEVERAL`, and no message is named.
+    - Nothing of that changed, and no name and no id: it is the template.
 
     Args:
         before: the messages of the turn before with its answer, its parameters, the length of its prompt in tokens.
         now: the messages and the parameters.
+        same_messages: so many messages at the beginning are known to be the same in both.
     """
     if account.diverged_at is None:
         return None
     old, old_parameters, old_prompt = before
     new, parameters = now
     token = account.diverged_at
-    if not new:
+    if not new or "prompt" in old_parameters:
         return Divergence(token, None, None, Change.PROMPT)
-    if tools := _tools_change(old_parameters.get("tools") or [], parameters.get("tools") or []):
-        return Divergence(token, None, None, tools)
-    at = next((place for place, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
-    if at >= len(old):  # every message is the same, the answer too
-        return Divergence(token, None, None, Change.ANSWER_REWRITTEN if token >= old_prompt else Change.TEMPLATE)
-    role = (new[at] if at < len(new) else old[at]).get("role")
-    return Divergence(token, at + 1, None if role is None else str(role)[:32], _message_change(old, new, at))
+    if token >= old_prompt:
+        at = len(old) - 1
+        if at < len(new) and _alike(old[at], new[at]):
+            return Divergence(token, None, None, Change.ANSWER_REWRITTEN)
+        return _message_divergence(token, old, new, at)
+    both = min(len(old), len(new))
+    at = next((place for place in range(same_messages, both) if not _alike(old[place], new[place])), both)
+    differs = at < len(old)
+    beside = _beside_messages(old_parameters, parameters)
+    if differs and (beside or _is_unsure(old, new, at)):
+        return Divergence(token, None, None, Change.SEVERAL)
+    if differs:
+        return _message_divergence(token, old, new, at)
+    if beside:
+        return Divergence(token, None, None, beside)
+    at = next((place for place in range(same_messages, both) if _names(old[place]) != _names(new[place])), both)
+    if at < both:
+        return Divergence(token, at + 1, _role(new[at]), Change.FIELDS)
+    return Divergence(token, None, None, Change.TEMPLATE)
 
 
 def findings_of(turns: Sequence[ExplainedTurn]) -> list[Finding]:
@@ -293,6 +339,7 @@ def _destroyers(turn: ExplainedTurn) -> Iterator[tuple[Change | Cause, int | Non
         tokens = computed.get(Cause.DIVERGED, 0)
         yield where.change, where.message if fixed else None, where.role, tokens
     for cause in (
+        Cause.CONCURRENT,
         Cause.EXPIRED,
         Cause.EVICTED,
         Cause.ENGINE_RESTARTED,
@@ -306,8 +353,8 @@ def _destroyers(turn: ExplainedTurn) -> Iterator[tuple[Change | Cause, int | Non
 
 def _lost(before: Ran, now: Ran) -> Cause:
     """Why what could have been found was not."""
-    if before.model != now.model:
-        return Cause.MODEL_CHANGED
+    if now.cached_tokens is None:
+        return Cause.UNKNOWN
     here, there = now.circumstances, before.circumstances
     if here.engine is None or there.engine is None:
         return Cause.UNKNOWN
@@ -317,6 +364,8 @@ def _lost(before: Ran, now: Ran) -> Cause:
         return Cause.ENDED
     if here.epoch != there.epoch:
         return Cause.SALT_CHANGED
+    if now.started_at < before.ended_at:
+        return Cause.CONCURRENT
     if there.idle_timeout_s is None:
         return Cause.UNKNOWN
     return Cause.EXPIRED if now.started_at - before.ended_at > there.idle_timeout_s else Cause.EVICTED
@@ -333,38 +382,122 @@ def _counted(ranges: Sequence[tuple[Cause, int]], served: int) -> dict[Cause, in
     return dict(counts)
 
 
+def _beside_messages(old: Mapping[str, Any], new: Mapping[str, Any]) -> Change | None:
+    """What changed of that which the engine hands to a template beside the messages (`api/openai/fields.py` has what
+    passes; vLLM's `build_chat_params` what of it a template gets)."""
+    old_tools, new_tools = old.get("tools") or [], new.get("tools") or []
+    tools = _tools_change(old_tools, new_tools)
+    names = ["reasoning_effort", "response_format"]
+    if old_tools and new_tools:
+        names.append("tool_choice")  # without tools it is not looked at
+    if all(old.get(name) == new.get(name) for name in names):
+        return tools
+    return Change.SEVERAL if tools else Change.PARAMETERS
+
+
 def _tools_change(old: Sequence[Any], new: Sequence[Any]) -> Change | None:
     if old == new:
         return None
     return Change.TOOLS_REORDERED if sorted(map(repr, old)) == sorted(map(repr, new)) else Change.TOOLS_CHANGED
 
 
+def _alike(one: Message, other: Message) -> bool:
+    """Whether a template sees the same in both."""
+    if one is other or one == other:
+        return True
+    if one.get("role") != other.get("role"):
+        return False
+    said, says = one.get("content"), other.get("content")
+    if isinstance(said, str) and isinstance(says, str) and said != says:
+        return False  # by far the most of those that differ
+    return _said(one) == _said(other) and _reasoning(one) == _reasoning(other)
+
+
+def _said(message: Message) -> bytes:
+    """What every template sees of a message; the engine reads a call's arguments before a template sees them."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = [{"text": _part_text(part)} for part in content]
+    calls = [_read_call(call) for call in message.get("tool_calls") or ()]
+    return canonical_message({"role": message.get("role"), "content": content, "tool_calls": calls})
+
+
+def _part_text(part: Any) -> Any:
+    return part.get("text", part.get("refusal")) if isinstance(part, dict) else part
+
+
+def _read_call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    try:
+        arguments = from_json(function.get("arguments") or "{}")
+    except ValueError:
+        arguments = {}
+    return {"function": {"name": function.get("name"), "arguments": arguments if isinstance(arguments, dict) else {}}}
+
+
+def _reasoning(message: Message) -> Any:
+    given = message.get("reasoning")
+    return (message.get("reasoning_content") if given is None else given) or ""
+
+
+def _names(message: Message) -> list[Any]:
+    """What some templates write of a message beside what it says."""
+    calls = message.get("tool_calls") or ()
+    ids = [call.get("id") if isinstance(call, dict) else None for call in calls]
+    return [message.get("name"), message.get("tool_call_id"), ids]
+
+
+def _is_unsure(old: Sequence[Message], new: Sequence[Message], at: int) -> bool:
+    """Whether a later message may be the one: at `at` it is only reasoning, which many templates leave out."""
+    if at >= len(new) or _said(old[at]) != _said(new[at]):
+        return False
+    both = min(len(old), len(new))
+    return both < len(old) or any(_said(old[place]) != _said(new[place]) for place in range(at + 1, both))
+
+
+def _message_divergence(token: int, old: Sequence[Message], new: Sequence[Message], at: int) -> Divergence:
+    return Divergence(token, at + 1, _role(new[at] if at < len(new) else old[at]), _message_change(old, new, at))
+
+
+def _role(message: Message) -> str | None:
+    role = message.get("role")
+    return None if role is None else str(role)[:32]
+
+
 def _message_change(old: Sequence[Message], new: Sequence[Message], at: int) -> Change:
     if at >= len(new):
         return Change.REMOVED
     was, is_now = old[at], new[at]
-    if any(_same(old[place : place + _ENOUGH_TO_KNOW], new[at:]) for place in range(at + 1, len(old))):
+    if any(_come_again(old, place, new, at) for place in range(at + 1, min(len(old), at + 1 + _FAR))):
         return Change.REMOVED
-    if any(_same(old[at : at + _ENOUGH_TO_KNOW], new[place:]) for place in range(at + 1, len(new))):
+    if any(_come_again(old, at, new, place) for place in range(at + 1, min(len(new), at + 1 + _FAR))):
         return Change.INSERTED
     if was.get("role") != is_now.get("role") or len(new) < len(old):
         return Change.REPLACED
-    differing = {name for name in was.keys() | is_now.keys() if (was.get(name) or None) != (is_now.get(name) or None)}
-    if "content" in differing:
-        return _text_change(was.get("content"), is_now.get("content"))
-    if "tool_calls" in differing:
+    if _said({"content": was.get("content")}) != _said({"content": is_now.get("content")}):
+        return _text_change(_text(was.get("content")), _text(is_now.get("content")))
+    if _said(was) != _said(is_now):
         return Change.TOOL_CALLS
-    if any(was.get(name) and not is_now.get(name) for name in ("reasoning", "reasoning_content")):
-        return Change.REASONING_DROPPED
-    return Change.FIELDS
+    return Change.REASONING_DROPPED if not _reasoning(is_now) else Change.CONTENT
 
 
-def _same(some: Sequence[Message], there: Sequence[Message]) -> bool:
-    return list(some) == list(there[: len(some)])
+def _come_again(old: Sequence[Message], old_at: int, new: Sequence[Message], new_at: int) -> bool:
+    """Whether the messages of `old` from one place on, enough of them to know, are those of `new` from another."""
+    count = min(_ENOUGH_TO_KNOW, len(old) - old_at)
+    if len(new) - new_at < count:
+        return False
+    return all(_alike(old[old_at + further], new[new_at + further]) for further in range(count))
 
 
-def _text_change(old: Any, new: Any) -> Change:
-    before, after = (text if isinstance(text, str) else repr(text) for text in (old, new))
+def _text(content: Any) -> str:
+    if isinstance(content, list):
+        return "\n".join(str(_part_text(part) or "") for part in content)
+    return "" if content is None else str(content)
+
+
+def _text_change(before: str, after: str) -> Change:
     if _SPACE.sub("", before) == _SPACE.sub("", after):
         return Change.WHITESPACE
     if _NUMBERS.sub("0", before) == _NUMBERS.sub("0", after):

@@ -462,7 +462,12 @@ class Sessions(Archive):
             links = self._turn_links(session, turn, outcome)
             tip = self._tips.get(live.session_id)
             circumstances = Circumstances(
-                self._block_size, engine, session.idle_timeout_s, session._epoch, _was_over(live, outcome.started_at)
+                self._block_size,
+                engine,
+                session.idle_timeout_s,
+                session._epoch,
+                _was_over(live, outcome.started_at),
+                served_known=outcome.cached_tokens is not None,
             )
             try:
                 over_at = outcome.ended_at if last else live.over_at
@@ -494,7 +499,7 @@ class Sessions(Archive):
         totals = {
             "turns": number,
             "prompt_tokens": outcome.prompt_tokens,
-            "cached_tokens": outcome.cached_tokens,
+            "cached_tokens": outcome.cached_tokens or 0,
             "completion_tokens": outcome.completion_tokens,
             "last_used_at": outcome.ended_at,
             "over_at": over_at,
@@ -564,7 +569,7 @@ class Sessions(Archive):
             "response": to_json(outcome.answer),
             "token_ids": encode_token_ids(tip, shared_ids, ids, prompt_length),
             "prompt_tokens": outcome.prompt_tokens,
-            "cached_tokens": outcome.cached_tokens,
+            "cached_tokens": outcome.cached_tokens or 0,
             "completion_tokens": outcome.completion_tokens,
             "finish_reason": outcome.finish_reason,
             "started_at": outcome.started_at,

@@ -62,7 +62,10 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a turn ended. Token ids are the engine's own, in order; `answer` is the assistant's message or the text."""
+    """How a turn ended. Token ids are the engine's own, in order; `answer` is the assistant's message or the text.
+
+    `cached_tokens` is None where the engine did not get to say how much of the prompt it found.
+    """
 
     response_id: str
     state: TurnState
@@ -70,7 +73,7 @@ class Outcome:
     prompt_token_ids: Sequence[int]
     completion_token_ids: Sequence[int]
     prompt_tokens: int
-    cached_tokens: int
+    cached_tokens: int | None
     completion_tokens: int
     finish_reason: str | None
     started_at: float

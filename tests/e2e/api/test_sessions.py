@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from api.admin.client import AdminClient
 from benchmarks.stub import MODEL
 from tests.e2e.api.conftest import Answer, Served, until
 
@@ -217,6 +218,43 @@ def test_what_was_found_on_the_engine_is_told(served: Served) -> None:
     }
     session = served.newest_session()
     assert (session.prompt_tokens, session.cached_tokens, session.completion_tokens) == (100, 50, 15)
+
+
+def computed(served: Served, cause: str) -> float:
+    """What is counted on the admin listener of prompt tokens that were computed for `cause`."""
+    with AdminClient(served.state_dir)._answer("GET", "/metrics") as answer:
+        text = answer.read().decode()
+    begin = f'holdfast_computed_prompt_tokens_total{{cause="{cause}"}} '
+    (line,) = [line for line in text.splitlines() if line.startswith(begin)]
+    return float(line.removeprefix(begin))
+
+
+def test_what_was_computed_is_counted_by_cause(served: Served) -> None:
+    before = computed(served, "first_turn")
+    served.ask("x" * 400, session=name())
+    assert computed(served, "first_turn") == before + 50
+
+
+def test_of_a_stream_that_broke_it_is_not_known_what_was_found(served: Served) -> None:
+    before = computed(served, "unknown"), computed(served, "first_turn")
+    served.ask('@stub {"drop_after": 2} ' + "x" * 376, session=name(), stream=True)
+    session = served.newest_session()
+    assert (session.prompt_tokens, session.cached_tokens) == (100, 0)
+    (turn,) = served.admin.why(session.session_id).turns
+    assert (turn.served_tokens, turn.computed_tokens) == (0, {"unknown": 100})
+    assert (computed(served, "unknown"), computed(served, "first_turn")) == (before[0] + 100, before[1])
+
+
+def test_why_is_told_of_so_many_turns_as_were_asked_for(served: Served) -> None:
+    mine = name()
+    for _ in range(3):
+        served.ask(session=mine)
+    session_id = served.newest_session().session_id
+    told = [served.admin.why(session_id, limit=limit) for limit in (2, 3)]
+    assert [([turn.number for turn in each.turns], each.truncated) for each in told] == [
+        ([2, 3], True),
+        ([1, 2, 3], False),
+    ]
 
 
 def lets_go_of(served: Served, lease_label: str) -> None:

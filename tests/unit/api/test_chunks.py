@@ -174,7 +174,7 @@ def test_a_stream_cut_short_knows_what_it_has_seen() -> None:
     it = answer()
     it.feed(first([7, 8, 9]))
     it.feed(chunk({"content": "a"}, ids=[1, 2]))
-    assert (it.usage.prompt_tokens, it.usage.cached_tokens, it.usage.completion_tokens) == (3, 0, 2)
+    assert (it.usage.prompt_tokens, it.usage.cached_tokens, it.usage.completion_tokens) == (3, None, 2)
     assert it.finish_reason is None
 
 

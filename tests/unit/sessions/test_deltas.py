@@ -1,5 +1,6 @@
 """A turn written as a difference reads back whole."""
 
+import copy
 from array import array
 
 import pytest
@@ -7,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic_core import to_json
 
-from appliance.sessions.deltas import Reader, Tip, TranscriptBroken, encode_request, encode_token_ids, token_array
+from appliance.sessions.deltas import (
+    Reader,
+    ReadTurn,
+    Tip,
+    TranscriptBroken,
+    encode_request,
+    encode_token_ids,
+    token_array,
+)
 from appliance.sessions.misses import Circumstances, Ran, shared_tokens
 
 NOTHING_KNOWN = Circumstances()
@@ -26,6 +35,7 @@ def test_every_turn_reads_back_whole_whatever_it_shared(
     turns: list[tuple[list[dict[str, str]], list[int], list[int], bool, bool]],
 ) -> None:
     reader, previous = Reader(), list[dict[str, str]]()
+    skipping, read_before = Reader(), list[tuple[ReadTurn, ReadTurn]]()
     tip: Tip | None = None
     for number, (added, prompt, completion, keeps_history, tip_is_lost) in enumerate(turns, start=1):
         messages = [*previous, *added] if keeps_history else added
@@ -41,13 +51,21 @@ def test_every_turn_reads_back_whole_whatever_it_shared(
 
         read = reader.add(number, request, answer, blob)
 
+        if number == len(turns):
+            assert skipping.add(number, request, answer, blob) == read
+        else:
+            skipping.skip(number, request, answer, blob)
+        read_before.append((read, copy.deepcopy(read)))
         assert read.messages == messages
         assert read.parameters == parameters
+        assert read.token_ids == ids
         assert [*read.prompt_token_ids, *read.completion_token_ids] == list(ids)
-        assert read.completion_token_ids == completion
+        assert list(read.completion_token_ids) == completion
+        assert read.shared_ids in (None, shared_ids)
         assert read.circumstances == circumstances
         tip = tip_of(number, ids, to_json(parameters))
         previous = [*messages, answer]
+    assert all(then == now for then, now in read_before), "what was handed out is not changed by what follows"
 
 
 def test_an_extension_costs_what_it_adds_and_not_what_it_repeats() -> None:
@@ -65,6 +83,18 @@ def test_a_turn_whose_base_is_gone_is_refused_and_named() -> None:
     request = encode_request(tip_of(4, array("I")), 1, [{"role": "user"}], b"[]", NOTHING_KNOWN)
     with pytest.raises(TranscriptBroken, match="turn 5"):
         Reader().add(5, request, {"role": "assistant"}, blob)
+
+
+def test_what_was_said_before_a_turn_written_whole_is_passed_over_unread() -> None:
+    reader, ids = Reader(), array("I", [1, 2])
+    reader.skip(1, b"never read", {"role": "assistant"}, encode_token_ids(None, 0, ids, 1))
+    whole = encode_request(tip_of(1, ids, b'{"n":1}'), 0, [{"role": "user"}], b'{"n":1}', NOTHING_KNOWN)
+    reader.skip(2, whole, {"role": "assistant"}, encode_token_ids(tip_of(1, ids), 2, ids, 1))
+    longer = encode_request(tip_of(2, ids, b'{"n":1}'), 2, [{}, {}, {"role": "tool"}], b'{"n":1}', NOTHING_KNOWN)
+    read = reader.add(3, longer, {"role": "assistant"}, encode_token_ids(tip_of(2, ids), 2, ids, 1))
+    assert read.messages == [{"role": "user"}, {"role": "assistant"}, {"role": "tool"}]
+    assert read.parameters == {"n": 1}
+    assert read.token_ids == ids
 
 
 def test_a_turn_with_token_ids_missing_is_refused() -> None:

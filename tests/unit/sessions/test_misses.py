@@ -32,10 +32,12 @@ def ran(
     *,
     cached: int = 0,
     at: float = 0.0,
+    unknown: bool = False,
     model: str = "model",
     circumstances: Circumstances = HERE,
 ) -> Ran:
-    return Ran(model, array("I", [*prompt, *answer]), len(prompt), cached, at, at + 1.0, circumstances)
+    found = None if unknown else cached
+    return Ran(model, array("I", [*prompt, *answer]), len(prompt), found, at, at + 1.0, circumstances)
 
 
 BEFORE = ran(range(10), [10, 11, 12])  # twelve tokens have KV: three blocks
@@ -70,14 +72,49 @@ def test_a_prompt_that_stops_short_of_its_history_did_not_diverge() -> None:
         (ran(range(20), at=2), Cause.EVICTED),
         (ran(range(20), at=15.9), Cause.EVICTED),
         (ran(range(20), at=16.1), Cause.EXPIRED),
-        (ran(range(20), at=2, model="other"), Cause.MODEL_CHANGED),
         (ran(range(20), at=2, circumstances=Circumstances(4, "two", 15.0, 0)), Cause.ENGINE_RESTARTED),
         (ran(range(20), at=2, circumstances=Circumstances(4, "one", 15.0, 1)), Cause.SALT_CHANGED),
+        (ran(range(20), at=2, circumstances=Circumstances(4, "one", 15.0, 0, was_over=True)), Cause.ENDED),
         (ran(range(20), at=2, circumstances=Circumstances(4, None, 15.0, 0)), Cause.UNKNOWN),
+        (ran(range(20), at=0.9), Cause.CONCURRENT),
+        (ran(range(20), at=1.0), Cause.EVICTED),
+        (ran(range(20), at=2, unknown=True), Cause.UNKNOWN),
+        (ran(range(20), at=17, unknown=True), Cause.UNKNOWN),
     ],
 )
 def test_what_could_have_been_found_has_a_cause_of_its_own(now: Ran, cause: Cause) -> None:
     assert account_of(BEFORE, now) == Account(20, 0, {cause: 12, Cause.BLOCK_TAIL: 1, Cause.NEW: 7})
+
+
+def test_all_that_the_turn_before_had_is_lost_to_another_model_and_nothing_of_it_diverged() -> None:
+    other = ran(range(100, 120), at=2, model="other")
+    assert account_of(BEFORE, other) == Account(20, 0, {Cause.MODEL_CHANGED: 13, Cause.NEW: 7})
+    assert account_of(BEFORE, ran(range(6), at=2, model="other")) == Account(6, 0, {Cause.MODEL_CHANGED: 6})
+    found = ran(range(20), cached=16, at=2, model="other")  # it had answered before
+    assert account_of(BEFORE, found) == Account(20, 16, {Cause.NEW: 4})
+
+
+def test_only_a_token_that_was_generated_last_has_no_kv() -> None:
+    nothing_generated = ran(range(16))
+    assert account_of(nothing_generated, ran(range(20), at=2)) == Account(20, 0, {Cause.EVICTED: 16, Cause.NEW: 4})
+    one_generated = ran(range(15), [15])
+    lost = {Cause.EVICTED: 12, Cause.BLOCK_TAIL: 4, Cause.NEW: 4}
+    assert account_of(one_generated, ran(range(20), at=2)) == Account(20, 0, lost)
+
+
+def test_of_a_turn_that_was_broken_off_it_is_not_known_what_was_found() -> None:
+    broken_off = ran([*range(6), 99, *range(7, 20)], at=2, unknown=True)
+    told = {Cause.UNKNOWN: 4, Cause.BLOCK_TAIL: 2, Cause.DIVERGED: 7, Cause.NEW: 7}
+    assert account_of(BEFORE, broken_off) == Account(20, 0, told, 6)
+    assert account_of(None, ran(range(9), unknown=True)) == Account(9, 0, {Cause.UNKNOWN: 9})
+    other = ran(range(20), at=2, unknown=True, model="other")
+    assert account_of(BEFORE, other) == Account(20, 0, {Cause.UNKNOWN: 13, Cause.NEW: 7})
+
+
+def test_what_was_written_down_before_there_was_more_of_it_can_be_read() -> None:
+    assert Circumstances.from_wire([4, "one", 15.0, 0, True]) == Circumstances(4, "one", 15.0, 0, was_over=True)
+    broken_off = Circumstances(4, "one", 15.0, 0, served_known=False)
+    assert Circumstances.from_wire(broken_off.to_wire()) == broken_off
 
 
 def test_what_is_not_known_is_unknown() -> None:
@@ -93,12 +130,20 @@ def test_what_is_not_known_is_unknown() -> None:
 _tokens = st.lists(st.integers(0, 2), max_size=30)
 
 
-@given(_tokens, _tokens, _tokens, st.integers(0, 40), st.integers(1, 5), st.booleans())
+@given(
+    _tokens,
+    _tokens,
+    _tokens,
+    st.none() | st.integers(0, 40),
+    st.none() | st.integers(1, 5),
+    st.sampled_from(["model", "other"]),
+)
 def test_every_token_is_counted_once(
-    old: list[int], answer: list[int], prompt: list[int], cached: int, block_size: int, knows_blocks: bool
+    old: list[int], answer: list[int], prompt: list[int], cached: int | None, block_size: int | None, model: str
 ) -> None:
-    circumstances = Circumstances(block_size if knows_blocks else None, "one", 15.0, 0)
-    now = ran(prompt, cached=cached, at=2, circumstances=circumstances)
+    circumstances = Circumstances(block_size, "one", 15.0, 0)
+    unknown = cached is None
+    now = ran(prompt, cached=cached or 0, unknown=unknown, at=2, model=model, circumstances=circumstances)
     account = account_of(ran(old, answer), now)
     assert account.served_tokens + sum(account.computed.values()) == len(prompt)
     assert all(tokens > 0 for tokens in account.computed.values())
@@ -138,6 +183,7 @@ def parted(new: Sequence[Message], *, tools: Any = None, old_tools: Any = None, 
             Change.REASONING_DROPPED,
         ),
         ([SYSTEM, ASK, {**ANSWER, "name": "x"}, *OLD[3:], THANKS], 3, "assistant", Change.FIELDS),
+        ([{**SYSTEM, "name": "x"}, ASK, {**ANSWER, "content": "So."}, *OLD[3:]], 3, "assistant", Change.CONTENT),
         ([SYSTEM, THANKS, *OLD[1:], THANKS], 2, "user", Change.INSERTED),
         ([SYSTEM, *OLD[2:], THANKS], 2, "assistant", Change.REMOVED),
         ([SYSTEM, ASK, ANSWER], 4, "tool", Change.REMOVED),
@@ -162,6 +208,93 @@ def test_tools_that_changed_or_were_reordered_are_told_apart() -> None:
 def test_without_a_changed_message_it_is_the_answers_tokens_or_the_template() -> None:
     assert parted([*OLD, THANKS], at=18) == Divergence(18, None, None, Change.ANSWER_REWRITTEN)
     assert parted([*OLD, THANKS], at=17) == Divergence(17, None, None, Change.TEMPLATE)
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}
+
+
+@pytest.mark.parametrize(
+    ("was", "is_now"),
+    [
+        ({"content": "Yes.", "alternatives": [{"content": "No."}]}, {"content": "Yes."}),
+        ({"content": None, "tool_calls": [CALL]}, {"tool_calls": [CALL]}),
+        ({"content": None, "tool_calls": [CALL]}, {"content": "", "tool_calls": [{**CALL, "id": "c2"}]}),
+        (
+            {"tool_calls": [CALL]},
+            {"tool_calls": [{**CALL, "function": {"name": "look", "arguments": '{"at":1}'}}]},
+        ),
+        ({"content": "Yes."}, {"content": [{"type": "text", "text": "Yes."}]}),
+        ({"content": "Yes."}, {"content": "Yes.", "refusal": None, "tool_calls": []}),
+        ({"content": "Yes.", "reasoning": "So."}, {"content": "Yes.", "reasoning_content": "So."}),
+    ],
+)
+def test_what_a_template_does_not_see_is_no_change_of_a_message(was: Message, is_now: Message) -> None:
+    account = Account(30, 0, {Cause.DIVERGED: 2}, diverged_at=18)
+    old, new = [SYSTEM, ASK, {"role": "assistant", **was}], [SYSTEM, ASK, {"role": "assistant", **is_now}, THANKS]
+    assert divergence_of(account, (old, {}, 18), (new, {})) == Divergence(18, None, None, Change.ANSWER_REWRITTEN)
+
+
+def test_within_the_answer_nothing_that_was_sent_before_it_can_be_the_change() -> None:
+    reply: Message = {"role": "assistant", "content": "It is there.", "reasoning": "So."}
+    old = [{**SYSTEM, "reasoning": "left out by the template"}, ASK, reply]
+
+    def told(answer: Message, **parameters: Any) -> Divergence | None:
+        account = Account(30, 0, {Cause.DIVERGED: 2}, diverged_at=18)
+        return divergence_of(account, (old, {"tools": [1]}, 18), ([SYSTEM, ASK, answer, THANKS], parameters))
+
+    assert told(reply, tools=[1, 2]) == Divergence(18, None, None, Change.ANSWER_REWRITTEN)
+    assert told({**reply, "content": "It  is there."}, tools=[1, 2]) == Divergence(
+        18, 3, "assistant", Change.WHITESPACE
+    )
+    dropped = told({"role": "assistant", "content": "It is there."})
+    assert dropped == Divergence(18, 3, "assistant", Change.REASONING_DROPPED)
+
+
+TOOLS = {"tools": [{"function": {"name": "one"}}]}
+
+
+@pytest.mark.parametrize(
+    ("old_parameters", "parameters", "change"),
+    [
+        ({"reasoning_effort": "low"}, {"reasoning_effort": "high"}, Change.PARAMETERS),
+        ({}, {"response_format": {"type": "json_object"}}, Change.PARAMETERS),
+        ({**TOOLS, "tool_choice": "none"}, TOOLS, Change.PARAMETERS),
+        ({"tool_choice": "none"}, {}, Change.TEMPLATE),  # without tools a template does not get it
+        ({"temperature": 0}, {"temperature": 1}, Change.TEMPLATE),
+        ({"tools": None}, {"tools": []}, Change.TEMPLATE),
+        ({**TOOLS, "reasoning_effort": "low"}, {}, Change.SEVERAL),
+    ],
+)
+def test_parameters_count_that_a_template_can_read(
+    old_parameters: Mapping[str, Any], parameters: Mapping[str, Any], change: Change
+) -> None:
+    account = Account(20, 0, {Cause.DIVERGED: 10}, diverged_at=3)
+    told = divergence_of(account, (OLD, old_parameters, 18), ([*OLD, THANKS], parameters))
+    assert told == Divergence(3, None, None, change)
+
+
+def test_where_several_things_changed_none_of_them_is_named_for_certain() -> None:
+    dated = [{**SYSTEM, "content": "You help. It is 11:02."}, *OLD[1:], THANKS]
+    assert parted(dated, tools=[1], old_tools=[]) == Divergence(3, None, None, Change.SEVERAL)
+    silent = [SYSTEM, ASK, {**ANSWER, "reasoning": None}, RESULT]
+    assert parted([*silent, {**ASK, "content": "Look here."}]) == Divergence(3, None, None, Change.SEVERAL)
+    assert parted([*silent]) == Divergence(3, None, None, Change.SEVERAL)
+    assert parted([*silent, ASK, THANKS]) == Divergence(3, 3, "assistant", Change.REASONING_DROPPED)
+
+
+def test_messages_that_are_known_to_be_the_same_are_not_looked_at() -> None:
+    account = Account(20, 0, {Cause.DIVERGED: 10}, diverged_at=3)
+    new = [{"role": "system", "content": "Never looked at."}, *OLD[1:], THANKS]
+    told = divergence_of(account, (OLD, {}, 18), (new, {}), same_messages=1)
+    assert told == Divergence(3, None, None, Change.TEMPLATE)
+
+
+def test_a_message_that_moved_far_is_looked_for_no_further_than_is_quick() -> None:
+    old = [{"role": "user", "content": str(number)} for number in range(2_000)]
+    near, far = [{"role": "user", "content": "new"}] * 255, [{"role": "user", "content": "new"}] * 257
+    account = Account(20, 0, {Cause.DIVERGED: 10}, diverged_at=3)
+    told = [divergence_of(account, (old, {}, 18), ([old[0], *put_in, *old[1:]], {})) for put_in in (near, far)]
+    assert told == [Divergence(3, 2, "user", Change.INSERTED), Divergence(3, 2, "user", Change.CONTENT)]
 
 
 def test_a_completion_has_a_prompt_and_no_messages() -> None:
@@ -198,3 +331,8 @@ def test_what_destroys_prefixes_again_and_again_is_named_with_its_remedy() -> No
 
 def test_every_change_has_a_remedy() -> None:
     assert set(Change) <= set(REMEDIES)
+
+
+def test_the_remedy_of_what_expired_promises_nothing() -> None:
+    assert "may" in REMEDIES[Cause.EXPIRED]
+    assert "others wanted" not in REMEDIES[Cause.EXPIRED]
