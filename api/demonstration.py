@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 from api.stateful_bench import Sample, Target, run_loop
 from appliance.cli import table
 from appliance.engine.client import EngineClient
+from appliance.engine.demo.agent_loop import AGENT_LONG_FROM
 from appliance.engine.launcher import SOCKET_NAME
 
 if TYPE_CHECKING:
     from api.admin import types
     from appliance.settings import Settings
 
-# From here on the prompt has more than 2,000 tokens.
-_FIRST_SHOWN_TURN = 4
 _SHOWN_TURNS = 6
 _CURL = """\
 curl {endpoint}/chat/completions \\
@@ -48,7 +47,7 @@ def show_state_kept(settings: "Settings", status: "types.Status", api_key: str) 
         BenchFailed: a turn was not answered.
     """
     target = target_of(settings, status, api_key)
-    loop = run_loop(target, arms=("stateless", "stateful"), first=_FIRST_SHOWN_TURN, turns=_SHOWN_TURNS)
+    loop = run_loop(target, arms=("stateless", "stateful"), first=AGENT_LONG_FROM, turns=_SHOWN_TURNS)
     return conversation_table(asyncio.run(loop))
 
 

@@ -28,7 +28,7 @@ from appliance.engine.client import EngineClient
 from appliance.engine.demo.agent_loop import (
     AGENT_MAX_ANSWER_TOKENS,
     AGENT_TURNS,
-    agent_expected_answer,
+    agent_history,
     agent_task_messages,
 )
 from appliance.errors import Fault, HoldfastError
@@ -150,7 +150,7 @@ async def run_loop(
             "vanilla": _Direct(target, _constant(secrets.token_hex(32)), margins=margins),
             "stateful": _ThroughGateway(target, http, margins=margins),
         }
-        histories = {name: _told(first) for name in arms}
+        histories = {name: agent_history(first) for name in arms}
         samples: dict[str, list[Sample]] = {name: [] for name in arms}
         # What only a first request costs (connections, caches of the tokenizer) belongs to no arm.
         await _Direct(target, lambda: secrets.token_hex(32), margins=margins).ask(agent_task_messages(0))
@@ -166,14 +166,6 @@ async def run_loop(
                 samples[name].append(dataclasses.replace(sample, account=account))
             progress(turn - first, {name: samples[name][-1] for name in arms})
     return samples
-
-
-def _told(turns: int) -> list[dict[str, str]]:
-    """The loop's conversation up to before turn `turns`, answered as a model that follows the handbook would."""
-    history: list[dict[str, str]] = []
-    for turn in range(turns):
-        history += [*agent_task_messages(turn), {"role": "assistant", "content": agent_expected_answer(turn)}]
-    return history
 
 
 def account_for(before: Sample | None, now: Sample, block_size: int, *, stateless: bool = False) -> Account:

@@ -4,16 +4,14 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from api.demonstration import _FIRST_SHOWN_TURN
-from api.stateful_bench import _told
 from appliance.engine import demo
-from appliance.engine.demo.agent_loop import agent_task_messages
+from appliance.engine.demo.agent_loop import AGENT_LONG_FROM, agent_history, agent_task_messages
 
 MODEL = Path(demo.__file__).parent / "model"
 
 
 def test_its_prompt_has_2000_tokens_from_the_first_turn() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    shown = [*_told(_FIRST_SHOWN_TURN), *agent_task_messages(_FIRST_SHOWN_TURN)]
+    shown = [*agent_history(AGENT_LONG_FROM), *agent_task_messages(AGENT_LONG_FROM)]
     text = tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=True)
     assert len(tokenizer.encode(text, add_special_tokens=False)) >= 2000

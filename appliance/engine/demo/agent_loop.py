@@ -23,6 +23,7 @@ from appliance.engine.demo.vocabulary import ACTIONS, UNIT_KINDS, UNITS
 AGENT_TURNS: Final = 50
 AGENT_NAME: Final = "Mara"
 AGENT_MAX_ANSWER_TOKENS: Final = 16
+AGENT_LONG_FROM: Final = 4  # from this turn on the prompt has more than 2,000 tokens
 
 _HALLS: Final = 6
 _RECALL_EVERY: Final = 10
@@ -123,6 +124,14 @@ def agent_expected_answer(turn: int) -> str:
         return f"Your name is {AGENT_NAME}."
     unit, state, _ = _reported(turn)
     return verdict(unit, state)
+
+
+def agent_history(turns: int) -> list[dict[str, str]]:
+    """The conversation up to before turn `turns`, answered as a model that follows the handbook would."""
+    history: list[dict[str, str]] = []
+    for turn in range(turns):
+        history += [*agent_task_messages(turn), {"role": "assistant", "content": agent_expected_answer(turn)}]
+    return history
 
 
 def introduction(name: str) -> str:
