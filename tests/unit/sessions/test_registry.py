@@ -187,6 +187,128 @@ async def test_a_session_that_goes_on_is_not_over_any_more(world: World) -> None
     assert account.computed == {Cause.ENDED: 16, Cause.BLOCK_TAIL: 1, Cause.NEW: 7}
 
 
+# Why prompts were computed
+
+
+BLOCK = 4
+
+
+def explaining(world: World) -> Sessions:
+    """As `World.reopened`, with an engine whose blocks are known."""
+    return Sessions(
+        world.store,
+        world.vault,
+        SessionSettings(idle_timeout_s=15.0),
+        block_size=BLOCK,
+        now=lambda: world.clock,
+    )
+
+
+async def ask(
+    sessions: Sessions, turn: Turn, *, tokens: int, cached: int | None = 0, at: float = 0.0, engine: str = "one"
+) -> tuple[Session, Account]:
+    """A turn of the principal `prn_1` with a prompt of so many tokens; each is the beginning of the next longer one."""
+    session = await sessions.resolve(caller(), turn)
+    said = dataclasses.replace(
+        outcome("Hello.", ids=(list(range(tokens)), [tokens])), cached_tokens=cached, started_at=at, ended_at=at + 1
+    )
+    return session, await sessions.record(session, turn, said, engine=engine)
+
+
+async def test_why_is_told_from_the_transcript_as_it_was_told_with_each_turn(world: World) -> None:
+    sessions, turn = explaining(world), chat(HELLO, client_id="job")
+    session, first = await ask(sessions, turn, tokens=16, at=0)
+    told = [first]
+    told.append((await ask(sessions, turn, tokens=24, cached=16, at=2))[1])
+    told.append((await ask(sessions, turn, tokens=32, at=4))[1])
+    told.append((await ask(sessions, turn, tokens=40, at=100))[1])
+    told.append((await ask(sessions, turn, tokens=48, at=102, engine="two"))[1])
+    told.append((await ask(sessions, turn, tokens=56, at=102.5, engine="two"))[1])
+    told.append((await ask(sessions, turn, tokens=64, cached=None, at=106, engine="two"))[1])
+
+    explanation = await explaining(world).explanation(caller(), session.session_id)
+
+    assert [turn.account for turn in explanation.turns] == told
+    assert [next(iter(each.computed)) for each in told] == [
+        Cause.FIRST_TURN,
+        Cause.BLOCK_TAIL,
+        Cause.EVICTED,
+        Cause.EXPIRED,
+        Cause.ENGINE_RESTARTED,
+        Cause.CONCURRENT,
+        Cause.UNKNOWN,
+    ]
+    assert [turn.number for turn in explanation.turns] == list(range(1, 8))
+    assert not explanation.truncated
+
+
+async def test_why_is_known_of_a_turn_whose_predecessor_had_left_the_memory(world: World) -> None:
+    turn = chat(HELLO, client_id="job")
+    session, _ = await ask(explaining(world), turn, tokens=16)
+    _, told = await ask(explaining(world), turn, tokens=24, at=2)
+    assert told.computed == {Cause.UNKNOWN: 24}
+    explanation = await world.sessions.explanation(caller(), session.session_id)
+    assert explanation.turns[1].account.computed == {Cause.EVICTED: 16, Cause.BLOCK_TAIL: 1, Cause.NEW: 7}
+
+
+async def test_what_changed_in_a_session_is_told_without_a_word_of_it(world: World) -> None:
+    sessions = explaining(world)
+    for turns, minute in enumerate((31, 32, 33), start=1):
+        history = [HELLO, {"role": "assistant", "content": "Hello."}] * turns
+        turn = chat({"role": "system", "content": f"Secretly 10:{minute}."}, *history, HELLO, client_id="job")
+        session = await sessions.resolve(caller(), turn)
+        prompt = [minute, *range(1, 20 * turns)]
+        await sessions.record(session, turn, outcome("Hello.", ids=(prompt, [0])), engine="one")
+    explanation = await world.sessions.explanation(caller(), session.session_id)
+    assert [turn.divergence for turn in explanation.turns] == [
+        None,
+        Divergence(0, 1, "system", misses.Change.NUMBERS),
+        Divergence(0, 1, "system", misses.Change.NUMBERS),
+    ]
+    (finding,) = explanation.findings
+    assert (finding.what, finding.turns, finding.tokens) == (misses.Change.NUMBERS, [2, 3], 20 + 1 + 40 + 1)
+    assert "Secretly" not in repr(explanation)
+
+
+async def test_of_a_long_session_the_newest_turns_are_explained(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "_TURNS_AT_A_TIME", 2)
+    sessions, turn = explaining(world), chat(HELLO, client_id="job")
+    for number in range(7):
+        session, _ = await ask(sessions, turn, tokens=16 + 8 * number, at=2.0 * number)
+    whole = await sessions.explanation(caller(), session.session_id)
+    for limit in range(1, 7):
+        newest = await sessions.explanation(caller(), session.session_id, limit=limit)
+        assert (newest.turns, newest.truncated) == (whole.turns[-limit:], True)
+    assert not (await sessions.explanation(caller(), session.session_id, limit=7)).truncated
+    assert [turn.number for turn in whole.turns] == list(range(1, 8))
+
+
+@pytest.mark.parametrize("stranger", [caller("prn_2"), caller("prn_1", "ten_2"), caller("p", "ten_2", reads=True)])
+async def test_why_is_nobody_elses_to_know(world: World, stranger: Caller) -> None:
+    mine = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    raised = []
+    for session_id in (mine.session_id, "ses_" + "0" * 32):
+        with pytest.raises(UnknownSession) as caught:
+            await world.sessions.explanation(stranger, session_id)
+        raised.append(str(caught.value).replace(session_id, "ID"))
+    assert raised[0] == raised[1]
+
+
+async def test_who_watches_over_a_tenant_may_know_why_without_reading(world: World) -> None:
+    mine = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    auditor = caller("prn_2", role=Role.AUDITOR)
+    assert len((await world.sessions.explanation(auditor, mine.session_id)).turns) == 1
+    with pytest.raises(UnknownSession):
+        await world.sessions.explanation(caller("prn_2", "ten_2", role=Role.AUDITOR), mine.session_id)
+
+
+async def test_of_a_turn_that_was_broken_off_no_cached_tokens_are_counted(world: World) -> None:
+    session, told = await ask(explaining(world), chat(HELLO), tokens=16, cached=None)
+    assert told == Account(16, 0, {Cause.UNKNOWN: 16})
+    assert (await world.sessions.summary(caller(), session.session_id)).cached_tokens == 0
+    assert (await world.sessions.transcript(caller(), session.session_id)).turns[0].cached_tokens == 0
+
+
 async def test_nobody_ends_a_strangers_session(world: World) -> None:
     mine = await say(world.sessions, caller(), chat(HELLO, client_id="job"), "Hello.")
     for stranger in (caller("prn_2"), caller("prn_1", "ten_2")):
@@ -545,125 +667,3 @@ async def test_salts_and_labels_say_nothing_of_what_they_are_made_from(world: Wo
     assert len(session.salt) == 64
     assert session.session_id[4:] not in shown
     assert "ten_1" not in shown
-
-
-# Why prompts were computed
-
-
-BLOCK = 4
-
-
-def explaining(world: World) -> Sessions:
-    """As `World.reopened`, with an engine whose blocks are known."""
-    return Sessions(
-        world.store,
-        world.vault,
-        SessionSettings(idle_timeout_s=15.0),
-        block_size=BLOCK,
-        now=lambda: world.clock,
-    )
-
-
-async def ask(
-    sessions: Sessions, turn: Turn, *, tokens: int, cached: int | None = 0, at: float = 0.0, engine: str = "one"
-) -> tuple[Session, Account]:
-    """A turn of the principal `prn_1` with a prompt of so many tokens; each is the beginning of the next longer one."""
-    session = await sessions.resolve(caller(), turn)
-    said = dataclasses.replace(
-        outcome("Hello.", ids=(list(range(tokens)), [tokens])), cached_tokens=cached, started_at=at, ended_at=at + 1
-    )
-    return session, await sessions.record(session, turn, said, engine=engine)
-
-
-async def test_why_is_told_from_the_transcript_as_it_was_told_with_each_turn(world: World) -> None:
-    sessions, turn = explaining(world), chat(HELLO, client_id="job")
-    session, first = await ask(sessions, turn, tokens=16, at=0)
-    told = [first]
-    told.append((await ask(sessions, turn, tokens=24, cached=16, at=2))[1])
-    told.append((await ask(sessions, turn, tokens=32, at=4))[1])
-    told.append((await ask(sessions, turn, tokens=40, at=100))[1])
-    told.append((await ask(sessions, turn, tokens=48, at=102, engine="two"))[1])
-    told.append((await ask(sessions, turn, tokens=56, at=102.5, engine="two"))[1])
-    told.append((await ask(sessions, turn, tokens=64, cached=None, at=106, engine="two"))[1])
-
-    explanation = await explaining(world).explanation(caller(), session.session_id)
-
-    assert [turn.account for turn in explanation.turns] == told
-    assert [next(iter(each.computed)) for each in told] == [
-        Cause.FIRST_TURN,
-        Cause.BLOCK_TAIL,
-        Cause.EVICTED,
-        Cause.EXPIRED,
-        Cause.ENGINE_RESTARTED,
-        Cause.CONCURRENT,
-        Cause.UNKNOWN,
-    ]
-    assert [turn.number for turn in explanation.turns] == list(range(1, 8))
-    assert not explanation.truncated
-
-
-async def test_why_is_known_of_a_turn_whose_predecessor_had_left_the_memory(world: World) -> None:
-    turn = chat(HELLO, client_id="job")
-    session, _ = await ask(explaining(world), turn, tokens=16)
-    _, told = await ask(explaining(world), turn, tokens=24, at=2)
-    assert told.computed == {Cause.UNKNOWN: 24}
-    explanation = await world.sessions.explanation(caller(), session.session_id)
-    assert explanation.turns[1].account.computed == {Cause.EVICTED: 16, Cause.BLOCK_TAIL: 1, Cause.NEW: 7}
-
-
-async def test_what_changed_in_a_session_is_told_without_a_word_of_it(world: World) -> None:
-    sessions = explaining(world)
-    for turns, minute in enumerate((31, 32, 33), start=1):
-        history = [HELLO, {"role": "assistant", "content": "Hello."}] * turns
-        turn = chat({"role": "system", "content": f"Secretly 10:{minute}."}, *history, HELLO, client_id="job")
-        session = await sessions.resolve(caller(), turn)
-        prompt = [minute, *range(1, 20 * turns)]
-        await sessions.record(session, turn, outcome("Hello.", ids=(prompt, [0])), engine="one")
-    explanation = await world.sessions.explanation(caller(), session.session_id)
-    assert [turn.divergence for turn in explanation.turns] == [
-        None,
-        Divergence(0, 1, "system", misses.Change.NUMBERS),
-        Divergence(0, 1, "system", misses.Change.NUMBERS),
-    ]
-    (finding,) = explanation.findings
-    assert (finding.what, finding.turns, finding.tokens) == (misses.Change.NUMBERS, [2, 3], 20 + 1 + 40 + 1)
-    assert "Secretly" not in repr(explanation)
-
-
-async def test_of_a_long_session_the_newest_turns_are_explained(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive, "_TURNS_AT_A_TIME", 2)
-    sessions, turn = explaining(world), chat(HELLO, client_id="job")
-    for number in range(7):
-        session, _ = await ask(sessions, turn, tokens=16 + 8 * number, at=2.0 * number)
-    whole = await sessions.explanation(caller(), session.session_id)
-    for limit in range(1, 7):
-        newest = await sessions.explanation(caller(), session.session_id, limit=limit)
-        assert (newest.turns, newest.truncated) == (whole.turns[-limit:], True)
-    assert not (await sessions.explanation(caller(), session.session_id, limit=7)).truncated
-    assert [turn.number for turn in whole.turns] == list(range(1, 8))
-
-
-@pytest.mark.parametrize("stranger", [caller("prn_2"), caller("prn_1", "ten_2"), caller("p", "ten_2", reads=True)])
-async def test_why_is_nobody_elses_to_know(world: World, stranger: Caller) -> None:
-    mine = await say(world.sessions, caller(), chat(HELLO), "Hello.")
-    raised = []
-    for session_id in (mine.session_id, "ses_" + "0" * 32):
-        with pytest.raises(UnknownSession) as caught:
-            await world.sessions.explanation(stranger, session_id)
-        raised.append(str(caught.value).replace(session_id, "ID"))
-    assert raised[0] == raised[1]
-
-
-async def test_who_watches_over_a_tenant_may_know_why_without_reading(world: World) -> None:
-    mine = await say(world.sessions, caller(), chat(HELLO), "Hello.")
-    auditor = caller("prn_2", role=Role.AUDITOR)
-    assert len((await world.sessions.explanation(auditor, mine.session_id)).turns) == 1
-    with pytest.raises(UnknownSession):
-        await world.sessions.explanation(caller("prn_2", "ten_2", role=Role.AUDITOR), mine.session_id)
-
-
-async def test_of_a_turn_that_was_broken_off_no_cached_tokens_are_counted(world: World) -> None:
-    session, told = await ask(explaining(world), chat(HELLO), tokens=16, cached=None)
-    assert told == Account(16, 0, {Cause.UNKNOWN: 16})
-    assert (await world.sessions.summary(caller(), session.session_id)).cached_tokens == 0
-    assert (await world.sessions.transcript(caller(), session.session_id)).turns[0].cached_tokens == 0
