@@ -179,12 +179,13 @@ async def test_the_end_of_a_tree_s_first_session_is_that_of_its_agents_and_of_no
 
 
 async def test_a_session_that_goes_on_is_not_over_any_more(world: World) -> None:
-    sessions, turn = explaining(world), chat(HELLO, client_id="job")
-    first, _ = await ask(sessions, turn, tokens=16)
-    sessions.end_after_turn(first)
-    again, account = await ask(sessions, turn, tokens=24, at=2)
+    turn = chat(HELLO, client_id="job")
+    first = await say(world.sessions, caller(), turn, "Hello.")
+    world.sessions.end_after_turn(first)
+    again = await world.sessions.resolve(caller(), turn)
     assert (again.session_id, again.is_over) == (first.session_id, False)
-    assert account.computed == {Cause.ENDED: 16, Cause.BLOCK_TAIL: 1, Cause.NEW: 7}
+    account = await world.sessions.record(again, turn, outcome("Hello."), engine="one")
+    assert account.served_tokens == 0
 
 
 # Why prompts were computed
@@ -224,7 +225,9 @@ async def test_why_is_told_from_the_transcript_as_it_was_told_with_each_turn(wor
     told.append((await ask(sessions, turn, tokens=40, at=100))[1])
     told.append((await ask(sessions, turn, tokens=48, at=102, engine="two"))[1])
     told.append((await ask(sessions, turn, tokens=56, at=102.5, engine="two"))[1])
-    told.append((await ask(sessions, turn, tokens=64, cached=None, at=106, engine="two"))[1])
+    sessions.end_after_turn(session)
+    told.append((await ask(sessions, turn, tokens=64, at=104, engine="two"))[1])
+    told.append((await ask(sessions, turn, tokens=72, cached=None, at=106, engine="two"))[1])
 
     explanation = await explaining(world).explanation(caller(), session.session_id)
 
@@ -236,9 +239,10 @@ async def test_why_is_told_from_the_transcript_as_it_was_told_with_each_turn(wor
         Cause.EXPIRED,
         Cause.ENGINE_RESTARTED,
         Cause.CONCURRENT,
+        Cause.ENDED,
         Cause.UNKNOWN,
     ]
-    assert [turn.number for turn in explanation.turns] == list(range(1, 8))
+    assert [turn.number for turn in explanation.turns] == list(range(1, 9))
     assert not explanation.truncated
 
 
