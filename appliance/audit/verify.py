@@ -375,8 +375,9 @@ class _Run:
         first = bundle * TILE_WIDTH
         entries_path = self._directory / tile_path("entries", bundle, width)
         records_path = self._directory / record_path(bundle, width)
-        data = self._part(partial(tile_path, "entries", bundle), width, lambda wider: wider[: width * _PREFIXED.size])
-        held = self._part(partial(record_path, bundle), width, lambda wider: _first_parts(wider, width))
+        names = partial(tile_path, "entries", bundle), partial(record_path, bundle)
+        data = self._part(names[0], width, first, lambda wider: wider[: width * _PREFIXED.size])
+        held = self._part(names[1], width, first, lambda wider: _first_parts(wider, width))
         if data is None or held is None:
             return None
         if len(data) != width * _PREFIXED.size:
@@ -405,7 +406,8 @@ class _Run:
         return frames
 
     def _tile(self, level: int, index: int, width: int, sequence: int) -> bytes:
-        tile = self._part(partial(tile_path, level, index), width, lambda wider: wider[: width * HASH_BYTES])
+        names = partial(tile_path, level, index)
+        tile = self._part(names, width, sequence, lambda wider: wider[: width * HASH_BYTES])
         if tile is None:
             raise LogTampered(
                 f"what holds entry {sequence} is missing",
@@ -414,7 +416,7 @@ class _Run:
             )
         return tile
 
-    def _part(self, name_of: Callable[[int], str], width: int, cut: Cut) -> bytes | None:
+    def _part(self, name_of: Callable[[int], str], width: int, sequence: int, cut: Cut) -> bytes | None:
         """A tile of some kind, or what is cut of the wider one that newer checkpoints put in its place; None: none."""
         path = self._directory / name_of(width)
         try:
@@ -425,7 +427,9 @@ class _Run:
             wider = read_wider(self._directory, name_of, width)
             return None if wider is None else cut(wider)
         except OSError as error:
-            raise LogTampered(f"{path} cannot be read", cause=str(error.strerror)) from None
+            raise LogTampered(
+                f"what holds entry {sequence} cannot be read", cause=f"{path}: {error.strerror}", sequence=sequence
+            ) from None
 
     def _checked(self, frames: Sequence[Frame], first: int) -> list[bytes]:
         """The leaf hashes of frames that are what they have to be."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from appliance.audit.entry import ENTRY_BYTES
+from appliance.audit.journal import Journal, read_journal
 from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED, Head
 from appliance.audit.notes import Algorithm, Checkpoint, SigningKey, VerifierKey, cosign, sign_checkpoint
 from appliance.audit.verify import LogTampered, Verified, verify_log
@@ -245,3 +246,22 @@ def test_entries_behind_the_checkpoint_are_checked_and_counted_apart(log: Path) 
     again.append(drafts(range(600, 610)))
     again.close()
     assert _verify(log).unsigned == 10
+
+
+def test_a_journal_that_says_otherwise_than_the_bundles_is_found(log: Path, tmp_path: Path) -> None:
+    other = open_log(tmp_path / "other")
+    other.append(drafts(range(400)))
+    other.append(drafts([1000, *range(401, 600)]))
+    other.close()
+    content = read_journal(tmp_path / "other" / JOURNAL)
+    ours = read_journal(log / JOURNAL)
+    assert content is not None
+    assert ours is not None
+    # Its frames are whole, and one of them is another one.
+    frames = [*ours.frames[:400], content.frames[400], *ours.frames[401:]]
+    journal, _ = Journal.open(tmp_path / "made anew")
+    journal.append(frames, privileged=True)
+    journal.close()
+    (tmp_path / "made anew").replace(log / JOURNAL)
+    with pytest.raises(LogTampered, match="entry 400 is two"):
+        _verify(log)
