@@ -36,6 +36,11 @@ async def keep_retention(services: Services) -> None:
             _LOG.warning("%s", retention.held)
             await asyncio.sleep(_AGAIN_S)
             continue
+        except Exception as error:  # a defect, or a file that is no file of the log: not the end of the gateway
+            retention.held = f"the removal of old entries failed: {type(error).__name__}"
+            _LOG.exception("the removal of old entries failed")
+            await asyncio.sleep(_AGAIN_S)
+            continue
         if removed is not None:
             _LOG.info("removed the entries of the audit log before %d", removed.kept_from)
         await asyncio.sleep(_EVERY_S)

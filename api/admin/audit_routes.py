@@ -131,10 +131,11 @@ async def _audit_exports(services: ServicesOf) -> types.AuditExports:
 
 async def _add_audit_export(new: types.NewAuditExport, services: ServicesOf, asker: AskerOf) -> types.AuditExport:
     given = new.model_dump(exclude={"first"})
-    target, details = ("destination", new.name), {"url": new.url, "format": new.format}
+    target, details = ("destination", new.name), {"format": new.format}
     first = await services.audit.size() if new.first is None else new.first
     try:
         destination = Destination.read(given)
+        details["url"] = new.url  # one that was refused may hold a password
         await services.exports.add(
             destination, first=first, admitted=lambda: asker.did(EXPORT_ADDED, target, details=details)
         )

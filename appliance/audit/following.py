@@ -7,13 +7,14 @@ Rules:
 - Entries that the appender has not answered for may yet be taken back: who follows says how far it has.
 """
 
+import bisect
 import os
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from appliance.audit.journal import FRAMES_AT, Frame, first_sequence, frames_of
-from appliance.audit.log import CHECKPOINT, JOURNAL
-from appliance.audit.notes import decode_note, parse_number
+from appliance.audit.log import CHECKPOINT, JOURNAL, record_path
+from appliance.audit.notes import decode_note, size_of_note
 from appliance.audit.reading import LogUnreadable, hashes_of, read_bundle, unreadable
 from appliance.audit.tree import TILE_WIDTH, Frontier
 
@@ -49,7 +50,7 @@ class LogFollower:
             status = path.stat()
             if self._note[:2] != (status.st_ino, status.st_mtime_ns):
                 note = decode_note(path.read_bytes())
-                published = Published(note, parse_number(note.split("\n", 2)[1], "its size"))
+                published = Published(note, size_of_note(note))
                 self._note = (status.st_ino, status.st_mtime_ns, published)
         except FileNotFoundError:
             return Published("", 0)
@@ -81,6 +82,29 @@ class LogFollower:
         if self._bundle[0] != index:
             self._bundle = (index, read_bundle(self._directory, index))
         return self._bundle[1][place : place + most]
+
+    def oldest(self, first: int) -> int:
+        """The first entry from `first` on that is still there: those before it were removed, by whom verification says.
+
+        Raises:
+            LogUnreadable: the journal cannot be read.
+        """
+        path = self._directory / JOURNAL
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                base = first_sequence(descriptor)
+            finally:
+                os.close(descriptor)
+            if first >= base or self._is_kept(first // TILE_WIDTH):
+                return first
+            bundles = range(first // TILE_WIDTH, base // TILE_WIDTH)
+            return (bundles.start + bisect.bisect_left(bundles, True, key=self._is_kept)) * TILE_WIDTH
+        except OSError as error:
+            raise unreadable(path, error) from None
+
+    def _is_kept(self, bundle: int) -> bool:
+        return (self._directory / record_path(bundle)).exists()  # a removal takes the records first
 
     def peaks(self, size: int) -> tuple[bytes, ...]:
         """The roots of the complete subtrees of the first `size` entries, which a checkpoint names.

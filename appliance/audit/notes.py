@@ -344,6 +344,18 @@ def decode_note(data: bytes) -> str:
         raise _invalid("it is not UTF-8") from None
 
 
+def size_of_note(note: str) -> int:
+    """How many entries a checkpoint's note names; nothing of it is verified.
+
+    Raises:
+        NoteInvalid: it has no such line.
+    """
+    lines = note.split("\n", 2)
+    if len(lines) < 2:
+        raise _invalid("it has no line with a size")
+    return parse_number(lines[1], "its size")
+
+
 def parse_number(text: str, what: str) -> int:
     """A count as the formats write it: decimal, no leading zero, under 2^63.
 

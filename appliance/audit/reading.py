@@ -18,7 +18,7 @@ from typing import ClassVar, Final
 from appliance.audit.entry import ENTRY_BYTES, Entry
 from appliance.audit.journal import Frame, read_journal
 from appliance.audit.log import CHECKPOINT, JOURNAL, record_path
-from appliance.audit.notes import decode_note, parse_number
+from appliance.audit.notes import decode_note, size_of_note
 from appliance.audit.tree import HASH_BYTES, TILE_WIDTH, TileHashes, tile_path
 from appliance.errors import Fault, HoldfastError
 
@@ -60,7 +60,7 @@ class LogReader:
         self._bundles: OrderedDict[int, list[Frame]] = OrderedDict()
         # The checkpoint first: the journal lets go only of what an earlier one names.
         self.note = self._note()
-        self.published = parse_number(self.note.split("\n", 2)[1], "its size") if self.note else 0
+        self.published = size_of_note(self.note) if self.note else 0
         try:
             journal = read_journal(directory / JOURNAL)
         except OSError as error:
@@ -101,6 +101,12 @@ class LogReader:
                 f"the audit log has no entry {sequence}",
                 cause=f"it has {self.size}, counted from 0",
                 remedy="`holdfast audit status` tells how many there are",
+            )
+        if sequence >= self._base + len(self._tail):
+            raise LogUnreadable(
+                "the audit log's journal is damaged",
+                cause=f"it ends before entry {sequence}, which a checkpoint names",
+                remedy="`holdfast audit verify` names what is wrong",
             )
         if sequence >= self._base:
             return self._tail[sequence - self._base]

@@ -226,9 +226,23 @@ class Shipper:
                 remedy="An older copy of the log was put back: keep what the SIEM has. To send this one from its "
                 f"beginning: `holdfast audit export remove {self.name}`, and add it again",
             )
+        await self._skip_what_was_removed()
         frames = await asyncio.to_thread(self._read, self._position, self._size)
         self._oldest_ns = Entry.unpack(frames[0].entry).wall_ns if frames else None
         return frames
+
+    async def _skip_what_was_removed(self) -> None:
+        """Go on with the oldest entry that the log keeps; what it removed before it was sent is nowhere."""
+        next_ = self._position.next
+        if next_ >= self._size:
+            return
+        oldest = await asyncio.to_thread(self._log.oldest, next_)
+        if oldest == next_:
+            return
+        _LOG.warning("%s: entries %d to %d are not in the log any more", self.name, next_, oldest - 1)
+        self._position = Position(oldest, max(oldest, self._position.checkpoint))
+        if not self._marks:
+            self._delivered = self._position
 
     def _read(self, position: Position, size: int) -> list[Frame]:
         if self._checkpoint is None and (published := self._log.published()).size > position.checkpoint:

@@ -567,3 +567,13 @@ def test_a_destination_that_cannot_tell_stops_the_removal(node: Node) -> None:
     with pytest.raises(HoldfastError, match="cursor"):
         node.run()
     assert LogReader(node.directory).oldest == 0
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "journal"])
+@pytest.mark.parametrize("content", [b"abc", b"x" * 5000])
+def test_a_file_that_is_none_of_the_log_is_an_error_of_ours(tmp_path: Path, name: str, content: bytes) -> None:
+    node = Node(tmp_path / "audit", Days())
+    node.live(3)
+    (node.directory / name).write_bytes(content)
+    with pytest.raises(HoldfastError):
+        node.run()

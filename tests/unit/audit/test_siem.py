@@ -25,6 +25,7 @@ from appliance.audit.siem.verify_export import ExportDiffers, verify_export
 from appliance.errors import HoldfastError
 from appliance.vault import KeyMissing
 from tests.unit.audit.making import KEY, ORIGIN, Keys, drafts, open_log, sign
+from tests.unit.audit.test_retention import Days, Node
 
 NASTY = 'a\nb\0c|d=e\x1b[31m\x7f\u2028\u202e\ud800 <34>1 \U0001f600 "\\' + "x" * 400
 _SCHEMA = OcsfJsonSchemaEmbedded(get_ocsf_schema("1.8.0"))
@@ -291,6 +292,31 @@ async def test_an_excerpt_proves_itself_whatever_part_it_is(tmp_path: Path) -> N
             verify_export([line for at, line in enumerate(lines) if at != (end - first) // 2], KEY.verifier())
     with pytest.raises(ExcerptEmpty):
         await anext(excerpt(world.directory, Ocsf(), world.keys, first=600))
+
+
+async def test_a_destination_of_a_log_that_was_shortened_begins_with_what_is_kept(tmp_path: Path) -> None:
+    node = Node(tmp_path / "audit", Days())
+    node.live(120)
+    removed = await node.retention.run()
+    assert removed is not None
+    (node.directory / "log.vkey").write_text(f"{KEY.verifier()}\n")
+    sink = Sink(8000)
+
+    async def size() -> int:
+        return node.log.size
+
+    async def pause(seconds: float) -> None:
+        del seconds
+
+    shipper = Shipper(
+        "to", Ocsf(), sink, node.directory, tmp_path / "to.cursor", size=size, opener=KeyOpener(NoKeys()), pause=pause
+    )
+    with pytest.raises(_Done):
+        await shipper.run()
+    assert shipper.view().error is None
+    found = verify_export(sink.lines(), KEY.verifier())
+    assert (found.first, found.end) == (removed.kept_from, node.log.size)
+    assert found.proved_from == removed.kept_from
 
 
 def test_pauses_grow_and_are_bounded(tmp_path: Path) -> None:
