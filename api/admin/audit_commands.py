@@ -28,7 +28,8 @@ from appliance.audit.siem.verify_export import ExportVerified, verify_export
 from appliance.audit.signing import PUBLIC_KEY
 from appliance.audit.verify import Removed, Verified, verify_log
 from appliance.audit.witness import Witness, read_request
-from appliance.cli import Console, Group, api_key_option, in_words, moment, pass_console, printable, table
+from appliance.cli import EXIT_STATUS, Console, Group, api_key_option, in_words, moment, pass_console, printable, table
+from appliance.errors import Fault
 
 if TYPE_CHECKING:
     from api.admin import types
@@ -247,22 +248,43 @@ def digest(console: Console, tenant: str, of: str, api_key_fd: int | None) -> No
     help="For a folder of batches: the public key that signed them, or a file with it; by default the folder's own, "
     "which whoever changed the batches could have changed too.",
 )
+@click.option(
+    "--from",
+    "asked_from",
+    type=click.IntRange(0),
+    help="The first entry that must be there, and be proved; by default the first that is there.",
+)
+@click.option("--allow-withheld", is_flag=True, help="Entries that came without their record are no reason to fail.")
 @pass_console
-def check_export(console: Console, file: Path, key_text: str, checkpoint: Path | None, batch_key: str | None) -> None:
+def check_export(
+    console: Console,
+    file: Path,
+    key_text: str,
+    checkpoint: Path | None,
+    batch_key: str | None,
+    asked_from: int | None,
+    allow_withheld: bool,
+) -> int:
     """At the receiver of events: check that none was altered, dropped or added on the way.
 
-    FILE holds an event a line; or it is a folder of batches that came over a data diode.
+    FILE holds an event a line; or it is a folder of batches that came over a data diode. Leaves with status 6 where
+    something is wrong, is not proved, or came without its record. What is behind the last checkpoint is not proved
+    yet, and no reason for that.
     """
     note = None if checkpoint is None else decode_note(checkpoint.read_bytes())
     if file.is_dir():
         batches = verify_batches(file, _vkey(batch_key or str(file / BATCHES_KEY)))
-        found = verify_export(batches.lines(), _vkey(key_text), checkpoint=note)
+        found = verify_export(batches.lines(), _vkey(key_text), checkpoint=note, asked_from=asked_from)
         series = ", ".join(f"{name}: {first} to {last}" for name, (first, last) in batches.numbers.items())
         console.say(f"{len(batches.paths)} batches hold ({series}).")
     else:
         with file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
-            found = verify_export(lines, _vkey(key_text), checkpoint=note)
-    console.result(found.record(), _export_text(found))
+            found = verify_export(lines, _vkey(key_text), checkpoint=note, asked_from=asked_from)
+    shortcomings = found.shortcomings(allow_withheld=allow_withheld)
+    console.result(found.record() | {"shortcomings": shortcomings}, _export_text(found))
+    for shortcoming in shortcomings:
+        console.say(f"Not as it should be: {shortcoming}.")
+    return EXIT_STATUS[Fault.CONFLICT] if shortcomings else 0
 
 
 # Destinations
@@ -574,17 +596,26 @@ def _removed_words(removed: Removed) -> str:
 
 
 def _export_text(found: ExportVerified) -> str:
-    lines = [f"{found.origin}: entries {found.first} to {found.end - 1} hold."]
-    lines.append(f"  {found.proved_to - found.proved_from} of them are proved by {found.checkpoints} checkpoints")
-    if before := found.proved_from - found.first:
-        lines.append(f"  the first {before} are proved only together with what the receiver has from before")
+    proved = " and ".join(f"{start} to {end - 1}" for start, end in found.proved)
+    lines = [f"{found.origin}: entries {proved} are proved, by {found.checkpoints} checkpoints."]
+    for start, end in found.unproved():
+        asked = "" if end > found.asked_from else ", and were not asked for"
+        lines.append(f"  entries {start} to {end - 1} came and are NOT PROVED{asked}")
+    lines += [f"  {told}" for told in found.unusable]
+    if more := found.unusable_count - len(found.unusable):
+        lines.append(f"  {more} checkpoints more could not be used")
+    if found.first:
+        lines.append(f"  what is before entry {found.first} is not here")
     if behind := found.end - found.proved_to:
-        lines.append(f"  the last {behind} are not proved yet: the next checkpoint will")
+        lines.append(f"  the last {behind} that came are not proved yet: the next checkpoint will")
     if found.repeated:
-        lines.append(f"  {found.repeated} events came more than once, and are the same")
+        same = "and are the same"
+        if found.stripped:
+            same = f"and {found.stripped} entries both with their record, which counts, and without it"
+        lines.append(f"  {found.repeated} events came more than once, {same}")
     if found.withheld:
         named = ", ".join(f"{sequence} ({why})" for sequence, why in found.withheld_named.items())
-        lines.append(f"  {found.withheld} came without their record: {named}")
+        lines.append(f"  {found.withheld} came without their record; why is only what the sender claims: {named}")
     if found.tests:
         lines.append(f"  {found.tests} events say that they are a test")
     return "\n".join(lines)

@@ -56,8 +56,8 @@ The proof is `unmapped.holdfast` in OCSF, `holdfast.proof` in ECS, and `{proof}`
 the last field. An event is one line. What ends a line, moves a cursor or turns the direction of writing is shown as
 `<U+202E>` in CEF and LEEF and escaped in JSON; a text that is longer than its field is cut and ends in `…`. The exact
 text is in the record of the proof. A record is withheld when its tenant was shredded, when the event would be too long
-for the destination, or when what is on the disk is not what the entry names; the event says which, and the entry
-counts.
+for the destination, or when what is on the disk is not what the entry names; the event says which (a claim of
+the sender's, no more), and the entry counts.
 
 An event may come more than once: it is known by `origin/sequence` (`metadata.uid` in OCSF, `event.id` in ECS,
 `flexString1` in CEF, `logEntry` in LEEF). Behind the entries come events `audit.checkpoint`, with the log's signature

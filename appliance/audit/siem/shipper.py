@@ -7,6 +7,10 @@ Rules:
   again over the next one, and so it is after a restart. Whoever receives an event twice knows it by its stable id.
   `SETTLE_S` is longer than any transport's own deadline: what counts as delivered was acknowledged by the receiver's
   kernel at least. What a receiver keeps only in memory for longer, and loses, this cannot know.
+- Without an acknowledgement that is authenticated (plain syslog) this holds against outages only: whoever is on the
+  line can take everything, forward nothing and keep the connection, and all of it counts as delivered. RELP, HEC and
+  Elasticsearch answer inside TLS. What is missing is found at the receiver, by `verify_export` with a checkpoint from
+  elsewhere.
 - What is known to be delivered is in the cursor, which is never ahead of it.
 - A destination that is down, slow or silent is tried again, ever more seldom, with jitter. Nobody waits for it: what it
   has not got stays in the log. Whatever goes wrong here is told in `view`, and ends nothing.

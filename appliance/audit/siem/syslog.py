@@ -8,8 +8,10 @@ Rules:
 - Every wait has a deadline: connecting, the handshake, and until the kernel has taken what is sent. The kernel gives up
   on a peer that acknowledges nothing for as long (`TCP_USER_TIMEOUT`), and looks after an idle one (keepalive).
 - What waits in this process is one batch: nothing is sent while an earlier one is not with the kernel.
-- Syslog acknowledges nothing. What was sent is known to be with the receiver's kernel, once `deadline_s` has gone by
-  and the connection is there still; more is never known.
+- Syslog acknowledges nothing. Once `deadline_s` has gone by and the connection is there still, what was sent is known
+  to be with a kernel that acknowledged it: the receiver's, where nobody is on the line. TCP's acknowledgements are not
+  authenticated, so somebody on the line can give them and forward nothing; TLS shows that only to the receiver, and
+  only if something comes later. More is never known.
 """
 
 import asyncio

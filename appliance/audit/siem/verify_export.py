@@ -8,27 +8,34 @@ What an export proves, and by what:
 - A checkpoint's event names the entries [start, size) that were sent since the one before, and the roots of what was
   before `start`: from these and the entries' leaves its signed root follows (RFC 6962), or an entry was dropped, added
   or exchanged. So any part of an export that holds one such stretch can be checked by itself.
-- What is behind the last checkpoint is proved by none yet, and what is before the first stretch is not proved here.
-  Both are counted. A tail that is missing together with its checkpoints is found with a checkpoint from elsewhere.
+- What is behind the last checkpoint is proved by none yet, which is normal. What is before it and in no stretch is not
+  proved: that is a shortcoming, and so is a checkpoint that could not be used. A tail that is missing together with its
+  checkpoints is found with a checkpoint from elsewhere.
+- A record that is withheld is missing, and why is no more than a claim: the entry does not show it, and whoever could
+  change events on the way can take out a record. What the entry shows to be untrue is refused: what was in plaintext,
+  and what is under the system's key, is never shredded.
 
-An event may arrive more than once (`shipper`): equal ones are counted, different ones are an error.
-Memory: about 150 bytes an entry.
+An event may arrive more than once (`shipper`): equal ones are counted, different entries are an error. Where an entry
+came with its record and without, in whichever order, the record counts, and that is told.
+Memory: about 150 bytes an entry, twice that for one without its record.
 """
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
-from appliance.audit.entry import Entry
+from appliance.audit.entry import PLAINTEXT, Entry
+from appliance.audit.events import CATALOGUE, Scope
 from appliance.audit.notes import Checkpoint, VerifierKey, open_checkpoint
 from appliance.audit.siem.destinations import FORMATS
-from appliance.audit.siem.formats import Carried, CheckpointEvent, Disclosed
+from appliance.audit.siem.formats import Carried, CheckpointEvent, Disclosed, Withheld
 from appliance.audit.tree import Frontier, cover, leaf_hash
 from appliance.errors import Fault, HoldfastError
 
 MAX_LINE: Final = 4 << 20  # characters
 _MOST_NAMED: Final = 20
+_GIVEN: Final = "the given checkpoint"
 
 
 class ExportDiffers(HoldfastError, ValueError):
@@ -40,40 +47,98 @@ class ExportDiffers(HoldfastError, ValueError):
 
 @dataclass(slots=True)
 class ExportVerified:
-    """What was found to hold.
+    """What arrived, and what of it is proved. A stretch [start, end) is of entries.
 
     Attributes:
-        first, end: the entries [first, end) are there, without a gap.
-        proved_from, proved_to: those of them that a checkpoint proves.
+        first, end: the entries [first, end) are there, without a gap. That alone proves none of them.
+        asked_from: what is before this entry need not be proved.
+        proved: the stretches that checkpoints prove, in order; between two of them lies something else.
+        checkpoints: how many proved something.
+        unusable: checkpoints that could not be used, the first of them, with why.
+        unusable_count: how many there are.
         repeated: events that came again.
-        withheld: entries that came without their record.
-        withheld_named: the first of them, with why.
+        stripped: entries that came with their record and, another time, without.
+        withheld: entries that only came without their record.
+        withheld_named: the first of them, with why, as the sender says.
         tests: events that say that they are a test.
     """
 
     origin: str
     first: int = 0
     end: int = 0
-    proved_from: int = 0
-    proved_to: int = 0
+    asked_from: int = 0
+    proved: list[tuple[int, int]] = field(default_factory=list)
     checkpoints: int = 0
+    unusable: list[str] = field(default_factory=list)
+    unusable_count: int = 0
     repeated: int = 0
+    stripped: int = 0
     withheld: int = 0
     withheld_named: dict[int, str] = field(default_factory=dict)
     tests: int = 0
 
+    @property
+    def proved_from(self) -> int:
+        """The first entry that is proved."""
+        return self.proved[0][0]
+
+    @property
+    def proved_to(self) -> int:
+        """One more than the last entry that is proved."""
+        return self.proved[-1][1]
+
+    def unproved(self) -> list[tuple[int, int]]:
+        """The stretches that are there and not proved, but for what is behind the last checkpoint."""
+        begins = [self.first, *(end for _, end in self.proved)]
+        return [(begin, start) for begin, (start, _) in zip(begins, self.proved, strict=False) if begin < start]
+
+    def shortcomings(self, *, allow_withheld: bool = False) -> list[str]:
+        """What is wanting although nothing contradicts the log, a sentence each; none: all that was asked for holds."""
+        found = [
+            f"entries {max(start, self.asked_from)} to {end - 1} are not proved"
+            for start, end in self.unproved()
+            if end > self.asked_from
+        ]
+        found += [told for told in self.unusable if told.startswith(_GIVEN)]
+        if self.withheld and not allow_withheld:
+            found.append(f"{self.withheld} entries came without their record")
+        return found
+
     def record(self) -> dict[str, Any]:
         """For programs."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        known = {name: getattr(self, name) for name in self.__slots__}
+        return known | {"proved_from": self.proved_from, "proved_to": self.proved_to}
 
 
-def verify_export(lines: Iterable[str], key: VerifierKey, *, checkpoint: str | None = None) -> ExportVerified:
+class _Stretch(NamedTuple):
+    """A part of the log that a checkpoint can be computed from: [start, size), behind the subtrees `peaks`."""
+
+    start: int
+    size: int
+    peaks: tuple[bytes, ...]
+    signed: Checkpoint
+
+
+@dataclass(slots=True)
+class _Arrived:
+    """The entries by their sequence: their leaves, and why records are withheld of those that came without only."""
+
+    leaves: dict[int, bytes] = field(default_factory=dict)
+    withheld: dict[int, set[Withheld]] = field(default_factory=dict)
+    stripped: set[int] = field(default_factory=set)
+    repeated: int = 0
+
+
+def verify_export(
+    lines: Iterable[str], key: VerifierKey, *, checkpoint: str | None = None, asked_from: int | None = None
+) -> ExportVerified:
     """Check what a receiver wrote: an event a line, in any of our formats, alone or behind a header of the receiver's.
 
     An empty line is none.
 
     Args:
         checkpoint: a signed one from elsewhere: what arrived must reach it, and follow from it.
+        asked_from: the first entry that must be there; None: what arrived begins where it does.
 
     Raises:
         ExportDiffers: names the line or the entry, and what is wrong with it.
@@ -81,9 +146,11 @@ def verify_export(lines: Iterable[str], key: VerifierKey, *, checkpoint: str | N
     """
     told = None if checkpoint is None else open_checkpoint(checkpoint, key)
     found = ExportVerified(key.name)
-    leaves: dict[int, bytes] = {}
-    stretches: dict[int, tuple[int, tuple[bytes, ...], Checkpoint]] = {}
+    arrived = _Arrived()
+    leaves = arrived.leaves
+    stretches: dict[tuple[int, int], _Stretch] = {}
     excerpts: dict[tuple[int, int], tuple[CheckpointEvent, Checkpoint]] = {}
+    roots = {} if told is None else {told.size: told.root}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -91,14 +158,18 @@ def verify_export(lines: Iterable[str], key: VerifierKey, *, checkpoint: str | N
             carried = _carried(line, key.name).content
             if isinstance(carried, CheckpointEvent):
                 signed = _signed(carried, key)
+                if roots.setdefault(signed.size, signed.root) != signed.root:
+                    raise _differs("the log is not one", f"two signed checkpoints of {signed.size} entries differ")
                 if carried.end is None:
-                    stretches[carried.size] = (carried.start, carried.peaks, signed)
+                    stretches[carried.start, carried.size] = _Stretch(
+                        carried.start, carried.size, carried.peaks, signed
+                    )
                 else:
                     excerpts[carried.start, carried.end] = (carried, signed)
             elif carried is None:
                 found.tests += 1
             else:
-                _take(carried, leaves, found)
+                _take(carried, arrived)
         except HoldfastError as error:
             raise _differs(
                 f"line {number}{_whose(line, key.name)} does not hold", f"{error.message}: {error.cause}"
@@ -106,6 +177,11 @@ def verify_export(lines: Iterable[str], key: VerifierKey, *, checkpoint: str | N
     if not leaves:
         raise _differs("there is nothing to check", "no line holds an entry of the log")
     found.first, found.end = min(leaves), max(leaves) + 1
+    found.asked_from = found.first if asked_from is None else asked_from
+    if not found.first <= found.asked_from < found.end:
+        raise _differs(
+            f"entry {asked_from} is missing", f"it was asked for, and entries {found.first} to {found.end - 1} arrived"
+        )
     if len(leaves) != found.end - found.first:
         missing = next(each for each in range(found.first, found.end) if each not in leaves)
         raise _differs(
@@ -113,8 +189,12 @@ def verify_export(lines: Iterable[str], key: VerifierKey, *, checkpoint: str | N
             f"entries {found.first} to {found.end - 1} arrived without {found.end - found.first - len(leaves)} of them",
         )
     _prove_excerpts(leaves, excerpts, found)
-    if stretches or told is not None or not excerpts:
-        _prove(leaves, stretches, told, found)
+    _prove(leaves, list(stretches.values()), told, found)
+    if not found.proved:
+        raise _nothing_proves(found, bool(stretches))
+    found.repeated, found.stripped, found.withheld = arrived.repeated, len(arrived.stripped), len(arrived.withheld)
+    for sequence, whys in sorted(arrived.withheld.items())[:_MOST_NAMED]:
+        found.withheld_named[sequence] = ", ".join(sorted(whys))
     return found
 
 
@@ -138,42 +218,32 @@ def _prove_excerpts(
                 f"one of the entries {start} to {end - 1} is not the log's",
                 "their checkpoint does not follow from them: one was added, or exchanged for another",
             )
-        if found.checkpoints == 0:
-            found.proved_from, found.proved_to = start, end
-        elif start <= found.proved_to:
-            found.proved_to = max(found.proved_to, end)
         found.checkpoints += 1
+        _add(found, start, end)
 
 
-def _prove(
-    leaves: dict[int, bytes],
-    stretches: dict[int, tuple[int, tuple[bytes, ...], Checkpoint]],
-    told: Checkpoint | None,
-    found: ExportVerified,
-) -> None:
+def _prove(leaves: dict[int, bytes], stretches: list[_Stretch], told: Checkpoint | None, found: ExportVerified) -> None:
     """Compute every signed root from the leaves, from the first stretch on that is whole."""
-    whole = sorted((start, peaks) for start, peaks, _ in stretches.values() if start >= found.first)
-    start, peaks = (0, ()) if found.first == 0 else whole[0] if whole else (-1, ())
-    if start < 0:
-        raise _differs(
-            "nothing proves these entries",
-            f"they begin with entry {found.first}, and no checkpoint's stretch begins there or behind it",
-            "Add what the receiver has from before, or from behind, up to the next checkpoint",
-        )
-    roots = {
-        size: (signed, f"the checkpoint of {size} entries that arrived") for size, (*_, signed) in stretches.items()
-    }
+    whole = sorted(each[:3] for each in stretches if each.start >= found.first)
+    start, peaks = (0, ()) if found.first == 0 else (whole[0][0], whole[0][2]) if whole else (found.end, None)
+    roots: dict[int, tuple[Checkpoint, str]] = {}
+    for each in sorted(stretches):
+        if peaks is None or each.size <= start:
+            _unusable(found, f"the checkpoint of entries {each.start} to {each.size - 1}", each.start)
+        else:
+            roots[each.size] = (each.signed, f"the checkpoint of {each.size} entries that arrived")
     if told is not None:
-        roots.setdefault(told.size, (told, f"the given checkpoint of {told.size} entries"))
         if told.size > found.end:
-            raise _differs(
-                f"entry {found.end} is missing", f"the given checkpoint names {told.size} entries, {found.end} arrived"
-            )
-        if roots[told.size][0].root != told.root:
-            raise _differs("the log is not one", f"two signed checkpoints of {told.size} entries differ")
+            raise _differs(f"entry {found.end} is missing", f"{_GIVEN} names {told.size} entries, {found.end} arrived")
+        if told.size < start or peaks is None:
+            _unusable(found, f"{_GIVEN} of {told.size} entries", 0)
+        else:
+            roots.setdefault(told.size, (told, f"{_GIVEN} of {told.size} entries"))
+    if peaks is None:
+        return
     edge = Frontier(start, peaks)
-    found.proved_from = found.proved_to = start
-    for size in sorted(size for size in roots if size > start):
+    proved_to = start
+    for size in sorted(roots):
         signed, named = roots[size]
         if size > found.end:
             raise _differs(f"entry {found.end} is missing", f"{named} names it, and {found.end} is where they end")
@@ -181,32 +251,77 @@ def _prove(
             edge.append(leaves[edge.size])
         if edge.root() != signed.root:
             raise _differs(
-                f"one of the entries {found.proved_to} to {size - 1} is not the log's",
+                f"one of the entries {proved_to} to {size - 1} is not the log's"
+                if size > start
+                else f"what is before entry {start} is not the log's",
                 f"{named} does not follow from them: one was added, or exchanged for another",
             )
         found.checkpoints += 1
-        found.proved_to = size
-    if found.proved_to == start:
-        raise _differs(
+        proved_to = size
+    if proved_to > start:
+        _add(found, start, proved_to)
+
+
+def _add(found: ExportVerified, start: int, end: int) -> None:
+    """Put a proved stretch to the others, and make one of those that touch."""
+    joined: list[tuple[int, int]] = []
+    for begin, stop in sorted([*found.proved, (start, end)]):
+        if joined and begin <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], stop))
+        else:
+            joined.append((begin, stop))
+    found.proved = joined
+
+
+def _unusable(found: ExportVerified, named: str, needed: int) -> None:
+    found.unusable_count += 1
+    if len(found.unusable) < _MOST_NAMED or named.startswith(_GIVEN):
+        found.unusable.append(f"{named} needs entry {needed}, which is not here")
+
+
+def _nothing_proves(found: ExportVerified, any_came: bool) -> ExportDiffers:
+    if not any_came and not found.unusable:
+        return _differs(
             "nothing proves these entries",
             "no checkpoint is among them",
             "Wait for the next one, which comes within a minute, or give one with --checkpoint",
         )
+    why = f": {'; '.join(found.unusable[:3])}" if found.unusable else ""
+    return _differs(
+        "nothing proves these entries",
+        f"they begin with entry {found.first}, and no checkpoint's stretch begins there or behind it{why}",
+        "Add what the receiver has from before, or from behind, up to the next checkpoint",
+    )
 
 
-def _take(carried: Disclosed, leaves: dict[int, bytes], found: ExportVerified) -> None:
-    sequence = Entry.unpack(carried.packed).sequence
-    leaf = leaf_hash(carried.packed)
-    if sequence in leaves:
-        if leaves[sequence] != leaf:
-            raise _differs(f"entry {sequence} came twice", "and the two differ")
-        found.repeated += 1
-        return
-    leaves[sequence] = leaf
-    if carried.withheld is not None:
-        found.withheld += 1
-        if len(found.withheld_named) < _MOST_NAMED:
-            found.withheld_named[sequence] = carried.withheld.value
+def _take(carried: Disclosed, arrived: _Arrived) -> None:
+    entry = Entry.unpack(carried.packed)
+    sequence, leaf = entry.sequence, leaf_hash(carried.packed)
+    if carried.withheld is Withheld.SHREDDED and not _can_be_shredded(entry):
+        raise _differs(
+            f"the record of entry {sequence} was taken out",
+            "it is said to be shredded, and it was under no tenant's key: nothing shreds it",
+        )
+    known = sequence in arrived.leaves
+    if known and arrived.leaves[sequence] != leaf:
+        raise _differs(f"entry {sequence} came twice", "and the two differ")
+    arrived.leaves[sequence] = leaf
+    arrived.repeated += known
+    had_record = known and sequence not in arrived.withheld
+    if carried.withheld is None:
+        if known and not had_record:
+            del arrived.withheld[sequence]
+            arrived.stripped.add(sequence)
+    elif had_record:
+        arrived.stripped.add(sequence)
+    else:
+        arrived.withheld.setdefault(sequence, set()).add(carried.withheld)
+
+
+def _can_be_shredded(entry: Entry) -> bool:
+    """Whether its record was under a tenant's key, as far as the entry shows: an unknown class may be anything."""
+    kind = CATALOGUE.get(entry.event_class)
+    return not entry.flags & PLAINTEXT and (kind is None or kind.scope is Scope.TENANT)
 
 
 def _signed(carried: CheckpointEvent, key: VerifierKey) -> Checkpoint:

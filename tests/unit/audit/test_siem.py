@@ -8,10 +8,11 @@ from typing import Any
 
 import jsonschema
 import pytest
+from click.testing import CliRunner
 from ocsf_json_schema import OcsfJsonSchemaEmbedded, get_ocsf_schema
 
 from appliance.audit.entry import Draft, Entry, open_record, seal
-from appliance.audit.events import CATALOGUE, ENGINE_READY, SYSTEM, Actor, Event, EventClass, Outcome
+from appliance.audit.events import CATALOGUE, ENGINE_READY, SYSTEM, TURN_ADMITTED, Actor, Event, EventClass, Outcome
 from appliance.audit.reading import LogReader
 from appliance.audit.siem import ocsf, syslog
 from appliance.audit.siem.cursor import Cursor, Position
@@ -22,6 +23,7 @@ from appliance.audit.siem.opening import KeyOpener
 from appliance.audit.siem.shipper import MOST_UNACKNOWLEDGED, Shipper
 from appliance.audit.siem.transport import ExportUnreachable, Message
 from appliance.audit.siem.verify_export import ExportDiffers, verify_export
+from appliance.cli import holdfast
 from appliance.errors import HoldfastError
 from appliance.vault import KeyMissing
 from tests.unit.audit.making import KEY, ORIGIN, Keys, drafts, open_log, sign
@@ -243,6 +245,137 @@ async def test_a_shredded_record_and_a_long_one_go_without_content(tmp_path: Pat
     assert (found.end, found.withheld, found.withheld_named[1]) == (600, 300, "shredded")
     short = World(tmp_path / "short", max_payload_bytes=1500)
     assert verify_export(await short.ship(), KEY.verifier()).withheld == 600
+
+
+def _stripped(line: str, why: Withheld = Withheld.SHREDDED) -> str:
+    """What somebody on the way makes of an event to take its record out."""
+    carried = ocsf.read_event(json.loads(line))
+    assert isinstance(carried, Disclosed)
+    return ocsf.line_of(ocsf.entry_event(ORIGIN, Disclosed.without(carried.packed, why))).decode()
+
+
+@pytest.mark.anyio
+async def test_a_record_that_was_taken_out_on_the_way_is_missed(tmp_path: Path) -> None:
+    lines = await World(tmp_path).ship()
+    found = verify_export([*lines[:7], _stripped(lines[7]), *lines[8:]], KEY.verifier())
+    assert (found.withheld, found.withheld_named) == (1, {7: "shredded"})
+    assert found.shortcomings() == ["1 entries came without their record"]
+    assert found.shortcomings(allow_withheld=True) == []
+    for order in ([lines[7], _stripped(lines[7])], [_stripped(lines[7]), lines[7]]):
+        found = verify_export([*lines[:7], *order, *lines[8:]], KEY.verifier())
+        assert (found.repeated, found.stripped, found.withheld, found.shortcomings()) == (1, 1, 0, [])
+    both = [_stripped(lines[7]), _stripped(lines[7], Withheld.TOO_LONG)]
+    assert verify_export([*lines[:7], *both, *lines[8:]], KEY.verifier()).withheld_named == {7: "shredded, too long"}
+
+
+@pytest.mark.parametrize(("kind", "keys"), [(ENGINE_READY, Keys()), (TURN_ADMITTED, None)])
+def test_what_was_under_no_tenants_key_is_never_shredded(kind: EventClass, keys: Keys | None, tmp_path: Path) -> None:
+    record = Event(kind, SYSTEM, tenant_id="ten_1").record({"holdfast": "0"})
+    log = open_log(tmp_path)
+    log.append([seal(kind.number, record, keys=keys, scope="s", actor="", session="", random=b"r" * 32)])
+    log.publish(sign)
+    reader = LogReader(tmp_path)
+    checkpoint = ocsf.checkpoint_event(ORIGIN, CheckpointEvent(reader.note, 0, 1, ()), 1)
+    for why in (Withheld.DAMAGED, Withheld.SHREDDED):
+        event = ocsf.entry_event(ORIGIN, Disclosed.without(reader.frame(0).entry, why))
+        lines = [ocsf.line_of(each).decode() for each in (event, checkpoint)]
+        if why is Withheld.DAMAGED:
+            assert verify_export(lines, KEY.verifier()).withheld == 1
+            continue
+        with pytest.raises(ExportDiffers, match=r"entry 0.*does not hold") as refused:
+            verify_export(lines, KEY.verifier())
+        assert "was taken out" in refused.value.cause
+    log.close()
+
+
+async def _two_stretches(folder: Path) -> list[str]:
+    """Entries 0 to 599 and their checkpoint, and 600 to 899 and theirs."""
+    world = World(folder)
+    world.sink.acknowledged = 0
+    await world.ship()
+    world.log.append(drafts(range(600, 900)))
+    world.log.publish(sign)
+    return await world.ship()
+
+
+@pytest.mark.anyio
+async def test_only_what_a_checkpoint_proves_is_said_to_be_proved(tmp_path: Path) -> None:
+    lines, key = await _two_stretches(tmp_path), KEY.verifier()
+    assert len(lines) == 902
+    note = LogReader(tmp_path / "audit").note
+    found = verify_export(lines, key, checkpoint=note, asked_from=0)
+    assert (found.proved, found.checkpoints, found.unproved(), found.shortcomings()) == ([(0, 900)], 2, [], [])
+    found = verify_export(lines[1:], key)
+    assert (found.first, found.proved, found.unproved()) == (1, [(600, 900)], [(1, 600)])
+    assert found.unusable == ["the checkpoint of entries 0 to 599 needs entry 0, which is not here"]
+    assert found.shortcomings() == ["entries 1 to 599 are not proved"]
+    assert verify_export(lines[1:], key, asked_from=600).shortcomings() == []
+    assert verify_export(lines[1:], key, asked_from=599).shortcomings() == ["entries 599 to 599 are not proved"]
+    for asked_from, some in ((0, lines[1:]), (900, lines)):
+        with pytest.raises(ExportDiffers, match=f"entry {asked_from} is missing"):
+            verify_export(some, key, asked_from=asked_from)
+    with pytest.raises(ExportDiffers, match="nothing proves") as refused:
+        verify_export(lines[1:601], key)
+    assert "needs entry 0" in refused.value.cause
+    tail = verify_export(lines[:-1], key)
+    assert (tail.end, tail.proved, tail.shortcomings()) == (900, [(0, 600)], [])
+
+
+@pytest.mark.anyio
+async def test_a_given_checkpoint_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    lines, key = await _two_stretches(tmp_path), KEY.verifier()
+    events = [json.loads(line)["unmapped"]["holdfast"] for line in lines]
+    note = next(event["checkpoint"] for event in events if event.get("size") == 600)
+    assert verify_export(lines[601:], key, checkpoint=note).shortcomings() == []  # its root follows from the peaks
+    cut = [line for line, event in zip(lines, events, strict=True) if event.get("size") != 600][300:]
+    assert verify_export(cut, key, checkpoint=note, asked_from=600).shortcomings() == []
+    log = open_log(tmp_path / "short")
+    log.append(drafts(range(10)))
+    log.publish(sign)
+    told = ["the given checkpoint of 10 entries needs entry 0, which is not here"]
+    short = LogReader(tmp_path / "short").note
+    assert verify_export(cut, key, checkpoint=short, asked_from=600).shortcomings() == told
+    log.close()
+
+
+@pytest.mark.anyio
+async def test_excerpts_with_something_between_them_prove_only_themselves(tmp_path: Path) -> None:
+    world, lines = World(tmp_path), list[str]()
+    for first, end in ((0, 10), (10, 20), (20, 30)):
+        pieces = [piece async for piece in excerpt(world.directory, Ocsf(), world.keys, first=first, end=end)]
+        lines += b"".join(pieces).decode("ascii").splitlines()
+    assert verify_export(lines, KEY.verifier()).proved == [(0, 30)]
+    found = verify_export(lines[:21] + lines[22:], KEY.verifier())
+    assert (found.proved, found.unproved()) == ([(0, 10), (20, 30)], [(10, 20)])
+    assert found.shortcomings() == ["entries 10 to 19 are not proved"]
+
+
+@pytest.mark.anyio
+async def test_the_command_says_what_is_proved_and_fails_on_what_is_wanting(tmp_path: Path) -> None:
+    lines = await _two_stretches(tmp_path)
+    path = tmp_path / "arrived"
+
+    def run(arrived: list[str], *words: str) -> tuple[int, str]:
+        path.write_text("\n".join(arrived))
+        command = ["audit", "verify-export", str(path), "--key", str(KEY.verifier()), *words]
+        done = CliRunner().invoke(holdfast, command)
+        return done.exit_code, done.output
+
+    status, said = run(lines)
+    assert (status, "entries 0 to 899 are proved, by 2 checkpoints" in said, "NOT" in said) == (0, True, False)
+    status, said = run(lines[1:])
+    assert status == 6
+    assert "entries 600 to 899 are proved, by 1 checkpoints" in said
+    assert "entries 1 to 599 came and are NOT PROVED\n" in said
+    assert "the checkpoint of entries 0 to 599 needs entry 0, which is not here" in said
+    status, said = run(lines[1:], "--from", "600")
+    assert (status, "NOT PROVED, and were not asked for" in said) == (0, True)
+    without = [*lines[:7], _stripped(lines[7]), *lines[8:]]
+    status, said = run(without)
+    assert (status, "what the sender claims: 7 (shredded)" in said) == (6, True)
+    assert run(without, "--allow-withheld")[0] == 0
+    status, said = run([*lines, _stripped(lines[7])])
+    assert (status, "1 entries both with their record, which counts, and without it" in said) == (0, True)
 
 
 @pytest.mark.anyio
