@@ -4,7 +4,7 @@ Rules:
 
 - A destination is tried before it is saved, and saved before it is shipped to. With it goes its cursor.
 - The exporter is another process: whatever becomes of it or of a destination is told in `views`, and delays export and
-  nothing else. One that ends is started again. Where there is no destination there is none.
+  nothing else. One that ends is started again, one that hangs is killed. Where there is no destination there is none.
 - No destination names a file of the appliance's own state: what it holds is not for a receiver.
 """
 
@@ -44,6 +44,7 @@ _SAVED: Final = "destinations.json"
 _STOP_S: Final = 5.0
 _PAUSE_S: Final = 0.5
 _LONGEST_PAUSE_S: Final = 30.0
+LONGEST_SILENCE_S: Final = 30.0  # an exporter that does not hang says something four times a second
 _LIVED_S: Final = 30.0  # an exporter that lived so long begins the pauses anew
 _PASSED_ON: Final = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONPYCACHEPREFIX", "PYTHONDONTWRITEBYTECODE")
 _LOG = logging.getLogger("holdfast.audit.siem")
@@ -77,16 +78,24 @@ class Exports:
         state_dir: the appliance's: where they are saved.
         size: how many entries the appender has answered for.
         keys: open records; may raise `VaultSealed`.
+        longest_silence_s: an exporter that says nothing for so long is killed.
     """
 
     def __init__(
-        self, state_dir: Path, directory: Path, *, size: Callable[[], Awaitable[int]], keys: AuditKeys
+        self,
+        state_dir: Path,
+        directory: Path,
+        *,
+        size: Callable[[], Awaitable[int]],
+        keys: AuditKeys,
+        longest_silence_s: float = LONGEST_SILENCE_S,
     ) -> None:
         self._state_dir = state_dir
         self._folder = state_dir / FOLDER
         self._directory = directory
         self._size = size
         self._keys = keys
+        self._longest_silence_s = longest_silence_s
         self._destinations: dict[str, Destination] = {}
         self._error: ErrorRecord | None = None  # why there is no exporter
         self._views: dict[str, View] = {}
@@ -309,11 +318,7 @@ class Exports:
             if time.monotonic() > begun_s + _LIVED_S:
                 pause_s = _PAUSE_S
             _LOG.warning("the exporter ended: %s", ended)
-            self._error = link.ExporterLost(
-                "the audit log's exporter ended",
-                cause=ended,
-                remedy="It is started again by itself; events wait in the log. `holdfast logs gateway` says more",
-            ).record()
+            self._error = _exporter_ended(ended)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
@@ -336,6 +341,7 @@ class Exports:
                 ours.close()
                 raise
         _, connected = await asyncio.get_running_loop().create_connection(lambda: link.Link(self._serve), sock=ours)
+        watching = asyncio.create_task(self._watch(connected))
         try:
             await self._tell(connected)
             self._link, self._error = connected, None
@@ -344,19 +350,38 @@ class Exports:
         finally:
             self._link = None
             self._connected.clear()
+            watching.cancel()
             connected.close()
             await self._end(self._process)
         return f"with status {self._process.returncode}"
 
     async def _end(self, process: Process) -> None:
+        """See it end, which it does with the link; kill it if it does not."""
         try:
             async with asyncio.timeout(_STOP_S):
                 await process.wait()
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-            raise
+        except TimeoutError:
+            _LOG.warning("the exporter does not end, and is killed")
+        finally:
+            if process.returncode is None:
+                await self._kill(process)
+
+    async def _kill(self, process: Process) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        # One that waits for a dead mount ends when the mount does.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_S):
+                await process.wait()
+
+    async def _watch(self, exporter: link.Link) -> None:
+        """End the link with an exporter that is silent for too long: it hangs, and so does every destination."""
+        while exporter.silent_s < self._longest_silence_s:  # noqa: ASYNC110  (silence is no event)
+            await asyncio.sleep(self._longest_silence_s / 10)
+        cause = f"it said nothing for {self._longest_silence_s:g} s, and is killed"
+        _LOG.warning("the exporter hangs: %s", cause)
+        self._error = _exporter_ended(cause)
+        exporter.close()
 
     async def _tell(self, exporter: link.Link) -> None:
         """What there is to ship to."""
@@ -372,6 +397,14 @@ class Exports:
         if kind == link.VIEWS:
             self._views = {view.name: view for view in map(view_of, json.loads(body))}
         return b""
+
+
+def _exporter_ended(cause: str) -> ErrorRecord:
+    return link.ExporterLost(
+        "the audit log's exporter ended",
+        cause=cause,
+        remedy="It is started again by itself; events wait in the log. `holdfast logs gateway` says more",
+    ).record()
 
 
 def _unreadable(path: Path, error: OSError) -> DestinationsUnreadable:

@@ -10,6 +10,7 @@ Rules:
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar, Final, cast
 
@@ -53,7 +54,13 @@ class Link(asyncio.Protocol):
         self._numbers = 0
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
         self._serving: set[asyncio.Task[None]] = set()
+        self._heard_s = time.monotonic()
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def silent_s(self) -> float:
+        """For how long the other end has said nothing, though it waits for no answer of ours."""
+        return 0.0 if self._serving else time.monotonic() - self._heard_s
 
     async def ask(self, kind: int, body: bytes = b"") -> bytes:
         """The other end's answer.
@@ -88,6 +95,7 @@ class Link(asyncio.Protocol):
         self._transport = cast("asyncio.WriteTransport", transport)
 
     def data_received(self, data: bytes) -> None:
+        self._heard_s = time.monotonic()
         self._received += data
         try:
             for message in protocol.take_messages(self._received):
@@ -96,7 +104,7 @@ class Link(asyncio.Protocol):
                 else:
                     task = asyncio.create_task(self._answer(message))
                     self._serving.add(task)
-                    task.add_done_callback(self._serving.discard)
+                    task.add_done_callback(self._served)
         except protocol.Malformed:
             self.close()
 
@@ -108,6 +116,10 @@ class Link(asyncio.Protocol):
             task.cancel()
         if not self.lost.done():
             self.lost.set_result(None)
+
+    def _served(self, task: asyncio.Task[None]) -> None:
+        self._serving.discard(task)
+        self._heard_s = time.monotonic()
 
     def _answered(self, message: protocol.Message) -> None:
         answer = self._waiting.get(message.number)
