@@ -3,13 +3,15 @@
 Rules:
 
 - Frames are those of `appliance.audit.protocol`. Either side may ask; answers come as they are ready.
-- Whoever asks waits at most `_ANSWER_S`. When the link ends, everybody who waits is told.
+- Every question is answered, what cannot be answered with an error. Whoever asks waits at most `_ANSWER_S`. When the
+  link ends, everybody who waits is told.
 - The exporter asks for the secret of one entry at a time (`SECRETS`): the key of a tenant, or of the system, never
   leaves the gateway.
 """
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar, Final, cast
@@ -29,6 +31,8 @@ TRY_OUT: Final = 11  # one destination, as JSON; answered when it took a test ev
 STOP: Final = 12  # a size: ship until there, for a moment; answered when all have ended
 
 _ANSWER_S: Final = 100.0  # longer than connecting and a test take
+
+_LOG = logging.getLogger("holdfast.audit.siem")
 
 Serve = Callable[[int, bytes], Awaitable[bytes]]
 
@@ -132,11 +136,26 @@ class Link(asyncio.Protocol):
 
     async def _answer(self, message: protocol.Message) -> None:
         try:
-            kind, body = protocol.DONE, await self._serve(message.kind, message.body)
+            answer = protocol.pack(protocol.DONE, message.number, await self._serve(message.kind, message.body))
         except HoldfastError as error:
-            kind, body = protocol.REFUSED, json.dumps(error.record()).encode()
+            answer = _refusal(message, error)
+        except Exception as error:  # a defect: whoever asked must not wait for an answer that never comes
+            _LOG.exception("what the other end asked for cannot be answered")
+            answer = _refusal(message, _defect(error))
         if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(protocol.pack(kind, message.number, body))
+            self._transport.write(answer)
+
+
+def _refusal(message: protocol.Message, error: HoldfastError) -> bytes:
+    return protocol.pack(protocol.REFUSED, message.number, json.dumps(error.record()).encode())
+
+
+def _defect(error: Exception) -> HoldfastError:
+    return HoldfastError(
+        "the gateway and its exporter do not understand each other",
+        cause=f"{type(error).__name__}: {error}"[:300],
+        remedy="`holdfast logs gateway` has the trace; please report it",
+    )
 
 
 def _remade(record: dict[str, Any]) -> HoldfastError:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -12,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from appliance.audit.siem.destinations import Destination
-from appliance.audit.siem.exports import Exports
+from appliance.audit.siem.exports import DestinationsUnreadable, Exports
 from appliance.audit.siem.files import read_in_time
 from appliance.audit.siem.transport import ExportUnusable
 from tests.e2e.siem.shipping import until
@@ -102,12 +103,12 @@ async def test_a_fifo_in_place_of_a_file_is_refused_and_holds_up_nobody(node: No
     exports = node.exports()
     exports.start()
     fifo = _fifo(node)
-    files = {"ca": fifo, "certificate": node.key, "private_key": node.key}
+    bad = Destination("bad", "", ca=fifo, certificate=node.key, private_key=node.key, token_file=node.token)
     try:
         async with asyncio.timeout(STOPPED_WITHIN_S):
             for url in ("syslog+tls://127.0.0.1:9", "relp+tls://127.0.0.1:9", "splunk+https://127.0.0.1:9"):
                 with pytest.raises(ExportUnusable) as refused:
-                    await exports.add(Destination("bad", url, **files, token_file=node.token))
+                    await exports.add(bad._replace(url=url))
                 assert refused.value.cause == f"{fifo}: it is no file"
             with pytest.raises(ExportUnusable) as refused:
                 await exports.add(node.diode("bad")._replace(private_key=fifo))
@@ -135,3 +136,33 @@ async def test_what_a_dead_mount_holds_up_is_given_up_and_is_read_once() -> None
     assert len(reads) == 1
     assert await read_in_time(20.0, read, Path("/mnt/ca.pem")) == b"content"
     assert len(reads) == 2
+
+
+@pytest.mark.parametrize("content", ["{", '{"destinations": [{"name": "soc"}]}', "own"])
+async def test_where_the_destinations_cannot_be_read_nothing_is_changed_until_they_can(
+    node: Node, content: str
+) -> None:
+    saved = node.state / "siem" / "destinations.json"
+    saved.parent.mkdir(mode=0o700)
+    own = node.diode("soc")._replace(private_key=node.state / "audit" / "key")
+    content = json.dumps({"destinations": [own.record()]}) if content == "own" else content
+    saved.write_text(content)
+    exports = node.exports()
+    exports.start()
+    try:
+        assert exports.unreadable is not None
+        assert (exports.unreadable["code"], exports.views()) == ("audit_exports_unreadable", [])
+        for asked in (exports.needed_from, lambda: exports.names, lambda: exports.destination("soc")):
+            with pytest.raises(DestinationsUnreadable):
+                asked()
+        for change in (exports.add(node.diode("new")), exports.remove("soc"), exports.try_out(node.diode("new"))):
+            with pytest.raises(DestinationsUnreadable):
+                await change
+        assert saved.read_text() == content
+        saved.write_text(json.dumps({"destinations": [node.diode("soc").record()]}))
+        await until(lambda: exports.unreadable is None)
+        assert (exports.names, exports.needed_from()) == (["soc"], 0)
+        await until(lambda: exports.view("soc").delivered == ENTRIES)
+        assert exports.needed_from() == ENTRIES
+    finally:
+        await exports.stop(ENTRIES)
