@@ -63,9 +63,12 @@ class Health:
     def _audit_part(self) -> dict[str, object]:
         """A SIEM that is down is told and counts for nothing: it delays its export only."""
         part = _part(self._services.audit.error is None, self._audit())
-        errors = [(view.name, view.error) for view in self._services.exports.views() if view.error is not None]
+        exports = self._services.exports
+        errors = [(view.name, view.error) for view in exports.views() if view.error is not None]
         if errors and self._in_full:
             part["degraded"] = "; ".join(f"{name} takes no events: {error['cause']}" for name, error in errors)
+        if exports.unreadable is not None and self._in_full:
+            part["degraded"] = f"nothing is exported: {exports.unreadable['cause']}"
         return part
 
     def _audit(self) -> str:

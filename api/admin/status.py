@@ -129,11 +129,13 @@ async def _audit(services: Services) -> types.Part:
         behind = f"{export.lag_entries} entries, {export.lag_s:.0f} s behind"
         state = behind if export.lag_entries else "has everything"
         detail += f"; {export.name} {state}" + ("" if export.error is None else f" ({export.error['cause']})")
+    if (unreadable := services.exports.unreadable) is not None:
+        detail += f"; nothing is exported: {unreadable['cause']}"
     if said.error is not None:
         return types.Part(name="audit", state="degraded", detail=f"no checkpoint can be made: {said.error.cause}")
     if said.alarm is not None:
         return types.Part(name="audit", state="degraded", detail=f"{said.alarm}; {detail}")
-    return types.Part(name="audit", state="ready", detail=detail)
+    return types.Part(name="audit", state="ready" if unreadable is None else "degraded", detail=detail)
 
 
 async def _store(services: Services, now: float) -> tuple[types.Part, types.SessionCounts | None]:

@@ -180,7 +180,7 @@ def _receiver(
     return syslog.Receiver(
         host=host_of(url),
         port=port_of(url, usual),
-        server_name=destination.server_name or host_of(url),
+        server_name=_host_name(destination.server_name, "its server name") if destination.server_name else host_of(url),
         ca=needed(destination, "ca"),
         certificate=needed(destination, "certificate") if shows else None,
         private_key=needed(destination, "private_key") if shows else None,
@@ -242,11 +242,19 @@ def host_of(url: urllib.parse.SplitResult) -> str:
     """Its host.
 
     Raises:
-        DestinationInvalid: it has none.
+        DestinationInvalid: it has none, or one that no name server can be asked for.
     """
     if not url.hostname:
         raise _invalid("its url cannot be used", "it names no host")
-    return url.hostname
+    return _host_name(url.hostname, "its url")
+
+
+def _host_name(name: str, whose: str) -> str:
+    try:
+        name.encode("idna")
+    except UnicodeError:
+        raise _invalid(f"{whose} cannot be used", f"{name[:64]!r} cannot be the name of a host") from None
+    return name
 
 
 def port_of(url: urllib.parse.SplitResult, usual: int) -> int:

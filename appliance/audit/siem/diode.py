@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Final, NamedTuple, TypeVar
 from appliance.audit.journal import sync_directory
 from appliance.audit.notes import KeyInvalid, SigningKey
 from appliance.audit.siem.batches import BATCH, MANIFEST, NO_PREVIOUS, PUBLIC_KEY, Manifest
+from appliance.audit.siem.files import DEADLINE_S, open_regular, read_in_time
 from appliance.audit.siem.transport import ExportUnreachable, ExportUnusable, Message
 from appliance.errors import HoldfastError
 
@@ -87,7 +89,7 @@ class DiodeFiles:
 
     async def connect(self) -> "Connection":
         """See `Transport.connect`."""
-        key = await asyncio.to_thread(load_key, self._key_file, self._name)
+        key = await read_in_time(DEADLINE_S, load_key, self._key_file, self._name)
         room = _Room(self._folder, key, self._random)
         await asyncio.to_thread(room.prepare)
         return Connection(room, self._limits, self._monotonic)
@@ -189,9 +191,11 @@ def load_key(path: Path, name: str) -> SigningKey:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
-        if path.stat().st_mode & 0o077:
-            raise ValueError(f"others may read it: its mode is {path.stat().st_mode & 0o7777:04o}")
-        key = load_pem_private_key(path.read_bytes(), password=None)
+        with open(open_regular(path), "rb") as file:  # noqa: PTH123  (a descriptor)
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            if mode & 0o077:
+                raise ValueError(f"others may read it: its mode is {mode:04o}")
+            key = load_pem_private_key(file.read(), password=None)
         if not isinstance(key, Ed25519PrivateKey):
             raise ValueError("it is no Ed25519 key")
         return SigningKey(name, key.private_bytes_raw())

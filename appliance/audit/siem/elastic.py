@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from appliance.audit.siem.files import read_in_time
 from appliance.audit.siem.https import DEADLINE_S, Answer, Client, open_client, read_secret
 from appliance.audit.siem.syslog import Receiver, unreachable
 from appliance.audit.siem.transport import ExportUnreachable, ExportUnusable, Message
@@ -59,7 +60,7 @@ class Elasticsearch:
 
     async def connect(self) -> "Connection":
         """See `Transport.connect`."""
-        key = await asyncio.to_thread(read_secret, self._token_file, self._receiver)
+        key = await read_in_time(self._deadline_s, read_secret, self._token_file, self._receiver)
         client = await open_client(self._receiver, {"Authorization": f"ApiKey {key}"}, deadline_s=self._deadline_s)
         try:
             answer = await client.ask("GET", _WHOAMI)

@@ -4,7 +4,9 @@ Rules:
 
 - A destination is tried before it is saved, and saved before it is shipped to. With it goes its cursor.
 - The exporter is another process: whatever becomes of it or of a destination is told in `views`, and delays export and
-  nothing else. One that ends is started again. Where there is no destination there is none.
+  nothing else. One that ends is started again, one that hangs is killed. Where there is no destination there is none.
+- Where the file cannot be read it is not known who needs what: nothing is shipped, changed or removed from the log
+  until somebody has put the file right, which is seen by itself.
 - No destination names a file of the appliance's own state: what it holds is not for a receiver.
 """
 
@@ -35,6 +37,7 @@ from appliance.audit.siem.destinations import (
     transport_of,
 )
 from appliance.audit.siem.exporter import CURSOR_SUFFIX, secrets_for, view_of
+from appliance.audit.siem.files import read_in_time
 from appliance.audit.siem.shipper import View
 from appliance.audit.signing import public_key
 from appliance.errors import ErrorRecord, Fault, HoldfastError
@@ -44,6 +47,7 @@ _SAVED: Final = "destinations.json"
 _STOP_S: Final = 5.0
 _PAUSE_S: Final = 0.5
 _LONGEST_PAUSE_S: Final = 30.0
+LONGEST_SILENCE_S: Final = 30.0  # an exporter that does not hang says something four times a second
 _LIVED_S: Final = 30.0  # an exporter that lived so long begins the pauses anew
 _PASSED_ON: Final = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONPYCACHEPREFIX", "PYTHONDONTWRITEBYTECODE")
 _LOG = logging.getLogger("holdfast.audit.siem")
@@ -77,17 +81,26 @@ class Exports:
         state_dir: the appliance's: where they are saved.
         size: how many entries the appender has answered for.
         keys: open records; may raise `VaultSealed`.
+        longest_silence_s: an exporter that says nothing for so long is killed.
     """
 
     def __init__(
-        self, state_dir: Path, directory: Path, *, size: Callable[[], Awaitable[int]], keys: AuditKeys
+        self,
+        state_dir: Path,
+        directory: Path,
+        *,
+        size: Callable[[], Awaitable[int]],
+        keys: AuditKeys,
+        longest_silence_s: float = LONGEST_SILENCE_S,
     ) -> None:
         self._state_dir = state_dir
         self._folder = state_dir / FOLDER
         self._directory = directory
         self._size = size
         self._keys = keys
+        self._longest_silence_s = longest_silence_s
         self._destinations: dict[str, Destination] = {}
+        self._unread: DestinationsUnreadable | None = None  # why it is not known which there are
         self._error: ErrorRecord | None = None  # why there is no exporter
         self._views: dict[str, View] = {}
         self._link: link.Link | None = None
@@ -101,11 +114,17 @@ class Exports:
 
     @property
     def names(self) -> list[str]:
-        """What the destinations are called."""
+        """What the destinations are called. Raises as `destination`."""
+        self._refuse_unread()
         return list(self._destinations)
 
     def needed_from(self) -> int | None:
-        """The smallest entry that some destination does not have for certain; None: there is no destination."""
+        """The smallest entry that some destination does not have for certain; None: there is no destination.
+
+        Raises:
+            DestinationsUnreadable: it is not known which there are.
+        """
+        self._refuse_unread()
         return min((self.view(name).delivered for name in self._destinations), default=None)
 
     @property
@@ -113,6 +132,11 @@ class Exports:
         """The exporter's process, while there is one."""
         process = self._process
         return None if process is None or process.returncode is not None else process.pid
+
+    @property
+    def unreadable(self) -> ErrorRecord | None:
+        """Why it is not known which destinations there are, and nothing is shipped; None: it is known."""
+        return None if self._unread is None else self._unread.record()
 
     @property
     def error(self) -> ErrorRecord | None:
@@ -124,7 +148,9 @@ class Exports:
 
         Raises:
             NoSuchDestination: there is none of that name.
+            DestinationsUnreadable: it is not known which there are.
         """
+        self._refuse_unread()
         if name not in self._destinations:
             raise NoSuchDestination(
                 "there is no such destination",
@@ -135,7 +161,7 @@ class Exports:
 
     def views(self) -> list[View]:
         """How each is now."""
-        return [self.view(name) for name in self._destinations]
+        return [] if self._unread is not None else [self.view(name) for name in self._destinations]
 
     def view(self, name: str) -> View:
         """How one of them is now. Raises as `destination`."""
@@ -156,7 +182,8 @@ class Exports:
             ExportUnreachable, ExportUnusable: it was not taken; says why.
             ExporterLost: there is no exporter to try it.
         """
-        self._refuse_own_files(checked(destination))
+        self._refuse_unread()
+        await read_in_time(_STOP_S, self._refuse_own_files, checked(destination), Path.resolve)
         await (await self._exporter()).ask(link.TRY_OUT, json.dumps(destination.record()).encode())
 
     async def add(
@@ -170,10 +197,11 @@ class Exports:
 
         Raises:
             DestinationExists: there is one of that name, or there are too many.
-            DestinationsUnreadable: it cannot be saved.
+            DestinationsUnreadable: it cannot be saved, or it is not known which there are.
             Otherwise as `try_out`.
         """
         async with self._changing:
+            self._refuse_unread()
             if destination.name in self._destinations:
                 raise DestinationExists(
                     "there is a destination of that name",
@@ -196,7 +224,7 @@ class Exports:
 
         Raises:
             NoSuchDestination: there is none of that name.
-            DestinationsUnreadable: the others cannot be saved.
+            DestinationsUnreadable: the others cannot be saved, or it is not known which there are.
         """
         async with self._changing:
             self.destination(name)
@@ -226,12 +254,16 @@ class Exports:
         content = json.dumps({"destinations": [each.record() for each in destinations]}, indent=1)
         write_whole(self._folder / _SAVED, content.encode())
 
-    def _load(self) -> None:
+    def _load(self) -> dict[str, Destination]:
+        """What is saved. Reads a file."""
         try:
             said = json.loads((self._folder / _SAVED).read_bytes())
-            self._destinations = {each["name"]: Destination.read(each) for each in said["destinations"]}
+            found = [Destination.read(each) for each in said["destinations"]]
+            for each in found:
+                self._refuse_own_files(each, Path.absolute)  # resolving could hang on a dead mount
+            return {each.name: each for each in found}
         except FileNotFoundError:
-            pass
+            return {}
         except OSError as error:
             raise _unreadable(self._folder / _SAVED, error) from None
         except (DestinationInvalid, ValueError, KeyError, TypeError) as error:
@@ -242,9 +274,13 @@ class Exports:
                 remedy="Put it back from a copy, or move it away and add them again with `holdfast audit export add`",
             ) from None
 
-    def _refuse_own_files(self, destination: Destination) -> None:
+    def _refuse_unread(self) -> None:
+        if self._unread is not None:
+            raise DestinationsUnreadable(self._unread.message, cause=self._unread.cause, remedy=self._unread.remedy)
+
+    def _refuse_own_files(self, destination: Destination, where: Callable[[Path], Path]) -> None:
         for path in destination.files:
-            if path.resolve().is_relative_to(self._state_dir.resolve()):
+            if where(path).is_relative_to(where(self._state_dir)):
                 raise DestinationInvalid(
                     f"{path} cannot be used",
                     cause="it is in the appliance's own state directory",
@@ -257,15 +293,18 @@ class Exports:
     # The exporter
 
     def start(self) -> None:
-        """Begin to ship, if there is where to. Reads a file; what is wrong with it is told in `error`."""
+        """Begin to ship, if there is where to. Reads a file; what is wrong with it is told in `unreadable`."""
         try:
-            self._load()
+            self._take_up(self._load())
         except DestinationsUnreadable as error:
-            self._error = error.record()
+            self._unread = error
             _LOG.error("%s", error)
-        if self._destinations:
-            self._wanted.set()
         self._running = asyncio.create_task(self._run())
+
+    def _take_up(self, destinations: dict[str, Destination]) -> None:
+        self._destinations, self._unread = destinations, None
+        if destinations:
+            self._wanted.set()
 
     async def stop(self, size: int | None = None) -> None:
         """End it; destinations that are connected get a moment for what is not sent yet of the log's `size`."""
@@ -293,6 +332,10 @@ class Exports:
 
     async def _run(self) -> None:
         """Have an exporter, from when one is wanted, until cancelled."""
+        while self._unread is not None:  # until somebody has put it right
+            await asyncio.sleep(_PAUSE_S)
+            with contextlib.suppress(DestinationsUnreadable):
+                self._take_up(await asyncio.to_thread(self._load))
         await self._wanted.wait()
         pause_s = _PAUSE_S
         while True:
@@ -309,11 +352,7 @@ class Exports:
             if time.monotonic() > begun_s + _LIVED_S:
                 pause_s = _PAUSE_S
             _LOG.warning("the exporter ended: %s", ended)
-            self._error = link.ExporterLost(
-                "the audit log's exporter ended",
-                cause=ended,
-                remedy="It is started again by itself; events wait in the log. `holdfast logs gateway` says more",
-            ).record()
+            self._error = _exporter_ended(ended)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
@@ -336,6 +375,7 @@ class Exports:
                 ours.close()
                 raise
         _, connected = await asyncio.get_running_loop().create_connection(lambda: link.Link(self._serve), sock=ours)
+        watching = asyncio.create_task(self._watch(connected))
         try:
             await self._tell(connected)
             self._link, self._error = connected, None
@@ -344,19 +384,38 @@ class Exports:
         finally:
             self._link = None
             self._connected.clear()
+            watching.cancel()
             connected.close()
             await self._end(self._process)
         return f"with status {self._process.returncode}"
 
     async def _end(self, process: Process) -> None:
+        """See it end, which it does with the link; kill it if it does not."""
         try:
             async with asyncio.timeout(_STOP_S):
                 await process.wait()
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-            raise
+        except TimeoutError:
+            _LOG.warning("the exporter does not end, and is killed")
+        finally:
+            if process.returncode is None:
+                await self._kill(process)
+
+    async def _kill(self, process: Process) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        # One that waits for a dead mount ends when the mount does.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_S):
+                await process.wait()
+
+    async def _watch(self, exporter: link.Link) -> None:
+        """End the link with an exporter that is silent for too long: it hangs, and so does every destination."""
+        while exporter.silent_s < self._longest_silence_s:  # noqa: ASYNC110  (silence is no event)
+            await asyncio.sleep(self._longest_silence_s / 10)
+        cause = f"it said nothing for {self._longest_silence_s:g} s, and is killed"
+        _LOG.warning("the exporter hangs: %s", cause)
+        self._error = _exporter_ended(cause)
+        exporter.close()
 
     async def _tell(self, exporter: link.Link) -> None:
         """What there is to ship to."""
@@ -372,6 +431,14 @@ class Exports:
         if kind == link.VIEWS:
             self._views = {view.name: view for view in map(view_of, json.loads(body))}
         return b""
+
+
+def _exporter_ended(cause: str) -> ErrorRecord:
+    return link.ExporterLost(
+        "the audit log's exporter ended",
+        cause=cause,
+        remedy="It is started again by itself; events wait in the log. `holdfast logs gateway` says more",
+    ).record()
 
 
 def _unreadable(path: Path, error: OSError) -> DestinationsUnreadable:

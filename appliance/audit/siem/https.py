@@ -10,7 +10,6 @@ Rules:
 - What a receiver says is shown to people as printable ASCII, cut.
 """
 
-import asyncio
 import json
 import os
 import ssl
@@ -22,6 +21,7 @@ from typing import Any, Final, NamedTuple
 import aiohttp
 import yarl
 
+from appliance.audit.siem.files import open_regular, read_in_time
 from appliance.audit.siem.syslog import Receiver, in_words, tls_context, unreachable
 from appliance.audit.siem.transport import ExportUnusable
 
@@ -123,7 +123,7 @@ async def open_client(receiver: Receiver, headers: Mapping[str, str], *, deadlin
     Raises:
         ExportUnusable: our certificates cannot be used.
     """
-    return Client(receiver, await asyncio.to_thread(tls_context, receiver), headers, deadline_s)
+    return Client(receiver, await read_in_time(deadline_s, tls_context, receiver), headers, deadline_s)
 
 
 def read_secret(path: Path, receiver: Receiver) -> str:
@@ -133,16 +133,14 @@ def read_secret(path: Path, receiver: Receiver) -> str:
         ExportUnusable: it cannot be read, others can read it too, or it is no token.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = open_regular(path)
         try:
             found = os.fstat(descriptor)
-            content = os.read(descriptor, _MAX_SECRET_BYTES + 1) if stat.S_ISREG(found.st_mode) else b""
+            content = os.read(descriptor, _MAX_SECRET_BYTES + 1)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise _unusable(path, receiver, in_words(error)) from None
-    if not stat.S_ISREG(found.st_mode):
-        raise _unusable(path, receiver, "it is no file")
     if found.st_mode & 0o077:
         raise _unusable(path, receiver, f"others may read it: its mode is {stat.S_IMODE(found.st_mode):04o}")
     secret = content.strip()

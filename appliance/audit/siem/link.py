@@ -3,13 +3,16 @@
 Rules:
 
 - Frames are those of `appliance.audit.protocol`. Either side may ask; answers come as they are ready.
-- Whoever asks waits at most `_ANSWER_S`. When the link ends, everybody who waits is told.
+- Every question is answered, what cannot be answered with an error. Whoever asks waits at most `_ANSWER_S`. When the
+  link ends, everybody who waits is told.
 - The exporter asks for the secret of one entry at a time (`SECRETS`): the key of a tenant, or of the system, never
   leaves the gateway.
 """
 
 import asyncio
 import json
+import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar, Final, cast
 
@@ -28,6 +31,8 @@ TRY_OUT: Final = 11  # one destination, as JSON; answered when it took a test ev
 STOP: Final = 12  # a size: ship until there, for a moment; answered when all have ended
 
 _ANSWER_S: Final = 100.0  # longer than connecting and a test take
+
+_LOG = logging.getLogger("holdfast.audit.siem")
 
 Serve = Callable[[int, bytes], Awaitable[bytes]]
 
@@ -53,7 +58,13 @@ class Link(asyncio.Protocol):
         self._numbers = 0
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
         self._serving: set[asyncio.Task[None]] = set()
+        self._heard_s = time.monotonic()
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def silent_s(self) -> float:
+        """For how long the other end has said nothing, though it waits for no answer of ours."""
+        return 0.0 if self._serving else time.monotonic() - self._heard_s
 
     async def ask(self, kind: int, body: bytes = b"") -> bytes:
         """The other end's answer.
@@ -88,6 +99,7 @@ class Link(asyncio.Protocol):
         self._transport = cast("asyncio.WriteTransport", transport)
 
     def data_received(self, data: bytes) -> None:
+        self._heard_s = time.monotonic()
         self._received += data
         try:
             for message in protocol.take_messages(self._received):
@@ -96,7 +108,7 @@ class Link(asyncio.Protocol):
                 else:
                     task = asyncio.create_task(self._answer(message))
                     self._serving.add(task)
-                    task.add_done_callback(self._serving.discard)
+                    task.add_done_callback(self._served)
         except protocol.Malformed:
             self.close()
 
@@ -109,6 +121,10 @@ class Link(asyncio.Protocol):
         if not self.lost.done():
             self.lost.set_result(None)
 
+    def _served(self, task: asyncio.Task[None]) -> None:
+        self._serving.discard(task)
+        self._heard_s = time.monotonic()
+
     def _answered(self, message: protocol.Message) -> None:
         answer = self._waiting.get(message.number)
         if answer is None or answer.done():
@@ -120,11 +136,26 @@ class Link(asyncio.Protocol):
 
     async def _answer(self, message: protocol.Message) -> None:
         try:
-            kind, body = protocol.DONE, await self._serve(message.kind, message.body)
+            answer = protocol.pack(protocol.DONE, message.number, await self._serve(message.kind, message.body))
         except HoldfastError as error:
-            kind, body = protocol.REFUSED, json.dumps(error.record()).encode()
+            answer = _refusal(message, error)
+        except Exception as error:  # a defect: whoever asked must not wait for an answer that never comes
+            _LOG.exception("what the other end asked for cannot be answered")
+            answer = _refusal(message, _defect(error))
         if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(protocol.pack(kind, message.number, body))
+            self._transport.write(answer)
+
+
+def _refusal(message: protocol.Message, error: HoldfastError) -> bytes:
+    return protocol.pack(protocol.REFUSED, message.number, json.dumps(error.record()).encode())
+
+
+def _defect(error: Exception) -> HoldfastError:
+    return HoldfastError(
+        "the gateway and its exporter do not understand each other",
+        cause=f"{type(error).__name__}: {error}"[:300],
+        remedy="`holdfast logs gateway` has the trace; please report it",
+    )
 
 
 def _remade(record: dict[str, Any]) -> HoldfastError:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from appliance.audit.siem.files import read_in_time
 from appliance.audit.siem.https import DEADLINE_S, Answer, Client, open_client, read_secret
 from appliance.audit.siem.syslog import Receiver, unreachable
 from appliance.audit.siem.transport import ExportUnusable, Message
@@ -77,7 +78,7 @@ class SplunkHec:
 
     async def connect(self) -> "Connection":
         """See `Transport.connect`."""
-        token = await asyncio.to_thread(read_secret, self._token_file, self._receiver)
+        token = await read_in_time(self._deadline_s, read_secret, self._token_file, self._receiver)
         headers = {"Authorization": f"Splunk {token}", "X-Splunk-Request-Channel": self._channel()}
         client = await open_client(self._receiver, headers, deadline_s=self._deadline_s)
         try:

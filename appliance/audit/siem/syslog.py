@@ -26,6 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from appliance.audit.siem.files import check_regular, read_in_time
 from appliance.audit.siem.transport import ExportUnreachable, ExportUnusable, Message
 
 PORT: Final = 6514
@@ -222,7 +223,7 @@ async def open_tls(receiver: Receiver, deadline_s: float) -> tuple[asyncio.Strea
         ExportUnreachable: nobody answers, or not whom we know.
         ExportUnusable: our own certificate, key or CA cannot be used.
     """
-    context = tls_context(receiver)
+    context = await read_in_time(deadline_s, tls_context, receiver)
     try:
         async with asyncio.timeout(deadline_s):
             reader, writer = await asyncio.open_connection(
@@ -243,7 +244,7 @@ async def open_tls(receiver: Receiver, deadline_s: float) -> tuple[asyncio.Strea
 
 
 def tls_context(receiver: Receiver) -> ssl.SSLContext:
-    """What is spoken with a receiver. Reads files.
+    """What is spoken with a receiver. Reads files: blocks.
 
     Raises:
         ExportUnusable: says which file.
@@ -253,9 +254,11 @@ def tls_context(receiver: Receiver) -> ssl.SSLContext:
     context.set_ciphers(_CIPHERS)
     path = receiver.ca
     try:
-        context.load_verify_locations(receiver.ca)
+        check_regular(path)
+        context.load_verify_locations(path)
         if receiver.certificate is not None:
-            path = receiver.certificate
+            for path in filter(None, (receiver.private_key, receiver.certificate)):
+                check_regular(path)
             context.load_cert_chain(receiver.certificate, receiver.private_key, password=_no_passphrase)
     except (OSError, ValueError) as error:
         told = in_words(error) if isinstance(error, OSError) else str(error)

@@ -165,3 +165,22 @@ def test_a_destination_and_its_place_in_the_log_outlive_the_gateway(tmp_path: Pa
             gateway.process.kill()
             gateway.process.wait()
             until(lambda: not Path(f"/proc/{successor}").exists())
+
+
+def test_destinations_that_cannot_be_read_are_told_wherever_one_looks(tmp_path: Path) -> None:
+    state_dir, engine = tmp_path / "state", tmp_path / "engine.sock"
+    make_appliance(state_dir)
+    saved = state_dir / "siem" / "destinations.json"
+    saved.parent.mkdir(mode=0o700, exist_ok=True)
+    saved.write_text("{")
+    with running_stub(engine), running_gateway(state_dir, engine):
+        admin = AdminClient(state_dir)
+        audit = next(part for part in admin.status().parts if part.name == "audit")
+        assert (audit.state, f"nothing is exported: {saved}" in audit.detail) == ("degraded", True)
+        with admin._answer("GET", "/readyz") as answer:
+            told = json.loads(answer.read())["parts"]["audit"]["degraded"]
+        assert f"nothing is exported: {saved}" in told
+        assert _holdfast(state_dir, "audit", "export", "list")[1]["code"] == "audit_exports_unreadable"
+        assert saved.read_text() == "{"
+        saved.unlink()
+        until(lambda: _holdfast(state_dir, "audit", "export", "list")[0] == 0)

@@ -62,12 +62,19 @@ def test_each_transport_is_named_by_its_url(url: str, files: dict[str, Path], wh
         ("relp+tls://siem.example", HTTP, "--certificate is not given"),
         ("relp+tls://siem.example:70000", TLS, "its port is not one of"),
         ("relp+tls://", TLS, "it names no host"),
+        ("syslog+tls://a..b:6514", TLS, "cannot be the name of a host"),
+        (f"splunk+https://{'x' * 64}.example", HTTP, "cannot be the name of a host"),
         ("syslog+tls://siem.example/x", TLS, "something behind the host"),
     ],
 )
 def test_what_cannot_work_is_refused_and_told(url: str, files: dict[str, Path], told: str) -> None:
     with pytest.raises(DestinationInvalid, match=told):
         named(url, files)
+
+
+def test_a_server_name_that_no_certificate_can_be_for_is_refused() -> None:
+    with pytest.raises(DestinationInvalid, match="cannot be the name of a host"):
+        Destination.read({"name": "to", "url": "relp+tls://siem.example", **TLS, "server_name": "a..b"})
 
 
 def test_elasticsearch_takes_json_alone() -> None:

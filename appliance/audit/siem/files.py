@@ -1,0 +1,102 @@
+"""Reading the files that a destination names: they may be anything, on a disk that does not answer.
+
+Rules:
+
+- What is no regular file is refused before it is opened for good: a FIFO has nobody who writes.
+- Every reading has a deadline and a thread of its own, which a dead mount may hold for as long as it is dead. There is
+  one such thread for each thing that is read, however often it is asked for; the process does not wait for it.
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+import stat
+import threading
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from appliance.audit.siem.transport import ExportUnusable
+
+DEADLINE_S: Final = 20.0
+MAX_FILE_BYTES: Final = 4 << 20  # a file with every public CA there is has a quarter of that
+_T = TypeVar("_T")
+_READING: Final[dict[tuple[Hashable, ...], asyncio.Future[Any]]] = {}
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file, to read it.
+
+    Raises:
+        OSError: it cannot be opened, is no regular file, or has more than `MAX_FILE_BYTES`.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError("it is no file")
+        if found.st_size > MAX_FILE_BYTES:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def check_regular(path: Path) -> None:
+    """See that it is a regular file that can be read. Blocks.
+
+    Raises:
+        OSError: see `open_regular`.
+    """
+    os.close(open_regular(path))
+
+
+async def read_in_time(deadline_s: float, read: Callable[..., _T], *given: Hashable) -> _T:
+    """What `read(*given)` returns, or raises; several who ask for the same at once share it.
+
+    Raises:
+        ExportUnusable: it is not done within `deadline_s`.
+    """
+    loop = asyncio.get_running_loop()
+    key = (loop, read, *given)
+    reading = _READING.get(key)
+    if reading is None:
+        reading = _READING[key] = loop.create_future()
+        reading.add_done_callback(lambda done: _forget(key, done))
+        threading.Thread(target=_read, args=(loop, reading, read, given), daemon=True).start()
+    try:
+        async with asyncio.timeout(deadline_s):
+            result: _T = await asyncio.shield(reading)
+            return result
+    except TimeoutError:
+        raise ExportUnusable(
+            "the files of a destination cannot be read",
+            cause=f"{', '.join(map(str, given))}: not read within {deadline_s:g} s",
+            remedy="See that the disk or the mount they are on answers: `ls -l` shows it, or hangs too",
+        ) from None
+
+
+def _read(
+    loop: asyncio.AbstractEventLoop, reading: asyncio.Future[Any], read: Callable[..., Any], given: tuple[Hashable, ...]
+) -> None:
+    try:
+        result, error = read(*given), None
+    except Exception as raised:  # whoever waits is told
+        result, error = None, raised
+    with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+        loop.call_soon_threadsafe(_tell, reading, result, error)
+
+
+def _tell(reading: asyncio.Future[Any], result: object, error: Exception | None) -> None:
+    if error is None:
+        reading.set_result(result)
+    else:
+        reading.set_exception(error)
+
+
+def _forget(key: tuple[Hashable, ...], done: asyncio.Future[Any]) -> None:
+    del _READING[key]
+    if not done.cancelled():
+        done.exception()  # it may be that nobody waits any more

@@ -1,0 +1,168 @@
+"""The exporter and whatever may hang it: it delays export, and neither the gateway's end nor other destinations."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from appliance.audit.siem.destinations import Destination
+from appliance.audit.siem.exports import DestinationsUnreadable, Exports
+from appliance.audit.siem.files import read_in_time
+from appliance.audit.siem.transport import ExportUnusable
+from tests.e2e.siem.shipping import until
+from tests.unit.audit.making import KEY, Keys, make_log
+
+pytestmark = pytest.mark.anyio
+ENTRIES = 300
+STOPPED_WITHIN_S = 20.0
+
+
+async def _size() -> int:
+    return ENTRIES
+
+
+class Node:
+    """A log, and its exports to folders."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state = folder / "state"
+        self.state.mkdir()
+        make_log(self.state / "audit", ENTRIES)
+        (self.state / "audit" / "log.vkey").write_text(f"{KEY.verifier()}\n")
+        self.key = folder / "diode.key"
+        made = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        self.key.touch(0o600)
+        self.key.write_bytes(made)
+        self.token = folder / "token"
+        self.token.touch(0o600)
+        self.token.write_text("word")
+
+    def exports(self, *, longest_silence_s: float = 30.0) -> Exports:
+        return Exports(self.state, self.state / "audit", size=_size, keys=Keys(), longest_silence_s=longest_silence_s)
+
+    def diode(self, name: str) -> Destination:
+        (self.folder / name).mkdir(exist_ok=True)
+        return Destination(name, f"file://{self.folder / name}?seconds=1", private_key=self.key)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Node:
+    return Node(tmp_path)
+
+
+async def test_an_exporter_that_hangs_does_not_keep_the_gateway_from_its_end(node: Node) -> None:
+    exports = node.exports()
+    exports.start()
+    await exports.add(node.diode("soc"))
+    hangs = exports.pid
+    assert hangs is not None
+    os.kill(hangs, signal.SIGSTOP)
+    try:
+        async with asyncio.timeout(STOPPED_WITHIN_S):
+            await exports.stop(ENTRIES)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(hangs, signal.SIGCONT)
+    assert exports.pid is None
+
+
+async def test_an_exporter_that_says_nothing_is_an_error_and_replaced(node: Node) -> None:
+    exports = node.exports(longest_silence_s=2.0)
+    exports.start()
+    try:
+        await exports.add(node.diode("soc"))
+        await until(lambda: exports.view("soc").delivered == ENTRIES)
+        hangs = exports.pid
+        assert hangs is not None
+        os.kill(hangs, signal.SIGSTOP)
+        await until(lambda: "it said nothing for 2 s" in (exports.view("soc").error or {"cause": ""})["cause"])
+        assert not exports.view("soc").connected
+        await until(lambda: exports.pid not in (hangs, None))
+        await until(lambda: exports.view("soc").error is None and exports.view("soc").connected)
+        with pytest.raises(ProcessLookupError):
+            os.kill(hangs, 0)
+    finally:
+        await exports.stop(ENTRIES)
+
+
+def _fifo(node: Node) -> Path:
+    path = node.folder / "fifo"
+    os.mkfifo(path, 0o600)
+    return path
+
+
+async def test_a_fifo_in_place_of_a_file_is_refused_and_holds_up_nobody(node: Node) -> None:
+    exports = node.exports()
+    exports.start()
+    fifo = _fifo(node)
+    bad = Destination("bad", "", ca=fifo, certificate=node.key, private_key=node.key, token_file=node.token)
+    try:
+        async with asyncio.timeout(STOPPED_WITHIN_S):
+            for url in ("syslog+tls://127.0.0.1:9", "relp+tls://127.0.0.1:9", "splunk+https://127.0.0.1:9"):
+                with pytest.raises(ExportUnusable) as refused:
+                    await exports.add(bad._replace(url=url))
+                assert refused.value.cause == f"{fifo}: it is no file"
+            with pytest.raises(ExportUnusable) as refused:
+                await exports.add(node.diode("bad")._replace(private_key=fifo))
+            assert refused.value.cause == f"{fifo}: it is no file"
+            await exports.add(node.diode("soc"))
+    finally:
+        await exports.stop(ENTRIES)
+
+
+async def test_what_a_dead_mount_holds_up_is_given_up_and_is_read_once() -> None:
+    mounted, reads = threading.Event(), []
+
+    def read(path: Path) -> bytes:
+        reads.append(path)
+        mounted.wait()
+        return b"content"
+
+    for _ in range(3):
+        with pytest.raises(ExportUnusable, match="cannot be read") as given_up:
+            await read_in_time(0.01, read, Path("/mnt/ca.pem"))
+        assert "/mnt/ca.pem: not read within 0.01 s" in given_up.value.cause
+    waiting = asyncio.create_task(read_in_time(20.0, read, Path("/mnt/ca.pem")))
+    asyncio.get_running_loop().call_soon(mounted.set)
+    assert await waiting == b"content"
+    assert len(reads) == 1
+    assert await read_in_time(20.0, read, Path("/mnt/ca.pem")) == b"content"
+    assert len(reads) == 2
+
+
+@pytest.mark.parametrize("content", ["{", '{"destinations": [{"name": "soc"}]}', "own"])
+async def test_where_the_destinations_cannot_be_read_nothing_is_changed_until_they_can(
+    node: Node, content: str
+) -> None:
+    saved = node.state / "siem" / "destinations.json"
+    saved.parent.mkdir(mode=0o700)
+    own = node.diode("soc")._replace(private_key=node.state / "audit" / "key")
+    content = json.dumps({"destinations": [own.record()]}) if content == "own" else content
+    saved.write_text(content)
+    exports = node.exports()
+    exports.start()
+    try:
+        assert exports.unreadable is not None
+        assert (exports.unreadable["code"], exports.views()) == ("audit_exports_unreadable", [])
+        for asked in (exports.needed_from, lambda: exports.names, lambda: exports.destination("soc")):
+            with pytest.raises(DestinationsUnreadable):
+                asked()
+        for change in (exports.add(node.diode("new")), exports.remove("soc"), exports.try_out(node.diode("new"))):
+            with pytest.raises(DestinationsUnreadable):
+                await change
+        assert saved.read_text() == content
+        saved.write_text(json.dumps({"destinations": [node.diode("soc").record()]}))
+        await until(lambda: exports.unreadable is None)
+        assert (exports.names, exports.needed_from()) == (["soc"], 0)
+        await until(lambda: exports.view("soc").delivered == ENTRIES)
+        assert exports.needed_from() == ENTRIES
+    finally:
+        await exports.stop(ENTRIES)
