@@ -8,8 +8,6 @@ Rules:
 - What a reader meets here may be forged: whatever it holds, it is refused with `EventInvalid` or `EntryInvalid`.
 """
 
-import base64
-import binascii
 import ipaddress
 import json
 import re
@@ -26,8 +24,10 @@ from appliance.audit.siem.formats import (
     Format,
     Withheld,
     checkpoint_id,
+    from_base64,
     invalid,
     stable_id,
+    to_base64,
     trial_id,
 )
 from appliance.audit.siem.severity import Severity, severity_of
@@ -156,11 +156,11 @@ def facts_of_checkpoint(origin: str, checkpoint: CheckpointEvent, wall_ms: int, 
         "checkpoint": checkpoint.note,
         "start": checkpoint.start,
         "size": checkpoint.size,
-        "peaks": [_base64(peak) for peak in checkpoint.peaks],
+        "peaks": [to_base64(peak) for peak in checkpoint.peaks],
         "time": wall_ms,
     }
     if checkpoint.end is not None:
-        proof |= {"end": checkpoint.end, "rest": [_base64(root) for root in checkpoint.rest]}
+        proof |= {"end": checkpoint.end, "rest": [to_base64(root) for root in checkpoint.rest]}
     meaning = "The audit log's signed checkpoint of everything up to here."
     known_by = checkpoint_id(origin, checkpoint)
     return Facts(0, known_by, wall_ms, CHECKPOINT_ACTION, meaning, _NO_CLASS, Severity.INFORMATIONAL, origin, proof)
@@ -257,15 +257,15 @@ def carried_by(proof: Mapping[str, Any]) -> Carried:
             note=str(proof["checkpoint"]),
             start=int(proof["start"]),
             size=int(proof["size"]),
-            peaks=tuple(_bytes(peak) for peak in proof["peaks"]),
+            peaks=tuple(from_base64(peak) for peak in proof["peaks"]),
             end=None if end is None else int(end),
-            rest=tuple(_bytes(root) for root in proof.get("rest", ())),
+            rest=tuple(from_base64(root) for root in proof.get("rest", ())),
         )
         return Carried(origin, checkpoint)
-    packed = _bytes(proof["entry"])
+    packed = from_base64(proof["entry"])
     if "withheld" in proof:
         return Carried(origin, Disclosed.without(packed, Withheld(proof["withheld"])))
-    content, salt = str(proof["record"]).encode(), _bytes(proof["salt"])
+    content, salt = str(proof["record"]).encode(), from_base64(proof["salt"])
     check_commitment(Entry.unpack(packed), salt, content)
     return Carried(origin, Disclosed(packed, content, salt))
 
@@ -276,11 +276,11 @@ def _entry_proof(origin: str, disclosed: Disclosed, sequence: int, mapping: int)
         "origin": origin,
         "sequence": sequence,
         "leaf_hash": leaf_hash(disclosed.packed).hex(),
-        "entry": _base64(disclosed.packed),
+        "entry": to_base64(disclosed.packed),
     }
     if disclosed.content is None:
         return proof | {"withheld": str(disclosed.withheld)}
-    return proof | {"salt": _base64(disclosed.salt), "record": disclosed.content.decode()}
+    return proof | {"salt": to_base64(disclosed.salt), "record": disclosed.content.decode()}
 
 
 def _record(content: bytes) -> dict[str, Any]:
@@ -321,14 +321,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         raise ValueError("a name comes twice in one object")
     return made
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-def _bytes(text: object) -> bytes:
-    try:
-        return base64.b64decode(str(text), validate=True)
-    except (binascii.Error, ValueError):
-        raise invalid("a part of its proof is not base64") from None

@@ -10,6 +10,8 @@ Rules:
 - An event is one line: whatever a field holds, it ends no line and begins none, and ends no field either.
 """
 
+import base64
+import binascii
 import enum
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -141,3 +143,20 @@ def invalid(cause: str) -> EventInvalid:
         cause=cause,
         remedy="Keep the file as it is, and compare it with the log: `holdfast audit show NUMBER` at the appliance",
     )
+
+
+def to_base64(data: bytes) -> str:
+    """Bytes as a proof writes them."""
+    return base64.b64encode(data).decode()
+
+
+def from_base64(text: object) -> bytes:
+    """The bytes of a part of a proof.
+
+    Raises:
+        EventInvalid: it is no base64.
+    """
+    try:
+        return base64.b64decode(str(text), validate=True)
+    except (binascii.Error, ValueError):
+        raise invalid("a part of its proof is not base64") from None

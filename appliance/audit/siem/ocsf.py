@@ -8,8 +8,6 @@ Rules:
 https://schema.ocsf.io/1.8.0
 """
 
-import base64
-import binascii
 import functools
 import ipaddress
 import json
@@ -24,8 +22,10 @@ from appliance.audit.siem.formats import (
     Disclosed,
     Withheld,
     checkpoint_id,
+    from_base64,
     invalid,
     stable_id,
+    to_base64,
     trial_id,
 )
 from appliance.audit.siem.severity import severity_of
@@ -91,13 +91,13 @@ def entry_event(origin: str, disclosed: Disclosed) -> dict[str, Any]:
         "origin": origin,
         "sequence": entry.sequence,
         "leaf_hash": leaf_hash(disclosed.packed).hex(),
-        "entry": _base64(disclosed.packed),
+        "entry": to_base64(disclosed.packed),
     }
     if disclosed.content is None:
         proof["withheld"] = str(disclosed.withheld)
     else:
         record = _record(disclosed.content)
-        proof |= {"salt": _base64(disclosed.salt), "record": disclosed.content.decode()}
+        proof |= {"salt": to_base64(disclosed.salt), "record": disclosed.content.decode()}
     known = CATALOGUE.get(entry.event_class)
     class_uid, activity_id = _BASE_EVENT if known is None else known.ocsf
     outcome = record.get("outcome")
@@ -134,12 +134,12 @@ def checkpoint_event(origin: str, checkpoint: CheckpointEvent, wall_ms: int) -> 
                 "checkpoint": checkpoint.note,
                 "start": checkpoint.start,
                 "size": checkpoint.size,
-                "peaks": [_base64(peak) for peak in checkpoint.peaks],
+                "peaks": [to_base64(peak) for peak in checkpoint.peaks],
             }
             | (
                 {}
                 if checkpoint.end is None
-                else {"end": checkpoint.end, "rest": [_base64(root) for root in checkpoint.rest]}
+                else {"end": checkpoint.end, "rest": [to_base64(root) for root in checkpoint.rest]}
             )
         },
     }
@@ -185,8 +185,8 @@ def read_event(event: dict[str, Any]) -> Disclosed | CheckpointEvent | None:
             made = trial_event(origin, int(event["time"]))
             carried: Disclosed | CheckpointEvent | None = None
         elif "checkpoint" in proof:
-            peaks = tuple(_bytes(peak) for peak in proof["peaks"])
-            rest = tuple(_bytes(root) for root in proof.get("rest", ()))
+            peaks = tuple(from_base64(peak) for peak in proof["peaks"])
+            rest = tuple(from_base64(root) for root in proof.get("rest", ()))
             end = proof.get("end")
             carried = CheckpointEvent(
                 str(proof["checkpoint"]),
@@ -228,10 +228,10 @@ def _proof(event: dict[str, Any]) -> dict[str, Any]:
 
 
 def _disclosed(proof: dict[str, Any]) -> Disclosed:
-    packed = _bytes(proof["entry"])
+    packed = from_base64(proof["entry"])
     if "withheld" in proof:
         return Disclosed.without(packed, Withheld(proof["withheld"]))
-    disclosed = Disclosed(packed, str(proof["record"]).encode(), _bytes(proof["salt"]))
+    disclosed = Disclosed(packed, str(proof["record"]).encode(), from_base64(proof["salt"]))
     check_commitment(Entry.unpack(packed), disclosed.salt, disclosed.content or b"")
     return disclosed
 
@@ -348,14 +348,3 @@ def _record(content: bytes) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise invalid("its record is no JSON object")
     return record
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-def _bytes(text: object) -> bytes:
-    try:
-        return base64.b64decode(str(text), validate=True)
-    except (binascii.Error, ValueError):
-        raise invalid("a part of its proof is not base64") from None

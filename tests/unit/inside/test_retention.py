@@ -3,6 +3,8 @@
 import json
 import math
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -187,7 +189,9 @@ def test_what_was_learned_survives_a_restart(policy: RetentionPolicy) -> None:
         lambda lessons: lessons.update(classes=3),
     ],
 )
-def test_damaged_lessons_are_refused_and_nothing_of_them_is_taken_up(policy: RetentionPolicy, damage) -> None:  # type: ignore[no-untyped-def]
+def test_damaged_lessons_are_refused_and_nothing_of_them_is_taken_up(
+    policy: RetentionPolicy, damage: Callable[[dict[str, Any]], object]
+) -> None:
     turn(policy, "one", 0.0)
     turn(policy, "one", 10.0)
     lessons = policy.lessons()
