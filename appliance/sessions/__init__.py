@@ -11,7 +11,7 @@ from appliance.sessions.archive import (
     UnknownSession,
 )
 from appliance.sessions.deltas import TranscriptBroken
-from appliance.sessions.misses import Account, Cause
+from appliance.sessions.misses import Account, Cause, Served
 from appliance.sessions.registry import Forgotten, Session, SessionForgotten, Sessions, UnknownResponse
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind, TurnState
 
@@ -25,6 +25,7 @@ __all__ = [
     "Message",
     "Origin",
     "Outcome",
+    "Served",
     "Session",
     "SessionForgotten",
     "SessionHints",
