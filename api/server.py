@@ -37,6 +37,8 @@ from api.backups import BACKUP_PREFIX
 from api.configuration import tell_configuration
 from api.engine_watch import EngineWatch
 from api.health import HEALTH_ROUTES, Health
+from api.kv_metrics import KvCollector, exposition
+from api.kv_watch import KvWatch
 from api.listener import bounded_by
 from api.marking import keep_marks
 from api.metrics import CONTENT_TYPE, Metrics
@@ -50,6 +52,7 @@ from appliance.audit.events import ENGINE_LOST, ENGINE_READY, GATEWAY_STARTED, G
 from appliance.audit.siem.exports import Exports
 from appliance.engine.client import EngineClient
 from appliance.engine.launcher import SOCKET_NAME, EngineFailed, EngineProcess, EngineSpec, engine_python
+from appliance.engine.template import template_fingerprint
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Identity, Quotas
 from appliance.sessions import Sessions
@@ -127,6 +130,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         retaining = tasks.create_task(keep_retention(services))
         comparing = tasks.create_task(tell_configuration(services))
         watch = tasks.create_task(services.watch.run())
+        looking = tasks.create_task(services.kv.run())
         erasing = tasks.create_task(services.sessions.finish_erasures())
         serving = [
             tasks.create_task(server.serve(sockets=[listener]))
@@ -144,6 +148,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         await stop.asked.wait()
         await _drain(services, stop)
         watch.cancel()
+        looking.cancel()
         erasing.cancel()
         recording.cancel()
         marking.cancel()
@@ -263,6 +268,8 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             engine=engine,
             engine_process=process,
             watch=watch,
+            kv=KvWatch(engine, watch),
+            template=None if spec is None else await asyncio.to_thread(template_fingerprint, spec.model),
             metrics=metrics,
             lifecycle=lifecycle,
         )
@@ -288,6 +295,7 @@ def _observe(services: Services) -> None:
     metrics.observe(
         "holdfast_store_waiting_writes", "Change sets that wait to be written.", lambda: services.store.waiting_writes
     )
+    metrics.collect_from(KvCollector(services.kv.fresh, services.ledger.tenant_of))
     exports = services.exports
     metrics.observe_each(
         "holdfast_audit_export_lag_entries",
@@ -381,7 +389,7 @@ def _with_health_and_metrics(services: Services) -> App:
         elif path == b"/metrics":
             headers = [(b"content-type", CONTENT_TYPE.encode())]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await send({"type": "http.response.body", "body": services.metrics.exposition()})
+            await send({"type": "http.response.body", "body": await exposition(services)})
         else:
             await health(scope, receive, send)
 

@@ -30,7 +30,7 @@ from api import trail
 from api.answers import REQUEST, Receive, Request, Scope, Send, answer_json
 from api.bodies import ClientGone, read_body, refuse_many_values
 from api.engine_leases import release
-from api.openai.chunks import Answer
+from api.openai.chunks import Answer, Usage
 from api.openai.errors import (
     AnswerBroken,
     ContextTooLong,
@@ -50,7 +50,7 @@ from appliance.engine.client import EngineLost, EngineRejected, EngineUnavailabl
 from appliance.engine.protocol import Lease, lease_params
 from appliance.errors import HoldfastError
 from appliance.identity import Admission
-from appliance.sessions import Account, Outcome, Session, TurnKind, TurnState
+from appliance.sessions import Account, Outcome, Served, Session, TurnKind, TurnOf, TurnState
 from appliance.settings import GatewaySettings
 from appliance.vault import VaultSealed
 
@@ -93,6 +93,7 @@ class _Running:
     broken_off_by: HoldfastError | None = None
     client_gone: bool = False
     settled: bool = False
+    first_token_s: float | None = None
     _limit: asyncio.Timeout | None = field(default=None)
 
     def interrupt(self, why: HoldfastError | None) -> None:
@@ -313,7 +314,8 @@ class Turns:
                 events, failure = _feed(answer, batch)
                 if events:
                     if not request.began:
-                        self._services.metrics.first_token_s.observe(time.perf_counter() - begun_at)
+                        running.first_token_s = time.perf_counter() - begun_at
+                        self._services.metrics.first_token_s.observe(running.first_token_s)
                         await _begin(send)
                     await send({"type": "http.response.body", "body": events, "more_body": True})
                 if failure is not None:
@@ -372,6 +374,7 @@ class Turns:
         used = running.admission.settle(usage.prompt_tokens + usage.completion_tokens)
         begun_at = time.perf_counter()
         session_id = running.session.session_id
+        served = self._served(usage)
         stored, recorded = await asyncio.gather(
             services.sessions.record(
                 running.session,
@@ -379,6 +382,8 @@ class Turns:
                 outcome,
                 used,
                 engine=services.engine_life,
+                template=services.template,
+                served=served,
                 last=ends_session(request.headers),
             ),
             services.audit.record(self._ended(request, running, state, failure)),
@@ -391,8 +396,32 @@ class Turns:
             raise stored
         if isinstance(recorded, BaseException):
             raise recorded
-        services.metrics.turn(state, time.perf_counter() - begun_at, stored, completion=usage.completion_tokens)
+        self._note(running, state, stored, time.perf_counter() - begun_at, outcome)
         return stored
+
+    def _served(self, usage: Usage) -> Served | None:
+        """From where the engine had what it found of the prompt; None: that is not certain."""
+        if usage.cached_tokens is None or self._services.engine_life is None:
+            return None
+        return Served(usage.cached_tokens, 0, 0)
+
+    def _note(self, running: _Running, state: TurnState, account: Account, commit_s: float, outcome: Outcome) -> None:
+        """Count a turn that was written down."""
+        session = running.session
+        self._services.metrics.turn(
+            state,
+            commit_s,
+            account,
+            completion=outcome.completion_tokens,
+            tenant_id=session.tenant_id,
+            first_token_s=running.first_token_s,
+        )
+        self._services.ledger.note(
+            TurnOf(session.session_id, session.tenant_id, session.lease_label, session.tenant_label),
+            account,
+            ended_at=outcome.ended_at,
+            first_token_s=running.first_token_s,
+        )
 
     def _ended(self, request: Request, running: _Running, state: TurnState, failure: HoldfastError | None) -> Event:
         usage = running.answer.usage

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import ClassVar, Generic, Self, TypeVar
 
 from appliance.engine.http import Broken, Connection, Pool, Unreachable, request_bytes
+from appliance.engine.picture import KV_PATH, KvPicture
 from appliance.engine.protocol import LEASES_PATH, LeaseReport, MalformedMessage, release_request
 from appliance.errors import Fault, HoldfastError
 
@@ -178,6 +179,20 @@ class EngineClient:
             raise
         except (ValueError, RecursionError):
             raise _unreadable("its report of leases") from None
+
+    async def kv(self, sessions: int = 0, *, deadline_s: float = 5.0) -> KvPicture:
+        """What is kept, summed up, with the `sessions` that keep most.
+
+        Raises:
+            MalformedMessage: the engine's environment holds another version of holdfast.
+        """
+        body = await self._within(deadline_s, "GET", f"{KV_PATH}?sessions={sessions}")
+        try:
+            return KvPicture.from_wire(json.loads(body))
+        except MalformedMessage:
+            raise
+        except (ValueError, RecursionError):
+            raise _unreadable("its picture of what it keeps") from None
 
     async def metrics(self, *, deadline_s: float = 10.0) -> str:
         """The engine's metrics, in Prometheus' text format."""

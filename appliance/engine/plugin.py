@@ -18,7 +18,7 @@ from argparse import Namespace
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from appliance.engine import protocol
+from appliance.engine import picture, protocol
 
 _logger = logging.getLogger(f"vllm.{__name__}")
 _MAX_BODY_BYTES = 1 << 20
@@ -106,6 +106,7 @@ class LeaseEndpoints:
     def attach_router(self, app: Any) -> None:
         """Serve `LEASES_PATH`, and watch requests end."""
         app.add_route(protocol.LEASES_PATH, self._leases, methods=["POST"], include_in_schema=False)
+        app.add_route(picture.KV_PATH, self._kv, methods=["GET"], include_in_schema=False)
         app.add_middleware(_EndOfRequests, ended=self._request_ended)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:  # noqa: ARG002
@@ -136,6 +137,17 @@ class LeaseEndpoints:
             return JSONResponse({"error": error.record()}, status_code=400)
         report = await connector.lease_report(self._engine_client, release)
         return JSONResponse(report.to_wire())
+
+    async def _kv(self, request: Any) -> Any:
+        from starlette.responses import JSONResponse
+
+        from appliance.engine.inside import connector
+
+        try:
+            most_sessions = picture.read_sessions_asked(request.query_params.get("sessions"))
+        except protocol.MalformedMessage as error:
+            return JSONResponse({"error": error.record()}, status_code=400)
+        return JSONResponse(await connector.kv_picture(self._engine_client, most_sessions))
 
 
 class _EndOfRequests:

@@ -11,6 +11,7 @@ from appliance.sessions.archive import (
     UnknownSession,
 )
 from appliance.sessions.deltas import TranscriptBroken
+from appliance.sessions.ledger import LastTurn, Ledger, Quantiles, Sums, TurnOf
 from appliance.sessions.misses import Account, Cause, Served
 from appliance.sessions.registry import Forgotten, Session, SessionForgotten, Sessions, UnknownResponse
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind, TurnState
@@ -22,21 +23,26 @@ __all__ = [
     "Cause",
     "Explanation",
     "Forgotten",
+    "LastTurn",
+    "Ledger",
     "Message",
     "Origin",
     "Outcome",
+    "Quantiles",
     "Served",
     "Session",
     "SessionForgotten",
     "SessionHints",
     "SessionSummary",
     "Sessions",
+    "Sums",
     "Transcript",
     "TranscriptBroken",
     "TranscriptForbidden",
     "TranscriptTurn",
     "Turn",
     "TurnKind",
+    "TurnOf",
     "TurnState",
     "UnknownResponse",
     "UnknownSession",

@@ -36,6 +36,8 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request, RequestStatus
 
 from appliance.engine.inside.leases import Change, LeasedBlock, LeaseTable
+from appliance.engine.inside.pictures import Totals, picture_of
+from appliance.engine.picture import KvPicture, TierPicture
 from appliance.engine.protocol import (
     LEASE_FIELD,
     LEASE_FRACTION_FIELD,
@@ -49,6 +51,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 _REPORT_METHOD = "holdfast_lease_report"
 _TICK_METHOD = "holdfast_lease_tick"
+_KV_METHOD = "holdfast_kv_picture"
 
 
 class UnsupportedEngine(RuntimeError):
@@ -70,6 +73,8 @@ class LeaseRetention:
         self._step_tokens: int = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
         self._whole_prompt_must_fit: bool = scheduler.scheduler_reserve_full_isl
         self._max_model_len: int = vllm_config.model_config.max_model_len
+        groups = kv_cache_config.kv_cache_groups
+        self._block_bytes = max(group.kv_cache_spec.page_size_bytes * len(group.layer_names) for group in groups)
         self._ignored_total = 0
         self._requests: dict[str, Request] = {}
         self._leases_asked: dict[str, Lease] = {}
@@ -94,6 +99,25 @@ class LeaseRetention:
             expired_total=self._table.expired_total,
             ignored_total=self._ignored_total,
         )
+
+    def picture(self, most_sessions: int) -> KvPicture:
+        """Expire what is due, and sum up what is kept."""
+        self.tick()
+        table = self._table
+        return picture_of(
+            table.states(),
+            block_size=self._block_size,
+            tiers=self.tiers(),
+            most_sessions=most_sessions,
+            totals=Totals(table.reclaimed_blocks_total, table.expired_total, self._ignored_total),
+            worth=lambda lease: None,  # noqa: ARG005  (leases yield by deadline)
+        )
+
+    def tiers(self) -> list[TierPicture]:
+        """The tiers that this engine has, the device first."""
+        capacity = self._pool.num_gpu_blocks - 1
+        used = capacity - self._pool.get_num_free_blocks()
+        return [TierPicture("device", "ok", self._block_bytes, capacity, used, self._table.leased_blocks)]
 
     def tick(self) -> float | None:
         """Expire what is due; seconds to the next deadline, or `None` without leases."""
@@ -344,6 +368,7 @@ def install() -> None:
     check_version(vllm.__version__)
     setattr(EngineCore, _REPORT_METHOD, _report)
     setattr(EngineCore, _TICK_METHOD, _tick)
+    setattr(EngineCore, _KV_METHOD, _kv)
 
 
 def check_version(version: str) -> None:
@@ -370,6 +395,12 @@ async def lease_tick(engine_client: Any) -> float | None:
     return due_in_s
 
 
+async def kv_picture(engine_client: Any, most_sessions: int) -> dict[str, object]:
+    """Ask the engine behind vLLM's front end to sum up what it keeps: a `KvPicture`, as JSON has it."""
+    said: dict[str, object] = await engine_client.engine_core.call_utility_async(_KV_METHOD, most_sessions)
+    return said
+
+
 def connector_of(engine_core: EngineCore) -> LeaseRetention:
     """The connector of an engine.
 
@@ -384,6 +415,10 @@ def connector_of(engine_core: EngineCore) -> LeaseRetention:
 
 def _report(self: EngineCore, release: list) -> dict:  # type: ignore[type-arg]
     return connector_of(self).report(release).to_wire()
+
+
+def _kv(self: EngineCore, most_sessions: int) -> dict:  # type: ignore[type-arg]
+    return connector_of(self).picture(most_sessions).to_wire()
 
 
 def _tick(self: EngineCore) -> float | None:
