@@ -23,6 +23,7 @@ from typing import Any, ClassVar, cast
 import httptools
 import uvloop
 
+from appliance.engine.picture import KV_PATH, KvPicture, SessionPicture, TenantPicture, TierPicture
 from appliance.engine.protocol import read_release_request
 
 MODEL = "stub"
@@ -134,6 +135,8 @@ class Stub(asyncio.Protocol):
             case b"/holdfast/leases":
                 self.released.extend(read_release_request(bytes(self._body)))
                 self._whole(200, _NO_LEASES)
+            case url if url.startswith(KV_PATH.encode()):
+                self._whole(200, _KEPT.to_wire())
             case b"/stub":
                 seen = {"requests": self.counts.requests, "abandoned": self.counts.abandoned}
                 self._whole(200, {**seen, "bodies": list(self.bodies), "released": list(self.released)})
@@ -321,6 +324,18 @@ def _chunked(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
+_KEPT = KvPicture(
+    block_size=32,
+    tiers=(TierPicture("device", "ok", 4096, 100, 40, 30),),
+    tenants=(TenantPicture("somebody", 1, 30),),
+    sessions=(SessionPicture("somebody", "something", 30, 960, 0.25, 12.5),),
+    sessions_total=1,
+    leased_sessions_total=1,
+    worths_hits_per_s=(0.25, 0.25, 0.25),
+    reclaimed_blocks_total=7,
+    expired_leases_total=2,
+    ignored_leases_total=0,
+)
 _NO_LEASES = {
     "leases": [],
     "leased_blocks": 0,

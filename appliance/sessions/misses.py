@@ -30,7 +30,7 @@ from appliance.sessions.turn import Message
 # What counts, names a day or tells one run from another: digits, names of days and months, halves of a day, and words
 # of hexadecimal digits with a digit among them, as in UUIDs and hashes.
 _CHANGEABLE: Final = re.compile(
-    r"\b(?=[0-9a-f]*[0-9])[0-9a-f]{6,}\b|[0-9]+"
+    r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b|\b(?=[0-9a-f]*[0-9])[0-9a-f]{6,}\b|[0-9]+"
     r"|\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b|\b(?:mon|tue|wed|thu|fri|sat|sun)\b"
     r"|\b(?:january|february|march|april|may|june|july|august|september|october|november|december)\b"
     r"|\b(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)\b|\b[ap]m\b",
@@ -39,8 +39,7 @@ _CHANGEABLE: Final = re.compile(
 _SPACE: Final = re.compile(r"\s+")
 _ENOUGH_TO_KNOW: Final = 3  # messages that come again in the same order
 _FAR: Final = 256  # how many messages are looked through for one that moved
-_ENOUGH_TOKENS: Final = 16  # that come again in the same order, or all there are
-_FEW_TOKENS: Final = 4
+_ENOUGH_TOKENS: Final = 8  # that come again in the same order
 _OFTEN: Final = 2  # turns of a session in which the same thing destroyed its prefix
 
 
@@ -549,10 +548,9 @@ def _reasoning(message: Message) -> Any:
 
 def _is_left_out(old: "array[int]", new: "array[int]", at: int) -> bool:
     """Whether what `new` has from `at` on stands further on in `old`: something in between was left out."""
-    count = min(_ENOUGH_TOKENS, len(new) - at, len(old) - at)
-    if count < _FEW_TOKENS:
+    wanted, within, size = new[at : at + _ENOUGH_TOKENS].tobytes(), old[at + 1 :].tobytes(), old.itemsize
+    if len(wanted) < _ENOUGH_TOKENS * size:
         return False
-    wanted, within, size = new[at : at + count].tobytes(), old[at + 1 :].tobytes(), old.itemsize
     found = within.find(wanted)
     while found >= 0 and found % size:
         found = within.find(wanted, found + 1)
