@@ -19,6 +19,7 @@ from api.engine_watch import EngineWatch
 from api.identifiers import RandomIds
 from api.kv_watch import KvWatch
 from api.metrics import Metrics
+from api.turn_ends import TurnEnds
 from appliance.audit import NodeAudit
 from appliance.audit.siem.exports import Exports
 from appliance.engine.client import EngineClient
@@ -69,6 +70,7 @@ class Services:
         audit: where everything that happens is recorded before it counts.
         exports: what carries the audit log to SIEMs.
         engine: how the engine is spoken to; it may not be up.
+        turn_ends: how the engine is told that turns ended.
         engine_process: the engine that this gateway started and watches; None when somebody else runs it.
         watch: whether the engine answers, and what it serves.
         kv: what the engine keeps.
@@ -87,6 +89,7 @@ class Services:
     quotas: Quotas
     sessions: Sessions
     engine: EngineClient
+    turn_ends: TurnEnds
     engine_process: EngineProcess | None
     watch: EngineWatch
     kv: KvWatch

@@ -91,6 +91,6 @@ def test_the_commands_show_it(served: Served) -> None:
     pictures = holdfast(served, "kv", "top", "--json", "--count", "2", "--interval", "0.5").splitlines()
     assert [json.loads(line)["tiers"][0]["tier"] for line in pictures] == ["device", "device"]
     again = holdfast(served, "kv", "top", "--count", "2", "--interval", "0.5")
-    assert again.count("of them leased") == 2
+    assert again.count("OF THEM LEASED") == 2
     assert "\x1b" not in again
     assert json.loads(holdfast(served, "kv", "dashboard"))["uid"] == "holdfast-kv"

@@ -396,8 +396,6 @@ def test_all_circumstances_are_read_as_they_were_written() -> None:
 
 THAT_DAY, THAT_RUN = "Monday, 23 November 2026, 09:14 am", "3f2a9c1e-77aa-4d10-9f7e-0a1b2c3d4e5f"
 SYSTEM_BEFORE = f"You help.\nIt is {THAT_DAY}. Call 17. Run {THAT_RUN}.\nBe brief."
-    "You help.\nIt is Monday, 23 November 2026, 09:14 am. Call 17. Run 3f2a9c1e-77aa-4d10-9f7e-0a1b2c3d4e5f.\nBe brief."
-)
 
 
 @pytest.mark.parametrize(
