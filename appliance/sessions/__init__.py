@@ -11,8 +11,9 @@ from appliance.sessions.archive import (
     UnknownSession,
 )
 from appliance.sessions.deltas import TranscriptBroken
+from appliance.sessions.endings import Forgotten, Sessions
 from appliance.sessions.misses import Account, Cause
-from appliance.sessions.registry import Forgotten, Session, SessionForgotten, Sessions, UnknownResponse
+from appliance.sessions.registry import Session, SessionForgotten, UnknownResponse
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind, TurnState
 
 __all__ = [
