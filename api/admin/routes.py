@@ -56,7 +56,7 @@ from appliance.audit.events import (
     VAULT_SEALED,
 )
 from appliance.errors import Fault, HoldfastError
-from appliance.identity import ApiKey, Permission, Role, Scopes, Tenant
+from appliance.identity import ApiKey, Isolation, Permission, Role, Scopes, Tenant
 from appliance.sessions import EXPLAINED_TURNS, Explanation, SessionSummary, Transcript
 from appliance.vault import VaultSealed
 
@@ -289,8 +289,11 @@ async def _tenants(services: ServicesOf, asker: AskerOf) -> types.Tenants:
 
 
 async def _create_tenant(new: types.NewTenant, services: ServicesOf, asker: AskerOf) -> types.Tenant:
-    tenant = await services.identity.create_tenant(new.name, idle_timeout_s=new.idle_timeout_s)
-    await asker.did(TENANT_CREATED, ("tenant", tenant.tenant_id), tenant_id=tenant.tenant_id)
+    tenant = await services.identity.create_tenant(
+        new.name, idle_timeout_s=new.idle_timeout_s, isolation=Isolation(new.isolation)
+    )
+    details = {"isolation": tenant.isolation.value}
+    await asker.did(TENANT_CREATED, ("tenant", tenant.tenant_id), tenant_id=tenant.tenant_id, details=details)
     return _tenant_view(tenant)
 
 
@@ -300,9 +303,16 @@ async def _change_tenant(
     tenant = await chosen_tenant(services, asker.named, tenant_id)
     if tenant is None or tenant.tenant_id != tenant_id:
         raise unknown("tenant", tenant_id, "tenant list")
-    changed = await services.identity.choose_digests(tenant, on=chosen.audit_digests)
-    details = {"setting": "audit_digests", "old": _on_off(tenant.audit_digests), "new": _on_off(changed.audit_digests)}
-    await asker.did(TENANT_CHANGED, ("tenant", tenant_id), tenant_id=tenant_id, details=details)
+    changed = tenant
+    if chosen.audit_digests is not None:
+        changed = await services.identity.choose_digests(tenant, on=chosen.audit_digests)
+        old, new = _on_off(tenant.audit_digests), _on_off(changed.audit_digests)
+        details = {"setting": "audit_digests", "old": old, "new": new}
+        await asker.did(TENANT_CHANGED, ("tenant", tenant_id), tenant_id=tenant_id, details=details)
+    if chosen.isolation is not None:
+        changed = await services.identity.choose_isolation(tenant, Isolation(chosen.isolation))
+        details = {"setting": "isolation", "old": tenant.isolation.value, "new": changed.isolation.value}
+        await asker.did(TENANT_CHANGED, ("tenant", tenant_id), tenant_id=tenant_id, details=details)
     return _tenant_view(changed)
 
 
@@ -384,6 +394,11 @@ async def _why(
 
 
 async def _forget(session_id: str, services: ServicesOf, asker: AskerOf) -> types.Forgotten:
+    tenant = await services.identity.tenant((await services.sessions.forgettable(asker.named, session_id)).tenant_id)
+    if tenant.isolation is Isolation.TENANT:
+        # What is resident of it can be reached by the tenant's other sessions. First: a session that was forgotten
+        # cannot be forgotten again.
+        await services.identity.raise_cache_epoch(tenant)
     forgotten = await services.sessions.forget(asker.named, session_id)
     await asker.did(SESSION_SHREDDED, ("session", session_id), details={"erased": str(forgotten.erased).lower()})
     return types.Forgotten(
@@ -444,7 +459,7 @@ def _tenant_view(tenant: Tenant) -> types.Tenant:
         tenant_id=tenant.tenant_id,
         name=tenant.name,
         idle_timeout_s=tenant.idle_timeout_s,
-        isolation=tenant.isolation,
+        isolation=tenant.isolation.value,
         audit_digests=tenant.audit_digests,
         created_at=tenant.created_at,
     )

@@ -103,18 +103,28 @@ class VaultState(Wire):
 
 # Tenants and keys
 
+# What sessions of one tenant may find of each other's in the engine's cache: nothing outside a session tree, the tools
+# and system messages, or everything. Sessions of two tenants never find anything.
+IsolationMode = Literal["session", "tenant-prefix", "tenant"]
+
 
 class NewTenant(Wire):
     """A tenant to create."""
 
     name: Name
     idle_timeout_s: float | None = Field(default=None, ge=0, le=86_400)
+    isolation: IsolationMode = "session"
 
 
 class TenantChoices(Wire):
-    """What is set for a tenant. `audit_digests`: the audit log has keyed digests of what its turns ask and answer."""
+    """What is set for a tenant; None: stays as it is.
 
-    audit_digests: bool
+    `audit_digests`: the audit log has keyed digests of what its turns ask and answer. `isolation`: what its sessions
+    share on the engine.
+    """
+
+    audit_digests: bool | None = None
+    isolation: IsolationMode | None = None
 
 
 class Tenant(Wire):
@@ -123,7 +133,7 @@ class Tenant(Wire):
     tenant_id: str
     name: str
     idle_timeout_s: float | None
-    isolation: str
+    isolation: IsolationMode
     audit_digests: bool
     created_at: float
 

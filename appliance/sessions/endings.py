@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from sqlalchemy import Connection, bindparam, delete, insert, select, update
+from sqlalchemy.engine import RowMapping
 
 from appliance.errors import HoldfastError
 from appliance.identity import Caller, Role
@@ -153,10 +154,7 @@ class Sessions(Registry):
         Raises:
             UnknownSession: there is none, or it is not this caller's to forget.
         """
-        row = await self.visible_row(caller, session_id)
-        owns = row["principal_id"] == caller.principal.principal_id
-        if not owns and caller.principal.role not in (Role.ADMIN, Role.OPERATOR):
-            raise unknown_session(session_id)
+        row = await self._forgettable(caller, session_id)
         live = await self._load(row)
         async with live.lock:
             due = self._new_id("era")
@@ -173,6 +171,21 @@ class Sessions(Registry):
             self._erasure_failed.set()
             return Forgotten(self._summary(row), erased=False)
         return Forgotten(self._summary(row), erased=True)
+
+    async def forgettable(self, caller: Caller, session_id: str) -> SessionSummary:
+        """The session that `forget` would shred; nothing is changed.
+
+        Raises:
+            UnknownSession: as `forget`.
+        """
+        return self._summary(await self._forgettable(caller, session_id))
+
+    async def _forgettable(self, caller: Caller, session_id: str) -> RowMapping:
+        row = await self.visible_row(caller, session_id)
+        owns = row["principal_id"] == caller.principal.principal_id
+        if not owns and caller.principal.role not in (Role.ADMIN, Role.OPERATOR):
+            raise unknown_session(session_id)
+        return row
 
     async def finish_erasures(self) -> NoReturn:
         """Erase what earlier deletions left on the disk, now and whenever `forget` could not. Runs until cancelled."""

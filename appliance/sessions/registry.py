@@ -9,7 +9,7 @@ Rules:
 - Without any id, the longest history that this principal was answered before is continued; a second continuation of one
   point is a branch: a session of its own in the same tree.
 - The salt is an HMAC of principal, tree and epoch under the tenant's key. Forgetting raises the epoch, so that whatever
-  is still resident cannot be reached again.
+  is still resident cannot be reached again. What a tenant chose to share among its sessions has a salt of the tenant's.
 - A session's key is made when its first turn is written down: what can be dropped from memory before it is stored would
   take the turn with it.
 - The first session of a tree has the tree's name for its own: that outlives whatever else is forgotten.
@@ -34,7 +34,7 @@ from sqlalchemy import Connection, Text, bindparam, delete, exists, insert, lite
 from sqlalchemy.engine import RowMapping
 
 from appliance.errors import Fault, HoldfastError
-from appliance.identity import Caller
+from appliance.identity import Caller, Isolation
 from appliance.sessions.archive import Archive, TranscriptForbidden, text_or_none, unknown_session
 from appliance.sessions.deltas import Tip, encode_request, encode_token_ids, message_chain, token_array
 from appliance.sessions.history import answered_positions, history_links, shared_length
@@ -97,6 +97,7 @@ class Session:
     Attributes:
         visible_id: what the client knows it by: its own id, else ours.
         salt: the engine's `cache_salt`; 64 hexadecimal digits.
+        shared_salt: of the tools and system messages, where the tenant's sessions share those and nothing else.
         lease_label: what the engine calls the session; says nothing about it.
         idle_timeout_s: how long its KV outranks others' after a turn.
         is_new: this is its first turn.
@@ -107,6 +108,7 @@ class Session:
     principal_id: str
     visible_id: str
     salt: str
+    shared_salt: str | None
     lease_label: str
     tenant_label: str
     idle_timeout_s: float
@@ -383,27 +385,34 @@ class Registry(Archive):
     def _session(self, caller: Caller, model: str, live: _Live, links: Sequence[bytes]) -> Session:
         mac = self._vault.mac
         tenant_id = live.tenant_id
-        salt = mac(
+        own_salt = mac(
             tenant_id,
             KeyPurpose.SALT,
             "cache-salt",
             live.principal_id.encode(),
             live.tree_id.encode(),
             str(live.epoch).encode(),
-        )
+        ).hex()
+        isolation, cache_epoch = Isolation.SESSION, 0
+        if caller.tenant is not None:
+            isolation, cache_epoch = caller.tenant.isolation, caller.tenant.cache_epoch
+        shared_salt = mac(
+            tenant_id, KeyPurpose.SALT, "shared-salt", isolation.value.encode(), str(cache_epoch).encode()
+        ).hex()
         return Session(
             session_id=live.session_id,
             tenant_id=tenant_id,
             principal_id=live.principal_id,
             visible_id=live.client_id or live.session_id,
-            salt=salt.hex(),
+            salt=shared_salt if isolation is Isolation.TENANT else own_salt,
+            shared_salt=shared_salt if isolation is Isolation.TENANT_PREFIX else None,
             lease_label=self.lease_label(tenant_id, live.session_id),
             tenant_label=mac(tenant_id, KeyPurpose.SALT, "tenant-label").hex()[:32],
             idle_timeout_s=self._idle_timeout_s(caller, model),
             origin=live.origin,
             is_new=not live.stored,
             _live=live,
-            _epoch=live.epoch,
+            _epoch=live.epoch + cache_epoch,  # neither ever falls: where the sum is the same, both are
             _links=links,
         )
 

@@ -13,14 +13,16 @@ from appliance.engine.protocol import (
     LeaseReport,
     LeaseState,
     MalformedMessage,
+    SharedPrefix,
     connector_arguments,
     connector_config,
     lease_params,
     read_release_request,
     release_request,
+    token_digest,
 )
 
-LEASE: dict[str, Any] = {"session": "s-1", "tenant": "t_1", "idle_timeout_s": 15.0}
+LEASE: dict[str, Any] = {"session": "s-1", "tenant": "t_1", "idle_timeout_s": 15.0, "shared": None}
 REPORT = LeaseReport(
     leases=(LeaseState("s", "t", blocks=3, tokens=96, expires_in_s=-0.25),),
     leased_blocks=3,
@@ -37,6 +39,8 @@ REPORT = LeaseReport(
 def test_a_lease_survives_the_wire() -> None:
     lease = Lease("s-1", "t_1", 15.0)
     assert lease_params(lease) == {LEASE_FIELD: LEASE}
+    sharing = Lease("s-1", "t_1", 15.0, SharedPrefix("5a17", 64, token_digest([1, 2, 3])))
+    assert Lease.from_wire(json.loads(json.dumps(sharing.to_wire()))) == sharing
     assert Lease.from_wire(json.loads(json.dumps(lease.to_wire()))) == lease
 
 
