@@ -24,7 +24,7 @@ from appliance.engine.client import EngineClient
 from appliance.engine.launcher import EngineProcess
 from appliance.errors import HoldfastError
 from appliance.identity import Identity, Quotas
-from appliance.sessions import Sessions
+from appliance.sessions import Sessions, Throwaways
 from appliance.settings import Settings
 from appliance.store import Store
 from appliance.vault import Vault
@@ -70,6 +70,7 @@ class Services:
         engine: how the engine is spoken to; it may not be up.
         engine_process: the engine that this gateway started and watches; None when somebody else runs it.
         watch: whether the engine answers, and what it serves.
+        throwaways: tenants that a proof made for itself.
         now: wall clock, epoch seconds.
         new_id: the next identifier of a request or a response.
     """
@@ -82,6 +83,7 @@ class Services:
     identity: Identity
     quotas: Quotas
     sessions: Sessions
+    throwaways: Throwaways
     engine: EngineClient
     engine_process: EngineProcess | None
     watch: EngineWatch

@@ -166,6 +166,10 @@ class AdminClient:
         """Shred a session: its key, its rows, what the engine holds of it."""
         return self._call(types.Forgotten, "POST", f"/v1/sessions/{_quote(session_id)}/forget")
 
+    def prove_isolation(self, *, rounds: int) -> types.IsolationProof:
+        """Have it proved what crosses between sessions."""
+        return self._call(types.IsolationProof, "POST", "/v1/prove/isolation", body={"rounds": rounds})
+
     def audit_status(self) -> types.AuditStatus:
         """How long the audit log is, and what is in its way."""
         return self._call(types.AuditStatus, "GET", "/v1/audit")

@@ -29,11 +29,12 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.admin import audit_routes, status, types
+from api.admin import audit_routes, prove_routes, status, types
 from api.admin.asking import Asker, AskerOf, Endpoints, ServicesOf, chosen_tenant, unknown, with_first
 from api.admin.peers import pid_of, uid_of
 from api.backups import stream_backup
 from api.engine_leases import release
+from api.forgetting import forget_session
 from api.openai.errors import status_of
 from api.roots import open_root
 from api.services import Services
@@ -102,6 +103,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", "/v1/sessions/{session_id}/why"): Rule(_EVERYBODY),
     ("POST", "/v1/sessions/{session_id}/forget"): Rule(frozenset({Role.ADMIN, Role.OPERATOR, Role.CLIENT})),
     ("POST", "/v1/backup"): Rule(_ADMINS, appliance_wide=True),
+    ("POST", "/v1/prove/isolation"): Rule(_ADMINS, appliance_wide=True),
     ("GET", "/v1/audit"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False),
     ("GET", "/v1/audit/entries"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
     ("GET", "/v1/audit/entries/{sequence}"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
@@ -160,6 +162,7 @@ def admin_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     app.state.unsealing = asyncio.Lock()
+    app.state.proving = asyncio.Lock()
     for (method, path), (endpoint, answer) in _ENDPOINTS.items():
         app.add_api_route(path, endpoint, methods=[method], response_model=answer)
     routes = {
@@ -394,12 +397,7 @@ async def _why(
 
 
 async def _forget(session_id: str, services: ServicesOf, asker: AskerOf) -> types.Forgotten:
-    tenant = await services.identity.tenant((await services.sessions.forgettable(asker.named, session_id)).tenant_id)
-    if tenant.isolation is Isolation.TENANT:
-        # What is resident of it can be reached by the tenant's other sessions. First: a session that was forgotten
-        # cannot be forgotten again.
-        await services.identity.raise_cache_epoch(tenant)
-    forgotten = await services.sessions.forget(asker.named, session_id)
+    forgotten = await forget_session(services, asker.named, session_id)
     await asker.did(SESSION_SHREDDED, ("session", session_id), details={"erased": str(forgotten.erased).lower()})
     return types.Forgotten(
         session_id=session_id,
@@ -436,6 +434,7 @@ _ENDPOINTS: Endpoints = {
     ("GET", "/v1/sessions/{session_id}/why"): (_why, types.Explanation),
     ("POST", "/v1/sessions/{session_id}/forget"): (_forget, types.Forgotten),
     ("POST", "/v1/backup"): (_backup, None),
+    **prove_routes.ENDPOINTS,
     **audit_routes.ENDPOINTS,
 }
 

@@ -310,6 +310,35 @@ class Forgotten(Wire):
     lease_released: bool
 
 
+# Proofs
+
+
+class IsolationProofAsked(Wire):
+    """How thorough a proof is to be. `rounds`: how often each of the times that are compared is taken."""
+
+    rounds: int = Field(24, ge=8, le=500)
+
+
+class ProofCheck(Wire):
+    """One thing that was looked at; `mode` and `tier` are empty where it is of all of them."""
+
+    name: str
+    mode: str
+    tier: str
+    verdict: Literal["PASS", "FAIL", "UNKNOWN", "NOT CONFIGURED"]
+    expected: str
+    found: str
+
+
+class IsolationProof(Wire):
+    """What crosses between sessions, as it was found. `verdict` is the worst of the checks'; what is not configured is
+    none."""
+
+    verdict: Literal["PASS", "FAIL", "UNKNOWN"]
+    checks: list[ProofCheck]
+    took_s: float
+
+
 # The audit log
 
 

@@ -14,6 +14,7 @@ from appliance.sessions.deltas import TranscriptBroken
 from appliance.sessions.endings import Forgotten, Sessions
 from appliance.sessions.misses import Account, Cause
 from appliance.sessions.registry import Session, SessionForgotten, UnknownResponse
+from appliance.sessions.throwaways import Throwaways
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind, TurnState
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "SessionHints",
     "SessionSummary",
     "Sessions",
+    "Throwaways",
     "Transcript",
     "TranscriptBroken",
     "TranscriptForbidden",
