@@ -56,7 +56,7 @@ def _told(proof: "types.IsolationProof") -> str:
         "PASS": "Proved: sessions share what their tenant chose, and nothing else.",
         "FAIL": "NOT proved: see the checks that failed.",
         "UNKNOWN": "NOT proved: some of it could not be told.",
-    }[proof.verdict]
+    }.get(proof.verdict, proof.verdict)
     if missing:
         ended += f" Not configured, so not proved: {', '.join(missing)}."
     return "\n".join([*lines, "", f"{ended} Took {in_words(proof.took_s)}."])

@@ -313,6 +313,9 @@ class Forgotten(Wire):
 # Proofs
 
 
+ProofVerdict = Literal["PASS", "FAIL", "UNKNOWN", "NOT CONFIGURED"]
+
+
 class IsolationProofAsked(Wire):
     """How thorough a proof is to be. `rounds`: how often each of the times that are compared is taken."""
 
@@ -325,7 +328,7 @@ class ProofCheck(Wire):
     name: str
     mode: str
     tier: str
-    verdict: Literal["PASS", "FAIL", "UNKNOWN", "NOT CONFIGURED"]
+    verdict: ProofVerdict
     expected: str
     found: str
 
@@ -334,7 +337,7 @@ class IsolationProof(Wire):
     """What crosses between sessions, as it was found. `verdict` is the worst of the checks'; what is not configured is
     none."""
 
-    verdict: Literal["PASS", "FAIL", "UNKNOWN"]
+    verdict: ProofVerdict
     checks: list[ProofCheck]
     took_s: float
 

@@ -17,7 +17,7 @@ import random
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from pydantic_core import from_json, to_json
 
@@ -330,9 +330,14 @@ class _Proof:
         text = self._text()
         numbers = iter(range(10_000))
 
-        async def ask(party: _Party, seed: int, **fields: object) -> Said:
+        async def ask(party: _Party, seed: int, **fields: Any) -> Said:
             name = f"crossing-{next(numbers)}"
-            sampled = {"temperature": 1.5, "seed": seed, "max_tokens": _ANSWER_TOKENS, "ignore_eos": True}
+            sampled: dict[str, Any] = {
+                "temperature": 1.5,
+                "seed": seed,
+                "max_tokens": _ANSWER_TOKENS,
+                "ignore_eos": True,
+            }
             return await party.asker.ask(text.messages, session=name, **sampled, **fields)
 
         alone, another = await ask(one, 7), await ask(other, 8)
@@ -346,9 +351,8 @@ class _Proof:
                 ask(other, 8, logprobs=True, top_logprobs=3),
             )
             same_seed = same_seed or (plain.text == seeded.text == alone.text and shown.text == another.text)
-            stops = stops or (
-                stopped.finish_reason == "stop" and plain.finish_reason == seeded.finish_reason == "length"
-            )
+            others = {plain.finish_reason, seeded.finish_reason, shown.finish_reason}
+            stops = stops or (stopped.finish_reason == "stop" and others == {"length"})
             probabilities = probabilities or (
                 plain.logprob_tokens is None
                 and seeded.logprob_tokens is None
@@ -359,9 +363,7 @@ class _Proof:
         told = alone.text != another.text
         return [
             _crossing("seeds", same_seed, told, "two seeds gave one text", "each answer as it is alone"),
-            _crossing(
-                "stop strings", stops, bool(stop), "no stop string could be chosen", "only who set it stops at it"
-            ),
+            _crossing("stop strings", stops, bool(stop), "no stop string could be chosen", "who set it stops, only"),
             _crossing("log-probabilities", probabilities, True, "", "who asked has its own, nobody else any"),
         ]
 
