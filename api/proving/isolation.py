@@ -195,8 +195,8 @@ class _Proof:
 
     # Texts
 
-    def _text(self) -> _Text:
-        text = _Text(_made_up(self._words), _made_up(self._words))
+    def _text(self, words: int | None = None) -> _Text:
+        text = _Text(_made_up(words or self._words), _made_up(words or self._words))
         self._texts += [text.system, text.user]
         return text
 
@@ -327,7 +327,8 @@ class _Proof:
         """
         one = await self._party(await self._tenant(Isolation.SESSION))
         other = await self._party(await self._tenant(Isolation.SESSION))
-        text = self._text()
+        # Short: vLLM 0.32.0 on a CPU ends when the prompt of a request with a seed is computed in more than one step.
+        text = self._text(words=4)
         numbers = iter(range(10_000))
 
         async def ask(party: _Party, seed: int, **fields: Any) -> Said:
@@ -340,7 +341,8 @@ class _Proof:
             }
             return await party.asker.ask(text.messages, session=name, **sampled, **fields)
 
-        alone, another = await ask(one, 7), await ask(other, 8)
+        shows = {"logprobs": True, "top_logprobs": 3}
+        alone, another = await ask(one, 7), await ask(other, 8, **shows)
         stop = alone.text[len(alone.text) // 2 :][:2].strip()
         same_seed = stops = probabilities = False
         for _ in range(_ATTEMPTS):
@@ -348,7 +350,7 @@ class _Proof:
                 ask(one, 7),
                 ask(other, 7),
                 ask(one, 7, stop=[stop or "\0"]),
-                ask(other, 8, logprobs=True, top_logprobs=3),
+                ask(other, 8, **shows),
             )
             same_seed = same_seed or (plain.text == seeded.text == alone.text and shown.text == another.text)
             others = {plain.finish_reason, seeded.finish_reason, shown.finish_reason}
@@ -358,7 +360,7 @@ class _Proof:
                 and seeded.logprob_tokens is None
                 and stopped.logprob_tokens is None
                 and shown.logprob_tokens is not None
-                and "".join(shown.logprob_tokens) == shown.text
+                and shown.logprob_tokens == another.logprob_tokens
             )
         told = alone.text != another.text
         return [
