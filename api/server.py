@@ -56,7 +56,7 @@ from appliance.engine.launcher import SOCKET_NAME, EngineFailed, EngineProcess, 
 from appliance.engine.template import template_fingerprint
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Identity, Quotas
-from appliance.sessions import Sessions
+from appliance.sessions import Sessions, Throwaways
 from appliance.settings import Settings
 from appliance.store import DatabaseKeys, Store
 from appliance.vault import Vault, seal_kind
@@ -125,6 +125,8 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
     async with asyncio.TaskGroup() as tasks:
         await services.audit.start()
         services.exports.start()
+        with contextlib.suppress(HoldfastError):  # the next proof, or the next start, does it
+            await services.throwaways.remove_all()  # which a proof left that was cut off
         tasks.create_task(_record_start(services))
         recording = tasks.create_task(_record_engine(services))
         marking = tasks.create_task(keep_marks(services))
@@ -268,6 +270,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             identity=Identity(store, vault),
             quotas=Quotas(store),
             sessions=Sessions(store, vault, settings.sessions, block_size=None if spec is None else spec.block_size),
+            throwaways=Throwaways(store, vault),
             engine=engine,
             turn_ends=turn_ends,
             engine_process=process,

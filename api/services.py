@@ -26,7 +26,7 @@ from appliance.engine.client import EngineClient
 from appliance.engine.launcher import EngineProcess
 from appliance.errors import HoldfastError
 from appliance.identity import Identity, Quotas
-from appliance.sessions import Ledger, Sessions
+from appliance.sessions import Ledger, Sessions, Throwaways
 from appliance.settings import Settings
 from appliance.store import Store
 from appliance.vault import Vault
@@ -76,6 +76,7 @@ class Services:
         kv: what the engine keeps.
         ledger: what the turns came to.
         template: tells the model's chat template from others; None: not known.
+        throwaways: tenants that a proof made for itself.
         now: wall clock, epoch seconds.
         new_id: the next identifier of a request or a response.
     """
@@ -88,6 +89,7 @@ class Services:
     identity: Identity
     quotas: Quotas
     sessions: Sessions
+    throwaways: Throwaways
     engine: EngineClient
     turn_ends: TurnEnds
     engine_process: EngineProcess | None

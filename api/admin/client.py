@@ -99,17 +99,22 @@ class AdminClient:
         """Close the vault."""
         return self._call(types.VaultState, "POST", "/v1/vault/seal")
 
-    def create_tenant(self, name: str, *, idle_timeout_s: float | None = None) -> types.Tenant:
+    def create_tenant(
+        self, name: str, *, idle_timeout_s: float | None = None, isolation: types.IsolationMode = "session"
+    ) -> types.Tenant:
         """Create a tenant and its keys. The fields are those of `types.NewTenant`."""
-        return self._call(types.Tenant, "POST", "/v1/tenants", body={"name": name, "idle_timeout_s": idle_timeout_s})
+        body = {"name": name, "idle_timeout_s": idle_timeout_s, "isolation": isolation}
+        return self._call(types.Tenant, "POST", "/v1/tenants", body=body)
 
     def tenants(self) -> types.Tenants:
         """The tenants that the caller may know of."""
         return self._call(types.Tenants, "GET", "/v1/tenants")
 
-    def change_tenant(self, tenant_id: str, *, audit_digests: bool) -> types.Tenant:
-        """Set what a tenant chose."""
-        body = {"audit_digests": audit_digests}
+    def change_tenant(
+        self, tenant_id: str, *, audit_digests: bool | None = None, isolation: types.IsolationMode | None = None
+    ) -> types.Tenant:
+        """Set what a tenant chose. The fields are those of `types.TenantChoices`."""
+        body = {"audit_digests": audit_digests, "isolation": isolation}
         return self._call(types.Tenant, "POST", f"/v1/tenants/{_quote(tenant_id)}", body=body)
 
     def create_key(
@@ -164,6 +169,10 @@ class AdminClient:
     def forget(self, session_id: str) -> types.Forgotten:
         """Shred a session: its key, its rows, what the engine holds of it."""
         return self._call(types.Forgotten, "POST", f"/v1/sessions/{_quote(session_id)}/forget")
+
+    def prove_isolation(self, *, rounds: int) -> types.IsolationProof:
+        """Have it proved what crosses between sessions."""
+        return self._call(types.IsolationProof, "POST", "/v1/prove/isolation", body={"rounds": rounds})
 
     def audit_status(self) -> types.AuditStatus:
         """How long the audit log is, and what is in its way."""

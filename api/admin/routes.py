@@ -29,12 +29,13 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.admin import audit_routes, status, types
+from api.admin import audit_routes, prove_routes, status, types
 from api.admin.asking import Asker, AskerOf, Endpoints, ServicesOf, chosen_tenant, unknown, with_first
 from api.admin.kv import kv_status
 from api.admin.peers import pid_of, uid_of
 from api.backups import stream_backup
 from api.engine_leases import release
+from api.forgetting import forget_session
 from api.openai.errors import status_of
 from api.roots import open_root
 from api.services import Services
@@ -57,7 +58,7 @@ from appliance.audit.events import (
     VAULT_SEALED,
 )
 from appliance.errors import Fault, HoldfastError
-from appliance.identity import ApiKey, Permission, Role, Scopes, Tenant
+from appliance.identity import ApiKey, Isolation, Permission, Role, Scopes, Tenant
 from appliance.sessions import EXPLAINED_TURNS, Explanation, SessionSummary, Transcript
 from appliance.vault import VaultSealed
 
@@ -104,6 +105,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("POST", "/v1/sessions/{session_id}/forget"): Rule(frozenset({Role.ADMIN, Role.OPERATOR, Role.CLIENT})),
     ("GET", "/v1/kv"): Rule(_PEOPLE, appliance_wide=True, recorded=False),
     ("POST", "/v1/backup"): Rule(_ADMINS, appliance_wide=True),
+    ("POST", "/v1/prove/isolation"): Rule(_ADMINS, appliance_wide=True),
     ("GET", "/v1/audit"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False),
     ("GET", "/v1/audit/entries"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
     ("GET", "/v1/audit/entries/{sequence}"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
@@ -162,6 +164,7 @@ def admin_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     app.state.unsealing = asyncio.Lock()
+    app.state.proving = asyncio.Lock()
     for (method, path), (endpoint, answer) in _ENDPOINTS.items():
         app.add_api_route(path, endpoint, methods=[method], response_model=answer)
     routes = {
@@ -291,8 +294,11 @@ async def _tenants(services: ServicesOf, asker: AskerOf) -> types.Tenants:
 
 
 async def _create_tenant(new: types.NewTenant, services: ServicesOf, asker: AskerOf) -> types.Tenant:
-    tenant = await services.identity.create_tenant(new.name, idle_timeout_s=new.idle_timeout_s)
-    await asker.did(TENANT_CREATED, ("tenant", tenant.tenant_id), tenant_id=tenant.tenant_id)
+    tenant = await services.identity.create_tenant(
+        new.name, idle_timeout_s=new.idle_timeout_s, isolation=Isolation(new.isolation)
+    )
+    details = {"isolation": tenant.isolation.value}
+    await asker.did(TENANT_CREATED, ("tenant", tenant.tenant_id), tenant_id=tenant.tenant_id, details=details)
     return _tenant_view(tenant)
 
 
@@ -302,9 +308,16 @@ async def _change_tenant(
     tenant = await chosen_tenant(services, asker.named, tenant_id)
     if tenant is None or tenant.tenant_id != tenant_id:
         raise unknown("tenant", tenant_id, "tenant list")
-    changed = await services.identity.choose_digests(tenant, on=chosen.audit_digests)
-    details = {"setting": "audit_digests", "old": _on_off(tenant.audit_digests), "new": _on_off(changed.audit_digests)}
-    await asker.did(TENANT_CHANGED, ("tenant", tenant_id), tenant_id=tenant_id, details=details)
+    changed = tenant
+    if chosen.audit_digests is not None:
+        changed = await services.identity.choose_digests(tenant, on=chosen.audit_digests)
+        old, new = _on_off(tenant.audit_digests), _on_off(changed.audit_digests)
+        details = {"setting": "audit_digests", "old": old, "new": new}
+        await asker.did(TENANT_CHANGED, ("tenant", tenant_id), tenant_id=tenant_id, details=details)
+    if chosen.isolation is not None:
+        changed = await services.identity.choose_isolation(tenant, Isolation(chosen.isolation))
+        details = {"setting": "isolation", "old": tenant.isolation.value, "new": changed.isolation.value}
+        await asker.did(TENANT_CHANGED, ("tenant", tenant_id), tenant_id=tenant_id, details=details)
     return _tenant_view(changed)
 
 
@@ -386,7 +399,7 @@ async def _why(
 
 
 async def _forget(session_id: str, services: ServicesOf, asker: AskerOf) -> types.Forgotten:
-    forgotten = await services.sessions.forget(asker.named, session_id)
+    forgotten = await forget_session(services, asker.named, session_id)
     services.ledger.forget(session_id)
     await asker.did(SESSION_SHREDDED, ("session", session_id), details={"erased": str(forgotten.erased).lower()})
     return types.Forgotten(
@@ -432,6 +445,7 @@ _ENDPOINTS: Endpoints = {
     ("POST", "/v1/sessions/{session_id}/forget"): (_forget, types.Forgotten),
     ("GET", "/v1/kv"): (_kv, types.KvStatus),
     ("POST", "/v1/backup"): (_backup, None),
+    **prove_routes.ENDPOINTS,
     **audit_routes.ENDPOINTS,
 }
 
@@ -455,7 +469,7 @@ def _tenant_view(tenant: Tenant) -> types.Tenant:
         tenant_id=tenant.tenant_id,
         name=tenant.name,
         idle_timeout_s=tenant.idle_timeout_s,
-        isolation=tenant.isolation,
+        isolation=tenant.isolation.value,
         audit_digests=tenant.audit_digests,
         created_at=tenant.created_at,
     )

@@ -14,7 +14,14 @@ from appliance.cli import Console, Group, ago, api_key_option, in_words, moment,
 
 if TYPE_CHECKING:
     from api.admin import types
+    from api.admin.client import AdminClient
 
+_ISOLATION = click.Choice(["session", "tenant-prefix", "tenant"])
+_IN_WORDS = {
+    "session": "its sessions share nothing outside a session tree",
+    "tenant-prefix": "its sessions share tools and system messages, and nothing after them",
+    "tenant": "its sessions share everything",
+}
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
@@ -46,11 +53,18 @@ def tenant() -> None:
     metavar="DURATION",
     help="How long a session's KV outranks others' after a turn, such as 15s.  [default: what the settings say]",
 )
+@click.option(
+    "--isolation",
+    type=_ISOLATION,
+    default="session",
+    show_default=True,
+    help="What its sessions share on the engine: `tenant isolation` says more.",
+)
 @pass_console
-def create_tenant(console: Console, name: str, idle_timeout_s: float | None) -> None:
+def create_tenant(console: Console, name: str, idle_timeout_s: float | None, isolation: "types.IsolationMode") -> None:
     """Create a tenant with keys of its own."""
-    created = console.admin().create_tenant(name, idle_timeout_s=idle_timeout_s)
-    console.result(created, f"Created the tenant {created.name} ({created.tenant_id}).")
+    created = console.admin().create_tenant(name, idle_timeout_s=idle_timeout_s, isolation=isolation)
+    console.result(created, f"Created the tenant {created.name} ({created.tenant_id}); {_IN_WORDS[created.isolation]}.")
     console.say(f"Next: {console.suggest(f'key create --tenant {created.name} --principal NAME')}")
 
 
@@ -67,11 +81,27 @@ def create_tenant(console: Console, name: str, idle_timeout_s: float | None) -> 
 def set_tenant(console: Console, name: str, audit_digests: str, api_key_fd: int | None) -> None:
     """Set what a tenant chose; NAME may be its id. In force for the next request."""
     admin = console.admin(api_key_fd=api_key_fd)
-    # The audit log names what was asked for by its id, so that is what is asked with.
-    tenant_id = next((each.tenant_id for each in admin.tenants().tenants if each.name == name), name)
-    changed = admin.change_tenant(tenant_id, audit_digests=audit_digests == "on")
+    changed = admin.change_tenant(_tenant_id(admin, name), audit_digests=audit_digests == "on")
     told = "carry keyed digests of their texts" if changed.audit_digests else "carry no digests"
     console.result(changed, f"The turns of {changed.name} {told} in the audit log.")
+
+
+@tenant.command("isolation")
+@click.argument("name")
+@click.argument("mode", type=_ISOLATION)
+@api_key_option
+@pass_console
+def set_isolation(console: Console, name: str, mode: "types.IsolationMode", api_key_fd: int | None) -> None:
+    """Set what a tenant's sessions share on the engine; NAME may be its id. In force for the next request.
+
+    MODE is session (nothing outside a session tree), tenant-prefix (the tools and system messages; everything after
+    them is the session's own) or tenant (everything). Sharing saves computing what was computed before; whoever shares
+    can tell by the time an answer takes whether somebody of the tenant sent the same before. What was shared under the
+    mode before is out of reach, and computed anew. Tenants never share anything with each other.
+    """
+    admin = console.admin(api_key_fd=api_key_fd)
+    changed = admin.change_tenant(_tenant_id(admin, name), isolation=mode)
+    console.result(changed, f"{changed.name}: {_IN_WORDS[changed.isolation]}.")
 
 
 @tenant.command("list")
@@ -200,6 +230,11 @@ def revoke_key(console: Console, key_id: str) -> None:
     """Revoke an API key; it holds for the very next request."""
     revoked = console.admin().revoke_key(key_id)
     console.result(revoked, f"Revoked {revoked.key_id}; requests with it are refused from now on.")
+
+
+def _tenant_id(admin: "AdminClient", name: str) -> str:
+    """The id of a tenant: the audit log names what was asked for by its id, so that is what is asked with."""
+    return next((each.tenant_id for each in admin.tenants().tenants if each.name == name), name)
 
 
 def _key_state(each: "types.Key", now: float) -> str:

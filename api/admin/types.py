@@ -103,18 +103,28 @@ class VaultState(Wire):
 
 # Tenants and keys
 
+# What sessions of one tenant may find of each other's in the engine's cache: nothing outside a session tree, the tools
+# and system messages, or everything. Sessions of two tenants never find anything.
+IsolationMode = Literal["session", "tenant-prefix", "tenant"]
+
 
 class NewTenant(Wire):
     """A tenant to create."""
 
     name: Name
     idle_timeout_s: float | None = Field(default=None, ge=0, le=86_400)
+    isolation: IsolationMode = "session"
 
 
 class TenantChoices(Wire):
-    """What is set for a tenant. `audit_digests`: the audit log has keyed digests of what its turns ask and answer."""
+    """What is set for a tenant; None: stays as it is.
 
-    audit_digests: bool
+    `audit_digests`: the audit log has keyed digests of what its turns ask and answer. `isolation`: what its sessions
+    share on the engine.
+    """
+
+    audit_digests: bool | None = None
+    isolation: IsolationMode | None = None
 
 
 class Tenant(Wire):
@@ -123,7 +133,7 @@ class Tenant(Wire):
     tenant_id: str
     name: str
     idle_timeout_s: float | None
-    isolation: str
+    isolation: IsolationMode
     audit_digests: bool
     created_at: float
 
@@ -405,6 +415,38 @@ class KvStatus(Wire):
     cold: FirstTokens | None
     tenants: list[KvTenant]
     sessions: list[KvSession]
+
+
+# Proofs
+
+
+ProofVerdict = Literal["PASS", "FAIL", "UNKNOWN", "NOT CONFIGURED"]
+
+
+class IsolationProofAsked(Wire):
+    """How thorough a proof is to be. `rounds`: how often each of the times that are compared is taken."""
+
+    rounds: int = Field(24, ge=8, le=500)
+
+
+class ProofCheck(Wire):
+    """One thing that was looked at; `mode` and `tier` are empty where it is of all of them."""
+
+    name: str
+    mode: str
+    tier: str
+    verdict: ProofVerdict
+    expected: str
+    found: str
+
+
+class IsolationProof(Wire):
+    """What crosses between sessions, as it was found. `verdict` is the worst of the checks'; what is not configured is
+    none."""
+
+    verdict: ProofVerdict
+    checks: list[ProofCheck]
+    took_s: float
 
 
 # The audit log

@@ -44,13 +44,14 @@ from api.openai.errors import (
     error_object,
 )
 from api.openai.hints import ends_session, read_hints
+from api.openai.prefixes import Prefix, Prefixes
 from api.openai.wire import Asked, HintsReader
 from api.services import Services
 from api.turn_ends import stop_of
 from appliance.audit import AuditUnavailable, Event
 from appliance.audit.digests import Text, answer_hash, keyed_digest, prompt_hash
 from appliance.engine.client import EngineLost, EngineRejected, EngineUnavailable
-from appliance.engine.protocol import Lease, TurnAccount, TurnEnd, lease_params
+from appliance.engine.protocol import Lease, SharedPrefix, TurnAccount, TurnEnd, lease_params
 from appliance.errors import HoldfastError
 from appliance.identity import Admission
 from appliance.sessions import Account, Outcome, Served, Session, TurnKind, TurnOf, TurnState
@@ -94,6 +95,7 @@ class _Running:
     response_id: str
     prompt_bytes: int
     started_at: float
+    prefix: Prefix | None = None
     broken_off_by: HoldfastError | None = None
     client_gone: bool = False
     settled: bool = False
@@ -134,6 +136,7 @@ class Turns:
         self._services = services
         self._endpoint = endpoint
         self._settings = services.settings.gateway
+        self._prefixes = Prefixes(services.engine)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request.
@@ -254,12 +257,24 @@ class Turns:
             include_usage=asked.include_usage,
             keep_token_ids=asked.keep_token_ids,
         )
-        return _Running(asked, session, admission, answer, response_id, prompt_bytes, started_at)
+        prefix = None
+        if session.shared_salt is not None:
+            prefix = await self._prefixes.of(session.tenant_id, asked.turn)
+        return _Running(asked, session, admission, answer, response_id, prompt_bytes, started_at, prefix)
 
     def _engine_body(self, running: _Running) -> bytes:
         """The only way that anything reaches the engine."""
         asked, session = running.asked, running.session
-        lease = Lease(session.lease_label, session.tenant_label, session.idle_timeout_s, turn=running.response_id)
+        shared = None
+        if session.shared_salt is not None and running.prefix is not None:
+            shared = SharedPrefix(session.shared_salt, running.prefix.tokens, running.prefix.digest)
+        lease = Lease(
+            session.lease_label,
+            session.tenant_label,
+            session.idle_timeout_s,
+            turn=running.response_id,
+            shared=shared,
+        )
         body: dict[str, Any] = {
             **asked.turn.parameters,
             "model": asked.turn.model,
@@ -543,8 +558,7 @@ def _engine_message(body: bytes, session: Session) -> str:
         message = from_json(body)["error"]["message"]
     except (ValueError, KeyError, TypeError):
         return "it did not say why"
-    if not isinstance(message, str) or any(
-        secret in message for secret in (session.salt, session.lease_label, session.tenant_label)
-    ):
+    secrets = (session.salt, session.shared_salt, session.lease_label, session.tenant_label)
+    if not isinstance(message, str) or any(secret is not None and secret in message for secret in secrets):
         return "it did not say why"
     return message[:500].rstrip(".")

@@ -154,6 +154,9 @@ TENANT_CREATED: Final = EventClass(50, "tenant.created", "A tenant was made.", S
 TENANT_CHANGED: Final = EventClass(
     51, "tenant.changed", "What a tenant chose is another thing now.", Scope.SYSTEM, (3004, 3)
 )
+TENANT_REMOVED: Final = EventClass(
+    52, "tenant.removed", "A tenant that was made for a proof was removed with all of its own.", Scope.SYSTEM, (3004, 4)
+)
 KEY_CREATED: Final = EventClass(60, "key.created", "An API key was made.", Scope.SYSTEM, (3004, 1))
 KEY_REVOKED: Final = EventClass(61, "key.revoked", "An API key was revoked.", Scope.SYSTEM, (3004, 4))
 SESSIONS_LISTED: Final = EventClass(70, "sessions.listed", "Somebody listed sessions.", Scope.SYSTEM, (6003, 2))
@@ -177,6 +180,14 @@ EXPORT_TESTED: Final = EventClass(
 )
 AUDIT_EXPORTED: Final = EventClass(
     113, "audit.exported", "Somebody took a part of the audit log out of it.", Scope.SYSTEM, (6003, 2)
+)
+
+ISOLATION_PROVED: Final = EventClass(
+    120,
+    "isolation.proved",
+    "Somebody had it proved what crosses from session to session; `verdict` says what came of it.",
+    Scope.SYSTEM,
+    (6003, 99),
 )
 
 CATALOGUE: Final[Mapping[int, EventClass]] = {

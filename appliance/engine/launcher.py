@@ -168,6 +168,7 @@ def command_line(spec: EngineSpec) -> list[str]:
         "--disable-uvicorn-access-log",
         *("--uvicorn-log-level", "error"),
         "--disable-fastapi-docs",
+        "--enable-scale-out",  # for what the gateway asks to have rendered
         *connector_arguments(spec.lease_fraction),
     ]
     if spec.max_model_len is not None:

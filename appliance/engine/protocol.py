@@ -9,10 +9,12 @@ Rules:
   `MalformedMessage`, which says what was expected and never repeats what was found.
 """
 
+import hashlib
 import json
 import math
 import re
 import sys
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import ClassVar, Self
@@ -41,6 +43,7 @@ STOPS = ("tool_use", "end_turn", "other")
 MISSES = ("", "evicted", "expired", "quota", "tier_fault")
 _LARGEST = sys.float_info.max
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class MalformedMessage(HoldfastError, ValueError):
@@ -58,12 +61,46 @@ class MalformedMessage(HoldfastError, ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class SharedPrefix:
+    """The beginning of a prompt that other sessions of its tenant may find: the blocks wholly within `tokens` tokens.
+
+    Attributes:
+        salt: what salts those blocks; the first block behind them takes the request's `cache_salt`.
+        tokens: how many, from the first on.
+        digest: their `token_digest`. Where the prompt does not begin with them nothing is shared.
+    """
+
+    salt: str
+    tokens: int
+    digest: str
+
+    @classmethod
+    def from_wire(cls, value: object) -> Self:
+        """Read what `Lease.to_wire` wrote of it.
+
+        Raises:
+            MalformedMessage: when a field is missing, unknown, of another type or out of range.
+        """
+        record = _record(value, cls)
+        digest = record["digest"]
+        if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+            raise MalformedMessage("digest: 64 hexadecimal digits")
+        return cls(salt=_label(record, "salt"), tokens=_count(record, "tokens"), digest=digest)
+
+
+def token_digest(token_ids: Sequence[int]) -> str:
+    """SHA-256 of token ids, 32 bits each in this machine's order, in hexadecimal."""
+    return hashlib.sha256(array("I", token_ids)).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
     """What a request asks for: keep this session's KV for `idle_timeout_s` seconds after the request has ended.
 
     Attributes:
         turn: what the gateway will call the turn when it tells how it ended; empty: it will not.
         strict: when the time is over nothing of the session is kept, wanted or not.
+        shared: the part of its prompt that its tenant's sessions share; None: nothing is.
     """
 
     session: str
@@ -71,6 +108,7 @@ class Lease:
     idle_timeout_s: float
     turn: str = ""
     strict: bool = False
+    shared: SharedPrefix | None = None
 
     def to_wire(self) -> dict[str, object]:
         """The value of `kv_transfer_params[LEASE_FIELD]`."""
@@ -90,6 +128,7 @@ class Lease:
             idle_timeout_s=_number(record, "idle_timeout_s", 0.0, MAX_IDLE_TIMEOUT_S),
             turn="" if record["turn"] == "" else _label(record, "turn"),
             strict=_flag(record, "strict"),
+            shared=None if record["shared"] is None else SharedPrefix.from_wire(record["shared"]),
         )
 
 

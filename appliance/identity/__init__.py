@@ -13,7 +13,7 @@ from appliance.identity.errors import (
     UnknownIdentity,
 )
 from appliance.identity.quotas import Admission, Quotas
-from appliance.identity.types import ApiKey, Caller, Permission, Principal, Role, Scopes, Tenant
+from appliance.identity.types import ApiKey, Caller, Isolation, Permission, Principal, Role, Scopes, Tenant
 
 __all__ = [
     "Admission",
@@ -22,6 +22,7 @@ __all__ = [
     "DailyTokensSpent",
     "Identity",
     "InvalidApiKey",
+    "Isolation",
     "ModelNotAllowed",
     "NameTaken",
     "NotAnAdministrator",

@@ -24,7 +24,7 @@ from sqlalchemy import Connection, Table, insert, select, update
 from sqlalchemy.engine import RowMapping
 
 from appliance.identity.errors import InvalidApiKey, NameTaken, NotAnAdministrator, UnknownIdentity
-from appliance.identity.types import ApiKey, Caller, Permission, Principal, Role, Scopes, Tenant
+from appliance.identity.types import ApiKey, Caller, Isolation, Permission, Principal, Role, Scopes, Tenant
 from appliance.store import Change, RowCipher, Store, StoreBusy, StoreConflict, key_changes, rotation_changes, tables
 from appliance.vault import SYSTEM_SCOPE, KeyPurpose, Vault
 
@@ -124,23 +124,26 @@ class Identity:
 
     # Tenants
 
-    async def create_tenant(self, name: str, *, idle_timeout_s: float | None = None) -> Tenant:
+    async def create_tenant(
+        self, name: str, *, idle_timeout_s: float | None = None, isolation: Isolation = Isolation.SESSION
+    ) -> Tenant:
         """A new tenant with keys of its own.
 
         Raises:
             NameTaken: there is one of that name.
         """
-        tenant = Tenant(self._new_id("ten"), name, idle_timeout_s, "session", self._now())
+        tenant = Tenant(self._new_id("ten"), name, idle_timeout_s, isolation, self._now())
         records = self._vault.new_tenant_keys(tenant.tenant_id)
         row = {
             "tenant_id": tenant.tenant_id,
             "name_lookup": self._name_lookup("tenant", "", name),
             "name": name,
             "idle_timeout_s": idle_timeout_s,
-            "isolation": tenant.isolation,
+            "isolation": tenant.isolation.value,
             "created_at": tenant.created_at,
             "row_version": 1,
             "audit_digests": None,
+            "cache_epoch": None,
         }
         sealed = self._rows.seal(tables.tenants, row, scope=tenant.tenant_id, purpose=KeyPurpose.RECORDS)
 
@@ -176,6 +179,37 @@ class Identity:
             TamperedValue: its row was changed outside; it is left as it is.
             StoreBusy: others changed it again and again meanwhile.
         """
+
+        def chosen(known: Tenant) -> Tenant:
+            return replace(known, audit_digests=on)
+
+        return await self._change_tenant(tenant, chosen)
+
+    async def choose_isolation(self, tenant: Tenant, isolation: Isolation) -> Tenant:
+        """Have a tenant's sessions share on the engine what `isolation` says, from the next request on.
+
+        What was shared before is out of reach, also when the same is chosen again later.
+
+        Raises:
+            UnknownIdentity, TamperedValue, StoreBusy: as `choose_digests`.
+        """
+
+        def chosen(known: Tenant) -> Tenant:
+            if known.isolation is isolation:
+                return known
+            return replace(known, isolation=isolation, cache_epoch=known.cache_epoch + 1)
+
+        return await self._change_tenant(tenant, chosen)
+
+    async def raise_cache_epoch(self, tenant: Tenant) -> Tenant:
+        """Put what a tenant's sessions share on the engine out of reach: from the next request on it is computed anew.
+
+        Raises:
+            UnknownIdentity, TamperedValue, StoreBusy: as `choose_digests`.
+        """
+        return await self._change_tenant(tenant, lambda known: replace(known, cache_epoch=known.cache_epoch + 1))
+
+    async def _change_tenant(self, tenant: Tenant, change: Callable[[Tenant], Tenant]) -> Tenant:
         query = select(tables.tenants).where(tables.tenants.c.tenant_id == tenant.tenant_id)
         try:
             for _ in range(_CHANGE_ATTEMPTS):
@@ -183,8 +217,9 @@ class Identity:
                 if row is None:
                     raise _no_tenant(tenant.tenant_id)
                 known = self._tenant(row)
-                if known.audit_digests == on or await self._choose_digests(row, on=on):
-                    return replace(known, audit_digests=on)
+                changed = change(known)
+                if changed == known or await self._replace_tenant(row, changed):
+                    return changed
         finally:
             self._forget_callers()
         raise StoreBusy(
@@ -322,11 +357,17 @@ class Identity:
         )
         return await self._store.transact(lambda db: db.execute(statement).rowcount == 1)
 
-    async def _choose_digests(self, row: RowMapping, *, on: bool) -> bool:
+    async def _replace_tenant(self, row: RowMapping, changed: Tenant) -> bool:
         """Whether the tenant was changed: not when its row has become another one since it was read."""
         tenants = tables.tenants
         opened = self._rows.open(tenants, row)
-        chosen = {**opened, "audit_digests": "on" if on else "off", "row_version": row["row_version"] + 1}
+        chosen = {
+            **opened,
+            "audit_digests": "on" if changed.audit_digests else "off",
+            "isolation": changed.isolation.value,
+            "cache_epoch": changed.cache_epoch,
+            "row_version": row["row_version"] + 1,
+        }
         statement = (
             update(tenants)
             .where(tenants.c.tenant_id == row["tenant_id"], tenants.c.row_version == row["row_version"])
@@ -385,9 +426,10 @@ class Identity:
             tenant_id=row["tenant_id"],
             name=name or "",
             idle_timeout_s=row["idle_timeout_s"],
-            isolation=row["isolation"],
+            isolation=Isolation(row["isolation"]),
             created_at=row["created_at"],
             audit_digests=row["audit_digests"] == "on",
+            cache_epoch=row["cache_epoch"] or 0,
         )
 
     def _principal(self, row: RowMapping) -> Principal:

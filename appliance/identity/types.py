@@ -19,6 +19,14 @@ class Permission(enum.StrEnum):
     TRANSCRIPT_READ = "transcript:read"
 
 
+class Isolation(enum.StrEnum):
+    """What a tenant's sessions may find of each other's in the engine's cache. Between tenants: never anything."""
+
+    SESSION = "session"  # nothing outside a session tree
+    TENANT_PREFIX = "tenant-prefix"  # the tools and the system messages; everything after them is the session's own
+    TENANT = "tenant"  # everything
+
+
 @dataclass(frozen=True, slots=True)
 class Scopes:
     """What an API key may do; None: without limit.
@@ -47,16 +55,17 @@ class Tenant:
 
     Attributes:
         idle_timeout_s: overrides the appliance's; None: does not.
-        isolation: `session`: nothing is shared outside a session tree.
+        cache_epoch: part of the salt of what its sessions share on the engine; raised, that is out of reach.
         audit_digests: the audit log has keyed digests of what its turns ask and are answered.
     """
 
     tenant_id: str
     name: str
     idle_timeout_s: float | None
-    isolation: str
+    isolation: Isolation
     created_at: float
     audit_digests: bool = False
+    cache_epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,11 @@ from appliance.sessions.archive import (
     UnknownSession,
 )
 from appliance.sessions.deltas import TranscriptBroken
+from appliance.sessions.endings import Forgotten, Sessions
 from appliance.sessions.ledger import LastTurn, Ledger, Quantiles, Sums, TurnOf
 from appliance.sessions.misses import Account, Cause, Served
-from appliance.sessions.registry import Forgotten, Session, SessionForgotten, Sessions, UnknownResponse
+from appliance.sessions.registry import Session, SessionForgotten, UnknownResponse
+from appliance.sessions.throwaways import Throwaways
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind, TurnState
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "SessionSummary",
     "Sessions",
     "Sums",
+    "Throwaways",
     "Transcript",
     "TranscriptBroken",
     "TranscriptForbidden",

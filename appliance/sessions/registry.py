@@ -1,4 +1,4 @@
-"""Whose turn is this, what is its salt, and where does it go when it is over.
+"""Whose turn is this, what is its salt, and where does it go when it is over. How a session ends: `endings`.
 
 Rules:
 
@@ -9,12 +9,10 @@ Rules:
 - Without any id, the longest history that this principal was answered before is continued; a second continuation of one
   point is a branch: a session of its own in the same tree.
 - The salt is an HMAC of principal, tree and epoch under the tenant's key. Forgetting raises the epoch, so that whatever
-  is still resident cannot be reached again.
+  is still resident cannot be reached again. What a tenant chose to share among its sessions has a salt of the tenant's.
 - A session's key is made when its first turn is written down: what can be dropped from memory before it is stored would
   take the turn with it.
 - The first session of a tree has the tree's name for its own: that outlives whatever else is forgotten.
-- Forgetting deletes first and then erases what deletion left on the disk. That the second is due stands in the database
-  from the moment of the first: it is done at the next start, and again until it succeeds.
 - A turn is durable, whole and encrypted when `record` returns, and not there at all when it raises.
 - What is remembered between turns is bounded, and can be lost without losing anything but speed.
 
@@ -22,23 +20,22 @@ One gateway owns a session at a time; the numbers of its turns are given out und
 """
 
 import asyncio
-import logging
 import os
 import re
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from pydantic_core import to_json
 from sqlalchemy import Connection, Text, bindparam, delete, exists, insert, literal, select, update
 from sqlalchemy.engine import RowMapping
 
 from appliance.errors import Fault, HoldfastError
-from appliance.identity import Caller, Role
-from appliance.sessions.archive import Archive, SessionSummary, TranscriptForbidden, text_or_none, unknown_session
+from appliance.identity import Caller, Isolation
+from appliance.sessions.archive import Archive, TranscriptForbidden, text_or_none, unknown_session
 from appliance.sessions.deltas import Tip, encode_request, encode_token_ids, message_chain, token_array
 from appliance.sessions.history import answered_positions, history_links, shared_length
 from appliance.sessions.misses import Account, Circumstances, Ran, Served, account_of, shared_tokens
@@ -47,15 +44,11 @@ from appliance.settings import SessionSettings
 from appliance.store import Change, Store, key_changes, tables
 from appliance.vault import KeyPurpose, Vault
 
-_ERASURE_DUE = "erasure-due"  # in the table `meta`; its value is another for each deletion
-_ERASURE_PAUSES_S = (1.0, 600.0)  # after the first failure, and at most
 _LIVE_SESSIONS = 4096
 _TIP_BYTES = 32 << 20
 _KNOWN_LINKS = 32_768
-_MOST_ENDED = 1000  # sessions of a tree, by one word
 _OWN_ID = re.compile(r"ses_[0-9a-f]{32}")
 _LOOKUP_LINKS = 512  # how far back from its end a history is searched for an answer of ours
-_LOG = logging.getLogger("holdfast.sessions")
 
 
 class UnknownResponse(HoldfastError):
@@ -92,6 +85,10 @@ class _Live:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     __weakref__: Any = field(init=False, repr=False)
 
+    @property
+    def is_first_of_its_tree(self) -> bool:
+        return self.tree_id == _own_tree(self.session_id)
+
 
 @dataclass(frozen=True, slots=True)
 class Session:
@@ -100,6 +97,7 @@ class Session:
     Attributes:
         visible_id: what the client knows it by: its own id, else ours.
         salt: the engine's `cache_salt`; 64 hexadecimal digits.
+        shared_salt: of the tools and system messages, where the tenant's sessions share those and nothing else.
         lease_label: what the engine calls the session; says nothing about it.
         idle_timeout_s: how long its KV outranks others' after a turn.
         is_new: this is its first turn.
@@ -110,6 +108,7 @@ class Session:
     principal_id: str
     visible_id: str
     salt: str
+    shared_salt: str | None
     lease_label: str
     tenant_label: str
     idle_timeout_s: float
@@ -125,41 +124,14 @@ class Session:
         return over_at is not None and over_at >= moment
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """Sessions that their client says are over: the one that it named, and those of its tree where it is the first.
-
-    Attributes:
-        session_ids: those that were not over already.
-        lease_labels: of all of them.
-    """
-
-    session_ids: Sequence[str]
-    lease_labels: Sequence[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Forgotten:
-    """A session that is no more.
-
-    Attributes:
-        session: what it was.
-        erased: nothing of its key is left in the database's files; False: that could not be done yet, and will be.
-    """
-
-    session: SessionSummary
-    erased: bool
-
-
-class Sessions(Archive):
-    """The sessions of one appliance: an archive that also finds and writes them.
+class Registry(Archive):
+    """An archive that also finds the sessions of turns, and writes turns down.
 
     Args:
         settings: idle timeouts.
         block_size: of the engine's cache, in tokens; None: not known.
         now: wall clock, epoch seconds.
         random_bytes: source of identifiers.
-        sleep: waits for some seconds.
     """
 
     def __init__(
@@ -171,15 +143,12 @@ class Sessions(Archive):
         block_size: int | None = None,
         now: Callable[[], float] = time.time,
         random_bytes: Callable[[int], bytes] = os.urandom,
-        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
         super().__init__(store, vault)
         self._settings = settings
         self._block_size = block_size
         self._now = now
         self._random_bytes = random_bytes
-        self._sleep = sleep
-        self._erasure_failed = asyncio.Event()
         self._live: weakref.WeakValueDictionary[str, _Live] = weakref.WeakValueDictionary()
         self._recent: OrderedDict[str, _Live] = OrderedDict()
         self._by_client_id: OrderedDict[bytes, str] = OrderedDict()
@@ -255,6 +224,24 @@ class Sessions(Archive):
         return await self._by_lookup(
             tenant_id, principal_id, self._client_id_lookup(tenant_id, principal_id, parent_id)
         )
+
+    async def _named(self, caller: Caller, visible_id: str) -> _Live:
+        """The session that its principal names, by its own id for it or by ours.
+
+        Raises:
+            UnknownSession: this principal has no session of that id.
+        """
+        tenant_id, principal_id = _owner(caller)
+        if _OWN_ID.fullmatch(visible_id):
+            live = await self._of_session_id(tenant_id, principal_id, visible_id)
+        else:
+            live = await self._by_lookup(
+                tenant_id, principal_id, self._client_id_lookup(tenant_id, principal_id, visible_id)
+            )
+        if live is None:
+            raise unknown_session(visible_id)
+        self._remember(live)
+        return live
 
     async def _of_session_id(self, tenant_id: str, principal_id: str, session_id: str) -> _Live | None:
         known = self._live.get(session_id)
@@ -398,27 +385,34 @@ class Sessions(Archive):
     def _session(self, caller: Caller, model: str, live: _Live, links: Sequence[bytes]) -> Session:
         mac = self._vault.mac
         tenant_id = live.tenant_id
-        salt = mac(
+        own_salt = mac(
             tenant_id,
             KeyPurpose.SALT,
             "cache-salt",
             live.principal_id.encode(),
             live.tree_id.encode(),
             str(live.epoch).encode(),
-        )
+        ).hex()
+        isolation, cache_epoch = Isolation.SESSION, 0
+        if caller.tenant is not None:
+            isolation, cache_epoch = caller.tenant.isolation, caller.tenant.cache_epoch
+        shared_salt = mac(
+            tenant_id, KeyPurpose.SALT, "shared-salt", isolation.value.encode(), str(cache_epoch).encode()
+        ).hex()
         return Session(
             session_id=live.session_id,
             tenant_id=tenant_id,
             principal_id=live.principal_id,
             visible_id=live.client_id or live.session_id,
-            salt=salt.hex(),
+            salt=shared_salt if isolation is Isolation.TENANT else own_salt,
+            shared_salt=shared_salt if isolation is Isolation.TENANT_PREFIX else None,
             lease_label=self.lease_label(tenant_id, live.session_id),
             tenant_label=mac(tenant_id, KeyPurpose.SALT, "tenant-label").hex()[:32],
             idle_timeout_s=self._idle_timeout_s(caller, model),
             origin=live.origin,
             is_new=not live.stored,
             _live=live,
-            _epoch=live.epoch,
+            _epoch=live.epoch + cache_epoch,  # neither ever falls: where the sum is the same, both are
             _links=links,
         )
 
@@ -597,139 +591,6 @@ class Sessions(Archive):
             changes.append(Change(_INSERT_LINK, {**at, "session_id": live.session_id, "turn_number": number}))
         return changes, Tip(number, chain, parameters, ran), account
 
-    # The end of a session
-
-    async def ending(self, caller: Caller, visible_id: str) -> Ended:
-        """What it means that a client calls a session of its own over; nothing is changed yet: see `end`.
-
-        Args:
-            visible_id: the client's own id for it, or ours.
-
-        Raises:
-            UnknownSession: this principal has no session of that id.
-            TamperedValue: a row of its tree was changed outside the appliance; it is named.
-        """
-        tenant_id, principal_id = _owner(caller)
-        if _OWN_ID.fullmatch(visible_id):
-            live = await self._of_session_id(tenant_id, principal_id, visible_id)
-        else:
-            live = await self._by_lookup(
-                tenant_id, principal_id, self._client_id_lookup(tenant_id, principal_id, visible_id)
-            )
-        if live is None:
-            raise unknown_session(visible_id)
-        self._remember(live)
-        together = {live.session_id: _is_over(live.last_used_at, live.over_at)}
-        if live.tree_id == _own_tree(live.session_id):
-            together |= await self._of_tree(tenant_id, principal_id, live.tree_id)
-        return Ended(
-            [session_id for session_id, over in together.items() if not over],
-            [self.lease_label(tenant_id, session_id) for session_id in together],
-        )
-
-    async def _of_tree(self, tenant_id: str, principal_id: str, tree_id: str) -> dict[str, bool]:
-        """The ids of the principal's sessions in a tree, those used last, each with whether it is over."""
-        sessions = tables.sessions
-        query = (
-            select(sessions)
-            .where(sessions.c.tree_id == tree_id)
-            .where(sessions.c.tenant_id == tenant_id, sessions.c.principal_id == principal_id)
-            .order_by(sessions.c.last_used_at.desc())
-            .limit(_MOST_ENDED)
-        )
-        rows = await self._store.read(lambda db: db.execute(query).mappings().all())
-        verified = await asyncio.to_thread(lambda: [self._verified(row) for row in rows])
-        found = {row["session_id"]: _is_over(row["last_used_at"], row["over_at"]) for row in verified}
-        for live in list(self._live.values()):  # a first turn may run, and nothing of it be stored yet
-            if (live.tenant_id, live.principal_id, live.tree_id) == (tenant_id, principal_id, tree_id):
-                found[live.session_id] = _is_over(live.last_used_at, live.over_at)
-        return found
-
-    async def end(self, ended: Ended) -> None:
-        """Have sessions be over from now on.
-
-        Raises:
-            StoreFull, StoreBusy, StoreUnavailable: it will not be known after a restart that they are.
-        """
-        now = self._now()
-        for session_id in ended.session_ids:
-            live = self._live.get(session_id)
-            if live is not None:
-                live.over_at = now
-        if ended.session_ids:
-            await self._store.write(
-                [Change(_END_SESSION, {"b_session_id": each, "b_over_at": now}) for each in ended.session_ids]
-            )
-
-    def end_with_turn(self, session: Session) -> None:
-        """A session is over though its last turn was not written down."""
-        session._live.over_at = max(self._now(), session._live.over_at or 0.0)
-
-    # Forgetting
-
-    async def forget(self, caller: Caller, session_id: str) -> Forgotten:
-        """Shred a session: its key, its turns and its place in the index; what is resident of it becomes unreachable.
-
-        The session's own principal may, and an administrator or operator who may know of it.
-
-        Raises:
-            UnknownSession: there is none, or it is not this caller's to forget.
-        """
-        row = await self.visible_row(caller, session_id)
-        owns = row["principal_id"] == caller.principal.principal_id
-        if not owns and caller.principal.role not in (Role.ADMIN, Role.OPERATOR):
-            raise unknown_session(session_id)
-        live = await self._load(row)
-        async with live.lock:
-            due = self._new_id("era")
-            await self._store.transact(lambda db: _shred(db, session_id, live.tree_id, due))
-            live.forgotten = True
-        for other in list(self._live.values()):
-            if other.tree_id == live.tree_id:
-                other.epoch += 1
-        self._recent.pop(session_id, None)
-        self._live.pop(session_id, None)
-        self._tips.drop(session_id)
-        self._vault.forget(session_id)
-        try:
-            await self._erase_what_is_due()
-        except HoldfastError as error:
-            _LOG.warning("%s is forgotten; erasing it is due: %s", session_id, error.code)
-            self._erasure_failed.set()
-            return Forgotten(self._summary(row), erased=False)
-        return Forgotten(self._summary(row), erased=True)
-
-    async def finish_erasures(self) -> NoReturn:
-        """Erase what earlier deletions left on the disk, now and whenever `forget` could not. Runs until cancelled."""
-        first, longest = _ERASURE_PAUSES_S
-        pause = first
-        while True:
-            self._erasure_failed.clear()
-            try:
-                await self._erase_what_is_due()
-            except HoldfastError as error:
-                _LOG.warning("what was forgotten is not erased yet (%s); again in %.0f s", error.code, pause)
-                await self._sleep(pause)
-                pause = min(2 * pause, longest)
-            else:
-                pause = first
-                await self._erasure_failed.wait()
-
-    async def _erase_what_is_due(self) -> None:
-        """Make deletions true on disk, if some are not.
-
-        Raises:
-            StoreFull, StoreBusy, StoreUnavailable: it is due still.
-        """
-        meta = tables.meta
-        due = await self._store.read(
-            lambda db: db.execute(select(meta.c.value).where(meta.c.name == _ERASURE_DUE)).scalar()
-        )
-        if due is not None:
-            await self._store.erase()
-            done = delete(meta).where(meta.c.name == _ERASURE_DUE, meta.c.value == due)
-            await self._store.transact(lambda db: db.execute(done))
-
     # Small things
 
     def _links(
@@ -753,6 +614,13 @@ class Sessions(Archive):
 
     def _remember(self, live: _Live) -> None:
         _keep(self._recent, live.session_id, live, _LIVE_SESSIONS)
+
+    def _let_go(self, live: _Live) -> None:
+        """Remember nothing of a session."""
+        self._recent.pop(live.session_id, None)
+        self._live.pop(live.session_id, None)
+        self._tips.drop(live.session_id)
+        self._vault.forget(live.session_id)
 
 
 class _Tips:
@@ -787,10 +655,6 @@ def _own_tree(session_id: str) -> str:
     return f"tre_{session_id.removeprefix('ses_')}"
 
 
-def _is_over(last_used_at: float, over_at: float | None) -> bool:
-    return over_at is not None and over_at >= last_used_at
-
-
 def _was_over(live: _Live, started_at: float) -> bool:
     """Whether its client had called a session over, and nothing of it was written down since, when a turn began."""
     return live.over_at is not None and live.last_used_at <= live.over_at <= started_at
@@ -807,19 +671,6 @@ def _owner(caller: Caller) -> tuple[str, str]:
     return tenant_id, caller.principal.principal_id
 
 
-def _shred(db: Connection, session_id: str, tree_id: str, due: str) -> None:
-    db.execute(delete(tables.meta).where(tables.meta.c.name == _ERASURE_DUE))
-    db.execute(insert(tables.meta).values(name=_ERASURE_DUE, value=due))
-    db.execute(delete(tables.chain).where(tables.chain.c.session_id == session_id))
-    db.execute(delete(tables.turns).where(tables.turns.c.session_id == session_id))
-    db.execute(
-        update(tables.sessions).where(tables.sessions.c.parent_session_id == session_id).values(parent_session_id=None)
-    )
-    db.execute(delete(tables.sessions).where(tables.sessions.c.session_id == session_id))
-    db.execute(delete(tables.keys).where(tables.keys.c.scope == session_id))
-    db.execute(update(tables.trees).where(tables.trees.c.tree_id == tree_id).values(epoch=tables.trees.c.epoch + 1))
-
-
 def _keep(kept: "OrderedDict[Any, Any]", key: Any, value: Any, bound: int) -> None:
     kept[key] = value
     kept.move_to_end(key)
@@ -834,11 +685,6 @@ _INSERT_TREE = insert(tables.trees).from_select(
     ),
 )  # a child's first turn may be over before its parent's
 _INSERT_SESSION = insert(tables.sessions)
-_END_SESSION = (
-    update(tables.sessions)
-    .where(tables.sessions.c.session_id == bindparam("b_session_id"))
-    .values(over_at=bindparam("b_over_at"))
-)
 _INSERT_TURN = insert(tables.turns)
 _INSERT_LINK = insert(tables.chain)
 _DELETE_LINK = delete(tables.chain).where(

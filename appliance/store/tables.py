@@ -74,6 +74,7 @@ tenants = Table(
     Column("created_at", Double, nullable=False),
     Column("row_version", Integer, nullable=False),
     Column("audit_digests", Text, info=BOUND_ONCE_SET),
+    Column("cache_epoch", Integer, info=BOUND_ONCE_SET),
 )
 
 principals = Table(

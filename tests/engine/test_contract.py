@@ -16,6 +16,7 @@ import dataclasses
 import importlib.metadata
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA
 from vllm.plugins import ENDPOINT_PLUGINS_GROUP, PLATFORM_PLUGINS_GROUP
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+from vllm.v1.core import block_pool, kv_cache_utils
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -97,6 +99,11 @@ def test_a_local_build_of_the_version_is_accepted(version: str) -> None:
             ],
         ),
         (Scheduler.get_kv_connector, ["self"]),
+        (kv_cache_utils.get_request_block_hasher, ["hash_block_size", "caching_hash_fn"]),
+        (
+            kv_cache_utils.generate_block_hash_extra_keys,
+            ["request", "start_token_idx", "end_token_idx", "start_mm_idx"],
+        ),
         (AsyncMPClient.call_utility_async, ["self", "method", "args"]),
     ],
     ids=lambda value: value.__qualname__ if callable(value) else "",
@@ -171,6 +178,28 @@ def test_the_engine_core_answers_what_the_front_end_asks() -> None:
         assert callable(getattr(EngineCore, name))
         assert callable(getattr(EngineCoreProc, name))
     assert "engine_core" in inspect.getsource(AsyncLLM.__init__)
+
+
+def test_a_salt_is_in_the_first_blocks_hash_and_only_there(engine: EngineInProcess) -> None:
+    engine.submit([1] * 96, salt="own")
+    (request,) = engine.scheduler.requests.values()
+    keys = [kv_cache_utils.generate_block_hash_extra_keys(request, 32 * n, 32 * n + 32, 0)[0] for n in range(3)]
+    assert keys == [(("cache_salt", "own"),), None, None]
+    assert len(request.block_hashes) == 3
+
+
+def test_what_goes_into_a_hash_is_asked_of_one_function_in_the_modules_that_we_put_ours_into() -> None:
+    callers = {
+        path.stem
+        for path in Path(vllm.__file__).parent.rglob("*.py")
+        if "generate_block_hash_extra_keys" in path.read_text(encoding="utf-8")
+    }
+    assert callers == {"kv_cache_utils", "block_pool", "manager"}, "the last one is simple_kv_offload's, not used"
+    asked = kv_cache_utils.generate_block_hash_extra_keys
+    assert block_pool.generate_block_hash_extra_keys is asked
+    assert asked.__module__ == StateConnector.__module__
+    plugin.register()
+    assert kv_cache_utils.generate_block_hash_extra_keys is asked
 
 
 def test_the_endpoint_plugin_is_what_vllm_expects() -> None:

@@ -28,6 +28,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.logger import init_logger
+from vllm.v1.core import block_pool, kv_cache_utils
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -38,6 +39,7 @@ from vllm.v1.request import Request, RequestStatus
 from appliance.engine.inside.accounts import Accounts
 from appliance.engine.inside.leases import Change, LeasedBlock, LeaseTable
 from appliance.engine.inside.pictures import Totals, picture_of
+from appliance.engine.inside.range_salt import BlockSalt, salt_of_block, shared_prefix
 from appliance.engine.picture import KvPicture, TierPicture
 from appliance.engine.protocol import (
     LEASE_FIELD,
@@ -56,6 +58,7 @@ _REPORT_METHOD = "holdfast_lease_report"
 _TICK_METHOD = "holdfast_lease_tick"
 _KV_METHOD = "holdfast_kv_picture"
 _TURNS_METHOD = "holdfast_turns_ended"
+_RANGE_SALTED = "holdfast_range_salted"
 
 
 class UnsupportedEngine(RuntimeError):
@@ -379,7 +382,7 @@ class StateConnector(LeaseRetention, NoTransfer):
 
 
 def install() -> None:
-    """Add to EngineCore what the front-end process asks it. Safe to call more than once in a process.
+    """Add to EngineCore what the front-end process asks it, and salt blocks by range. Safe to call more than once.
 
     Raises:
         UnsupportedEngine: when this is another version of vLLM.
@@ -389,6 +392,7 @@ def install() -> None:
     setattr(EngineCore, _TICK_METHOD, _tick)
     setattr(EngineCore, _KV_METHOD, _kv)
     setattr(EngineCore, _TURNS_METHOD, _turns_ended)
+    _salt_by_range()
 
 
 def check_version(version: str) -> None:
@@ -455,6 +459,45 @@ def _tick(self: EngineCore) -> float | None:
 def _turns_ended(self: EngineCore, ends: list) -> list:  # type: ignore[type-arg]
     accounts = connector_of(self).turns_ended([TurnEnd.from_wire(end) for end in ends])
     return [None if account is None else account.to_wire() for account in accounts]
+
+
+def _salt_by_range() -> None:
+    """Have the hashes of blocks take the salts that `range_salt` says. Without this, all of a prompt is its session's.
+
+    vLLM asks one function for what else than tokens goes into a block's hash, by its name in two modules.
+    """
+    unsalted = kv_cache_utils.generate_block_hash_extra_keys
+    if hasattr(unsalted, _RANGE_SALTED):
+        return
+
+    def extra_keys(
+        request: Request, start_token_idx: int, end_token_idx: int, start_mm_idx: int
+    ) -> tuple[tuple[Any, ...] | None, int]:
+        salt = salt_of_block(_shared_prefix_of(request), start_token_idx, end_token_idx)
+        own = request.cache_salt
+        if salt is BlockSalt.SHARED:
+            request.cache_salt = _shared_prefix_of(request).salt
+        try:
+            keys, next_mm_idx = unsalted(request, start_token_idx, end_token_idx, start_mm_idx)
+        finally:
+            request.cache_salt = own
+        if salt is BlockSalt.OWN:
+            keys = (*(keys or ()), ("cache_salt", own))
+        return keys, next_mm_idx
+
+    setattr(extra_keys, _RANGE_SALTED, True)
+    for module in (kv_cache_utils, block_pool):
+        module.generate_block_hash_extra_keys = extra_keys
+
+
+def _shared_prefix_of(request: Request) -> Any:
+    """Found out once for each request, when it is made: its first blocks are hashed then."""
+    try:
+        return request.holdfast_shared_prefix
+    except AttributeError:
+        found = shared_prefix(request.kv_transfer_params, request.cache_salt, request.prompt_token_ids)
+        request.holdfast_shared_prefix = found
+        return found
 
 
 def _release_leases_before_reset(kv_cache_manager: KVCacheManager, connector: LeaseRetention) -> None:

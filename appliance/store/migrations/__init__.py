@@ -3,7 +3,7 @@
 A revision is never changed once released: a change to `tables.py` comes with a new one.
 """
 
-HEAD = "0003_ended_sessions"
+HEAD = "0004_cache_epoch"
 
 UNRELEASED = frozenset({"0001"})
 """Revisions that only versions in development wrote, with ciphertexts that do not open any more."""

@@ -12,11 +12,11 @@ from api.admin import routes
 from api.admin.routes import MAX_BODY_BYTES, RULES, admin_app
 from appliance.audit import AuditUnavailable, Event, Outcome
 from appliance.errors import Fault, HoldfastError
-from appliance.identity import Caller, Principal, Role, Tenant
+from appliance.identity import Caller, Isolation, Principal, Role, Tenant
 
 OWN_UID = 1000
 PID = 4711
-TENANT = Tenant(tenant_id="ten_1", name="treasury", idle_timeout_s=None, isolation="session", created_at=0.0)
+TENANT = Tenant(tenant_id="ten_1", name="treasury", idle_timeout_s=None, isolation=Isolation.SESSION, created_at=0.0)
 
 
 class Reached(HoldfastError):

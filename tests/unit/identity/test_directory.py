@@ -12,6 +12,7 @@ from sqlalchemy import Connection, event, select, update
 from appliance.identity import (
     Identity,
     InvalidApiKey,
+    Isolation,
     NameTaken,
     NotAnAdministrator,
     Permission,
@@ -379,7 +380,7 @@ async def test_a_key_cannot_take_anothers_place_in_the_database(
         await reopened(store).authenticate(secret)
 
 
-@pytest.mark.parametrize("values", [{"isolation": "tenant"}, {"idle_timeout_s": 86_400.0}])
+@pytest.mark.parametrize("values", [{"isolation": "tenant"}, {"idle_timeout_s": 86_400.0}, {"cache_epoch": 7}])
 async def test_a_tenants_rules_cannot_be_changed_in_the_database(
     identity: Identity, store: Store, tenant: Tenant, client: Principal, values: dict[str, object]
 ) -> None:
@@ -403,6 +404,31 @@ async def test_a_tenant_chooses_digests_and_its_next_request_has_them(
     assert await store.read(lambda db: db.execute(versions).scalar_one()) == 4
     with pytest.raises(UnknownIdentity):
         await identity.choose_digests(replace(tenant, tenant_id="ten_none"), on=True)
+
+
+async def test_what_a_tenants_sessions_share_changes_with_the_next_request_and_the_old_is_out_of_reach(
+    identity: Identity, store: Store, tenant: Tenant, client: Principal
+) -> None:
+    _, secret = await identity.create_key(client, Scopes())
+    epochs = []
+    for mode in (Isolation.TENANT, Isolation.TENANT, Isolation.TENANT_PREFIX, Isolation.SESSION, Isolation.TENANT):
+        changed = await identity.choose_isolation(tenant, mode)
+        epochs.append(changed.cache_epoch)
+        for known in (identity, reopened(store)):
+            assert (await known.authenticate(secret)).tenant == replace(
+                tenant, isolation=mode, cache_epoch=changed.cache_epoch
+            )
+    assert epochs == [1, 1, 2, 3, 4]
+    assert (await identity.raise_cache_epoch(tenant)).cache_epoch == 5
+    assert (await reopened(store).authenticate(secret)).tenant == replace(
+        tenant, isolation=Isolation.TENANT, cache_epoch=5
+    )
+
+
+async def test_a_choice_of_digests_leaves_the_isolation_as_it_is(identity: Identity, tenant: Tenant) -> None:
+    await identity.choose_isolation(tenant, Isolation.TENANT_PREFIX)
+    changed = await identity.choose_digests(tenant, on=True)
+    assert (changed.isolation, changed.audit_digests, changed.cache_epoch) == (Isolation.TENANT_PREFIX, True, 1)
 
 
 async def test_two_who_choose_at_once_end_with_one_of_the_two(identity: Identity, tenant: Tenant) -> None:

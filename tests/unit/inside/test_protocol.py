@@ -14,6 +14,7 @@ from appliance.engine.protocol import (
     LeaseReport,
     LeaseState,
     MalformedMessage,
+    SharedPrefix,
     TurnAccount,
     TurnEnd,
     connector_arguments,
@@ -23,11 +24,19 @@ from appliance.engine.protocol import (
     read_turn_accounts_answer,
     read_turn_ends_request,
     release_request,
+    token_digest,
     turn_accounts_answer,
     turn_ends_request,
 )
 
-LEASE: dict[str, Any] = {"session": "s-1", "tenant": "t_1", "idle_timeout_s": 15.0, "turn": "u-1", "strict": False}
+LEASE: dict[str, Any] = {
+    "session": "s-1",
+    "tenant": "t_1",
+    "idle_timeout_s": 15.0,
+    "turn": "u-1",
+    "strict": False,
+    "shared": None,
+}
 END = TurnEnd("s-1", "t_1", "u-1", "tool_use", output_tokens=7, idle_timeout_s=15.0)
 ACCOUNT = TurnAccount("u-1", device_tokens=64, dram_tokens=32, disk_tokens=96, reason="evicted")
 REPORT = LeaseReport(
@@ -46,6 +55,8 @@ REPORT = LeaseReport(
 def test_a_lease_survives_the_wire() -> None:
     lease = Lease("s-1", "t_1", 15.0, turn="u-1")
     assert lease_params(lease) == {LEASE_FIELD: LEASE}
+    sharing = Lease("s-1", "t_1", 15.0, shared=SharedPrefix("5a17", 64, token_digest([1, 2, 3])))
+    assert Lease.from_wire(json.loads(json.dumps(sharing.to_wire()))) == sharing
     assert Lease.from_wire(json.loads(json.dumps(lease.to_wire()))) == lease
 
 

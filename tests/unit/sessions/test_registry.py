@@ -3,13 +3,14 @@
 import asyncio
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection, insert, select, update
 
-from appliance.identity import Caller, Permission, Principal, Role, Scopes, Tenant
+from appliance.identity import Caller, Isolation, Permission, Principal, Role, Scopes, Tenant
 from appliance.identity.types import ApiKey
 from appliance.sessions import (
     Account,
@@ -76,7 +77,9 @@ def caller(
     principal_id: str = "prn_1", tenant_id: str = "ten_1", *, role: Role = Role.CLIENT, reads: bool = False
 ) -> Caller:
     permissions = frozenset({Permission.TRANSCRIPT_READ}) if reads else frozenset[Permission]()
-    tenant = Tenant(tenant_id=tenant_id, name=tenant_id, idle_timeout_s=None, isolation="session", created_at=0.0)
+    tenant = Tenant(
+        tenant_id=tenant_id, name=tenant_id, idle_timeout_s=None, isolation=Isolation.SESSION, created_at=0.0
+    )
     principal = Principal(
         principal_id=principal_id, tenant_id=tenant_id, name=principal_id, role=role, permissions=frozenset()
     )
@@ -726,6 +729,36 @@ async def test_the_idle_timeout_is_the_tenants_else_the_models_else_the_default(
         (await sessions.resolve(*asked)).idle_timeout_s for asked in ((who, chat(HELLO)), (who, big), (own, big))
     ]
     assert timeouts == [15.0, 60.0, 5.0]
+
+
+async def test_what_a_tenant_shares_has_a_salt_of_the_tenants_and_its_epochs_and_nothing_else_has(world: World) -> None:
+    def of(principal: str, tenant: str, mode: Isolation, epoch: int = 0) -> Caller:
+        known = caller(principal, tenant)
+        assert known.tenant is not None
+        return replace(known, tenant=replace(known.tenant, isolation=mode, cache_epoch=epoch))
+
+    async def salts(*who: Any) -> tuple[str, str | None]:
+        session = await world.sessions.resolve(of(*who), chat({"role": "user", "content": "Hello"}))
+        return session.salt, session.shared_salt
+
+    prefix, whole = Isolation.TENANT_PREFIX, Isolation.TENANT
+    alone = [await salts("prn_1", "ten_1", Isolation.SESSION) for _ in range(2)]
+    assert alone[0] != alone[1]
+    assert {shared for _, shared in alone} == {None}
+    first, second = await salts("prn_1", "ten_1", prefix), await salts("prn_2", "ten_1", prefix)
+    assert first[0] != second[0]
+    assert first[1] == second[1] is not None
+    shared = await salts("prn_1", "ten_1", whole)
+    assert shared == await salts("prn_2", "ten_1", whole)
+    others = [
+        await salts("prn_1", "ten_1", prefix, 1),
+        await salts("prn_1", "ten_1", whole, 1),
+        await salts("prn_1", "ten_2", prefix),
+        await salts("prn_1", "ten_2", whole),
+    ]
+    every = [*alone, first, shared, *others]
+    used = [salt for pair in every for salt in pair if salt is not None]
+    assert len(used) == len(set(used))
 
 
 async def test_salts_and_labels_say_nothing_of_what_they_are_made_from(world: World) -> None:

@@ -41,6 +41,7 @@ def rows(store: Store, vault: Vault) -> RowCipher:
             "created_at": 1.0,
             "row_version": 1,
             "audit_digests": None,
+            "cache_epoch": None,
         }
         sealed = cipher.seal(tables.tenants, tenant_row, scope=tenant, purpose=KeyPurpose.RECORDS)
         store.write_blocking([Change(insert(tables.tenants), sealed)])
@@ -229,7 +230,7 @@ def test_a_row_with_bound_values_can_always_be_opened() -> None:
     [
         (tables.principals, {"role", "permissions", "uid", "name_lookup"}),
         (tables.api_keys, {"principal_id", "secret_lookup", "scopes", "expires_at", "revoked_at"}),
-        (tables.tenants, {"isolation", "idle_timeout_s", "name_lookup", "audit_digests"}),
+        (tables.tenants, {"isolation", "idle_timeout_s", "name_lookup", "audit_digests", "cache_epoch"}),
         (tables.sessions, {"principal_id", "tree_id", "client_id_lookup"}),
         (tables.turns, {"session_id", "number"}),
     ],

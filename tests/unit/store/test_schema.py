@@ -57,6 +57,7 @@ async def test_rows_of_the_first_schema_open_after_the_migration(store: Store, v
     made = await Identity(store, vault).create_tenant("Harbour Bank", idle_timeout_s=30.0)
     undone = (
         "ALTER TABLE tenants DROP COLUMN audit_digests",
+        "ALTER TABLE tenants DROP COLUMN cache_epoch",
         "DROP INDEX ix_sessions_tree_id",
         "ALTER TABLE sessions DROP COLUMN over_at",
     )

@@ -1,0 +1,450 @@
+"""The proof: asks as made-up tenants, and compares what was found on the engine with what had to be.
+
+Rules:
+
+- It fails when anything is shared that must not be, and as well when something is not shared that should be: a proof
+  that passes on an engine that caches nothing proves nothing.
+- What cannot be told is `UNKNOWN`, with the reason, and a tier that is not configured is said to be that. Neither is a
+  pass.
+- Everything asked is made up and differs from anything asked before. The tenants are throwaways: they are removed
+  whatever happens, at the next start if not before.
+- Times are compared by a test with a stated error: see `_timing`.
+"""
+
+import asyncio
+import enum
+import random
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+from pydantic_core import from_json, to_json
+
+from api.app import create_app
+from api.engine_leases import release
+from api.forgetting import forget_session
+from api.openai.prefixes import RENDER_PATH
+from api.proving.asking import Asker, Said
+from api.proving.expectations import REACH, Bounds, Pair, bounds
+from api.proving.statistics import mann_whitney_p, shift
+from api.services import Services
+from appliance.audit.reading import LogReader
+from appliance.audit.search import Query, search
+from appliance.errors import Fault, HoldfastError
+from appliance.identity import Caller, Isolation, Principal, Role, Scopes, Tenant
+from appliance.sessions import SessionHints, Turn, TurnKind
+
+ALPHA: Final = 0.01
+ROUNDS: Final = 24
+TIERS: Final = ("device", "dram", "disk")
+_PROMPT_TOKENS: Final = 1024
+_LEAST_BLOCKS: Final = 8  # of a prompt: half of them system, half of them a user's
+_PROMPTS_IN_POOL: Final = 6  # have to fit into the pool at once
+_ANSWER_TOKENS: Final = 24
+_ATTEMPTS: Final = 3
+_LOG_TAIL_BYTES: Final = 4 << 20
+
+
+class Verdict(enum.StrEnum):
+    """What came of one check."""
+
+    PASS = "PASS"  # noqa: S105 (no secret)
+    FAIL = "FAIL"
+    UNKNOWN = "UNKNOWN"
+    NOT_CONFIGURED = "NOT CONFIGURED"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        mode: of the tenants that asked; empty: of every mode.
+        tier: of the engine; empty: of none, or of all together.
+        expected, found: in words, with units.
+    """
+
+    name: str
+    verdict: Verdict
+    expected: str
+    found: str
+    mode: str = ""
+    tier: str = ""
+
+
+class TooBusyToProve(HoldfastError):
+    """Too much else runs, or the engine has too little room: whatever was found could be due to that."""
+
+    code: ClassVar[str] = "too_busy_to_prove"
+    fault: ClassVar[Fault] = Fault.UNAVAILABLE
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A made-up prompt."""
+
+    system: str
+    user: str
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        return [{"role": "system", "content": self.system}, {"role": "user", "content": self.user}]
+
+
+@dataclass(frozen=True, slots=True)
+class _Party:
+    """A throwaway tenant, one of its principals, and a way to ask as that."""
+
+    tenant: Tenant
+    caller: Caller
+    asker: Asker
+    secret: str
+
+
+async def prove_isolation(services: Services, administrator: Caller, *, rounds: int = ROUNDS) -> list[Check]:
+    """Every check, on the system as it runs.
+
+    Args:
+        rounds: how often each of the three times is taken.
+
+    Raises:
+        TooBusyToProve: nothing could be told now.
+        HoldfastError: a request of the proof failed.
+    """
+    proof = _Proof(services, administrator)
+    try:
+        await proof.prepare()
+        return [
+            *await proof.pairs(),
+            *proof.other_tiers(),
+            *await proof.timing(rounds),
+            *await proof.crossing(),
+            *await proof.words(),
+        ]
+    finally:
+        await asyncio.shield(proof.remove())
+
+
+class _Proof:
+    def __init__(self, services: Services, administrator: Caller) -> None:
+        self._services = services
+        self._administrator = administrator
+        self._app = create_app(services)
+        self._model = ""
+        self._block_size = 0
+        self._words = 0  # of a text of half a prompt
+        self._parties: list[_Party] = []
+        self._texts: list[str] = []
+        self._began_ns = int(services.now() * 1e9)
+
+    # Before and after
+
+    async def prepare(self) -> None:
+        services = self._services
+        if not services.watch.ready or not services.watch.models:
+            raise _too_busy("the engine does not serve", "`holdfast status` says why; prove it again when it does")
+        report = await services.engine.leases()
+        at_once = max(1, services.settings.engine.max_num_seqs // 2)
+        if len(services.lifecycle.turns) >= at_once:
+            raise _too_busy(f"{len(services.lifecycle.turns)} turns run", "Prove it again when less is asked")
+        card = services.watch.models[0]
+        self._model, self._block_size = card.id, report.block_size
+        room = (report.free_blocks + report.leased_blocks) // _PROMPTS_IN_POOL
+        wanted = min(_PROMPT_TOKENS, (card.max_model_len or _PROMPT_TOKENS) // 2) // self._block_size
+        blocks = min(wanted, room)
+        if blocks < _LEAST_BLOCKS:
+            raise _too_busy(
+                f"{_PROMPTS_IN_POOL} prompts of {_LEAST_BLOCKS} blocks must fit, and {report.free_blocks} of "
+                f"{report.total_blocks} blocks are free",
+                "Prove it again when less is asked, or give the engine more room",
+            )
+        probe = _made_up(64)
+        per_word = len(await self._rendered(_Text(probe, probe))) / 128
+        self._words = max(1, int(blocks * self._block_size / 2 / per_word))
+        await services.throwaways.remove_all()
+
+    async def remove(self) -> None:
+        services = self._services
+        for party in self._parties:
+            if party.caller.key is not None:
+                await services.identity.revoke_key(party.caller.key.key_id)
+        labels: list[str] = []
+        for tenant_id in {party.tenant.tenant_id for party in self._parties}:
+            known = await services.sessions.summaries(self._administrator, tenant_id=tenant_id, limit=1000)
+            labels += [each.lease_label for each in known]
+        await services.throwaways.remove_all()
+        if labels:
+            await release(services, labels)
+
+    async def _tenant(self, mode: Isolation) -> Tenant:
+        name = f"proof {secrets.token_hex(8)}"
+        tenant = await self._services.identity.create_tenant(name, isolation=mode)
+        await self._services.throwaways.mark(tenant.tenant_id)
+        return tenant
+
+    async def _party(self, tenant: Tenant, principal: Principal | None = None) -> _Party:
+        identity = self._services.identity
+        if principal is None:
+            principal = await identity.create_principal(tenant, f"proof {secrets.token_hex(4)}", Role.CLIENT)
+        key, secret = await identity.create_key(principal, Scopes())
+        host = self._services.settings.gateway.allowed_hosts[0]
+        party = _Party(tenant, Caller(principal, tenant, key), Asker(self._app, host, secret, self._model), secret)
+        self._parties.append(party)
+        return party
+
+    # Texts
+
+    def _text(self, words: int | None = None) -> _Text:
+        text = _Text(_made_up(words or self._words), _made_up(words or self._words))
+        self._texts += [text.system, text.user]
+        return text
+
+    async def _rendered(self, text: _Text) -> list[int]:
+        body = to_json({"model": self._model, "messages": text.messages})
+        _, answer = await self._services.engine.call(RENDER_PATH, body, request_id=secrets.token_hex(8))
+        token_ids: list[int] = from_json(answer)["token_ids"]
+        return token_ids
+
+    async def _system_tokens(self, text: _Text) -> int:
+        """How many tokens begin every prompt with the system message of `text`, whatever its user says."""
+        one, other = await self._rendered(text), await self._rendered(_Text(text.system, _made_up(self._words)))
+        return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+    # What hits, and what does not
+
+    async def pairs(self) -> list[Check]:
+        checks = []
+        for mode in Isolation:
+            checks += await self._pairs_of(mode)
+        return checks
+
+    async def _pairs_of(self, mode: Isolation) -> list[Check]:
+        tenant = await self._tenant(mode)
+        one, other = await self._party(tenant), await self._party(tenant)
+        stranger = await self._party(await self._tenant(mode))
+        text = self._text()
+        system_tokens = await self._system_tokens(text)
+        first = await one.asker.ask(text.messages, session="one")
+        checks = [self._check("nobody before", mode, first, Bounds(0, 0))]
+        asked = (
+            (Pair.SAME_SESSION, one, "one", None),
+            (Pair.SIBLING, one, "child", "one"),
+            (Pair.SAME_TENANT, one, "two", None),
+            (Pair.OTHER_KEY, other, "three", None),
+            (Pair.OTHER_TENANT, stranger, "one", None),
+            (Pair.FORGOTTEN, one, "one", None),
+        )
+        for pair, party, session, parent in asked:
+            if pair is Pair.FORGOTTEN:
+                await self._forget(one)
+            said = await party.asker.ask(text.messages, session=session, parent=parent)
+            wanted = bounds(
+                REACH[mode][pair],
+                system_tokens=system_tokens,
+                prompt_tokens=said.prompt_tokens,
+                block_size=self._block_size,
+            )
+            checks.append(self._check(pair.value, mode, said, wanted))
+        return checks
+
+    def _check(self, name: str, mode: Isolation, said: Said, wanted: Bounds) -> Check:
+        right = wanted.least <= said.cached_tokens <= wanted.most
+        expected = "none" if wanted.most == 0 else f"{wanted.least} to {wanted.most}"
+        return Check(
+            name,
+            Verdict.PASS if right else Verdict.FAIL,
+            f"{expected} of {said.prompt_tokens} tokens found",
+            f"{said.cached_tokens} tokens",
+            mode.value,
+            "device",
+        )
+
+    async def _forget(self, party: _Party) -> None:
+        """Forget the party's first session, as an administrator would."""
+        sessions = self._services.sessions
+        turn = Turn(TurnKind.CHAT, self._model, [{"role": "user", "content": "-"}], {}, SessionHints("one"))
+        found = await sessions.resolve(party.caller, turn)
+        await forget_session(self._services, self._administrator, found.session_id)
+
+    def other_tiers(self) -> list[Check]:
+        return [
+            Check("every pair", Verdict.NOT_CONFIGURED, "", "the engine keeps blocks on the device only", tier=tier)
+            for tier in TIERS[1:]
+        ]
+
+    # Times
+
+    async def timing(self, rounds: int) -> list[Check]:
+        """Whether another tenant's prompt is answered as fast as one that nobody asked for.
+
+        Three times are taken in each round, in a random order: of a prompt that is new (cold), of one that another
+        tenant asked for just before (other), and of one that the same session did (warm). Cold and other are compared
+        by Mann and Whitney's test, two-sided, at `ALPHA`; where it sees a difference everything is taken again, and
+        only a second one counts: a false alarm in less than `ALPHA` squared of the runs. The same test must tell warm
+        from cold at a tenth of `ALPHA`: one that cannot see a hit would see no leak.
+        """
+        mine = await self._party(await self._tenant(Isolation.SESSION))
+        theirs = await self._party(await self._tenant(Isolation.SESSION))
+        for attempt in range(2):
+            cold, other, warm = await self._times(mine, theirs, rounds, attempt)
+            sees, differs = mann_whitney_p(cold, warm), mann_whitney_p(cold, other)
+            if differs >= ALPHA:
+                break
+        gap_s, moved_s = shift(warm, cold), shift(other, cold)
+        found = (
+            f"p = {differs:.3f}; another tenant's {1000 * moved_s:+.1f} ms faster than cold, a hit {1000 * gap_s:+.1f} "
+            f"ms (p = {sees:.1e}); {rounds} of each"
+        )
+        expected = f"no difference at alpha = {ALPHA:g} (Mann-Whitney, two-sided), and a hit that can be seen"
+        verdict = Verdict.FAIL if differs < ALPHA else Verdict.PASS if sees < ALPHA / 10 else Verdict.UNKNOWN
+        return [Check("time to first token of another tenant's prompt", verdict, expected, found)]
+
+    async def _times(
+        self, mine: _Party, theirs: _Party, rounds: int, attempt: int
+    ) -> tuple[list[float], list[float], list[float]]:
+        times: dict[str, list[float]] = {"cold": [], "other": [], "warm": []}
+        for number in range(rounds):
+            known, new = self._text(), self._text()
+            name = f"timing-{attempt}-{number}"
+            await theirs.asker.ask(known.messages, session=name)
+            order = ["cold", "other", "warm"]
+            random.shuffle(order)
+            for kind in order:
+                party = theirs if kind == "warm" else mine
+                session = name if kind == "warm" else f"{name}-{kind}"
+                said = await party.asker.ask((new if kind == "cold" else known).messages, session=session)
+                times[kind].append(said.first_token_s)
+        return times["cold"], times["other"], times["warm"]
+
+    # Seeds, stop strings, log-probabilities
+
+    async def crossing(self) -> list[Check]:
+        """Requests that run at once, each compared with what the same request gives alone.
+
+        Batches of other shapes round differently, so one that differs is tried again: what crossed would do so each
+        time.
+        """
+        one = await self._party(await self._tenant(Isolation.SESSION))
+        other = await self._party(await self._tenant(Isolation.SESSION))
+        # Short: vLLM 0.32.0 on a CPU ends when the prompt of a request with a seed is computed in more than one step.
+        text = self._text(words=4)
+        numbers = iter(range(10_000))
+
+        async def ask(party: _Party, seed: int, **fields: Any) -> Said:
+            name = f"crossing-{next(numbers)}"
+            sampled: dict[str, Any] = {
+                "temperature": 1.5,
+                "seed": seed,
+                "max_tokens": _ANSWER_TOKENS,
+                "ignore_eos": True,
+            }
+            return await party.asker.ask(text.messages, session=name, **sampled, **fields)
+
+        shows = {"logprobs": True, "top_logprobs": 3}
+        alone, another = await ask(one, 7), await ask(other, 8, **shows)
+        stop = alone.text[len(alone.text) // 2 :][:2].strip()
+        same_seed = stops = probabilities = False
+        for _ in range(_ATTEMPTS):
+            plain, seeded, stopped, shown = await asyncio.gather(
+                ask(one, 7),
+                ask(other, 7),
+                ask(one, 7, stop=[stop or "\0"]),
+                ask(other, 8, **shows),
+            )
+            same_seed = same_seed or (plain.text == seeded.text == alone.text and shown.text == another.text)
+            others = {plain.finish_reason, seeded.finish_reason, shown.finish_reason}
+            stops = stops or (stopped.finish_reason == "stop" and others == {"length"})
+            probabilities = probabilities or (
+                plain.logprob_tokens is None
+                and seeded.logprob_tokens is None
+                and stopped.logprob_tokens is None
+                and shown.logprob_tokens is not None
+                and shown.logprob_tokens == another.logprob_tokens
+            )
+        told = alone.text != another.text
+        return [
+            _crossing("seeds", same_seed, told, "two seeds gave one text", "each answer as it is alone"),
+            _crossing("stop strings", stops, bool(stop), "no stop string could be chosen", "who set it stops, only"),
+            _crossing("log-probabilities", probabilities, True, "", "who asked has its own, nobody else any"),
+        ]
+
+    # Words
+
+    async def words(self) -> list[Check]:
+        """No salt, key, or word of a prompt in events, metrics and logs."""
+        services = self._services
+        needles = await self._needles()
+        events = await asyncio.to_thread(self._events)
+        texts = {
+            "events": events,
+            "metrics of the gateway": services.metrics.exposition(),
+            "metrics of the engine": (await services.engine.metrics()).encode(),
+            "report of leases": to_json((await services.engine.leases()).to_wire()),
+            "log of the gateway": await asyncio.to_thread(self._tail, "gateway.log"),
+            "log of the engine": await asyncio.to_thread(self._tail, "engine.log"),
+        }
+        checks = []
+        for name, text in texts.items():
+            leaked = sorted({kind for kind, needle in needles if needle.encode() in text})
+            checks.append(
+                Check(
+                    f"{name}: no salt, key or word",
+                    Verdict.FAIL if leaked else Verdict.PASS if text else Verdict.UNKNOWN,
+                    f"none of {len(needles)} salts, keys, words and token ids",
+                    ", ".join(leaked) if leaked else f"none in {len(text)} bytes" if text else "nothing to look at",
+                )
+            )
+        return checks
+
+    async def _needles(self) -> list[tuple[str, str]]:
+        needles = [("a word of a prompt", word) for text in self._texts for word in text.split()[:2]]
+        for party in self._parties:
+            needles.append(("an API key", party.secret))
+            turn = Turn(TurnKind.CHAT, self._model, [{"role": "user", "content": "-"}], {}, SessionHints("one"))
+            session = await self._services.sessions.resolve(party.caller, turn)
+            needles += [("a salt", salt) for salt in (session.salt, session.shared_salt) if salt is not None]
+        token_ids = await self._rendered(_Text(self._texts[0], self._texts[1]))
+        middle = len(token_ids) // 3
+        run = token_ids[middle : middle + 8]
+        needles += [("token ids", separator.join(map(str, run))) for separator in (", ", ",", " ")]
+        return needles
+
+    def _events(self) -> bytes:
+        """The records since the proof began, decrypted."""
+        query = Query(since_ns=self._began_ns, limit=100_000)
+        found = search(LogReader(self._services.audit.directory), self._services.vault, query)
+        return to_json([each.record for each in found.found])
+
+    def _tail(self, name: str) -> bytes:
+        path = self._services.settings.state_dir / "log" / name
+        try:
+            with path.open("rb") as log:
+                log.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
+                return log.read()
+        except OSError:
+            return b""
+
+
+def verdict_of(checks: Sequence[Check]) -> Verdict:
+    """What is to be said of the whole."""
+    verdicts = {check.verdict for check in checks}
+    for worst in (Verdict.FAIL, Verdict.UNKNOWN):
+        if worst in verdicts:
+            return worst
+    return Verdict.PASS if Verdict.PASS in verdicts else Verdict.UNKNOWN
+
+
+def _made_up(words: int) -> str:
+    """Words that were never said before."""
+    return " ".join(secrets.token_hex(6) for _ in range(words))
+
+
+def _crossing(name: str, right: bool, told: bool, why_not: str, expected: str) -> Check:
+    verdict = (Verdict.PASS if right else Verdict.FAIL) if told else Verdict.UNKNOWN
+    found = (f"so it was within {_ATTEMPTS} tries" if right else f"not in {_ATTEMPTS} tries") if told else why_not
+    return Check(f"{name} do not cross", verdict, expected, found)
+
+
+def _too_busy(cause: str, remedy: str) -> TooBusyToProve:
+    return TooBusyToProve("nothing can be proved now", cause=cause, remedy=remedy)

@@ -1,0 +1,243 @@
+"""How a session ends: called over by its client, or forgotten.
+
+Rules:
+
+- A session that is over is kept, and its next turn goes on with it: only the engine need not hold it. Where it is the
+  first of its tree, the whole tree is over.
+- Forgetting deletes first and then erases what deletion left on the disk. That the second is due stands in the database
+  from the moment of the first: it is done at the next start, and again until it succeeds.
+- Forgetting raises the epoch of the tree, so that whatever is still resident of it cannot be reached again.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
+from sqlalchemy.engine import RowMapping
+
+from appliance.errors import HoldfastError
+from appliance.identity import Caller, Role
+from appliance.sessions.archive import SessionSummary, unknown_session
+from appliance.sessions.registry import Registry, Session
+from appliance.settings import SessionSettings
+from appliance.store import Change, Store, tables
+from appliance.vault import Vault
+
+_ERASURE_DUE = "erasure-due"  # in the table `meta`; its value is another for each deletion
+_ERASURE_PAUSES_S = (1.0, 600.0)  # after the first failure, and at most
+_MOST_ENDED = 1000  # sessions of a tree, by one word
+_LOG = logging.getLogger("holdfast.sessions")
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Sessions that their client says are over: the one that it named, and those of its tree where it is the first.
+
+    Attributes:
+        session_ids: those that were not over already.
+        lease_labels: of all of them.
+    """
+
+    session_ids: Sequence[str]
+    lease_labels: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """A session that is no more.
+
+    Attributes:
+        session: what it was.
+        erased: nothing of its key is left in the database's files; False: that could not be done yet, and will be.
+    """
+
+    session: SessionSummary
+    erased: bool
+
+
+class Sessions(Registry):
+    """The sessions of one appliance: found, written down, ended and forgotten.
+
+    Args:
+        settings: idle timeouts.
+        block_size: of the engine's cache, in tokens; None: not known.
+        now: wall clock, epoch seconds.
+        random_bytes: source of identifiers.
+        sleep: waits for some seconds.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        vault: Vault,
+        settings: SessionSettings,
+        *,
+        block_size: int | None = None,
+        now: Callable[[], float] = time.time,
+        random_bytes: Callable[[int], bytes] = os.urandom,
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+    ) -> None:
+        super().__init__(store, vault, settings, block_size=block_size, now=now, random_bytes=random_bytes)
+        self._sleep = sleep
+        self._erasure_failed = asyncio.Event()
+
+    # Ending
+    async def ending(self, caller: Caller, visible_id: str) -> Ended:
+        """What it means that a client calls a session of its own over; nothing is changed yet: see `end`.
+
+        Args:
+            visible_id: the client's own id for it, or ours.
+
+        Raises:
+            UnknownSession: this principal has no session of that id.
+            TamperedValue: a row of its tree was changed outside the appliance; it is named.
+        """
+        live = await self._named(caller, visible_id)
+        together = {live.session_id: _is_over(live.last_used_at, live.over_at)}
+        if live.is_first_of_its_tree:
+            together |= await self._of_tree(live.tenant_id, live.principal_id, live.tree_id)
+        return Ended(
+            [session_id for session_id, over in together.items() if not over],
+            [self.lease_label(live.tenant_id, session_id) for session_id in together],
+        )
+
+    async def _of_tree(self, tenant_id: str, principal_id: str, tree_id: str) -> dict[str, bool]:
+        """The ids of the principal's sessions in a tree, those used last, each with whether it is over."""
+        sessions = tables.sessions
+        query = (
+            select(sessions)
+            .where(sessions.c.tree_id == tree_id)
+            .where(sessions.c.tenant_id == tenant_id, sessions.c.principal_id == principal_id)
+            .order_by(sessions.c.last_used_at.desc())
+            .limit(_MOST_ENDED)
+        )
+        rows = await self._store.read(lambda db: db.execute(query).mappings().all())
+        verified = await asyncio.to_thread(lambda: [self._verified(row) for row in rows])
+        found = {row["session_id"]: _is_over(row["last_used_at"], row["over_at"]) for row in verified}
+        for live in list(self._live.values()):  # a first turn may run, and nothing of it be stored yet
+            if (live.tenant_id, live.principal_id, live.tree_id) == (tenant_id, principal_id, tree_id):
+                found[live.session_id] = _is_over(live.last_used_at, live.over_at)
+        return found
+
+    async def end(self, ended: Ended) -> None:
+        """Have sessions be over from now on.
+
+        Raises:
+            StoreFull, StoreBusy, StoreUnavailable: it will not be known after a restart that they are.
+        """
+        now = self._now()
+        for session_id in ended.session_ids:
+            live = self._live.get(session_id)
+            if live is not None:
+                live.over_at = now
+        if ended.session_ids:
+            await self._store.write(
+                [Change(_END_SESSION, {"b_session_id": each, "b_over_at": now}) for each in ended.session_ids]
+            )
+
+    def end_with_turn(self, session: Session) -> None:
+        """A session is over though its last turn was not written down."""
+        session._live.over_at = max(self._now(), session._live.over_at or 0.0)
+
+    # Forgetting
+
+    async def forget(self, caller: Caller, session_id: str) -> Forgotten:
+        """Shred a session: its key, its turns and its place in the index; what is resident of it becomes unreachable.
+
+        The session's own principal may, and an administrator or operator who may know of it.
+
+        Raises:
+            UnknownSession: there is none, or it is not this caller's to forget.
+        """
+        row = await self._forgettable(caller, session_id)
+        live = await self._load(row)
+        async with live.lock:
+            due = self._new_id("era")
+            await self._store.transact(lambda db: _shred(db, session_id, live.tree_id, due))
+            live.forgotten = True
+        for other in list(self._live.values()):
+            if other.tree_id == live.tree_id:
+                other.epoch += 1
+        self._let_go(live)
+        try:
+            await self._erase_what_is_due()
+        except HoldfastError as error:
+            _LOG.warning("%s is forgotten; erasing it is due: %s", session_id, error.code)
+            self._erasure_failed.set()
+            return Forgotten(self._summary(row), erased=False)
+        return Forgotten(self._summary(row), erased=True)
+
+    async def forgettable(self, caller: Caller, session_id: str) -> SessionSummary:
+        """The session that `forget` would shred; nothing is changed.
+
+        Raises:
+            UnknownSession: as `forget`.
+        """
+        return self._summary(await self._forgettable(caller, session_id))
+
+    async def _forgettable(self, caller: Caller, session_id: str) -> RowMapping:
+        row = await self.visible_row(caller, session_id)
+        owns = row["principal_id"] == caller.principal.principal_id
+        if not owns and caller.principal.role not in (Role.ADMIN, Role.OPERATOR):
+            raise unknown_session(session_id)
+        return row
+
+    async def finish_erasures(self) -> NoReturn:
+        """Erase what earlier deletions left on the disk, now and whenever `forget` could not. Runs until cancelled."""
+        first, longest = _ERASURE_PAUSES_S
+        pause = first
+        while True:
+            self._erasure_failed.clear()
+            try:
+                await self._erase_what_is_due()
+            except HoldfastError as error:
+                _LOG.warning("what was forgotten is not erased yet (%s); again in %.0f s", error.code, pause)
+                await self._sleep(pause)
+                pause = min(2 * pause, longest)
+            else:
+                pause = first
+                await self._erasure_failed.wait()
+
+    async def _erase_what_is_due(self) -> None:
+        """Make deletions true on disk, if some are not.
+
+        Raises:
+            StoreFull, StoreBusy, StoreUnavailable: it is due still.
+        """
+        meta = tables.meta
+        due = await self._store.read(
+            lambda db: db.execute(select(meta.c.value).where(meta.c.name == _ERASURE_DUE)).scalar()
+        )
+        if due is not None:
+            await self._store.erase()
+            done = delete(meta).where(meta.c.name == _ERASURE_DUE, meta.c.value == due)
+            await self._store.transact(lambda db: db.execute(done))
+
+
+def _is_over(last_used_at: float, over_at: float | None) -> bool:
+    return over_at is not None and over_at >= last_used_at
+
+
+def _shred(db: Connection, session_id: str, tree_id: str, due: str) -> None:
+    db.execute(delete(tables.meta).where(tables.meta.c.name == _ERASURE_DUE))
+    db.execute(insert(tables.meta).values(name=_ERASURE_DUE, value=due))
+    db.execute(delete(tables.chain).where(tables.chain.c.session_id == session_id))
+    db.execute(delete(tables.turns).where(tables.turns.c.session_id == session_id))
+    db.execute(
+        update(tables.sessions).where(tables.sessions.c.parent_session_id == session_id).values(parent_session_id=None)
+    )
+    db.execute(delete(tables.sessions).where(tables.sessions.c.session_id == session_id))
+    db.execute(delete(tables.keys).where(tables.keys.c.scope == session_id))
+    db.execute(update(tables.trees).where(tables.trees.c.tree_id == tree_id).values(epoch=tables.trees.c.epoch + 1))
+
+
+_END_SESSION = (
+    update(tables.sessions)
+    .where(tables.sessions.c.session_id == bindparam("b_session_id"))
+    .values(over_at=bindparam("b_over_at"))
+)

@@ -1,0 +1,120 @@
+"""`prove isolation` on a real engine: it passes on the product, and fails on each one that was broken on purpose."""
+
+import pytest
+
+from api.admin import types
+from tests.e2e.proving.conftest import Prove
+
+pytestmark = pytest.mark.timeout(600)
+
+# Every session of every tenant has one salt.
+CONSTANT_SALT = """
+from dataclasses import replace
+from appliance.sessions.registry import Registry
+made = Registry._session
+Registry._session = lambda self, *given: replace(made(self, *given), salt="constant")
+"""
+# The engine is told no salt at all.
+NO_SALT = """
+import api.openai.turns as turns
+to_json = turns.to_json
+turns.to_json = lambda body: to_json({name: value for name, value in body.items() if name != "cache_salt"})
+"""
+# No request finds what another one left.
+SALT_PER_REQUEST = """
+import secrets
+from dataclasses import replace
+from appliance.sessions.registry import Registry
+made = Registry._session
+Registry._session = lambda self, *given: replace(made(self, *given), salt=secrets.token_hex(32))
+"""
+# What a user said counts as the system's.
+PREFIX_TOO_LONG = """
+from api.openai.prefixes import Prefix, Prefixes
+from appliance.engine.protocol import token_digest
+async def of(self, tenant_id, turn):
+    token_ids = await self._rendered({"model": turn.model, "messages": turn.messages})
+    return Prefix(len(token_ids), token_digest(token_ids))
+Prefixes.of = of
+"""
+# What should be shared is not.
+PREFIX_NOT_SHARED = """
+from api.openai.prefixes import Prefixes
+async def of(self, tenant_id, turn):
+    return None
+Prefixes.of = of
+"""
+# Log-probabilities that somebody asked for are given to everybody.
+LOGPROBS_FOR_ALL = """
+import api.openai.turns as turns
+to_json = turns.to_json
+turns.to_json = lambda body: to_json({**body, "logprobs": True, "top_logprobs": 1} if "messages" in body else body)
+"""
+# A salt is published.
+SALT_IN_METRICS = """
+from appliance.sessions.registry import Registry
+import api.metrics as metrics
+seen = []
+made = Registry._session
+def session(self, *given):
+    seen.append(made(self, *given))
+    return seen[-1]
+Registry._session = session
+exposition = metrics.Metrics.exposition
+metrics.Metrics.exposition = lambda self: exposition(self) + "".join(each.salt for each in seen).encode()
+"""
+
+
+def failed(proof: types.IsolationProof) -> set[tuple[str, str]]:
+    return {(check.mode, check.name) for check in proof.checks if check.verdict == "FAIL"}
+
+
+def test_the_product_shares_what_was_chosen_and_nothing_else(prove: Prove) -> None:
+    proof = prove("")
+    assert failed(proof) == set()
+    assert {(each.tier, each.verdict) for each in proof.checks if each.tier} == {
+        ("device", "PASS"),
+        ("dram", "NOT CONFIGURED"),
+        ("disk", "NOT CONFIGURED"),
+    }
+    # The log of an engine that somebody else runs cannot be looked at, and so few times may not show a hit.
+    unknown = {each.name.partition(":")[0] for each in proof.checks if each.verdict == "UNKNOWN"}
+    assert "log of the engine" in unknown
+    assert unknown <= {"log of the engine", "time to first token of another tenant's prompt"}
+    assert proof.verdict == "UNKNOWN", "what cannot be told is no pass"
+
+
+@pytest.mark.parametrize("patch", [CONSTANT_SALT, NO_SALT], ids=["constant salt", "no salt"])
+def test_one_salt_for_all_is_found(prove: Prove, patch: str) -> None:
+    proof = prove(patch)
+    assert proof.verdict == "FAIL"
+    for pair in ("same tenant", "other key", "other tenant"):
+        assert ("session", pair) in failed(proof)
+    assert {("tenant-prefix", "other tenant"), ("tenant", "other tenant")} <= failed(proof)
+
+
+def test_a_salt_for_each_request_is_found_for_nothing_hits(prove: Prove) -> None:
+    found = failed(prove(SALT_PER_REQUEST))
+    for mode in ("session", "tenant-prefix", "tenant"):
+        assert {(mode, "same session"), (mode, "sibling in the tree")} <= found
+    assert ("tenant", "other key") in found
+    assert ("session", "other tenant") not in found
+
+
+@pytest.mark.parametrize("patch", [PREFIX_TOO_LONG, PREFIX_NOT_SHARED], ids=["too long", "not shared"])
+def test_a_prefix_that_is_not_the_systems_is_found(prove: Prove, patch: str) -> None:
+    assert failed(prove(patch)) == {("tenant-prefix", pair) for pair in _SHARING[patch]}
+
+
+_SHARING = {
+    PREFIX_TOO_LONG: ("same tenant", "other key", "after forgetting"),
+    PREFIX_NOT_SHARED: ("same tenant", "other key"),
+}
+
+
+def test_what_crosses_between_answers_is_found(prove: Prove) -> None:
+    assert failed(prove(LOGPROBS_FOR_ALL)) == {("", "log-probabilities do not cross")}
+
+
+def test_a_salt_that_can_be_read_is_found(prove: Prove) -> None:
+    assert failed(prove(SALT_IN_METRICS)) == {("", "metrics of the gateway: no salt, key or word")}
