@@ -111,10 +111,19 @@ class AdminClient:
         return self._call(types.Tenants, "GET", "/v1/tenants")
 
     def change_tenant(
-        self, tenant_id: str, *, audit_digests: bool | None = None, isolation: types.IsolationMode | None = None
+        self,
+        tenant_id: str,
+        *,
+        audit_digests: bool | None = None,
+        isolation: types.IsolationMode | None = None,
+        take_out_harness_lines: bool | None = None,
     ) -> types.Tenant:
         """Set what a tenant chose. The fields are those of `types.TenantChoices`."""
-        body = {"audit_digests": audit_digests, "isolation": isolation}
+        body = {
+            "audit_digests": audit_digests,
+            "isolation": isolation,
+            "take_out_harness_lines": take_out_harness_lines,
+        }
         return self._call(types.Tenant, "POST", f"/v1/tenants/{_quote(tenant_id)}", body=body)
 
     def create_key(

@@ -314,6 +314,11 @@ async def _change_tenant(
         old, new = _on_off(tenant.audit_digests), _on_off(changed.audit_digests)
         details = {"setting": "audit_digests", "old": old, "new": new}
         await asker.did(TENANT_CHANGED, ("tenant", tenant_id), tenant_id=tenant_id, details=details)
+    if chosen.take_out_harness_lines is not None:
+        changed = await services.identity.choose_harness_lines(tenant, taken_out=chosen.take_out_harness_lines)
+        old, new = _on_off(tenant.takes_out_harness_lines), _on_off(changed.takes_out_harness_lines)
+        details = {"setting": "take_out_harness_lines", "old": old, "new": new}
+        await asker.did(TENANT_CHANGED, ("tenant", tenant_id), tenant_id=tenant_id, details=details)
     if chosen.isolation is not None:
         changed = await services.identity.choose_isolation(tenant, Isolation(chosen.isolation))
         details = {"setting": "isolation", "old": tenant.isolation.value, "new": changed.isolation.value}
@@ -471,6 +476,7 @@ def _tenant_view(tenant: Tenant) -> types.Tenant:
         idle_timeout_s=tenant.idle_timeout_s,
         isolation=tenant.isolation.value,
         audit_digests=tenant.audit_digests,
+        takes_out_harness_lines=tenant.takes_out_harness_lines,
         created_at=tenant.created_at,
     )
 

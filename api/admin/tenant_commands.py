@@ -73,17 +73,37 @@ def create_tenant(console: Console, name: str, idle_timeout_s: float | None, iso
 @click.option(
     "--audit-digests",
     type=click.Choice(["on", "off"]),
-    required=True,
     help="Have keyed digests of what its turns ask and answer in the audit log.",
+)
+@click.option(
+    "--take-out-harness-lines",
+    type=click.Choice(["on", "off"]),
+    help="Take lines of a harness's own accounting, another one for every call, out of system messages.",
 )
 @api_key_option
 @pass_console
-def set_tenant(console: Console, name: str, audit_digests: str, api_key_fd: int | None) -> None:
+def set_tenant(
+    console: Console,
+    name: str,
+    audit_digests: str | None,
+    take_out_harness_lines: str | None,
+    api_key_fd: int | None,
+) -> None:
     """Set what a tenant chose; NAME may be its id. In force for the next request."""
+    if audit_digests is None and take_out_harness_lines is None:
+        raise click.UsageError("say what to set: --audit-digests or --take-out-harness-lines")
     admin = console.admin(api_key_fd=api_key_fd)
-    changed = admin.change_tenant(_tenant_id(admin, name), audit_digests=audit_digests == "on")
-    told = "carry keyed digests of their texts" if changed.audit_digests else "carry no digests"
-    console.result(changed, f"The turns of {changed.name} {told} in the audit log.")
+    changed = admin.change_tenant(
+        _tenant_id(admin, name),
+        audit_digests=None if audit_digests is None else audit_digests == "on",
+        take_out_harness_lines=None if take_out_harness_lines is None else take_out_harness_lines == "on",
+    )
+    digests = "carry keyed digests of their texts" if changed.audit_digests else "carry no digests"
+    lines = "are taken out of" if changed.takes_out_harness_lines else "stay in"
+    console.result(
+        changed,
+        f"The turns of {changed.name} {digests} in the audit log; harness lines {lines} system messages.",
+    )
 
 
 @tenant.command("isolation")
@@ -116,6 +136,7 @@ def list_tenants(console: Console) -> None:
             "default" if each.idle_timeout_s is None else in_words(each.idle_timeout_s),
             each.isolation,
             "on" if each.audit_digests else "off",
+            "taken out" if each.takes_out_harness_lines else "kept",
             moment(each.created_at),
         )
         for each in listed.tenants
@@ -123,7 +144,7 @@ def list_tenants(console: Console) -> None:
     console.result(
         listed,
         table(
-            ("name", "id", "idle timeout", "isolation", "audit digests", "created (UTC)"),
+            ("name", "id", "idle timeout", "isolation", "audit digests", "harness lines", "created (UTC)"),
             rows,
             empty="There are no tenants.",
         ),

@@ -124,6 +124,7 @@ class TenantChoices(Wire):
     """
 
     audit_digests: bool | None = None
+    take_out_harness_lines: bool | None = None
     isolation: IsolationMode | None = None
 
 
@@ -135,6 +136,7 @@ class Tenant(Wire):
     idle_timeout_s: float | None
     isolation: IsolationMode
     audit_digests: bool
+    takes_out_harness_lines: bool
     created_at: float
 
 

@@ -23,7 +23,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic_core import from_json, to_json
@@ -55,6 +55,7 @@ from appliance.engine.protocol import Lease, SharedPrefix, TurnAccount, TurnEnd,
 from appliance.errors import HoldfastError
 from appliance.identity import Admission
 from appliance.sessions import Account, Outcome, Served, Session, TurnKind, TurnOf, TurnState
+from appliance.sessions.harness_lines import take_out_harness_lines
 from appliance.settings import GatewaySettings
 from appliance.vault import VaultSealed
 
@@ -152,6 +153,7 @@ class Turns:
         try:
             ends = ends_session(request.headers)
             asked, body_bytes = await self._read(request, receive)
+            asked = _as_tenant_allows(request, asked)
             self._refuse_busy()
             lifecycle.placing += 1
             try:
@@ -504,6 +506,18 @@ class Turns:
         if isinstance(error, EngineRejected):
             return _refusal(error, running.session)
         return error
+
+
+def _as_tenant_allows(request: Request, asked: Asked) -> Asked:
+    """What is asked, without known lines of a harness's own where the tenant allows that; a header says so."""
+    tenant = request.known_caller().tenant
+    if tenant is None or not tenant.takes_out_harness_lines:
+        return asked
+    messages, taken_out = take_out_harness_lines(asked.turn.messages)
+    if not taken_out:
+        return asked
+    request.answer_headers.append((b"x-holdfast-normalised", b"harness-lines=%d" % taken_out))
+    return replace(asked, turn=replace(asked.turn, messages=messages))
 
 
 def _feed(answer: Answer, payloads: list[bytes]) -> tuple[bytes, AnswerBroken | None]:

@@ -144,6 +144,7 @@ class Identity:
             "row_version": 1,
             "audit_digests": None,
             "cache_epoch": None,
+            "harness_lines": None,
         }
         sealed = self._rows.seal(tables.tenants, row, scope=tenant.tenant_id, purpose=KeyPurpose.RECORDS)
 
@@ -184,6 +185,14 @@ class Identity:
             return replace(known, audit_digests=on)
 
         return await self._change_tenant(tenant, chosen)
+
+    async def choose_harness_lines(self, tenant: Tenant, *, taken_out: bool) -> Tenant:
+        """Have known lines of harnesses' own accounting taken out of what a tenant's clients send, or no more.
+
+        Raises:
+            UnknownIdentity, TamperedValue, StoreBusy: as `choose_digests`.
+        """
+        return await self._change_tenant(tenant, lambda known: replace(known, takes_out_harness_lines=taken_out))
 
     async def choose_isolation(self, tenant: Tenant, isolation: Isolation) -> Tenant:
         """Have a tenant's sessions share on the engine what `isolation` says, from the next request on.
@@ -366,6 +375,7 @@ class Identity:
             "audit_digests": "on" if changed.audit_digests else "off",
             "isolation": changed.isolation.value,
             "cache_epoch": changed.cache_epoch,
+            "harness_lines": "taken-out" if changed.takes_out_harness_lines else "kept",
             "row_version": row["row_version"] + 1,
         }
         statement = (
@@ -430,6 +440,7 @@ class Identity:
             created_at=row["created_at"],
             audit_digests=row["audit_digests"] == "on",
             cache_epoch=row["cache_epoch"] or 0,
+            takes_out_harness_lines=row["harness_lines"] == "taken-out",
         )
 
     def _principal(self, row: RowMapping) -> Principal:

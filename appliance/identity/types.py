@@ -56,6 +56,7 @@ class Tenant:
     Attributes:
         idle_timeout_s: overrides the appliance's; None: does not.
         cache_epoch: part of the salt of what its sessions share on the engine; raised, that is out of reach.
+        takes_out_harness_lines: `sessions.harness_lines` are taken out of what its clients send, before anything else.
         audit_digests: the audit log has keyed digests of what its turns ask and are answered.
     """
 
@@ -66,6 +67,7 @@ class Tenant:
     created_at: float
     audit_digests: bool = False
     cache_epoch: int = 0
+    takes_out_harness_lines: bool = False
 
 
 @dataclass(frozen=True, slots=True)

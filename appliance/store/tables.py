@@ -75,6 +75,7 @@ tenants = Table(
     Column("row_version", Integer, nullable=False),
     Column("audit_digests", Text, info=BOUND_ONCE_SET),
     Column("cache_epoch", Integer, info=BOUND_ONCE_SET),
+    Column("harness_lines", Text, info=BOUND_ONCE_SET),
 )
 
 principals = Table(

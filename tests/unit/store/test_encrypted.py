@@ -42,6 +42,7 @@ def rows(store: Store, vault: Vault) -> RowCipher:
             "row_version": 1,
             "audit_digests": None,
             "cache_epoch": None,
+            "harness_lines": None,
         }
         sealed = cipher.seal(tables.tenants, tenant_row, scope=tenant, purpose=KeyPurpose.RECORDS)
         store.write_blocking([Change(insert(tables.tenants), sealed)])
@@ -230,7 +231,10 @@ def test_a_row_with_bound_values_can_always_be_opened() -> None:
     [
         (tables.principals, {"role", "permissions", "uid", "name_lookup"}),
         (tables.api_keys, {"principal_id", "secret_lookup", "scopes", "expires_at", "revoked_at"}),
-        (tables.tenants, {"isolation", "idle_timeout_s", "name_lookup", "audit_digests", "cache_epoch"}),
+        (
+            tables.tenants,
+            {"isolation", "idle_timeout_s", "name_lookup", "audit_digests", "cache_epoch", "harness_lines"},
+        ),
         (tables.sessions, {"principal_id", "tree_id", "client_id_lookup"}),
         (tables.turns, {"session_id", "number"}),
     ],

@@ -58,6 +58,7 @@ async def test_rows_of_the_first_schema_open_after_the_migration(store: Store, v
     undone = (
         "ALTER TABLE tenants DROP COLUMN audit_digests",
         "ALTER TABLE tenants DROP COLUMN cache_epoch",
+        "ALTER TABLE tenants DROP COLUMN harness_lines",
         "DROP INDEX ix_sessions_tree_id",
         "ALTER TABLE sessions DROP COLUMN over_at",
     )
