@@ -44,6 +44,7 @@ from api.openai.errors import Draining
 from api.retaining import keep_retention
 from api.roots import open_root, read_seal
 from api.services import Lifecycle, Services
+from api.waiting import WaitingRoom
 from appliance.audit import AuditUnavailable, Event, NodeAudit
 from appliance.audit.configuration import digest, effective
 from appliance.audit.events import ENGINE_LOST, ENGINE_READY, GATEWAY_STARTED, GATEWAY_STOPPED, SYSTEM
@@ -144,6 +145,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         await stop.asked.wait()
         await _drain(services, stop)
         watch.cancel()
+        services.waiting.close()
         erasing.cancel()
         recording.cancel()
         marking.cancel()
@@ -246,6 +248,9 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
         )
         metrics = Metrics()
         lifecycle = Lifecycle(started_at=time.time())
+        waiting = WaitingRoom(
+            engine, settings.admission, sequences=_sequences(settings), waited=metrics.waited_s.observe
+        )
         audit = NodeAudit(
             settings.state_dir, vault, versions=versions(process), retention_days=settings.audit.retention_days
         )
@@ -263,6 +268,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             engine=engine,
             engine_process=process,
             watch=watch,
+            waiting=waiting,
             metrics=metrics,
             lifecycle=lifecycle,
         )
@@ -275,9 +281,17 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
         vault.seal()
 
 
+def _sequences(settings: Settings) -> int:
+    """How many the engine runs at once; of one that somebody else runs only what was said is known."""
+    engine = settings.engine
+    known = engine.socket is None or "max_num_seqs" in engine.model_fields_set
+    return engine.max_num_seqs if known else settings.gateway.max_streams
+
+
 def _observe(services: Services) -> None:
     metrics, lifecycle = services.metrics, services.lifecycle
     metrics.observe("holdfast_turns_running", "Turns that run now.", lambda: float(len(lifecycle.turns)))
+    metrics.observe("holdfast_turns_waiting", "Turns that wait for the engine.", lambda: services.waiting.waiting)
     metrics.observe("holdfast_vault_sealed", "1 while the vault is sealed.", lambda: float(services.vault.sealed))
     metrics.observe("holdfast_engine_ready", "1 while the engine answers.", lambda: float(services.watch.ready))
     metrics.observe(

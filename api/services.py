@@ -18,6 +18,7 @@ from api.bodies import HeldBodies
 from api.engine_watch import EngineWatch
 from api.identifiers import RandomIds
 from api.metrics import Metrics
+from api.waiting import WaitingRoom
 from appliance.audit import NodeAudit
 from appliance.audit.siem.exports import Exports
 from appliance.engine.client import EngineClient
@@ -70,6 +71,7 @@ class Services:
         engine: how the engine is spoken to; it may not be up.
         engine_process: the engine that this gateway started and watches; None when somebody else runs it.
         watch: whether the engine answers, and what it serves.
+        waiting: where turns wait until it has room.
         now: wall clock, epoch seconds.
         new_id: the next identifier of a request or a response.
     """
@@ -85,6 +87,7 @@ class Services:
     engine: EngineClient
     engine_process: EngineProcess | None
     watch: EngineWatch
+    waiting: WaitingRoom
     metrics: Metrics
     lifecycle: Lifecycle
     now: Callable[[], float] = field(default=time.time)
