@@ -234,7 +234,7 @@ seal = "{seal}"             # how this appliance was made; changing it here chan
 
 [admission]
 # most_waiting = 256        # turns that wait for the engine; more are refused
-# longest_wait_s = 20.0     # after which a turn goes before others
+# longest_wait_s = 60.0     # after which a turn goes before others
 # weight_by_tenant = {{ }}    # a tenant's share when the engine is full, by name; others have 1
 # most_priority = 10        # the highest that agents may ask for among their tenant's turns
 # most_priority_by_tenant = {{ }}

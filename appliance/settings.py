@@ -105,7 +105,7 @@ class AdmissionSettings(_Section):
     """Who goes to the engine when it is full, and what a tenant may ask for. Tenants by name."""
 
     most_waiting: int = Field(256, ge=1)  # turns
-    longest_wait_s: float = Field(20.0, ge=0)  # after which a turn goes first
+    longest_wait_s: float = Field(60.0, ge=0)  # after which a turn goes first
     weight_by_tenant: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(default_factory=dict)  # others: 1
     # The highest `priority` and `strict_priority` that agents may ask for; the lowest priority is minus that.
     most_priority: int = Field(10, ge=0, le=1_000_000)
