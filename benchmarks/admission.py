@@ -119,6 +119,7 @@ def simulate(
         let_in=let_in.append,
     )
     line.told(pool)
+    done = prompt_tokens = computed_tokens = contexts = 0
     events: list[tuple[float, int, _Agent, Place | None]] = []
     serial = 0
 
@@ -140,7 +141,6 @@ def simulate(
             waits.append(now - place.asked_at)
         later(computed / PREFILL_TOKENS_PER_S + agent.answer / DECODE_TOKENS_PER_S, agent, place)
 
-    done = prompt_tokens = computed_tokens = contexts = 0
     computed_for: dict[str, int] = {}
     waits: list[float] = []
     measured_from = 0.0
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print both orders for each share and seed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device-share", default="0.12,0.15,0.25")
-    parser.add_argument("--longest-wait-s", default="20,60,300")
+    parser.add_argument("--longest-wait-s", default="60,120,300")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--agents", type=int, default=16)
     parser.add_argument("--tenants", type=int, default=4)
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _line(share: float, several: Sequence[Result]) -> str:
     def mean(name: str) -> float:
-        return sum(getattr(result, name) for result in several) / len(several)
+        return sum(float(getattr(result, name)) for result in several) / len(several)
 
     return (
         f"{share:6.2f}  {several[0].order:23}  {mean('computed_percent'):10.1f}  {mean('waited_mean_s'):8.1f}"
