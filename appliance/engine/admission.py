@@ -15,7 +15,7 @@ Rules:
 - The line is bounded. A tenant may hold three times as many places as are left, so that one alone never fills it.
 - No I/O, no clock of its own, no waiting: who was let in after a wait is told through `let_in`.
 
-Each operation costs a few microseconds while nobody waits, and a look at each who waits while somebody does.
+Each operation costs microseconds while nobody waits, and a look at each who waits when a place is given back.
 """
 
 import itertools
@@ -223,6 +223,8 @@ class AdmissionLine:
                 self._let_in(place)
 
     def _next(self) -> Place | None:
+        if self.running and self._sequences_taken >= self._sequences:
+            return None
         waiting = [tenant for tenant in self._tenants.values() if tenant.waiting]
         if not waiting:
             return None

@@ -131,7 +131,7 @@ def test_no_priority_reaches_another_tenant() -> None:
 def test_a_tenant_that_had_much_waits_for_one_that_had_little() -> None:
     world = World()
     line = world.line()
-    running = line.ask(wish("greedy", prompt=200_000))
+    running = line.ask(wish("greedy"))  # and costs far more than was expected
     line.ask(wish("greedy", resident=1000))
     modest = line.ask(wish("modest"))
     line.leave(running, computed_tokens=200_000)
@@ -149,6 +149,21 @@ def test_an_idle_tenant_saves_nothing_up() -> None:
     for _ in places:
         line.leave(world.let_in[-1])
     assert world.let_in.index(places[0]) <= 3
+
+
+def test_a_tenant_that_asks_for_nothing_new_saves_nothing_up_either() -> None:
+    world = World()
+    line = world.line(sequences=2)
+    line.ask(wish("slow", prompt=1))
+    for _ in range(50):
+        line.leave(line.ask(wish("busy", prompt=100_000)))
+    running = line.ask(wish("busy", prompt=1, output=1))
+    slow = [line.ask(wish("slow", prompt=60_000)) for _ in range(5)]
+    busy = line.ask(wish("busy", resident=1000))
+    line.leave(running)
+    for _ in slow:
+        line.leave(world.let_in[-1])
+    assert world.let_in.index(busy) <= 3
 
 
 def test_the_line_is_bounded_and_says_when_to_come_again() -> None:
