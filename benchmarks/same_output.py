@@ -1,10 +1,11 @@
 """Is greedy output the same, and KV bit for bit, however it was computed? `python -m benchmarks.same_output`.
 
 Runs in the engine's environment (`.venv-engine/bin/python`). Each row of the table is an engine in a process of its
-own that answers the same prompts, compared with the first row of its model and type: other threads, other chunks of
-prefill, other requests in the batch. Within each process a prompt is also asked twice (cold, then warm from the prefix
-cache), and prompt and answer are given together as a new prompt under another salt: then KV that was decoded token by
-token is compared with KV of the same tokens that was prefilled.
+own that answers the same prompts: in other chunks of prefill, with other requests in the batch. It is compared with the
+first row of its model, type and number of threads; the first row of two threads with that of one. Within each process a
+prompt is also asked twice (cold, then warm from the prefix cache), and prompt and answer are given together as a new
+prompt under another salt: then KV that was decoded token by token is compared with KV of the same tokens that was
+prefilled.
 
 Reported: answers that are the same to the last token; the largest difference of a logit before answers part; bytes of
 KV that are equal, and its largest difference as a share of the largest value; and how far the best token led the second
@@ -27,6 +28,7 @@ BLOCK = 32
 PROMPTS = 3
 PROMPT_TOKENS = 500
 ANSWER_TOKENS = 64
+TWO_THREADS = "two threads, not one"
 _CHILD_S = 600.0
 
 
@@ -60,16 +62,19 @@ class Difference:
 
 
 def ways(model: str) -> list[Way]:
-    """What is compared; the first of each type is what its others are compared with."""
+    """What is compared: the first of each type and number of threads with that of one thread, the others with it."""
     listed = []
     for dtype in ("bfloat16", "float32"):
         listed += [
             Way("reference", model, dtype),
             Way("another process", model, dtype),
-            Way("2 threads", model, dtype, threads=2),
             Way("chunks of 256", model, dtype, chunk=256),
             Way("chunks of 96", model, dtype, chunk=96),
             Way("with 3 others", model, dtype, others=3),
+            Way(TWO_THREADS, model, dtype, threads=2),
+            Way("another process", model, dtype, threads=2),
+            Way("chunks of 96", model, dtype, threads=2, chunk=96),
+            Way("with 3 others", model, dtype, threads=2, others=3),
         ]
     return listed
 
@@ -88,14 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     for model in options.model or [str(DEMONSTRATION)]:
         with tempfile.TemporaryDirectory(prefix="same-output-") as scratch:
-            reference: Path | None = None
+            references: dict[tuple[str, int], Path] = {}
             for number, way in enumerate(ways(model)):
                 output = Path(scratch) / f"{number}.pt"
                 _run(way, output)
-                if way.name == "reference":
-                    reference = output
-                assert reference is not None
-                row = {"model": Path(model).name, "type": way.dtype, "way": way.name, **_compared(reference, output)}
+                own = references.setdefault((way.dtype, way.threads), output)
+                reference = references[way.dtype, 1] if way.name == TWO_THREADS else own
+                row = {"model": Path(model).name, "type": way.dtype, "threads": way.threads, "way": way.name}
+                row |= _compared(reference, output)
                 rows.append(row)
                 if not options.json:
                     sys.stdout.write(_line(row))
@@ -273,7 +278,7 @@ def _line(row: dict[str, Any]) -> str:
 
     decoded = row["decoded_against_prefilled"]
     return (
-        f"{row['model']} {row['type']} {row['way']}: {said('against_reference')}"
+        f"{row['model']} {row['type']} {row['threads']} {row['way']}: {said('against_reference')}"
         f" | warm/cold {said('warm_against_cold')}"
         f" | decoded/prefilled KV {100 * decoded['kv_equal_share']:.2f} % equal, {decoded['kv_max_share']:.1g}\n"
     )
