@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Way:
     threads: int = 1
     chunk: int = 2048
     others: int = 0
+    prompts: int = PROMPTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,28 +62,30 @@ class Difference:
     kv_max_share: float
 
 
-def ways(model: str) -> list[Way]:
+def ways(model: str, dtypes: Sequence[str], prompts: int) -> list[Way]:
     """What is compared: the first of each type and number of threads with that of one thread, the others with it."""
     listed = []
-    for dtype in ("bfloat16", "float32"):
+    for dtype in dtypes:
         listed += [
             Way("reference", model, dtype),
-            Way("another process", model, dtype),
-            Way("chunks of 256", model, dtype, chunk=256),
+            Way(TWO_THREADS, model, dtype, threads=2),
             Way("chunks of 96", model, dtype, chunk=96),
             Way("with 3 others", model, dtype, others=3),
-            Way(TWO_THREADS, model, dtype, threads=2),
+            Way("with 3 others", model, dtype, threads=2, others=3),
             Way("another process", model, dtype, threads=2),
             Way("chunks of 96", model, dtype, threads=2, chunk=96),
-            Way("with 3 others", model, dtype, threads=2, others=3),
+            Way("another process", model, dtype),
+            Way("chunks of 256", model, dtype, chunk=256),
         ]
-    return listed
+    return [replace(way, prompts=prompts) for way in listed]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, or with `--json` the rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", action="append", help="folders of models; the demonstration model by default")
+    parser.add_argument("--type", default="bfloat16,float32")
+    parser.add_argument("--prompts", type=int, default=PROMPTS)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -94,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for model in options.model or [str(DEMONSTRATION)]:
         with tempfile.TemporaryDirectory(prefix="same-output-") as scratch:
             references: dict[tuple[str, int], Path] = {}
-            for number, way in enumerate(ways(model)):
+            for number, way in enumerate(ways(model, options.type.split(","), options.prompts)):
                 output = Path(scratch) / f"{number}.pt"
                 _run(way, output)
                 own = references.setdefault((way.dtype, way.threads), output)
@@ -192,7 +195,7 @@ def _answer(way: Way, output: Path) -> None:
         return {"tokens": list(answer.token_ids), "logits": logits, "kv": kv, "cached": done.num_cached_tokens}
 
     asked = []
-    for number in range(PROMPTS):
+    for number in range(way.prompts):
         prompt = _words(number, PROMPT_TOKENS)
         cold = ask(f"cold{number}-", prompt, f"a{number}", ANSWER_TOKENS, way.others)
         warm = ask(f"warm{number}-", prompt, f"a{number}", ANSWER_TOKENS)
