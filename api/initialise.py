@@ -232,6 +232,13 @@ seal = "{seal}"             # how this appliance was made; changing it here chan
 # idle_timeout_s = 15.0     # how long a session's KV outranks others' after a turn
 # idle_timeout_s_by_model = {{ }}
 
+[admission]
+# most_waiting = 256        # turns that wait for the engine; more are refused
+# longest_wait_s = 60.0     # after which a turn goes before others
+# weight_by_tenant = {{ }}    # a tenant's share when the engine is full, by name; others have 1
+# most_priority = 10        # the highest that agents may ask for among their tenant's turns
+# most_priority_by_tenant = {{ }}
+
 [audit]
 # retention_days = 400      # how long the audit log's entries are kept; under 183 only with an override
 # retention_override = {{ by = "", reason = "" }}  # whose word it is and why; both are recorded in the log

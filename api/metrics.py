@@ -86,6 +86,12 @@ class Metrics:
             buckets=_LATENCY_BUCKETS_S,
             registry=self._registry,
         )
+        self.waited_s = Histogram(
+            "holdfast_admission_wait_seconds",
+            "How long turns waited for room at the engine, of those that had to.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=self._registry,
+        )
         self._commit_s = Histogram(
             "holdfast_commit_seconds",
             "From a turn's end to its being durable.",

@@ -47,6 +47,7 @@ from api.retaining import keep_retention
 from api.roots import open_root, read_seal
 from api.services import Lifecycle, Services
 from api.turn_ends import TurnEnds
+from api.waiting import WaitingRoom
 from appliance.audit import AuditUnavailable, Event, NodeAudit
 from appliance.audit.configuration import digest, effective
 from appliance.audit.events import ENGINE_LOST, ENGINE_READY, GATEWAY_STARTED, GATEWAY_STOPPED, SYSTEM
@@ -152,6 +153,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         await _drain(services, stop)
         watch.cancel()
         looking.cancel()
+        services.waiting.close()
         erasing.cancel()
         recording.cancel()
         marking.cancel()
@@ -256,6 +258,9 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
         )
         metrics = Metrics()
         lifecycle = Lifecycle(started_at=time.time())
+        waiting = WaitingRoom(
+            engine, settings.admission, sequences=_sequences(settings), waited=metrics.waited_s.observe
+        )
         audit = NodeAudit(
             settings.state_dir, vault, versions=versions(process), retention_days=settings.audit.retention_days
         )
@@ -277,6 +282,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             watch=watch,
             kv=KvWatch(engine, watch),
             template=None if spec is None else await asyncio.to_thread(template_fingerprint, spec.model),
+            waiting=waiting,
             metrics=metrics,
             lifecycle=lifecycle,
         )
@@ -291,9 +297,17 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
         vault.seal()
 
 
+def _sequences(settings: Settings) -> int:
+    """How many the engine runs at once; of one that somebody else runs only what was said is known."""
+    engine = settings.engine
+    known = engine.socket is None or "max_num_seqs" in engine.model_fields_set
+    return engine.max_num_seqs if known else settings.gateway.max_streams
+
+
 def _observe(services: Services) -> None:
     metrics, lifecycle = services.metrics, services.lifecycle
     metrics.observe("holdfast_turns_running", "Turns that run now.", lambda: float(len(lifecycle.turns)))
+    metrics.observe("holdfast_turns_waiting", "Turns that wait for the engine.", lambda: services.waiting.waiting)
     metrics.observe("holdfast_vault_sealed", "1 while the vault is sealed.", lambda: float(services.vault.sealed))
     metrics.observe("holdfast_engine_ready", "1 while the engine answers.", lambda: float(services.watch.ready))
     metrics.observe(

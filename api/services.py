@@ -20,6 +20,7 @@ from api.identifiers import RandomIds
 from api.kv_watch import KvWatch
 from api.metrics import Metrics
 from api.turn_ends import TurnEnds
+from api.waiting import WaitingRoom
 from appliance.audit import NodeAudit
 from appliance.audit.siem.exports import Exports
 from appliance.engine.client import EngineClient
@@ -77,6 +78,7 @@ class Services:
         ledger: what the turns came to.
         template: tells the model's chat template from others; None: not known.
         throwaways: tenants that a proof made for itself.
+        waiting: where turns wait until it has room.
         now: wall clock, epoch seconds.
         new_id: the next identifier of a request or a response.
     """
@@ -95,6 +97,7 @@ class Services:
     engine_process: EngineProcess | None
     watch: EngineWatch
     kv: KvWatch
+    waiting: WaitingRoom
     metrics: Metrics
     lifecycle: Lifecycle
     template: str | None = None

@@ -14,7 +14,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -101,6 +101,17 @@ class SessionSettings(_Section):
     idle_timeout_s_by_model: dict[str, float] = Field(default_factory=dict)
 
 
+class AdmissionSettings(_Section):
+    """Who goes to the engine when it is full, and what a tenant may ask for. Tenants by name."""
+
+    most_waiting: int = Field(256, ge=1)  # turns
+    longest_wait_s: float = Field(60.0, ge=0)  # after which a turn goes first
+    weight_by_tenant: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(default_factory=dict)  # others: 1
+    # The highest `priority` and `strict_priority` that agents may ask for; the lowest priority is minus that.
+    most_priority: int = Field(10, ge=0, le=1_000_000)
+    most_priority_by_tenant: dict[str, Annotated[int, Field(ge=0, le=1_000_000)]] = Field(default_factory=dict)
+
+
 class RetentionOverride(_Section):
     """Whose word it is that the audit log is kept for less than six months, and why. Both are recorded in it."""
 
@@ -136,6 +147,7 @@ class Settings(_Section):
     store: StoreSettings = Field(default_factory=StoreSettings)
     engine: EngineSettings = Field(default_factory=lambda: EngineSettings.model_validate({}))
     sessions: SessionSettings = Field(default_factory=lambda: SessionSettings.model_validate({}))
+    admission: AdmissionSettings = Field(default_factory=lambda: AdmissionSettings.model_validate({}))
     audit: AuditSettings = Field(default_factory=lambda: AuditSettings.model_validate({}))
 
 

@@ -95,7 +95,8 @@ def main() -> None:
     print(f"metrics and ledger                {figures.count_us:9.1f} µs a turn")
     print(f"picture of {SESSIONS} sessions        {figures.picture_ms:9.2f} ms, {figures.picture_bytes} bytes")
     print(
-        f"  asked for every {_SCRAPE_EVERY_S:.0f} s          {100 * figures.picture_share_of_time:9.3f} % of the engine's time"
+        f"  asked for every {_SCRAPE_EVERY_S:.0f} s          "
+        f"{100 * figures.picture_share_of_time:9.3f} % of the engine's time"
     )
 
 

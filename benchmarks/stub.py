@@ -8,6 +8,7 @@ Rules:
   usage, `[DONE]`; all in one write, unless told otherwise.
 - What it does otherwise is asked for in the last message or prompt, behind `@stub`, as JSON: `@stub {"chunks": 3}`. See
   `Plan`.
+- Its report of leases has each session that asked for one, with its last prompt, until that is released.
 - `GET /stub` tells how many requests came, how many were left by their client, and the bodies of the last ones.
 """
 
@@ -16,7 +17,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, cast
 
@@ -25,6 +26,9 @@ import uvloop
 
 from appliance.engine.picture import KV_PATH, KvPicture, SessionPicture, TenantPicture, TierPicture
 from appliance.engine.protocol import (
+    LEASE_FIELD,
+    LeaseReport,
+    LeaseState,
     TurnAccount,
     TurnEnd,
     read_release_request,
@@ -37,6 +41,8 @@ MAX_MODEL_LEN = 8192
 CHARS_PER_TOKEN = 4
 _MARK = "@stub"
 _KEPT_BODIES = 50
+_KEPT_LEASES = 50
+_BLOCKS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,7 @@ class Stub(asyncio.Protocol):
     bodies: ClassVar[deque[dict[str, Any]]] = deque(maxlen=_KEPT_BODIES)
     released: ClassVar[deque[str]] = deque(maxlen=_KEPT_BODIES)
     ends: ClassVar[deque[TurnEnd]] = deque(maxlen=_KEPT_BODIES)
+    leases: ClassVar[dict[tuple[str, str], int]] = {}
 
     def __init__(self) -> None:
         self._parser = httptools.HttpRequestParser(self)
@@ -128,6 +135,7 @@ class Stub(asyncio.Protocol):
                 self.counts.requests += 1
                 request = json.loads(self._body)
                 self.bodies.append(request)
+                _lease(self.leases, request)
                 plan = plan_of(request)
                 if plan == Plan() and request.get("stream"):
                     self._write(
@@ -140,8 +148,9 @@ class Stub(asyncio.Protocol):
                 card = {"id": MODEL, "object": "model", "max_model_len": MAX_MODEL_LEN}
                 self._whole(200, {"object": "list", "data": [card]})
             case b"/holdfast/leases":
-                self.released.extend(read_release_request(bytes(self._body)))
-                self._whole(200, _NO_LEASES)
+                released = read_release_request(bytes(self._body))
+                self.released.extend(released)
+                self._whole(200, _report(self.leases, released))
             case url if url.startswith(KV_PATH.encode()):
                 self._whole(200, _KEPT.to_wire())
             case b"/holdfast/turns":
@@ -348,17 +357,22 @@ _KEPT = KvPicture(
     expired_leases_total=2,
     ignored_leases_total=0,
 )
-_NO_LEASES = {
-    "leases": [],
-    "leased_blocks": 0,
-    "free_blocks": 100,
-    "total_blocks": 100,
-    "block_size": 32,
-    "next_expiry_in_s": None,
-    "reclaimed_blocks_total": 0,
-    "expired_total": 0,
-    "ignored_total": 0,
-}
+
+
+def _lease(leases: dict[tuple[str, str], int], request: dict[str, Any]) -> None:
+    asked = (request.get("kv_transfer_params") or {}).get(LEASE_FIELD)
+    if asked is not None:
+        leases.pop((asked["tenant"], asked["session"]), None)
+        leases[asked["tenant"], asked["session"]] = len(_prompt_ids(request))
+        if len(leases) > _KEPT_LEASES:
+            del leases[next(iter(leases))]
+
+
+def _report(leases: dict[tuple[str, str], int], released: Sequence[str]) -> dict[str, object]:
+    for key in [key for key in leases if key[1] in released]:
+        del leases[key]
+    held = tuple(LeaseState(session, tenant, 1, tokens, 15.0) for (tenant, session), tokens in leases.items())
+    return LeaseReport(held, 0, _BLOCKS, _BLOCKS, 32, None, 0, 0).to_wire()
 
 
 async def serve(path: str) -> None:

@@ -48,6 +48,7 @@ _HANDLED = frozenset(
     {
         "conversation",
         "model",
+        "nvext",
         "previous_response_id",
         "prompt_cache_key",
         "return_token_ids",

@@ -24,11 +24,14 @@ _CLAUDE_SESSION = b"x-claude-code-session-id"
 _CLAUDE_AGENT = b"x-claude-code-agent-id"
 _CLAUDE_PARENT = b"x-claude-code-parent-agent-id"
 _SESSION_HEADERS = (b"x-session-id", b"x-dynamo-session-id", _CLAUDE_SESSION, b"session-id")
-_PARENT_HEADER = b"x-parent-session-id"
+_PARENT_HEADERS = (b"x-parent-session-id", b"x-dynamo-parent-session-id")
 
 _END_HEADER = b"x-session-end"
+_DYNAMO_END_HEADER = b"x-dynamo-session-final"
 
-HEADERS = frozenset({*_SESSION_HEADERS, _CLAUDE_AGENT, _CLAUDE_PARENT, _PARENT_HEADER, _END_HEADER})
+HEADERS = frozenset(
+    {*_SESSION_HEADERS, _CLAUDE_AGENT, _CLAUDE_PARENT, *_PARENT_HEADERS, _END_HEADER, _DYNAMO_END_HEADER}
+)
 
 
 def read_hints(headers: Mapping[bytes, bytes], body: Mapping[str, Any]) -> SessionHints:
@@ -55,12 +58,14 @@ def read_hints(headers: Mapping[bytes, bytes], body: Mapping[str, Any]) -> Sessi
 
 
 def ends_session(headers: Mapping[bytes, bytes]) -> bool:
-    """Whether this call is its session's last.
+    """Whether this call is its session's last. A harness's header is advice: what it says otherwise counts as no.
 
     Raises:
-        RequestError: the header says neither.
+        RequestError: our header says neither.
     """
-    said = headers.get(_END_HEADER, b"false").lower()
+    if _END_HEADER not in headers:
+        return headers.get(_DYNAMO_END_HEADER, b"").lower() == b"true"
+    said = headers[_END_HEADER].lower()
     if said not in (b"true", b"false"):
         raise RequestError(
             "X-Session-End cannot be understood",
@@ -90,7 +95,7 @@ def _of_header(name: bytes, headers: Mapping[bytes, bytes]) -> SessionHints:
 
 
 def _parent(headers: Mapping[bytes, bytes]) -> str | None:
-    return _header(_PARENT_HEADER, headers) if _PARENT_HEADER in headers else None
+    return next((_header(name, headers) for name in _PARENT_HEADERS if name in headers), None)
 
 
 def _header(name: bytes, headers: Mapping[bytes, bytes]) -> str:

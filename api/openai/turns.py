@@ -16,6 +16,8 @@ Rules:
 - What the engine holds of a session that is over, by this turn's word or by another's meanwhile, is let go when the
   turn has ended.
 - Every send has a deadline, the listener's: a client that does not read is one that is gone (`api.listener`).
+- Where the engine is full, a turn waits in `services.waiting` for its place, admitted and recorded like any other; it
+  gives the place back when the engine has done with it, not when it is durable.
 - The status line waits for the engine's first chunk, so that what fails before it has a status of its own.
 """
 
@@ -147,14 +149,14 @@ class Turns:
         """
         request: Request = scope[REQUEST]
         services, lifecycle = self._services, self._services.lifecycle
-        self._refuse_busy()
+        self._refuse_busy(request)
         admission = services.quotas.enter(request.known_caller())
         running: _Running | None = None
         try:
             ends = ends_session(request.headers)
             asked, body_bytes = await self._read(request, receive)
             asked = _as_tenant_allows(request, asked)
-            self._refuse_busy()
+            self._refuse_busy(request)
             lifecycle.placing += 1
             try:
                 admission.reserve(asked.turn.model, self._reservation(asked, body_bytes))
@@ -187,7 +189,8 @@ class Turns:
             if running is None or not running.settled:
                 admission.release()
 
-    def _refuse_busy(self) -> None:
+    def _refuse_busy(self, request: Request) -> None:
+        self._services.waiting.refuse_full(request.known_caller().tenant)
         lifecycle, most = self._services.lifecycle, self._settings.max_streams
         # A body that only arrives takes no place: whoever sends slowly would keep others out.
         if len(lifecycle.turns) + lifecycle.placing >= most:
@@ -209,6 +212,10 @@ class Turns:
         dropped = asked.dropped.header()
         if dropped is not None:
             request.answer_headers.append((b"x-holdfast-dropped", dropped.encode("ascii")))
+        most_priority = self._services.waiting.most_priority(request.known_caller().tenant)
+        hints = asked.agent_hints.allowed(most_priority).header()
+        if hints is not None:
+            request.answer_headers.append((b"x-holdfast-hints", hints.encode("ascii")))
         return asked, len(body)
 
     async def _prompt_digest(self, request: Request, asked: Asked, body_bytes: int) -> str:
@@ -263,6 +270,41 @@ class Turns:
         if session.shared_salt is not None:
             prefix = await self._prefixes.of(session.tenant_id, asked.turn)
         return _Running(asked, session, admission, answer, response_id, prompt_bytes, started_at, prefix)
+
+    @contextlib.asynccontextmanager
+    async def _at_the_engine(self, request: Request, running: _Running) -> AsyncIterator[None]:
+        """Wait for a place at the engine, and have it while the body runs.
+
+        Raises:
+            LineFull: too many wait already.
+        """
+        waiting, asked, session = self._services.waiting, running.asked, running.session
+        tenant = request.known_caller().tenant
+        hints = asked.agent_hints.allowed(waiting.most_priority(tenant))
+        key = session.tenant_label, session.lease_label
+        place = await waiting.enter(
+            tenant,
+            key,
+            prompt_bytes=running.prompt_bytes,
+            sequences=asked.choices,
+            most_output_tokens=asked.max_tokens,
+            hinted_output_tokens=hints.osl,
+            tier=hints.strict_priority or 0,
+            priority=hints.priority or 0,
+        )
+        try:
+            yield
+        finally:
+            usage = running.answer.usage
+            waiting.leave(
+                place,
+                key,
+                prompt_bytes=running.prompt_bytes,
+                prompt_tokens=usage.prompt_tokens,
+                cached_tokens=usage.cached_tokens,
+                output_tokens=usage.completion_tokens,
+                idle_timeout_s=session.idle_timeout_s,
+            )
 
     def _engine_body(self, running: _Running) -> bytes:
         """The only way that anything reaches the engine."""
@@ -330,7 +372,10 @@ class Turns:
         begun_at = time.perf_counter()
         engine = self._services.engine
         engine_id = running.response_id.removeprefix(self._endpoint.id_prefix)
-        async with engine.batches(self._endpoint.path, self._engine_body(running), request_id=engine_id) as batches:
+        async with (
+            self._at_the_engine(request, running),
+            engine.batches(self._endpoint.path, self._engine_body(running), request_id=engine_id) as batches,
+        ):
             async for batch in batches:
                 events, failure = _feed(answer, batch)
                 if events:
@@ -348,7 +393,7 @@ class Turns:
         failure: HoldfastError | None = None
         engine_id = running.response_id.removeprefix(self._endpoint.id_prefix)
         try:
-            async with running.until(self._settings.request_timeout_s):
+            async with running.until(self._settings.request_timeout_s), self._at_the_engine(request, running):
                 answered = await self._services.engine.call(
                     self._endpoint.path,
                     self._engine_body(running),

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from pydantic_core import from_json
 
+from api.openai.agent_hints import AgentHints, read_agent_hints
 from api.openai.errors import MalformedBody, RequestError
 from api.openai.fields import CHAT, COMPLETION, Fields
 from appliance.sessions import Message, SessionHints, Turn, TurnKind
@@ -93,6 +94,7 @@ class Asked:
         max_tokens: the bound that the client set on each answer, if any.
         include_usage: the client wants the usage at the end of the stream.
         keep_token_ids: the client wants token ids in the answer.
+        agent_hints: what its harness advises.
     """
 
     turn: Turn
@@ -103,6 +105,7 @@ class Asked:
     choices: int
     max_tokens: int | None
     dropped: Dropped
+    agent_hints: AgentHints
 
 
 def read_chat(body: bytes | bytearray, hints: "HintsReader", *, max_messages: int) -> Asked:
@@ -175,6 +178,7 @@ def _asked(
         choices=passed.get("n", 1),
         max_tokens=max_tokens,
         dropped=dropped,
+        agent_hints=read_agent_hints(request, dropped.add),
     )
 
 

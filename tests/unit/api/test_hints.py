@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from api.openai.errors import RequestError
-from api.openai.hints import read_hints
+from api.openai.hints import ends_session, read_hints
 from appliance.sessions import Origin, SessionHints
 
 
@@ -17,6 +17,11 @@ from appliance.sessions import Origin, SessionHints
         ({b"session-id": b"b", b"x-session-id": b"a"}, {}, SessionHints("a", origin=Origin.HEADER)),
         ({b"x-dynamo-session-id": b"a", b"session-id": b"b"}, {}, SessionHints("a", origin=Origin.HEADER)),
         ({b"x-session-id": b"a", b"x-parent-session-id": b"p"}, {}, SessionHints("a", "p", origin=Origin.HEADER)),
+        (
+            {b"x-dynamo-session-id": b"a", b"x-dynamo-parent-session-id": b"p"},
+            {},
+            SessionHints("a", "p", origin=Origin.HEADER),
+        ),
         ({b"x-claude-code-session-id": b"s"}, {}, SessionHints("s", origin=Origin.HEADER)),
         (
             {b"x-claude-code-session-id": b"s", b"x-claude-code-agent-id": b"a"},
@@ -57,3 +62,13 @@ def test_a_header_that_cannot_be_a_name_is_an_error() -> None:
     for value in (b"", b"a b", b"\xff", b"x" * 257):
         with pytest.raises(RequestError):
             read_hints({b"x-session-id": value}, {})
+
+
+def test_a_harness_s_word_that_a_session_is_over_is_advice_and_ours_goes_before_it() -> None:
+    assert not ends_session({})
+    assert ends_session({b"x-session-end": b"true"})
+    assert ends_session({b"x-dynamo-session-final": b"True"})
+    assert not ends_session({b"x-dynamo-session-final": b"perhaps"})
+    assert not ends_session({b"x-session-end": b"false", b"x-dynamo-session-final": b"true"})
+    with pytest.raises(RequestError):
+        ends_session({b"x-session-end": b"perhaps"})
