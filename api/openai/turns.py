@@ -161,10 +161,11 @@ class Turns:
                 prompt_digest=await self._prompt_digest(request, asked, body_bytes),
             )
             also = [trail.session_ended(request, session_id=session_id)] if ends else []
-            await services.audit.record(admitted, *also)
+            # The engine's body is made while the disk works: in this order, for `gather` begins with the first.
+            _, body = await asyncio.gather(services.audit.record(admitted, *also), self._engine_body(running))
             watcher = asyncio.get_running_loop().create_task(_watch(receive, running))
             try:
-                await (self._stream if asked.stream else self._whole)(request, running, send)
+                await (self._stream if asked.stream else self._whole)(request, running, body, send)
             finally:
                 watcher.cancel()
                 if ends:
@@ -251,7 +252,7 @@ class Turns:
         )
         return _Running(asked, session, admission, answer, response_id, prompt_bytes, started_at)
 
-    def _engine_body(self, running: _Running) -> bytes:
+    async def _engine_body(self, running: _Running) -> bytes:
         """The only way that anything reaches the engine."""
         asked, session = running.asked, running.session
         lease = Lease(session.lease_label, session.tenant_label, session.idle_timeout_s)
@@ -271,12 +272,12 @@ class Turns:
 
     # Streamed
 
-    async def _stream(self, request: Request, running: _Running, send: Send) -> None:
+    async def _stream(self, request: Request, running: _Running, body: bytes, send: Send) -> None:
         answer = running.answer
         failure: HoldfastError | None = None
         try:
             async with running.until(self._settings.request_timeout_s):
-                await self._pass_on(request, running, send)
+                await self._pass_on(request, running, body, send)
                 if not answer.complete:
                     raise _unfinished()
         except HoldfastError as error:
@@ -302,13 +303,13 @@ class Turns:
             async with asyncio.timeout(None if failure is None else _STALLED_CLIENT_S):
                 await send({"type": "http.response.body", "body": last})
 
-    async def _pass_on(self, request: Request, running: _Running, send: Send) -> None:
+    async def _pass_on(self, request: Request, running: _Running, body: bytes, send: Send) -> None:
         """From the engine to the client, all but the end."""
         answer = running.answer
         begun_at = time.perf_counter()
         engine = self._services.engine
         engine_id = running.response_id.removeprefix(self._endpoint.id_prefix)
-        async with engine.batches(self._endpoint.path, self._engine_body(running), request_id=engine_id) as batches:
+        async with engine.batches(self._endpoint.path, body, request_id=engine_id) as batches:
             async for batch in batches:
                 events, failure = _feed(answer, batch)
                 if events:
@@ -321,14 +322,14 @@ class Turns:
 
     # Whole
 
-    async def _whole(self, request: Request, running: _Running, send: Send) -> None:
+    async def _whole(self, request: Request, running: _Running, body: bytes, send: Send) -> None:
         failure: HoldfastError | None = None
         engine_id = running.response_id.removeprefix(self._endpoint.id_prefix)
         try:
             async with running.until(self._settings.request_timeout_s):
                 answered = await self._services.engine.call(
                     self._endpoint.path,
-                    self._engine_body(running),
+                    body,
                     request_id=engine_id,
                     deadline_s=self._settings.request_timeout_s,
                 )
@@ -372,7 +373,9 @@ class Turns:
         used = running.admission.settle(usage.prompt_tokens + usage.completion_tokens)
         begun_at = time.perf_counter()
         session_id = running.session.session_id
-        stored, recorded = await asyncio.gather(
+        # The record first: it is on its way to the disk while the turn is encrypted.
+        recorded, stored = await asyncio.gather(
+            services.audit.record(self._ended(request, running, state, failure)),
             services.sessions.record(
                 running.session,
                 running.asked.turn,
@@ -381,7 +384,6 @@ class Turns:
                 engine=services.engine_life,
                 last=ends_session(request.headers),
             ),
-            services.audit.record(self._ended(request, running, state, failure)),
             return_exceptions=True,
         )
         if isinstance(stored, HoldfastError):
