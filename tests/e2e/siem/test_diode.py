@@ -420,7 +420,7 @@ async def test_a_folder_that_does_not_answer_is_given_up_and_gone_on_with(tmp_pa
         for _ in range(3):
             with pytest.raises(ExportUnreachable, match=r"did not answer within 0\.2 s"):
                 await first.connect()
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads
         with contextlib.suppress(ExportUnreachable):
             await connection.close()
         assert visible(tmp_path) == []
