@@ -173,10 +173,11 @@ class Turns:
                 prompt_digest=await self._prompt_digest(request, asked, body_bytes),
             )
             also = [trail.session_ended(request, session_id=session_id)] if ends else []
-            await services.audit.record(admitted, *also)
+            # The engine's body is made while the disk works: in this order, for `gather` begins with the first.
+            _, body = await asyncio.gather(services.audit.record(admitted, *also), self._engine_body(running))
             watcher = asyncio.get_running_loop().create_task(_watch(receive, running))
             try:
-                await (self._stream if asked.stream else self._whole)(request, running, send)
+                await (self._stream if asked.stream else self._whole)(request, running, body, send)
             finally:
                 watcher.cancel()
                 if ends:
@@ -306,7 +307,7 @@ class Turns:
                 idle_timeout_s=session.idle_timeout_s,
             )
 
-    def _engine_body(self, running: _Running) -> bytes:
+    async def _engine_body(self, running: _Running) -> bytes:
         """The only way that anything reaches the engine."""
         asked, session = running.asked, running.session
         shared = None
@@ -335,12 +336,12 @@ class Turns:
 
     # Streamed
 
-    async def _stream(self, request: Request, running: _Running, send: Send) -> None:
+    async def _stream(self, request: Request, running: _Running, body: bytes, send: Send) -> None:
         answer = running.answer
         failure: HoldfastError | None = None
         try:
             async with running.until(self._settings.request_timeout_s):
-                await self._pass_on(request, running, send)
+                await self._pass_on(request, running, body, send)
                 if not answer.complete:
                     raise _unfinished()
         except HoldfastError as error:
@@ -366,7 +367,7 @@ class Turns:
             async with asyncio.timeout(None if failure is None else _STALLED_CLIENT_S):
                 await send({"type": "http.response.body", "body": last})
 
-    async def _pass_on(self, request: Request, running: _Running, send: Send) -> None:
+    async def _pass_on(self, request: Request, running: _Running, body: bytes, send: Send) -> None:
         """From the engine to the client, all but the end."""
         answer = running.answer
         begun_at = time.perf_counter()
@@ -374,7 +375,7 @@ class Turns:
         engine_id = running.response_id.removeprefix(self._endpoint.id_prefix)
         async with (
             self._at_the_engine(request, running),
-            engine.batches(self._endpoint.path, self._engine_body(running), request_id=engine_id) as batches,
+            engine.batches(self._endpoint.path, body, request_id=engine_id) as batches,
         ):
             async for batch in batches:
                 events, failure = _feed(answer, batch)
@@ -389,14 +390,14 @@ class Turns:
 
     # Whole
 
-    async def _whole(self, request: Request, running: _Running, send: Send) -> None:
+    async def _whole(self, request: Request, running: _Running, body: bytes, send: Send) -> None:
         failure: HoldfastError | None = None
         engine_id = running.response_id.removeprefix(self._endpoint.id_prefix)
         try:
             async with running.until(self._settings.request_timeout_s), self._at_the_engine(request, running):
                 answered = await self._services.engine.call(
                     self._endpoint.path,
-                    self._engine_body(running),
+                    body,
                     request_id=engine_id,
                     deadline_s=self._settings.request_timeout_s,
                 )
@@ -442,7 +443,9 @@ class Turns:
         begun_at = time.perf_counter()
         session_id = running.session.session_id
         served = await self._served(usage, told)
-        stored, recorded = await asyncio.gather(
+        # The record first: it is on its way to the disk while the turn is encrypted.
+        recorded, stored = await asyncio.gather(
+            services.audit.record(self._ended(request, running, state, failure)),
             services.sessions.record(
                 running.session,
                 running.asked.turn,
@@ -453,7 +456,6 @@ class Turns:
                 served=served,
                 last=ends_session(request.headers),
             ),
-            services.audit.record(self._ended(request, running, state, failure)),
             return_exceptions=True,
         )
         if isinstance(stored, HoldfastError):

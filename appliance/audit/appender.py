@@ -46,6 +46,8 @@ _RECEIVE_BYTES: Final = 1 << 18
 _MOST_TOGETHER: Final = 4096  # entries to one sync
 _FIRST_PRODUCER_S: Final = 30.0
 _TRY_AGAIN_S: Final = 5.0
+_AT_ONCE_S: Final = 400e-6
+_CORE_TAKEN_S: Final = 25e-6  # a yield that took longer let somebody else run
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid: unix(7)
 _APPENDS: Final = frozenset({protocol.APPEND, protocol.APPEND_PRIVILEGED, protocol.APPEND_AGAIN})
 
@@ -93,6 +95,8 @@ class Appender:
         self._error: ErrorRecord | None = None  # of the last append
         self._publication_error: ErrorRecord | None = None  # of the last checkpoint
         self._stopping = False
+        self._answered_at = -_AT_ONCE_S  # when the last append was
+        self._asked_at_once = False  # the last append came right after the answer to the one before
         # Tiles are written beside the loop: nobody's append waits for them.
         self._writing: futures.Future[None] | None = None
         self._publication: Publication | None = None
@@ -113,7 +117,7 @@ class Appender:
         idle_until = self._monotonic() + _FIRST_PRODUCER_S
         while not self._stopping and (self._producers or self._monotonic() < idle_until):
             messages: list[tuple[_Producer, Message]] = []
-            for descriptor, events in self._poll.poll(self._wait_s()):
+            for descriptor, events in self._next_events():
                 producer = self._producers.get(descriptor)
                 if producer is not None:
                     if events & select.EPOLLOUT:
@@ -145,6 +149,25 @@ class Appender:
     def stop(self) -> None:
         """End after what is being done."""
         self._stopping = True
+
+    def _next_events(self) -> list[tuple[int, int]]:
+        """What there is to do; waits for it.
+
+        A producer that asked right after its last answer will do so again, and waking this process would cost it as
+        much as the sync. So this looks about for a moment before it sleeps: as long as nobody else wants the core.
+        """
+        if self._asked_at_once:
+            now = self._monotonic()
+            until = now + _AT_ONCE_S
+            while now < until:
+                if events := self._poll.poll(0):
+                    return events
+                os.sched_yield()
+                yielded_at, now = now, self._monotonic()
+                if now > yielded_at + _CORE_TAKEN_S:
+                    break
+            self._asked_at_once = False
+        return self._poll.poll(self._wait_s())
 
     def _wait_s(self) -> float:
         if self._sign is None or self._dirty_since is None:
@@ -216,6 +239,8 @@ class Appender:
     # Requests
 
     def _answer(self, messages: list[tuple[_Producer, Message]]) -> None:
+        if messages:
+            self._asked_at_once = self._monotonic() < self._answered_at + _AT_ONCE_S
         together: list[tuple[_Producer, int, list[Draft]]] = []
         entries = 0
         for producer, message in messages:
@@ -241,6 +266,8 @@ class Appender:
         self._append(together, privileged=False)
         for producer in {producer for producer, _ in messages}:
             self._send(producer)
+        if messages:
+            self._answered_at = self._monotonic()
 
     def _append(self, together: list[tuple[_Producer, int, list[Draft]]], *, privileged: bool) -> None:
         if not together:

@@ -8,6 +8,7 @@ Rules:
 - The number is taken when the batch and its manifest are on the disk. From that moment the batch will appear, whatever
   ends meanwhile: who connects next puts it in its place. Before it, nothing has happened: a full disk leaves no trace.
 - Whoever carries batches away may remove them. The state (`.state`) must stay: without it another series begins.
+- What the folder's disk does not do within a deadline counts as not taken; nothing else is done there meanwhile.
 - Several may write to one folder, a trial beside the export: numbers are given out under a lock.
 """
 
@@ -22,12 +23,12 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from appliance.audit.journal import sync_directory
 from appliance.audit.notes import KeyInvalid, SigningKey
 from appliance.audit.siem.batches import BATCH, MANIFEST, NO_PREVIOUS, PUBLIC_KEY, Manifest
-from appliance.audit.siem.files import DEADLINE_S, open_regular, read_in_time
+from appliance.audit.siem.files import DEADLINE_S, in_own_thread, open_regular, read_in_time
 from appliance.audit.siem.transport import ExportUnreachable, ExportUnusable, Message
 from appliance.errors import HoldfastError
 
@@ -62,6 +63,7 @@ class DiodeFiles:
         key_file: an Ed25519 private key, PEM without a passphrase, that nobody but its owner may read.
         name: what its public key is called.
         random: gives as many random bytes as it is asked for.
+        deadline_s: for each thing that is done in the folder.
     """
 
     messages_at_once: Final = 256
@@ -76,8 +78,11 @@ class DiodeFiles:
         limits: Limits = Limits(),  # noqa: B008  (it never changes)
         monotonic: Callable[[], float] = time.monotonic,
         random: Callable[[int], bytes] = os.urandom,
+        deadline_s: float = DEADLINE_S,
     ) -> None:
         self._folder = folder
+        self._deadline_s = deadline_s
+        self._room: _Room | None = None  # the last connection's
         self._key_file = key_file
         self._name = name
         self._limits = limits
@@ -89,9 +94,11 @@ class DiodeFiles:
 
     async def connect(self) -> "Connection":
         """See `Transport.connect`."""
-        key = await read_in_time(DEADLINE_S, load_key, self._key_file, self._name)
-        room = _Room(self._folder, key, self._random)
-        await asyncio.to_thread(room.prepare)
+        key = await read_in_time(self._deadline_s, load_key, self._key_file, self._name)
+        if self._room is not None:
+            self._room.refuse_late()  # so that no more than one thread waits for a dead disk
+        self._room = room = _Room(self._folder, key, self._random, self._deadline_s)
+        await room.run(room.prepare)
         return Connection(room, self._limits, self._monotonic)
 
 
@@ -257,30 +264,48 @@ class _State(NamedTuple):
 class _Room:
     """The folder. Everything here blocks but `run`."""
 
-    def __init__(self, folder: Path, key: SigningKey, random: Callable[[int], bytes]) -> None:
+    def __init__(
+        self, folder: Path, key: SigningKey, random: Callable[[int], bytes], deadline_s: float = DEADLINE_S
+    ) -> None:
         self.folder = folder
         self._key = key
         self._random = random
+        self._deadline_s = deadline_s
+        self._working: asyncio.Future[Any] | None = None  # what was begun last: it may be late, and done yet
 
     async def run(self, do: Callable[..., _T], *arguments: object) -> _T:
         """Do something here in a thread.
 
         Raises:
-            ExportUnreachable: the disk does not take it.
+            ExportUnreachable: the disk does not take it, or not within the deadline.
         """
-        working = asyncio.create_task(asyncio.to_thread(do, *arguments))
+        self.refuse_late()
+        self._working = working = in_own_thread(do, *arguments)
         try:
-            return await asyncio.shield(working)
+            async with asyncio.timeout(self._deadline_s):
+                return await asyncio.shield(working)
         except asyncio.CancelledError:
             # The thread goes on, and nobody may use the same files meanwhile.
-            await asyncio.wait([working])
-            if not working.cancelled():
-                working.exception()
+            await asyncio.wait([working], timeout=self._deadline_s)
             raise
+        except TimeoutError:
+            raise self._too_late() from None
         except OSError as error:
             if isinstance(error, HoldfastError):
                 raise
             raise _unreachable(self.folder, error) from None
+
+    def refuse_late(self) -> None:
+        """Raise ExportUnreachable while something that is late may still be done."""
+        if self._working is not None and not self._working.done():
+            raise self._too_late()
+
+    def _too_late(self) -> ExportUnreachable:
+        return ExportUnreachable(
+            f"{self.folder} takes no batches",
+            cause=f"its disk did not answer within {self._deadline_s:g} s",
+            remedy="Nothing is lost: events wait in the log. See that the disk answers: `ls -l` shows it, or hangs too",
+        )
 
     def prepare(self) -> None:
         """See that it can be used, and finish what was begun by somebody who ended.

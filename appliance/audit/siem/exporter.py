@@ -34,13 +34,13 @@ from appliance.audit.siem import link
 from appliance.audit.siem.destinations import Destination, format_of, transport_of
 from appliance.audit.siem.formats import Disclosed
 from appliance.audit.siem.opening import KeyOpener
+from appliance.audit.siem.saved import CURSOR_SUFFIX
 from appliance.audit.siem.shipper import Shipper, View, try_out
 from appliance.audit.signing import public_key
 from appliance.errors import HoldfastError
 from appliance.vault import KeyMissing, VaultSealed
 from appliance.vault.process import forbid_core_dumps
 
-CURSOR_SUFFIX: Final = ".cursor"
 SECRET_BYTES: Final = 33  # a byte that says whether there is one, and the secret
 ASKED_BYTES: Final = 16 + 16 + 32  # key id, nonce, commitment
 _ASKED_AT_ONCE: Final = 16  # less than a tenth of a millisecond of the gateway's loop

@@ -7,7 +7,9 @@ Rules:
   nothing else. One that ends is started again, one that hangs is killed. Where there is no destination there is none.
 - Where the file cannot be read it is not known who needs what: nothing is shipped, changed or removed from the log
   until somebody has put the file right, which is seen by itself.
-- No destination names a file of the appliance's own state: what it holds is not for a receiver.
+- What is in the file was saved here: its keyed hash says so (`saved`). It can be read once the vault is open.
+- No destination names a file of the appliance's own state: what it holds is not for a receiver. Whether one leads there
+  by a link is looked at again whenever an exporter is told of it.
 """
 
 import asyncio
@@ -27,7 +29,7 @@ from typing import ClassVar, Final
 from appliance.audit import protocol
 from appliance.audit.entry import AuditKeys
 from appliance.audit.siem import link
-from appliance.audit.siem.cursor import Cursor, Position, write_whole
+from appliance.audit.siem.cursor import Cursor, Position
 from appliance.audit.siem.destinations import (
     MOST_DESTINATIONS,
     Destination,
@@ -36,11 +38,14 @@ from appliance.audit.siem.destinations import (
     format_of,
     transport_of,
 )
-from appliance.audit.siem.exporter import CURSOR_SUFFIX, secrets_for, view_of
+from appliance.audit.siem.exporter import secrets_for, view_of
 from appliance.audit.siem.files import read_in_time
+from appliance.audit.siem.saved import CURSOR_SUFFIX, SavedTampered, load, save
 from appliance.audit.siem.shipper import View
+from appliance.audit.siem.transport import ExportUnusable
 from appliance.audit.signing import public_key
 from appliance.errors import ErrorRecord, Fault, HoldfastError
+from appliance.vault import VaultSealed
 
 FOLDER: Final = "siem"  # in the state directory
 _SAVED: Final = "destinations.json"
@@ -103,6 +108,7 @@ class Exports:
         self._unread: DestinationsUnreadable | None = None  # why it is not known which there are
         self._error: ErrorRecord | None = None  # why there is no exporter
         self._views: dict[str, View] = {}
+        self._refused: dict[str, ErrorRecord] = {}  # destinations that the exporter is not told of, and why
         self._link: link.Link | None = None
         self._process: Process | None = None
         self._wanted = asyncio.Event()
@@ -170,7 +176,8 @@ class Exports:
             name=name, to=str(transport_of(destination)), format=format_of(destination).name, connected=False, sent=0,
             delivered=0, lag_entries=0, lag_s=0.0, waits_for="the exporter has just begun", error=None,
         )  # fmt: skip
-        return known if self._error is None else replace(known, connected=False, error=self._error)
+        error = self._refused.get(name, self._error)
+        return known if error is None else replace(known, connected=False, error=error)
 
     # Changing it
 
@@ -236,6 +243,8 @@ class Exports:
     async def _change(self, destinations: dict[str, Destination], begin: tuple[str, int] | None = None) -> None:
         try:
             if begin is not None:
+                # The file first: a cursor without one tells of a file that was taken away.
+                await asyncio.to_thread(self._save, list(self._destinations.values()))
                 await asyncio.to_thread(self._begin, *begin)
             await asyncio.to_thread(self._save, list(destinations.values()))
         except OSError as error:
@@ -251,27 +260,32 @@ class Exports:
         Cursor(self._cursor(name), origin).save(Position(first, first))
 
     def _save(self, destinations: Sequence[Destination]) -> None:
-        content = json.dumps({"destinations": [each.record() for each in destinations]}, indent=1)
-        write_whole(self._folder / _SAVED, content.encode())
+        save(self._folder / _SAVED, destinations, self._keys)
 
     def _load(self) -> dict[str, Destination]:
         """What is saved. Reads a file."""
+        path = self._folder / _SAVED
         try:
-            said = json.loads((self._folder / _SAVED).read_bytes())
-            found = [Destination.read(each) for each in said["destinations"]]
+            found = load(path, self._keys)
             for each in found:
                 self._refuse_own_files(each, Path.absolute)  # resolving could hang on a dead mount
             return {each.name: each for each in found}
-        except FileNotFoundError:
-            return {}
         except OSError as error:
-            raise _unreadable(self._folder / _SAVED, error) from None
+            raise _unreadable(path, error) from None
+        except VaultSealed:
+            raise DestinationsUnreadable(
+                "the destinations of the audit log cannot be checked yet",
+                cause=f"{path}: the vault is sealed",
+                remedy="`holdfast unseal`; what is to be sent waits in the log",
+            ) from None
+        except SavedTampered as error:
+            raise DestinationsUnreadable(error.message, cause=error.cause, remedy=error.remedy) from None
         except (DestinationInvalid, ValueError, KeyError, TypeError) as error:
             told = error.cause if isinstance(error, HoldfastError) else type(error).__name__
             raise DestinationsUnreadable(
                 "the destinations of the audit log cannot be read",
-                cause=f"{self._folder / _SAVED}: {told}",
-                remedy="Put it back from a copy, or move it away and add them again with `holdfast audit export add`",
+                cause=f"{path}: {told}",
+                remedy="Move the folder away and add them again: `holdfast audit export add`",
             ) from None
 
     def _refuse_unread(self) -> None:
@@ -418,8 +432,18 @@ class Exports:
         exporter.close()
 
     async def _tell(self, exporter: link.Link) -> None:
-        """What there is to ship to."""
-        records = [each.record() for each in self._destinations.values()]
+        """What there is to ship to: all but those whose files have come to be the appliance's own."""
+        refused = {}
+        for each in list(self._destinations.values()):
+            try:
+                await read_in_time(_STOP_S, self._refuse_own_files, each, Path.resolve)
+            except DestinationInvalid as error:
+                refused[each.name] = error.record()
+                _LOG.error("nothing is sent to %s: %s", each.name, error)
+            except ExportUnusable:
+                pass  # a disk that does not answer: the exporter says the same of it
+        self._refused = refused
+        records = [each.record() for each in self._destinations.values() if each.name not in refused]
         await exporter.ask(link.DESTINATIONS, json.dumps(records).encode())
 
     async def _serve(self, kind: int, body: bytes) -> bytes:

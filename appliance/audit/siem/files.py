@@ -53,6 +53,15 @@ def check_regular(path: Path) -> None:
     os.close(open_regular(path))
 
 
+def in_own_thread(do: Callable[..., _T], *given: object) -> asyncio.Future[_T]:
+    """Begin `do(*given)` in a thread that the process does not wait for; what it returns or raises."""
+    loop = asyncio.get_running_loop()
+    working = loop.create_future()
+    working.add_done_callback(lambda done: done.cancelled() or done.exception())
+    threading.Thread(target=_do, args=(loop, working, do, given), daemon=True).start()
+    return working
+
+
 async def read_in_time(deadline_s: float, read: Callable[..., _T], *given: Hashable) -> _T:
     """What `read(*given)` returns, or raises; several who ask for the same at once share it.
 
@@ -63,9 +72,8 @@ async def read_in_time(deadline_s: float, read: Callable[..., _T], *given: Hasha
     key = (loop, read, *given)
     reading = _READING.get(key)
     if reading is None:
-        reading = _READING[key] = loop.create_future()
-        reading.add_done_callback(lambda done: _forget(key, done))
-        threading.Thread(target=_read, args=(loop, reading, read, given), daemon=True).start()
+        reading = _READING[key] = in_own_thread(read, *given)
+        reading.add_done_callback(lambda _: _READING.pop(key))
     try:
         async with asyncio.timeout(deadline_s):
             result: _T = await asyncio.shield(reading)
@@ -78,25 +86,21 @@ async def read_in_time(deadline_s: float, read: Callable[..., _T], *given: Hasha
         ) from None
 
 
-def _read(
-    loop: asyncio.AbstractEventLoop, reading: asyncio.Future[Any], read: Callable[..., Any], given: tuple[Hashable, ...]
+def _do(
+    loop: asyncio.AbstractEventLoop, working: asyncio.Future[Any], do: Callable[..., Any], given: tuple[object, ...]
 ) -> None:
     try:
-        result, error = read(*given), None
+        result, error = do(*given), None
     except Exception as raised:  # whoever waits is told
         result, error = None, raised
     with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
-        loop.call_soon_threadsafe(_tell, reading, result, error)
+        loop.call_soon_threadsafe(_tell, working, result, error)
 
 
-def _tell(reading: asyncio.Future[Any], result: object, error: Exception | None) -> None:
+def _tell(working: asyncio.Future[Any], result: object, error: Exception | None) -> None:
+    if working.done():
+        return
     if error is None:
-        reading.set_result(result)
+        working.set_result(result)
     else:
-        reading.set_exception(error)
-
-
-def _forget(key: tuple[Hashable, ...], done: asyncio.Future[Any]) -> None:
-    del _READING[key]
-    if not done.cancelled():
-        done.exception()  # it may be that nobody waits any more
+        working.set_exception(error)

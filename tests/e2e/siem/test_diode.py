@@ -1,11 +1,14 @@
 """Files for a data diode: what appears is whole and signed; what was changed, left out or brought again is found."""
 
 import asyncio
+import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -399,6 +402,33 @@ def test_a_writer_that_is_killed_at_any_call_leaves_whole_batches(tmp_path: Path
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 20
+
+
+async def test_a_folder_that_does_not_answer_is_given_up_and_gone_on_with(tmp_path: Path) -> None:
+    out = transport(tmp_path)
+    first = DiodeFiles(tmp_path / "out", key_file(tmp_path), name="diode.vault", limits=SLOW, deadline_s=0.2)
+    connection = await first.connect()
+    await connection.send(messages(50))
+    descriptor = os.open(tmp_path / "out" / ".lock", os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # who waits for it waits like for a disk that is gone
+        with pytest.raises(ExportUnreachable, match=r"did not answer within 0\.2 s"):
+            await connection.send(messages(50, 50))
+        with pytest.raises(ExportUnreachable, match=r"did not answer within 0\.2 s"):
+            await first.connect()
+        threads = threading.active_count()
+        for _ in range(3):
+            with pytest.raises(ExportUnreachable, match=r"did not answer within 0\.2 s"):
+                await first.connect()
+        assert threading.active_count() <= threads
+        with contextlib.suppress(ExportUnreachable):
+            await connection.close()
+        assert visible(tmp_path) == []
+    finally:
+        os.close(descriptor)
+    shipped = Shipped(tmp_path, out)
+    await shipped.until_delivered()
+    verify_batches(tmp_path / "out", public_key(tmp_path))
 
 
 async def test_a_key_that_is_none_or_that_others_can_read_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from appliance.audit.siem.destinations import Destination
 from appliance.audit.siem.exports import DestinationsUnreadable, Exports
 from appliance.audit.siem.files import read_in_time
+from appliance.audit.siem.saved import save
 from appliance.audit.siem.transport import ExportUnusable
 from tests.e2e.siem.shipping import until
 from tests.unit.audit.making import KEY, Keys, make_log
@@ -138,15 +139,20 @@ async def test_what_a_dead_mount_holds_up_is_given_up_and_is_read_once() -> None
     assert len(reads) == 2
 
 
-@pytest.mark.parametrize("content", ["{", '{"destinations": [{"name": "soc"}]}', "own"])
+@pytest.mark.parametrize("content", ["{", '{"destinations": [{"name": "soc"}]}', "unsealed", "own"])
 async def test_where_the_destinations_cannot_be_read_nothing_is_changed_until_they_can(
     node: Node, content: str
 ) -> None:
     saved = node.state / "siem" / "destinations.json"
     saved.parent.mkdir(mode=0o700)
     own = node.diode("soc")._replace(private_key=node.state / "audit" / "key")
-    content = json.dumps({"destinations": [own.record()]}) if content == "own" else content
-    saved.write_text(content)
+    if content == "own":
+        save(saved, [own], Keys())
+    elif content == "unsealed":
+        saved.write_text(json.dumps({"destinations": [node.diode("soc").record()]}))
+    else:
+        saved.write_text(content)
+    content = saved.read_text()
     exports = node.exports()
     exports.start()
     try:
@@ -159,10 +165,33 @@ async def test_where_the_destinations_cannot_be_read_nothing_is_changed_until_th
             with pytest.raises(DestinationsUnreadable):
                 await change
         assert saved.read_text() == content
-        saved.write_text(json.dumps({"destinations": [node.diode("soc").record()]}))
+        save(saved, [node.diode("soc")], Keys())
         await until(lambda: exports.unreadable is None)
         assert (exports.names, exports.needed_from()) == (["soc"], 0)
         await until(lambda: exports.view("soc").delivered == ENTRIES)
         assert exports.needed_from() == ENTRIES
+    finally:
+        await exports.stop(ENTRIES)
+
+
+async def test_a_file_that_has_become_a_link_to_the_appliances_own_is_not_read(node: Node) -> None:
+    first = node.exports()
+    first.start()
+    await first.add(node.diode("soc"))
+    await first.stop(ENTRIES)
+    own = node.state / "audit" / "own.pem"
+    key = node.diode("soc").private_key
+    assert key is not None
+    own.write_bytes(key.read_bytes())
+    own.chmod(0o600)
+    key.unlink()
+    key.symlink_to(own)
+    exports = node.exports()
+    exports.start()
+    try:
+        await until(lambda: exports.view("soc").error is not None)
+        error = exports.view("soc").error
+        assert error is not None
+        assert (error["code"], exports.view("soc").connected) == ("audit_export_invalid", False)
     finally:
         await exports.stop(ENTRIES)
