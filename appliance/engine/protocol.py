@@ -64,6 +64,10 @@ class Lease:
     Attributes:
         turn: what the gateway will call the turn when it tells how it ended; empty: it will not.
         strict: when the time is over nothing of the session is kept, wanted or not.
+        parent: the session whose agent waits for this one's; empty: none does.
+        tenant_share: of the device's blocks, what other tenants' sessions leave to this one's tenant.
+        tenant_cap: of the device's blocks, the most that the tenant's sessions keep together.
+        session_cap: of the device's blocks, the most that this session keeps.
     """
 
     session: str
@@ -71,6 +75,10 @@ class Lease:
     idle_timeout_s: float
     turn: str = ""
     strict: bool = False
+    parent: str = ""
+    tenant_share: float = 0.0
+    tenant_cap: float = 1.0
+    session_cap: float = 1.0
 
     def to_wire(self) -> dict[str, object]:
         """The value of `kv_transfer_params[LEASE_FIELD]`."""
@@ -90,6 +98,10 @@ class Lease:
             idle_timeout_s=_number(record, "idle_timeout_s", 0.0, MAX_IDLE_TIMEOUT_S),
             turn="" if record["turn"] == "" else _label(record, "turn"),
             strict=_flag(record, "strict"),
+            parent="" if record["parent"] == "" else _label(record, "parent"),
+            tenant_share=_number(record, "tenant_share", 0.0, 1.0),
+            tenant_cap=_number(record, "tenant_cap", 0.0, 1.0),
+            session_cap=_number(record, "session_cap", 0.0, 1.0),
         )
 
 

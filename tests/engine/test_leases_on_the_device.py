@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from appliance.engine.protocol import LEASE_FIELD
+from appliance.engine.protocol import LEASE_FIELD, Lease
 from tests.engine.in_process import BLOCK, BOUND, MAX_MODEL_LEN, POOL, EngineInProcess, words
 
 
@@ -326,16 +326,16 @@ def test_a_request_cancelled_before_it_ran_leaves_its_sessions_lease_alone(engin
         [],
         {},
         {"session": "s", "tenant": "t"},
-        {"session": "s", "tenant": "t", "idle_timeout_s": 15.0, "turn": "", "strict": False, "release": "victim"},
-        {"session": "s", "tenant": "t", "idle_timeout_s": "15", "turn": "", "strict": False},
-        {"session": "s", "tenant": "t", "idle_timeout_s": True, "turn": "", "strict": False},
-        {"session": "s", "tenant": "t", "idle_timeout_s": -1.0, "turn": "", "strict": False},
-        {"session": "s", "tenant": "t", "idle_timeout_s": float("nan"), "turn": "", "strict": False},
-        {"session": "s", "tenant": "t", "idle_timeout_s": 1e9, "turn": "", "strict": False},
-        {"session": "", "tenant": "t", "idle_timeout_s": 15.0, "turn": "", "strict": False},
-        {"session": "s" * 65, "tenant": "t", "idle_timeout_s": 15.0, "turn": "", "strict": False},
-        {"session": "SECRET WORDS\n", "tenant": "t", "idle_timeout_s": 15.0, "turn": "", "strict": False},
-        {"session": 7, "tenant": "t", "idle_timeout_s": 15.0, "turn": "", "strict": False},
+        Lease("s", "t", 15.0).to_wire() | {"release": "victim"},
+        Lease("s", "t", 15.0).to_wire() | {"idle_timeout_s": "15"},
+        Lease("s", "t", 15.0).to_wire() | {"idle_timeout_s": True},
+        Lease("s", "t", 15.0).to_wire() | {"idle_timeout_s": -1.0},
+        Lease("s", "t", 15.0).to_wire() | {"idle_timeout_s": float("nan")},
+        Lease("s", "t", 15.0).to_wire() | {"idle_timeout_s": 1e9},
+        Lease("s", "t", 15.0).to_wire() | {"session": ""},
+        Lease("s", "t", 15.0).to_wire() | {"session": "s" * 65},
+        Lease("s", "t", 15.0).to_wire() | {"session": "SECRET WORDS\n"},
+        Lease("s", "t", 15.0).to_wire() | {"session": 7},
     ],
 )
 def test_a_malformed_lease_is_counted_and_ignored_without_repeating_it(
