@@ -281,7 +281,7 @@ class LeaseRetention:
         wanted = sum(self._wanted_in_all(request, request.num_computed_tokens) for request in prefills)
         step_tokens = 1 + self._draft_tokens + self._lookahead_tokens
         groups = self._manager.num_kv_cache_groups
-        return wanted + (step_tokens // self._block_size + 1) * groups
+        return int(wanted + (step_tokens // self._block_size + 1) * groups)
 
     def _holds_blocks(self, request: Request) -> bool:
         return request.num_computed_tokens > 0 or request.status in (
