@@ -33,6 +33,7 @@ PLUGIN_ENVIRONMENT: Mapping[str, str] = {"VLLM_PLUGINS": PLUGIN_NAME}
 CONNECTOR_NAME = "StateConnector"
 CONNECTOR_MODULE = "appliance.engine.inside.connector"
 LEASE_FRACTION_FIELD = "holdfast_lease_fraction"
+LESSONS_FIELD = "holdfast_lessons"
 
 MAX_IDLE_TIMEOUT_S = 86_400.0
 MAX_RELEASES = 10_000
@@ -300,11 +301,12 @@ def read_turn_accounts_answer(body: bytes) -> tuple[TurnAccount | None, ...]:
     return tuple(None if account is None else TurnAccount.from_wire(account) for account in accounts)
 
 
-def connector_config(lease_fraction: float) -> dict[str, object]:
+def connector_config(lease_fraction: float, lessons: str | None = None) -> dict[str, object]:
     """The value of vLLM's `--kv-transfer-config`.
 
     Args:
         lease_fraction: of the device's blocks, the most that leases may hold together; 0 turns leases off.
+        lessons: the file that keeps what retention learned; None: nothing does.
 
     Raises:
         ValueError: when the fraction is not in 0 to 0.95.
@@ -316,13 +318,13 @@ def connector_config(lease_fraction: float) -> dict[str, object]:
         "kv_connector_module_path": CONNECTOR_MODULE,
         # With "kv_both" vLLM delays each block that a request frees, for the sake of loads; this connector makes none.
         "kv_role": "kv_producer",
-        "kv_connector_extra_config": {LEASE_FRACTION_FIELD: lease_fraction},
+        "kv_connector_extra_config": {LEASE_FRACTION_FIELD: lease_fraction, LESSONS_FIELD: lessons},
     }
 
 
-def connector_arguments(lease_fraction: float) -> list[str]:
+def connector_arguments(lease_fraction: float, lessons: str | None = None) -> list[str]:
     """What `vllm serve` is given on its command line so that leases are kept."""
-    return ["--kv-transfer-config", json.dumps(connector_config(lease_fraction), separators=(",", ":"))]
+    return ["--kv-transfer-config", json.dumps(connector_config(lease_fraction, lessons), separators=(",", ":"))]
 
 
 def _lease_state(value: object) -> LeaseState:

@@ -18,6 +18,7 @@ Rules:
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import vllm
@@ -37,10 +38,12 @@ from vllm.v1.request import Request, RequestStatus
 
 from appliance.engine.inside.accounts import Accounts
 from appliance.engine.inside.leases import Change, LeasedBlock, LeaseTable
+from appliance.engine.inside.lessons import Lessons
 from appliance.engine.inside.retention import RetentionPolicy
 from appliance.engine.protocol import (
     LEASE_FIELD,
     LEASE_FRACTION_FIELD,
+    LESSONS_FIELD,
     VLLM_VERSION,
     Lease,
     LeaseReport,
@@ -79,6 +82,10 @@ class LeaseRetention:
         self._requests: dict[str, Request] = {}
         self._leases_asked: dict[str, Lease] = {}
         self.policy = RetentionPolicy()
+        lessons = extra.get(LESSONS_FIELD)
+        # A connector is made for the scheduler and for each worker: only the scheduler's learns.
+        path = Path(lessons) if lessons and role == KVConnectorRole.SCHEDULER else None
+        self._lessons = Lessons(path, self.policy, self.clock())
         self._accounts = Accounts()
         self._hit_tokens: dict[str, int] = {}  # of requests that are about to be admitted
         self._table: LeaseTable
@@ -106,6 +113,7 @@ class LeaseRetention:
     def tick(self) -> float | None:
         """Expire what is due; seconds to the next deadline, or `None` without leases."""
         self._apply(self._table.expire())
+        self._lessons.write_if_due(self.clock())
         return self._table.next_expiry_in_s()
 
     def turns_ended(self, ends: Iterable[TurnEnd]) -> list[TurnAccount | None]:
@@ -197,6 +205,10 @@ class LeaseRetention:
     def requires_kv_delivery(self) -> bool:
         """Leases keep what is there; nobody waits for it."""
         return False
+
+    def shutdown(self) -> None:
+        self._lessons.write()
+        super().shutdown()  # type: ignore[misc]
 
     def release_all(self) -> None:
         """End every lease."""
