@@ -58,7 +58,9 @@ def measure() -> Figures:
     table = LeaseTable(20 * SESSIONS, time.monotonic)
     for number in range(SESSIONS):
         blocks = [LeasedBlock(20 * number + place, 32 * (place + 1), (number, place)) for place in range(20)]
-        table.grant(Lease(f"session-{number}", f"tenant-{number % 100}", 3600.0), blocks)
+        lease = Lease(f"session-{number}", f"tenant-{number % 100}", 3600.0)
+        table.arrived(lease)
+        table.finished(lease, blocks)
 
     def picture() -> bytes:
         seen = picture_of(

@@ -304,7 +304,7 @@ class Turns:
                 prompt_tokens=usage.prompt_tokens,
                 cached_tokens=usage.cached_tokens,
                 output_tokens=usage.completion_tokens,
-                idle_timeout_s=session.idle_timeout_s,
+                idle_timeout_s=session.keeping.idle_timeout_after_s(stop_of(running.answer.finish_reason)),
             )
 
     async def _engine_body(self, running: _Running) -> bytes:
@@ -313,11 +313,17 @@ class Turns:
         shared = None
         if session.shared_salt is not None and running.prefix is not None:
             shared = SharedPrefix(session.shared_salt, running.prefix.tokens, running.prefix.digest)
+        keeping = session.keeping
         lease = Lease(
             session.lease_label,
             session.tenant_label,
-            session.idle_timeout_s,
+            keeping.idle_timeout_s,
             turn=running.response_id,
+            strict=keeping.strict,
+            parent=session.parent_lease_label,
+            tenant_share=keeping.tenant_share,
+            tenant_cap=keeping.tenant_cap,
+            session_cap=keeping.session_cap,
             shared=shared,
         )
         body: dict[str, Any] = {
@@ -504,13 +510,14 @@ class Turns:
 
     def _tell_engine(self, running: _Running) -> "asyncio.Future[TurnAccount | None]":
         session, answer = running.session, running.answer
+        stop = stop_of(answer.finish_reason)
         end = TurnEnd(
             session.lease_label,
             session.tenant_label,
             running.response_id,
-            stop_of(answer.finish_reason),
+            stop,
             answer.usage.completion_tokens,
-            session.idle_timeout_s,
+            session.keeping.idle_timeout_after_s(stop),
         )
         return self._services.turn_ends.tell(end)
 

@@ -179,7 +179,7 @@ async def test_what_anybody_can_cause_is_counted_and_told_once_a_minute(tmp_path
             it.recorder.count(Event(NOT_AUTHENTICATED, ANYONE, Outcome.REFUSED, source=source, reason="key_unknown"))
             if number in (10, 50_000):
                 await it.recorder.tell_counted()
-        assert len(it.nonces()) == 11
+        assert len(it.entries()) == 11
         it.now_s = 61.0
         await it.recorder.tell_counted()
         content = read_journal(it.log / JOURNAL)
