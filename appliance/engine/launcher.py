@@ -40,6 +40,7 @@ _T = TypeVar("_T")
 
 SOCKET_NAME = "engine.sock"
 _LOGGING_NAME = "logging.json"
+_LESSONS_NAME = "lessons.json"
 
 _LOG_BYTES = 8 << 20  # then it is turned over once
 _TAIL_LINES = 200
@@ -97,7 +98,7 @@ class EngineSpec:
     max_num_seqs: int = 16
     eager: bool = True
     isolation: Literal["required", "where-allowed"] = "where-allowed"
-    lease_fraction: float = 0.5
+    lease_fraction: float = 0.9
     tool_call_parser: str | None = None
     cpu_threads: int | None = None
     cache_dir: Path | None = None
@@ -169,7 +170,7 @@ def command_line(spec: EngineSpec) -> list[str]:
         *("--uvicorn-log-level", "error"),
         "--disable-fastapi-docs",
         "--enable-scale-out",  # for what the gateway asks to have rendered
-        *connector_arguments(spec.lease_fraction),
+        *connector_arguments(spec.lease_fraction, str(spec.run_dir / _LESSONS_NAME)),
     ]
     if spec.max_model_len is not None:
         arguments += ["--max-model-len", str(spec.max_model_len)]

@@ -35,6 +35,7 @@ PLUGIN_ENVIRONMENT: Mapping[str, str] = {"VLLM_PLUGINS": PLUGIN_NAME}
 CONNECTOR_NAME = "StateConnector"
 CONNECTOR_MODULE = "appliance.engine.inside.connector"
 LEASE_FRACTION_FIELD = "holdfast_lease_fraction"
+LESSONS_FIELD = "holdfast_lessons"
 
 MAX_IDLE_TIMEOUT_S = 86_400.0
 MAX_RELEASES = 10_000
@@ -100,6 +101,10 @@ class Lease:
     Attributes:
         turn: what the gateway will call the turn when it tells how it ended; empty: it will not.
         strict: when the time is over nothing of the session is kept, wanted or not.
+        parent: the session whose agent waits for this one's; empty: none does.
+        tenant_share: of the device's blocks, what other tenants' sessions leave to this one's tenant.
+        tenant_cap: of the device's blocks, the most that the tenant's sessions keep together.
+        session_cap: of the device's blocks, the most that this session keeps.
         shared: the part of its prompt that its tenant's sessions share; None: nothing is.
     """
 
@@ -108,6 +113,10 @@ class Lease:
     idle_timeout_s: float
     turn: str = ""
     strict: bool = False
+    parent: str = ""
+    tenant_share: float = 0.0
+    tenant_cap: float = 1.0
+    session_cap: float = 1.0
     shared: SharedPrefix | None = None
 
     def to_wire(self) -> dict[str, object]:
@@ -128,6 +137,10 @@ class Lease:
             idle_timeout_s=_number(record, "idle_timeout_s", 0.0, MAX_IDLE_TIMEOUT_S),
             turn="" if record["turn"] == "" else _label(record, "turn"),
             strict=_flag(record, "strict"),
+            parent="" if record["parent"] == "" else _label(record, "parent"),
+            tenant_share=_number(record, "tenant_share", 0.0, 1.0),
+            tenant_cap=_number(record, "tenant_cap", 0.0, 1.0),
+            session_cap=_number(record, "session_cap", 0.0, 1.0),
             shared=None if record["shared"] is None else SharedPrefix.from_wire(record["shared"]),
         )
 
@@ -327,11 +340,12 @@ def read_turn_accounts_answer(body: bytes) -> tuple[TurnAccount | None, ...]:
     return tuple(None if account is None else TurnAccount.from_wire(account) for account in accounts)
 
 
-def connector_config(lease_fraction: float) -> dict[str, object]:
+def connector_config(lease_fraction: float, lessons: str | None = None) -> dict[str, object]:
     """The value of vLLM's `--kv-transfer-config`.
 
     Args:
         lease_fraction: of the device's blocks, the most that leases may hold together; 0 turns leases off.
+        lessons: the file that keeps what retention learned; None: nothing does.
 
     Raises:
         ValueError: when the fraction is not in 0 to 0.95.
@@ -343,13 +357,13 @@ def connector_config(lease_fraction: float) -> dict[str, object]:
         "kv_connector_module_path": CONNECTOR_MODULE,
         # With "kv_both" vLLM delays each block that a request frees, for the sake of loads; this connector makes none.
         "kv_role": "kv_producer",
-        "kv_connector_extra_config": {LEASE_FRACTION_FIELD: lease_fraction},
+        "kv_connector_extra_config": {LEASE_FRACTION_FIELD: lease_fraction, LESSONS_FIELD: lessons},
     }
 
 
-def connector_arguments(lease_fraction: float) -> list[str]:
+def connector_arguments(lease_fraction: float, lessons: str | None = None) -> list[str]:
     """What `vllm serve` is given on its command line so that leases are kept."""
-    return ["--kv-transfer-config", json.dumps(connector_config(lease_fraction), separators=(",", ":"))]
+    return ["--kv-transfer-config", json.dumps(connector_config(lease_fraction, lessons), separators=(",", ":"))]
 
 
 def _lease_state(value: object) -> LeaseState:

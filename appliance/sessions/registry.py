@@ -38,6 +38,7 @@ from appliance.identity import Caller, Isolation
 from appliance.sessions.archive import Archive, TranscriptForbidden, text_or_none, unknown_session
 from appliance.sessions.deltas import Tip, encode_request, encode_token_ids, message_chain, token_array
 from appliance.sessions.history import answered_positions, history_links, shared_length
+from appliance.sessions.keeping import Keeping, keeping
 from appliance.sessions.misses import Account, Circumstances, Ran, Served, account_of, shared_tokens
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind
 from appliance.settings import SessionSettings
@@ -99,7 +100,7 @@ class Session:
         salt: the engine's `cache_salt`; 64 hexadecimal digits.
         shared_salt: of the tools and system messages, where the tenant's sessions share those and nothing else.
         lease_label: what the engine calls the session; says nothing about it.
-        idle_timeout_s: how long its KV outranks others' after a turn.
+        keeping: how long and within what bounds its KV is kept.
         is_new: this is its first turn.
     """
 
@@ -111,7 +112,8 @@ class Session:
     shared_salt: str | None
     lease_label: str
     tenant_label: str
-    idle_timeout_s: float
+    keeping: Keeping
+    parent_lease_label: str  # of the agent that waits for this one; empty: none does
     origin: Origin
     is_new: bool
     _live: _Live = field(repr=False, compare=False)
@@ -408,18 +410,16 @@ class Registry(Archive):
             shared_salt=shared_salt if isolation is Isolation.TENANT_PREFIX else None,
             lease_label=self.lease_label(tenant_id, live.session_id),
             tenant_label=mac(tenant_id, KeyPurpose.SALT, "tenant-label").hex()[:32],
-            idle_timeout_s=self._idle_timeout_s(caller, model),
+            keeping=keeping(self._settings, caller.tenant, model),
+            parent_lease_label=(
+                "" if live.parent_session_id is None else self.lease_label(tenant_id, live.parent_session_id)
+            ),
             origin=live.origin,
             is_new=not live.stored,
             _live=live,
             _epoch=live.epoch + cache_epoch,  # neither ever falls: where the sum is the same, both are
             _links=links,
         )
-
-    def _idle_timeout_s(self, caller: Caller, model: str) -> float:
-        if caller.tenant is not None and caller.tenant.idle_timeout_s is not None:
-            return caller.tenant.idle_timeout_s
-        return self._settings.idle_timeout_s_by_model.get(model, self._settings.idle_timeout_s)
 
     # Writing a turn down
 
@@ -462,7 +462,7 @@ class Registry(Archive):
             circumstances = Circumstances(
                 self._block_size,
                 engine,
-                session.idle_timeout_s,
+                session.keeping.idle_timeout_s,
                 session._epoch,
                 _was_over(live, outcome.started_at),
                 served_known=outcome.cached_tokens is not None,

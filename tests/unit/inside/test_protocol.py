@@ -35,6 +35,10 @@ LEASE: dict[str, Any] = {
     "idle_timeout_s": 15.0,
     "turn": "u-1",
     "strict": False,
+    "parent": "",
+    "tenant_share": 0.0,
+    "tenant_cap": 1.0,
+    "session_cap": 1.0,
     "shared": None,
 }
 END = TurnEnd("s-1", "t_1", "u-1", "tool_use", output_tokens=7, idle_timeout_s=15.0)
@@ -79,6 +83,10 @@ def test_a_lease_survives_the_wire() -> None:
         {"turn": "a b"},
         {"turn": None},
         {"strict": 1},
+        {"parent": "a b"},
+        {"tenant_share": 1.1},
+        {"tenant_cap": -0.1},
+        {"session_cap": None},
         {"more": 1},
     ],
     ids=repr,
