@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from api.metrics import Metrics
-from appliance.engine.inside.leases import LeasedBlock
+from appliance.engine.inside.leases import LeasedBlock, LeaseTable
 from appliance.engine.inside.pictures import Totals, picture_of
 from appliance.engine.picture import TierPicture
 from appliance.engine.protocol import Lease
