@@ -159,8 +159,8 @@ class _Proof:
                 f"{report.total_blocks} blocks are free",
                 "Prove it again when less is asked, or give the engine more room",
             )
-        probe = _made_up(64)
-        per_word = len(await self._rendered(_Text(probe, probe))) / 128
+        probe = _made_up(8)
+        per_word = len(await self._rendered(_Text(probe, probe))) / 16
         self._words = max(1, int(blocks * self._block_size / 2 / per_word))
         await services.throwaways.remove_all()
 

@@ -1,4 +1,4 @@
-"""`prove isolation` on a real engine: it passes on the product, and fails on each product that was broken on purpose."""
+"""`prove isolation` on a real engine: it passes on the product, and fails on every one that was broken on purpose."""
 
 import pytest
 
