@@ -2,22 +2,26 @@
 
 Rules:
 
-- A label is one of a few words that we chose, or a destination's name, which an administrator chose: never a token, a
-  salt, a text, another name or an id.
+- A label is one of a few words that we chose, a destination's name, which an administrator chose, or a tenant's id,
+  which says nothing of whose it is: never a token, a salt, a text, another name or another id.
+- The first `_MAX_TENANTS` tenants that have turns have series of their own; the others share those of `other`.
 - Units are in the names (https://prometheus.io/docs/practices/naming/).
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from appliance.sessions import Account, Cause, TurnState
+from appliance.sessions import Account, TurnState
+from appliance.sessions.ledger import OTHER_TENANTS, is_warm, served_by_tier
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_MAX_TENANTS = 50
 
 
 class Metrics:
@@ -46,10 +50,36 @@ class Metrics:
         computed = Counter(
             "holdfast_computed_prompt_tokens_total",
             "Prompt tokens that were prefilled, by why they had to be.",
-            ("cause",),
+            ("cause", "tenant"),
             registry=self._registry,
         )
-        self._computed_for = {cause: computed.labels(cause.value) for cause in Cause}
+        self._computed = computed
+        self._served = Counter(
+            "holdfast_served_prompt_tokens_total",
+            "Prompt tokens that were found, by the tier that had them.",
+            ("tier", "tenant"),
+            registry=self._registry,
+        )
+        self._prompts = Counter(
+            "holdfast_prompt_tokens_total",
+            "Prompt tokens of turns written down.",
+            ("tenant",),
+            registry=self._registry,
+        )
+        self._repeated = Counter(
+            "holdfast_repeated_prompt_tokens_total",
+            "Prompt tokens that the turn before in their session had, too: input that was replicated across calls.",
+            ("tenant",),
+            registry=self._registry,
+        )
+        self._first_token_of = Histogram(
+            "holdfast_time_to_first_token_seconds",
+            "Time to first token of streamed turns; warm: more of the prompt was found than computed.",
+            ("tenant", "start"),
+            buckets=_LATENCY_BUCKETS_S,
+            registry=self._registry,
+        )
+        self._of_tenants: dict[str, _OfTenant] = {}
         self.first_token_s = Histogram(
             "holdfast_first_token_seconds",
             "From the request's last byte to the engine's first chunk.",
@@ -70,15 +100,46 @@ class Metrics:
             self._requests_of[of] = self._requests.labels(route, f"{status // 100}xx")
         self._requests_of[of].inc()
 
-    def turn(self, state: TurnState, commit_s: float, account: Account, *, completion: int) -> None:
+    def turn(
+        self,
+        state: TurnState,
+        commit_s: float,
+        account: Account,
+        *,
+        completion: int,
+        tenant_id: str,
+        first_token_s: float | None = None,
+    ) -> None:
         """A turn is durable; what became of its tokens, and how long that took."""
         self._turns_of[state].inc()
         self._commit_s.observe(commit_s)
         self._tokens_cached.inc(account.served_tokens)
         self._tokens_computed.inc(account.prompt_tokens - account.served_tokens)
-        for cause, tokens in account.computed.items():
-            self._computed_for[cause].inc(tokens)
         self._tokens_generated.inc(completion)
+        of_tenant = self._of_tenant(tenant_id)
+        of_tenant.prompts.inc(account.prompt_tokens)
+        of_tenant.repeated.inc(account.repeated_tokens)
+        for cause, tokens in account.computed.items():
+            of_tenant.counter(self._computed, cause.value).inc(tokens)
+        for tier, tokens in served_by_tier(account).items():
+            of_tenant.counter(self._served, tier).inc(tokens)
+        if first_token_s is not None:
+            (of_tenant.warm if is_warm(account) else of_tenant.cold).observe(first_token_s)
+
+    def _of_tenant(self, tenant_id: str) -> "_OfTenant":
+        known = self._of_tenants.get(tenant_id)
+        if known is None:
+            name = tenant_id if len(self._of_tenants) < _MAX_TENANTS else OTHER_TENANTS
+            if name in self._of_tenants:
+                return self._of_tenants[name]
+            known = self._of_tenants[name] = _OfTenant(
+                name,
+                self._prompts.labels(name),
+                self._repeated.labels(name),
+                self._first_token_of.labels(name, "warm"),
+                self._first_token_of.labels(name, "cold"),
+            )
+        return known
 
     def unanswered(self) -> None:
         """A turn ended before anything of it was answered; it is not written down."""
@@ -92,9 +153,32 @@ class Metrics:
         """As `observe`, for each destination of the audit log that there is then."""
         self._registry.register(_EachDestination(name, help_text, values))
 
+    def collect_from(self, collector: Collector) -> None:
+        """Publish what `collector` says whenever it is read."""
+        self._registry.register(collector)
+
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self._registry)
+
+
+@dataclass(slots=True)
+class _OfTenant:
+    """One tenant's series, found once and kept."""
+
+    name: str
+    prompts: Counter
+    repeated: Counter
+    warm: Histogram
+    cold: Histogram
+    _counters: dict[tuple[int, str], Counter] = field(default_factory=dict)
+
+    def counter(self, of: Counter, label: str) -> Counter:
+        """The series of the family `of`, for one of our words and this tenant."""
+        key = id(of), label
+        if key not in self._counters:
+            self._counters[key] = of.labels(label, self.name)
+        return self._counters[key]
 
 
 class _EachDestination(Collector):

@@ -37,6 +37,8 @@ from api.backups import BACKUP_PREFIX
 from api.configuration import tell_configuration
 from api.engine_watch import EngineWatch
 from api.health import HEALTH_ROUTES, Health
+from api.kv_metrics import KvCollector, exposition
+from api.kv_watch import KvWatch
 from api.listener import bounded_by
 from api.marking import keep_marks
 from api.metrics import CONTENT_TYPE, Metrics
@@ -44,12 +46,14 @@ from api.openai.errors import Draining
 from api.retaining import keep_retention
 from api.roots import open_root, read_seal
 from api.services import Lifecycle, Services
+from api.turn_ends import TurnEnds
 from appliance.audit import AuditUnavailable, Event, NodeAudit
 from appliance.audit.configuration import digest, effective
 from appliance.audit.events import ENGINE_LOST, ENGINE_READY, GATEWAY_STARTED, GATEWAY_STOPPED, SYSTEM
 from appliance.audit.siem.exports import Exports
 from appliance.engine.client import EngineClient
 from appliance.engine.launcher import SOCKET_NAME, EngineFailed, EngineProcess, EngineSpec, engine_python
+from appliance.engine.template import template_fingerprint
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Identity, Quotas
 from appliance.sessions import Sessions, Throwaways
@@ -129,6 +133,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         retaining = tasks.create_task(keep_retention(services))
         comparing = tasks.create_task(tell_configuration(services))
         watch = tasks.create_task(services.watch.run())
+        looking = tasks.create_task(services.kv.run())
         erasing = tasks.create_task(services.sessions.finish_erasures())
         serving = [
             tasks.create_task(server.serve(sockets=[listener]))
@@ -146,6 +151,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         await stop.asked.wait()
         await _drain(services, stop)
         watch.cancel()
+        looking.cancel()
         erasing.cancel()
         recording.cancel()
         marking.cancel()
@@ -229,6 +235,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
     store = Store.open(settings.store.url or f"sqlite:///{settings.state_dir / DATABASE}")
     vault = Vault(DatabaseKeys(store))
     engine: EngineClient | None = None
+    turn_ends: TurnEnds | None = None
     try:
         if seal_kind(read_seal(settings.state_dir)) == "key-file":
             vault.open(open_root(settings.state_dir, b""))
@@ -239,6 +246,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             connections=settings.gateway.max_streams + 16,
             silence_timeout_s=settings.gateway.request_timeout_s,
         )
+        turn_ends = TurnEnds(engine)
         process = None if spec is None else EngineProcess(spec, engine)
         watch = EngineWatch(
             engine,
@@ -264,14 +272,19 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             sessions=Sessions(store, vault, settings.sessions, block_size=None if spec is None else spec.block_size),
             throwaways=Throwaways(store, vault),
             engine=engine,
+            turn_ends=turn_ends,
             engine_process=process,
             watch=watch,
+            kv=KvWatch(engine, watch),
+            template=None if spec is None else await asyncio.to_thread(template_fingerprint, spec.model),
             metrics=metrics,
             lifecycle=lifecycle,
         )
         _observe(services)
         yield services
     finally:
+        if turn_ends is not None:
+            await turn_ends.close()
         if engine is not None:
             await engine.close()
         await asyncio.to_thread(store.close)
@@ -291,6 +304,7 @@ def _observe(services: Services) -> None:
     metrics.observe(
         "holdfast_store_waiting_writes", "Change sets that wait to be written.", lambda: services.store.waiting_writes
     )
+    metrics.collect_from(KvCollector(services.kv.fresh, services.ledger.tenant_of))
     exports = services.exports
     metrics.observe_each(
         "holdfast_audit_export_lag_entries",
@@ -384,7 +398,7 @@ def _with_health_and_metrics(services: Services) -> App:
         elif path == b"/metrics":
             headers = [(b"content-type", CONTENT_TYPE.encode())]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await send({"type": "http.response.body", "body": services.metrics.exposition()})
+            await send({"type": "http.response.body", "body": await exposition(services)})
         else:
             await health(scope, receive, send)
 

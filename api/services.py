@@ -17,14 +17,16 @@ from typing import Protocol
 from api.bodies import HeldBodies
 from api.engine_watch import EngineWatch
 from api.identifiers import RandomIds
+from api.kv_watch import KvWatch
 from api.metrics import Metrics
+from api.turn_ends import TurnEnds
 from appliance.audit import NodeAudit
 from appliance.audit.siem.exports import Exports
 from appliance.engine.client import EngineClient
 from appliance.engine.launcher import EngineProcess
 from appliance.errors import HoldfastError
 from appliance.identity import Identity, Quotas
-from appliance.sessions import Sessions, Throwaways
+from appliance.sessions import Ledger, Sessions, Throwaways
 from appliance.settings import Settings
 from appliance.store import Store
 from appliance.vault import Vault
@@ -68,8 +70,12 @@ class Services:
         audit: where everything that happens is recorded before it counts.
         exports: what carries the audit log to SIEMs.
         engine: how the engine is spoken to; it may not be up.
+        turn_ends: how the engine is told that turns ended.
         engine_process: the engine that this gateway started and watches; None when somebody else runs it.
         watch: whether the engine answers, and what it serves.
+        kv: what the engine keeps.
+        ledger: what the turns came to.
+        template: tells the model's chat template from others; None: not known.
         throwaways: tenants that a proof made for itself.
         now: wall clock, epoch seconds.
         new_id: the next identifier of a request or a response.
@@ -85,10 +91,14 @@ class Services:
     sessions: Sessions
     throwaways: Throwaways
     engine: EngineClient
+    turn_ends: TurnEnds
     engine_process: EngineProcess | None
     watch: EngineWatch
+    kv: KvWatch
     metrics: Metrics
     lifecycle: Lifecycle
+    template: str | None = None
+    ledger: Ledger = field(default_factory=Ledger)
     now: Callable[[], float] = field(default=time.time)
     new_id: Callable[[], str] = field(default_factory=RandomIds)
 

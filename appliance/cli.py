@@ -49,6 +49,7 @@ SUMMARIES: Mapping[str, str] = {
     "tenant": "Create, set and list tenants.",
     "key": "Create, list and revoke API keys.",
     "session": "List, read and forget sessions.",
+    "kv": "Show what is kept of sessions, why and until when.",
     "audit": "Read, check, prove and witness the audit log.",
     "backup": "Write the whole appliance to one file while it runs.",
     "restore": "Put an appliance back from a backup.",

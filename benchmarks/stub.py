@@ -23,7 +23,14 @@ from typing import Any, ClassVar, cast
 import httptools
 import uvloop
 
-from appliance.engine.protocol import read_release_request
+from appliance.engine.picture import KV_PATH, KvPicture, SessionPicture, TenantPicture, TierPicture
+from appliance.engine.protocol import (
+    TurnAccount,
+    TurnEnd,
+    read_release_request,
+    read_turn_ends_request,
+    turn_accounts_answer,
+)
 
 MODEL = "stub"
 MAX_MODEL_LEN = 8192
@@ -77,6 +84,7 @@ class Stub(asyncio.Protocol):
     counts: ClassVar[Counts] = Counts()
     bodies: ClassVar[deque[dict[str, Any]]] = deque(maxlen=_KEPT_BODIES)
     released: ClassVar[deque[str]] = deque(maxlen=_KEPT_BODIES)
+    ends: ClassVar[deque[TurnEnd]] = deque(maxlen=_KEPT_BODIES)
 
     def __init__(self) -> None:
         self._parser = httptools.HttpRequestParser(self)
@@ -134,9 +142,16 @@ class Stub(asyncio.Protocol):
             case b"/holdfast/leases":
                 self.released.extend(read_release_request(bytes(self._body)))
                 self._whole(200, _NO_LEASES)
+            case url if url.startswith(KV_PATH.encode()):
+                self._whole(200, _KEPT.to_wire())
+            case b"/holdfast/turns":
+                ends = read_turn_ends_request(bytes(self._body))
+                self.ends.extend(ends)
+                self._whole(200, turn_accounts_answer(TurnAccount(end.turn, 0) for end in ends))
             case b"/stub":
                 seen = {"requests": self.counts.requests, "abandoned": self.counts.abandoned}
-                self._whole(200, {**seen, "bodies": list(self.bodies), "released": list(self.released)})
+                told = [end.to_wire() for end in self.ends]
+                self._whole(200, {**seen, "bodies": list(self.bodies), "released": list(self.released), "ends": told})
             case b"/health":
                 self._whole(200, {})
             case _:
@@ -321,6 +336,18 @@ def _chunked(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
+_KEPT = KvPicture(
+    block_size=32,
+    tiers=(TierPicture("device", "ok", 4096, 100, 40, 30),),
+    tenants=(TenantPicture("somebody", 1, 30),),
+    sessions=(SessionPicture("somebody", "something", 30, 960, 0.25, 12.5),),
+    sessions_total=1,
+    leased_sessions_total=1,
+    worths_hits_per_s=(0.25, 0.25, 0.25),
+    reclaimed_blocks_total=7,
+    expired_leases_total=2,
+    ignored_leases_total=0,
+)
 _NO_LEASES = {
     "leases": [],
     "leased_blocks": 0,

@@ -162,6 +162,10 @@ class AdminClient:
         """Why a session's prompts had to be computed, in its newest turns, at most `limit`."""
         return self._call(types.Explanation, "GET", f"/v1/sessions/{_quote(session_id)}/why", query={"limit": limit})
 
+    def kv(self, *, sessions: int = 50) -> types.KvStatus:
+        """What is kept of sessions, with at most so many of them."""
+        return self._call(types.KvStatus, "GET", "/v1/kv", query={"sessions": sessions})
+
     def forget(self, session_id: str) -> types.Forgotten:
         """Shred a session: its key, its rows, what the engine holds of it."""
         return self._call(types.Forgotten, "POST", f"/v1/sessions/{_quote(session_id)}/forget")

@@ -31,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.admin import audit_routes, prove_routes, status, types
 from api.admin.asking import Asker, AskerOf, Endpoints, ServicesOf, chosen_tenant, unknown, with_first
+from api.admin.kv import kv_status
 from api.admin.peers import pid_of, uid_of
 from api.backups import stream_backup
 from api.engine_leases import release
@@ -102,6 +103,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", "/v1/sessions/{session_id}/transcript"): Rule(_EVERYBODY, recorded=False),
     ("GET", "/v1/sessions/{session_id}/why"): Rule(_EVERYBODY),
     ("POST", "/v1/sessions/{session_id}/forget"): Rule(frozenset({Role.ADMIN, Role.OPERATOR, Role.CLIENT})),
+    ("GET", "/v1/kv"): Rule(_PEOPLE, appliance_wide=True, recorded=False),
     ("POST", "/v1/backup"): Rule(_ADMINS, appliance_wide=True),
     ("POST", "/v1/prove/isolation"): Rule(_ADMINS, appliance_wide=True),
     ("GET", "/v1/audit"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False),
@@ -398,6 +400,7 @@ async def _why(
 
 async def _forget(session_id: str, services: ServicesOf, asker: AskerOf) -> types.Forgotten:
     forgotten = await forget_session(services, asker.named, session_id)
+    services.ledger.forget(session_id)
     await asker.did(SESSION_SHREDDED, ("session", session_id), details={"erased": str(forgotten.erased).lower()})
     return types.Forgotten(
         session_id=session_id,
@@ -405,6 +408,13 @@ async def _forget(session_id: str, services: ServicesOf, asker: AskerOf) -> type
         erased=forgotten.erased,
         lease_released=await release(services, [forgotten.session.lease_label]),
     )
+
+
+# What is kept
+
+
+async def _kv(services: ServicesOf, sessions: Annotated[int, Query(ge=0, le=1000)] = 50) -> types.KvStatus:
+    return await kv_status(services, sessions)
 
 
 # Backups
@@ -433,6 +443,7 @@ _ENDPOINTS: Endpoints = {
     ("GET", "/v1/sessions/{session_id}/transcript"): (_transcript, types.Transcript),
     ("GET", "/v1/sessions/{session_id}/why"): (_why, types.Explanation),
     ("POST", "/v1/sessions/{session_id}/forget"): (_forget, types.Forgotten),
+    ("GET", "/v1/kv"): (_kv, types.KvStatus),
     ("POST", "/v1/backup"): (_backup, None),
     **prove_routes.ENDPOINTS,
     **audit_routes.ENDPOINTS,
@@ -537,6 +548,7 @@ def _explanation_view(explanation: Explanation) -> types.Explanation:
                 prompt_tokens=turn.account.prompt_tokens,
                 served_tokens=turn.account.served_tokens,
                 computed_tokens={cause.value: tokens for cause, tokens in turn.account.computed.items()},
+                served_from=None if (served := turn.account.served) is None else served.by_tier(),
                 divergence=None
                 if (where := turn.divergence) is None
                 else types.Divergence(token=where.token, message=where.message, role=where.role, change=where.change),

@@ -142,7 +142,7 @@ def _transcript_text(transcript: "types.Transcript") -> str:
     return "\n".join(lines)
 
 
-_IN_WORDS = {
+CAUSES_IN_WORDS = {
     "first_turn": "first turn",
     "new": "new",
     "diverged": "diverged",
@@ -154,6 +154,9 @@ _IN_WORDS = {
     "concurrent": "turn before still ran",
     "expired": "expired",
     "evicted": "evicted",
+    "quota": "over quota",
+    "tier_fault": "tier fault",
+    "template_changed": "other template",
     "unknown": "unknown",
 }
 
@@ -166,13 +169,25 @@ def _explanation_text(explanation: "types.Explanation") -> str:
             moment(turn.started_at),
             turn.prompt_tokens,
             turn.served_tokens,
+            _from_where(turn.served_from),
             turn.prompt_tokens - turn.served_tokens,
-            ", ".join(f"{tokens} {_IN_WORDS.get(cause, cause)}" for cause, tokens in turn.computed_tokens.items()),
+            ", ".join(
+                f"{tokens} {CAUSES_IN_WORDS.get(cause, cause)}" for cause, tokens in turn.computed_tokens.items()
+            ),
             "" if turn.divergence is None else _where(turn.divergence),
         )
         for turn in explanation.turns
     ]
-    headings = ("turn", "began", "prompt tokens", "found", "computed", "because", "parted from the turn before")
+    headings = (
+        "turn",
+        "began",
+        "prompt tokens",
+        "found",
+        "where",
+        "computed",
+        "because",
+        "parted from the turn before",
+    )
     lines = [
         f"Session {about.session_id}",
         f"{about.turns} turns, {about.prompt_tokens} prompt tokens, {about.cached_tokens} of them found on the engine",
@@ -187,6 +202,12 @@ def _explanation_text(explanation: "types.Explanation") -> str:
             f"  {found.remedy}",
         ]
     return "\n".join(lines)
+
+
+def _from_where(served_from: "dict[str, int] | None") -> str:
+    if served_from is None:
+        return "not known"
+    return ", ".join(f"{tokens} {tier}" for tier, tokens in served_from.items() if tokens)
 
 
 def _where(divergence: "types.Divergence") -> str:

@@ -264,13 +264,14 @@ class Divergence(Wire):
 
 class ExplainedTurn(Wire):
     """What became of a prompt's tokens: `served_tokens` were found on the engine, the others were computed, by cause.
-    All of them together are the prompt's."""
+    All of them together are the prompt's. `served_from` says in which tier they were found; None: it is not certain."""
 
     number: int
     started_at: float
     prompt_tokens: int
     served_tokens: int
     computed_tokens: dict[str, int]
+    served_from: dict[str, int] | None
     divergence: Divergence | None
 
 
@@ -308,6 +309,112 @@ class Forgotten(Wire):
     turns: int
     erased: bool
     lease_released: bool
+
+
+# What is kept of sessions
+
+
+class KvTier(Wire):
+    """A tier of the engine. Of `capacity_blocks` `used_blocks` are taken; of those `leased_blocks` belong to sessions
+    whose lease runs, which yield to whoever needs the room. `found_tokens` of prompts were found there since the
+    gateway began, `found_share` of all prompts' tokens. `state` "quarantined": it gave back something wrong, and
+    nothing is read from it any more."""
+
+    tier: Literal["device", "dram", "disk"]
+    state: Literal["ok", "quarantined", "failed"]
+    block_bytes: int
+    capacity_blocks: int
+    used_blocks: int
+    leased_blocks: int
+    free_blocks: int
+    capacity_bytes: int
+    used_bytes: int
+    found_tokens: int
+    found_share: float | None
+
+
+class FirstTokens(Wire):
+    """Times to the first token of the newest streamed turns, in seconds; the oldest of them ended at `since`."""
+
+    turns: int
+    p50_s: float
+    p90_s: float
+    p99_s: float
+    since: float
+
+
+class KvTenant(Wire):
+    """A tenant's share. `tenant_id` is "other" for all tenants beyond the first 64 together. Tokens are of prompts,
+    since the gateway began. `warm` turns found more of their prompt than they had to compute."""
+
+    tenant_id: str
+    kept_sessions: int
+    kept_blocks: int
+    turns: int
+    prompt_tokens: int
+    repeated_tokens: int
+    found_tokens: dict[str, int]
+    computed_tokens: dict[str, int]
+    warm: FirstTokens | None
+    cold: FirstTokens | None
+
+
+class KvLastTurn(Wire):
+    """What became of the prompt of a session's newest turn."""
+
+    ended_at: float
+    prompt_tokens: int
+    found_tokens: dict[str, int]
+    computed_tokens: dict[str, int]
+
+
+class KvSession(Wire):
+    """What is kept of one session on the device. Ids are None where the gateway does not know the session any more.
+
+    `worth_hits_per_s`: the lowest leaves first; None while a request of it waits or runs. `lease_expires_in_s`: at or
+    below zero its lease has run out, and what is kept leaves when the room is wanted.
+    """
+
+    session_id: str | None
+    tenant_id: str | None
+    tier: Literal["device"]
+    blocks: int
+    tokens: int
+    worth_hits_per_s: float | None
+    lease_expires_in_s: float
+    last_turn: KvLastTurn | None
+
+
+class KvStatus(Wire):
+    """What the engine keeps, at `observed_at`, as it was seen `age_s` before; what came of it since `counted_since`.
+
+    `tiers` is empty when the engine could not be asked. `sessions` are those that keep most; `kept_sessions` counts
+    all. `found_tokens` names tiers, and "unknown" for what was found it is not known where. `repeated_tokens` of all
+    prompts' tokens had been in the turn before. `reclaimed_blocks_per_s` is over `reclaimed_over_s` seconds.
+    """
+
+    observed_at: float
+    age_s: float | None
+    counted_since: float
+    block_size_tokens: int | None
+    tiers: list[KvTier]
+    kept_sessions: int | None
+    leased_sessions: int | None
+    worths_hits_per_s: list[float]
+    reclaimed_blocks_total: int | None
+    reclaimed_blocks_per_s: float | None
+    reclaimed_over_s: float | None
+    expired_leases_total: int | None
+    ignored_leases_total: int | None
+    turns: int
+    prompt_tokens: int
+    repeated_tokens: int
+    found_tokens: dict[str, int]
+    computed_tokens: dict[str, int]
+    warm: FirstTokens | None
+    cold: FirstTokens | None
+    tenants: list[KvTenant]
+    sessions: list[KvSession]
 
 
 # Proofs

@@ -63,6 +63,8 @@ class Usage:
         details: dict[str, Any] = {"cached_tokens": self.cached_tokens or 0}
         if account is not None:
             details["computed_tokens"] = account.computed
+            if account.served is not None:
+                details |= {f"{tier}_tokens": tokens for tier, tokens in account.served.by_tier().items()}
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,

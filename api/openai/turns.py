@@ -11,6 +11,8 @@ Rules:
   what was generated, if anything was; the engine's work is cancelled at once.
 - What was reserved is settled exactly once, on every way out. Where the engine worked and did not say what it cost,
   because the client left or the time was up, all that was reserved counts as used.
+- When the last chunk has come the engine is told how the turn ended. Where it has more tiers than the device, its
+  account of the prompt is waited for and stored with the turn; else that goes beside the commit, and nobody waits.
 - What the engine holds of a session that is over, by this turn's word or by another's meanwhile, is let go when the
   turn has ended.
 - Every send has a deadline, the listener's: a client that does not read is one that is gone (`api.listener`).
@@ -30,7 +32,7 @@ from api import trail
 from api.answers import REQUEST, Receive, Request, Scope, Send, answer_json
 from api.bodies import ClientGone, read_body, refuse_many_values
 from api.engine_leases import release
-from api.openai.chunks import Answer
+from api.openai.chunks import Answer, Usage
 from api.openai.errors import (
     AnswerBroken,
     ContextTooLong,
@@ -45,17 +47,19 @@ from api.openai.hints import ends_session, read_hints
 from api.openai.prefixes import Prefix, Prefixes
 from api.openai.wire import Asked, HintsReader
 from api.services import Services
+from api.turn_ends import stop_of
 from appliance.audit import AuditUnavailable, Event
 from appliance.audit.digests import Text, answer_hash, keyed_digest, prompt_hash
 from appliance.engine.client import EngineLost, EngineRejected, EngineUnavailable
-from appliance.engine.protocol import Lease, SharedPrefix, lease_params
+from appliance.engine.protocol import Lease, SharedPrefix, TurnAccount, TurnEnd, lease_params
 from appliance.errors import HoldfastError
 from appliance.identity import Admission
-from appliance.sessions import Account, Outcome, Session, TurnKind, TurnState
+from appliance.sessions import Account, Outcome, Served, Session, TurnKind, TurnOf, TurnState
 from appliance.settings import GatewaySettings
 from appliance.vault import VaultSealed
 
 _STALLED_CLIENT_S = 2.0  # how long a client that does not read is given to take the error event
+_ACCOUNT_WITHIN_S = 1.0  # what the engine has not said of a turn by then is not known
 _MUCH_TO_HASH = 64 << 10  # bytes of a request that are canonicalised and hashed beside the loop
 _BYTES_PER_TOKEN = 4  # what an answer cost whose prompt the engine did not get to count
 _EVENT_STREAM = (
@@ -95,6 +99,7 @@ class _Running:
     broken_off_by: HoldfastError | None = None
     client_gone: bool = False
     settled: bool = False
+    first_token_s: float | None = None
     _limit: asyncio.Timeout | None = field(default=None)
 
     def interrupt(self, why: HoldfastError | None) -> None:
@@ -263,7 +268,13 @@ class Turns:
         shared = None
         if session.shared_salt is not None and running.prefix is not None:
             shared = SharedPrefix(session.shared_salt, running.prefix.tokens, running.prefix.digest)
-        lease = Lease(session.lease_label, session.tenant_label, session.idle_timeout_s, shared=shared)
+        lease = Lease(
+            session.lease_label,
+            session.tenant_label,
+            session.idle_timeout_s,
+            turn=running.response_id,
+            shared=shared,
+        )
         body: dict[str, Any] = {
             **asked.turn.parameters,
             "model": asked.turn.model,
@@ -322,7 +333,8 @@ class Turns:
                 events, failure = _feed(answer, batch)
                 if events:
                     if not request.began:
-                        self._services.metrics.first_token_s.observe(time.perf_counter() - begun_at)
+                        running.first_token_s = time.perf_counter() - begun_at
+                        self._services.metrics.first_token_s.observe(running.first_token_s)
                         await _begin(send)
                     await send({"type": "http.response.body", "body": events, "more_body": True})
                 if failure is not None:
@@ -378,9 +390,11 @@ class Turns:
             ended_at=services.now(),
         )
         running.settled = True
+        told = self._tell_engine(running)
         used = running.admission.settle(usage.prompt_tokens + usage.completion_tokens)
         begun_at = time.perf_counter()
         session_id = running.session.session_id
+        served = await self._served(usage, told)
         stored, recorded = await asyncio.gather(
             services.sessions.record(
                 running.session,
@@ -388,6 +402,8 @@ class Turns:
                 outcome,
                 used,
                 engine=services.engine_life,
+                template=services.template,
+                served=served,
                 last=ends_session(request.headers),
             ),
             services.audit.record(self._ended(request, running, state, failure)),
@@ -400,8 +416,54 @@ class Turns:
             raise stored
         if isinstance(recorded, BaseException):
             raise recorded
-        services.metrics.turn(state, time.perf_counter() - begun_at, stored, completion=usage.completion_tokens)
+        self._note(running, state, stored, time.perf_counter() - begun_at, outcome)
         return stored
+
+    async def _served(self, usage: Usage, told: "asyncio.Future[TurnAccount | None]") -> Served | None:
+        """From where the engine had what it found of the prompt; None: that is not certain.
+
+        The engine's account is waited for only where it can have more than one tier to tell of.
+        """
+        if usage.cached_tokens is None or self._services.engine_life is None:
+            return None
+        if not self._services.kv.has_more_tiers:
+            account = told.result() if told.done() else None
+            return Served(usage.cached_tokens, 0, 0, "" if account is None else account.reason)
+        done, _ = await asyncio.wait([told], timeout=_ACCOUNT_WITHIN_S)
+        account = told.result() if done else None
+        if account is None:
+            return None
+        return Served(account.device_tokens, account.dram_tokens, account.disk_tokens, account.reason)
+
+    def _note(self, running: _Running, state: TurnState, account: Account, commit_s: float, outcome: Outcome) -> None:
+        """Count a turn that was written down."""
+        session = running.session
+        self._services.metrics.turn(
+            state,
+            commit_s,
+            account,
+            completion=outcome.completion_tokens,
+            tenant_id=session.tenant_id,
+            first_token_s=running.first_token_s,
+        )
+        self._services.ledger.note(
+            TurnOf(session.session_id, session.tenant_id, session.lease_label, session.tenant_label),
+            account,
+            ended_at=outcome.ended_at,
+            first_token_s=running.first_token_s,
+        )
+
+    def _tell_engine(self, running: _Running) -> "asyncio.Future[TurnAccount | None]":
+        session, answer = running.session, running.answer
+        end = TurnEnd(
+            session.lease_label,
+            session.tenant_label,
+            running.response_id,
+            stop_of(answer.finish_reason),
+            answer.usage.completion_tokens,
+            session.idle_timeout_s,
+        )
+        return self._services.turn_ends.tell(end)
 
     def _ended(self, request: Request, running: _Running, state: TurnState, failure: HoldfastError | None) -> Event:
         usage = running.answer.usage

@@ -12,7 +12,8 @@ from appliance.sessions.archive import (
 )
 from appliance.sessions.deltas import TranscriptBroken
 from appliance.sessions.endings import Forgotten, Sessions
-from appliance.sessions.misses import Account, Cause
+from appliance.sessions.ledger import LastTurn, Ledger, Quantiles, Sums, TurnOf
+from appliance.sessions.misses import Account, Cause, Served
 from appliance.sessions.registry import Session, SessionForgotten, UnknownResponse
 from appliance.sessions.throwaways import Throwaways
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind, TurnState
@@ -24,14 +25,19 @@ __all__ = [
     "Cause",
     "Explanation",
     "Forgotten",
+    "LastTurn",
+    "Ledger",
     "Message",
     "Origin",
     "Outcome",
+    "Quantiles",
+    "Served",
     "Session",
     "SessionForgotten",
     "SessionHints",
     "SessionSummary",
     "Sessions",
+    "Sums",
     "Throwaways",
     "Transcript",
     "TranscriptBroken",
@@ -39,6 +45,7 @@ __all__ = [
     "TranscriptTurn",
     "Turn",
     "TurnKind",
+    "TurnOf",
     "TurnState",
     "UnknownResponse",
     "UnknownSession",

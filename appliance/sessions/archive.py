@@ -289,11 +289,21 @@ class Archive:
             explaining.before = now, [*read.messages, answer], read.parameters, read.prompt_length
             if number < explaining.first:
                 continue
-            account = account_of(None if before is None else before[0], now, shared=read.shared_ids, first=number == 1)
+            account = account_of(
+                None if before is None else before[0],
+                now,
+                shared=read.shared_ids,
+                first=number == 1,
+                history_came_again=before is not None and read.shared == len(before[1]),
+            )
             divergence = None
             if before is not None:
                 divergence = divergence_of(
-                    account, before[1:], (read.messages, read.parameters), same_messages=read.shared
+                    account,
+                    before[1:],
+                    (read.messages, read.parameters),
+                    same_messages=read.shared,
+                    token_ids=(before[0].token_ids, read.prompt_token_ids),
                 )
             explaining.turns.append(ExplainedTurn(number, stored["started_at"], account, divergence))
 

@@ -18,18 +18,28 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, Self
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Final, NamedTuple, Self
 
 from pydantic_core import from_json
 
+from appliance.sessions.harness_lines import without_harness_lines
 from appliance.sessions.history import canonical_message
 from appliance.sessions.turn import Message
 
-_NUMBERS: Final = re.compile(r"\d+")
+# What counts, names a day or tells one run from another: digits, names of days and months, halves of a day, and words
+# of hexadecimal digits with a digit among them, as in UUIDs and hashes.
+_CHANGEABLE: Final = re.compile(
+    r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b|\b(?=[0-9a-f]*[0-9])[0-9a-f]{6,}\b|[0-9]+"
+    r"|\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b|\b(?:mon|tue|wed|thu|fri|sat|sun)\b"
+    r"|\b(?:january|february|march|april|may|june|july|august|september|october|november|december)\b"
+    r"|\b(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)\b|\b[ap]m\b",
+    re.IGNORECASE,
+)
 _SPACE: Final = re.compile(r"\s+")
 _ENOUGH_TO_KNOW: Final = 3  # messages that come again in the same order
 _FAR: Final = 256  # how many messages are looked through for one that moved
+_ENOUGH_TOKENS: Final = 8  # that come again in the same order
 _OFTEN: Final = 2  # turns of a session in which the same thing destroyed its prefix
 
 
@@ -47,17 +57,22 @@ class Cause(enum.StrEnum):
     CONCURRENT = "concurrent"  # the turn before still ran, and what could be found of it is not known
     EXPIRED = "expired"  # the turn came after its lease had run out, and what it had was gone by then
     EVICTED = "evicted"  # gone while its lease ran: others wanted the room
+    QUOTA = "quota"  # more than its tenant or its session may keep
+    TIER_FAULT = "tier_fault"  # a tier had it and could not give it back
+    TEMPLATE_CHANGED = "template_changed"  # the same messages, written by another chat template
     UNKNOWN = "unknown"
 
 
 class Change(enum.StrEnum):
     """What kind of change made two histories part."""
 
-    NUMBERS = "numbers"  # the same text with other digits: a date, a time, a counter
+    NUMBERS = "numbers"  # the same text with another date, time, counter or id in it
+    HARNESS_LINE = "harness_line"  # the same text but for a line that a harness writes anew for every call
     WHITESPACE = "whitespace"
     CONTENT = "content"
     TOOL_CALLS = "tool_calls"
     REASONING_DROPPED = "reasoning_dropped"
+    REASONING_LEFT_OUT = "reasoning_left_out"  # it came back, and the template does not write it
     FIELDS = "fields"  # no message says anything else, but names or ids in one changed, which some templates write
     INSERTED = "inserted"
     REMOVED = "removed"
@@ -72,13 +87,18 @@ class Change(enum.StrEnum):
 
 
 REMEDIES: Final[Mapping[Change | Cause, str]] = {
-    Change.NUMBERS: "A date, a time or a counter changes within the message: put it at the end of the conversation, or "
-    "leave it out.",
+    Change.NUMBERS: "A date, a time, a counter or an id changes within the message: put it at the end of the "
+    "conversation, or leave it out.",
+    Change.HARNESS_LINE: "The agent's harness writes a line of its own accounting into the message, another one for "
+    "every call: have it leave that out, or allow the tenant to have it taken out (`holdfast tenant set NAME "
+    "--take-out-harness-lines on`).",
     Change.WHITESPACE: "The message comes back with other spaces or line ends: send it exactly as before.",
     Change.CONTENT: "The message comes back changed: append what is new instead of rewriting what was said.",
     Change.TOOL_CALLS: "Tool calls come back changed: send the answer's `tool_calls` back as they were.",
     Change.REASONING_DROPPED: "Answers come back without their reasoning: send `reasoning` back, or use a template "
     "that keeps it out of the history from the start.",
+    Change.REASONING_LEFT_OUT: "The model's chat template leaves the reasoning of earlier answers out: use a template "
+    "that keeps it, or ask for less reasoning in long sessions.",
     Change.FIELDS: "Fields of the message come and go: send the same ones every time.",
     Change.INSERTED: "A message is put in between: append it instead.",
     Change.REMOVED: "A message is taken out: keep it, or begin a new session.",
@@ -99,12 +119,39 @@ REMEDIES: Final[Mapping[Change | Cause, str]] = {
     "outranks what others had: a longer `sessions.idle_timeout_s` may keep it, as far as there is room.",
     Cause.EVICTED: "Others wanted the room while the session was due: give the engine more room, or run fewer "
     "sessions.",
+    Cause.QUOTA: "The tenant, or the session, had more than it may keep: raise its quota, or run fewer sessions.",
+    Cause.TIER_FAULT: "A tier could not give back what it had: `holdfast kv status` says which, and what is wrong.",
+    Cause.TEMPLATE_CHANGED: "The model's chat template was changed between two turns: change it while no session is "
+    "due to go on.",
     Cause.ENDED: "The client says that the session is over and goes on with it: say so with its last call only.",
     Cause.SALT_CHANGED: "A session of the same tree was forgotten, and what the tree had on the engine with it.",
     Cause.ENGINE_RESTARTED: "The engine was started again, and nothing on the device survives that.",
     Cause.MODEL_CHANGED: "The session changed its model: what one computed is of no use to another.",
 }
 """What can be done about what destroys prefixes."""
+
+
+LOST_FOR: Final[Mapping[str, Cause]] = {
+    cause.value: cause for cause in (Cause.EVICTED, Cause.EXPIRED, Cause.QUOTA, Cause.TIER_FAULT)
+}
+"""What the engine may say of why blocks of earlier turns were not there."""
+
+
+class Served(NamedTuple):
+    """From where the engine had the tokens of a prompt that it did not compute.
+
+    Attributes:
+        lost_for: why what earlier turns left was not all there: one of `LOST_FOR`; empty: it was, or nobody knows.
+    """
+
+    device_tokens: int
+    dram_tokens: int
+    disk_tokens: int
+    lost_for: str = ""
+
+    def by_tier(self) -> dict[str, int]:
+        """The tokens, by the tiers' names."""
+        return {"device": self.device_tokens, "dram": self.dram_tokens, "disk": self.disk_tokens}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +165,8 @@ class Circumstances:
         epoch: of the session's tree, which its salt is made with.
         was_over: its client had said that the session was over.
         served_known: the engine said how much of the prompt it found; not of a turn that was broken off.
+        template: tells one chat template from another.
+        served: from where, where that is certain.
     """
 
     block_size: int | None = None
@@ -126,15 +175,33 @@ class Circumstances:
     epoch: int | None = None
     was_over: bool = False
     served_known: bool = True
+    template: str | None = None
+    served: Served | None = None
 
-    def to_wire(self) -> list[int | str | float | None]:
+    def to_wire(self) -> list[Any]:
         """As it is written down with a turn."""
-        return [self.block_size, self.engine, self.idle_timeout_s, self.epoch, self.was_over, self.served_known]
+        return [
+            self.block_size,
+            self.engine,
+            self.idle_timeout_s,
+            self.epoch,
+            self.was_over,
+            self.served_known,
+            self.template,
+            None if self.served is None else list(self.served),
+        ]
 
     @classmethod
     def from_wire(cls, said: Sequence[Any] | None) -> Self:
-        """As it was written down; nothing is known of turns that were written down without it."""
-        return cls() if said is None else cls(*said)
+        """As it was written down; nothing is known of turns that were written down without it, or without a part."""
+        if said is None:
+            return cls()
+        known = dict(zip(_CIRCUMSTANCES, said, strict=False))
+        served = known.get("served")
+        return cls(**known | {"served": None if served is None else Served(*served)})
+
+
+_CIRCUMSTANCES: Final = tuple(field.name for field in fields(Circumstances))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +231,16 @@ class Account:
     Attributes:
         served_tokens: 0 also where it is not known how many.
         diverged_at: the first token that is not that of the turn before; None: all of that was continued.
+        served: from where; None: that is not certain.
+        repeated_tokens: of the prompt's beginning, those that the turn before had as well; 0 also where none is known.
     """
 
     prompt_tokens: int
     served_tokens: int
     computed: Mapping[Cause, int]
     diverged_at: int | None = None
+    served: Served | None = None
+    repeated_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,14 +287,30 @@ class ExplainedTurn:
     divergence: Divergence | None = field(default=None)
 
 
-def account_of(before: Ran | None, now: Ran, *, shared: int | None = None, first: bool = True) -> Account:
+def account_of(
+    before: Ran | None,
+    now: Ran,
+    *,
+    shared: int | None = None,
+    first: bool = True,
+    history_came_again: bool = False,
+) -> Account:
     """The account of the turn `now`.
 
     Args:
         before: the turn before it in its session; None: there was none, or nothing is known of it.
         shared: how many tokens both begin with, where the caller knows.
         first: without `before`: there was none.
+        history_came_again: every message of the turn before, its answer too, came again as it was.
     """
+    account = _account(before, now, shared=shared, first=first, history_came_again=history_came_again)
+    served = now.circumstances.served
+    if served is None or now.cached_tokens is None or sum(served.by_tier().values()) != account.served_tokens:
+        return account
+    return replace(account, served=served)
+
+
+def _account(before: Ran | None, now: Ran, *, shared: int | None, first: bool, history_came_again: bool) -> Account:
     prompt, served = now.prompt_tokens, min(now.cached_tokens or 0, now.prompt_tokens)
     if before is None or not before.token_ids or len(now.token_ids) < prompt:
         is_first = before is None and first and now.cached_tokens is not None
@@ -242,13 +329,16 @@ def account_of(before: Ran | None, now: Ran, *, shared: int | None = None, first
     has_kv = known - 1 if known > before.prompt_tokens else known
     most = max(0, min(shared, has_kv, prompt - 1))
     findable = most // block_size * block_size if block_size else served
+    templates = before.circumstances.template, now.circumstances.template
+    rewritten = history_came_again and None not in templates and templates[0] != templates[1]
     ranges = [
         (_lost(before, now), findable),
         (Cause.BLOCK_TAIL if block_size else Cause.UNKNOWN, shared),
-        (Cause.DIVERGED, min(known, prompt) if parted else shared),
+        (Cause.TEMPLATE_CHANGED if rewritten else Cause.DIVERGED, min(known, prompt) if parted else shared),
         (Cause.NEW, prompt),
     ]
-    return Account(prompt, served, _counted(ranges, served), shared if parted else None)
+    diverged_at = shared if parted and not rewritten else None
+    return Account(prompt, served, _counted(ranges, served), diverged_at, repeated_tokens=shared)
 
 
 def shared_tokens(left: "array[int]", right: "array[int]") -> int:
@@ -271,6 +361,7 @@ def divergence_of(
     now: tuple[Sequence[Message], Mapping[str, Any]],
     *,
     same_messages: int = 0,
+    token_ids: "tuple[array[int], array[int]] | None" = None,
 ) -> Divergence | None:
     """Where, in which message and how a turn parted from the one before it; None: it did not.
 
@@ -288,6 +379,7 @@ def divergence_of(
         before: the messages of the turn before with its answer, its parameters, the length of its prompt in tokens.
         now: the messages and the parameters.
         same_messages: so many messages at the beginning are known to be the same in both.
+        token_ids: of the turn before, prompt and answer, and of the prompt now.
     """
     if account.diverged_at is None:
         return None
@@ -299,6 +391,8 @@ def divergence_of(
     if token >= old_prompt:
         at = len(old) - 1
         if at < len(new) and _alike(old[at], new[at]):
+            if _reasoning(old[at]) and token_ids is not None and _is_left_out(*token_ids, token):
+                return Divergence(token, at + 1, _role(new[at]), Change.REASONING_LEFT_OUT)
             return Divergence(token, None, None, Change.ANSWER_REWRITTEN)
         return _message_divergence(token, old, new, at)
     both = min(len(old), len(new))
@@ -314,6 +408,8 @@ def divergence_of(
     at = next((place for place in range(same_messages, both) if _names(old[place]) != _names(new[place])), both)
     if at < both:
         return Divergence(token, at + 1, _role(new[at]), Change.FIELDS)
+    if any(map(_reasoning, old)) and token_ids is not None and _is_left_out(*token_ids, token):
+        return Divergence(token, None, None, Change.REASONING_LEFT_OUT)
     return Divergence(token, None, None, Change.TEMPLATE)
 
 
@@ -342,8 +438,11 @@ def _destroyers(turn: ExplainedTurn) -> Iterator[tuple[Change | Cause, int | Non
         Cause.CONCURRENT,
         Cause.EXPIRED,
         Cause.EVICTED,
+        Cause.QUOTA,
+        Cause.TIER_FAULT,
         Cause.ENGINE_RESTARTED,
         Cause.MODEL_CHANGED,
+        Cause.TEMPLATE_CHANGED,
         Cause.ENDED,
         Cause.SALT_CHANGED,
     ):
@@ -356,6 +455,9 @@ def _lost(before: Ran, now: Ran) -> Cause:
     if now.cached_tokens is None:
         return Cause.UNKNOWN
     here, there = now.circumstances, before.circumstances
+    said = Cause.UNKNOWN if here.served is None else LOST_FOR.get(here.served.lost_for, Cause.UNKNOWN)
+    if said is Cause.TIER_FAULT:
+        return said  # it was there, whatever happened to the device's
     if here.engine is None or there.engine is None:
         return Cause.UNKNOWN
     if here.engine != there.engine:
@@ -366,6 +468,8 @@ def _lost(before: Ran, now: Ran) -> Cause:
         return Cause.SALT_CHANGED
     if now.started_at < before.ended_at:
         return Cause.CONCURRENT
+    if said is not Cause.UNKNOWN:
+        return said
     if there.idle_timeout_s is None:
         return Cause.UNKNOWN
     return Cause.EXPIRED if now.started_at - before.ended_at > there.idle_timeout_s else Cause.EVICTED
@@ -442,6 +546,17 @@ def _reasoning(message: Message) -> Any:
     return (message.get("reasoning_content") if given is None else given) or ""
 
 
+def _is_left_out(old: "array[int]", new: "array[int]", at: int) -> bool:
+    """Whether what `new` has from `at` on stands further on in `old`: something in between was left out."""
+    wanted, within, size = new[at : at + _ENOUGH_TOKENS].tobytes(), old[at + 1 :].tobytes(), old.itemsize
+    if len(wanted) < _ENOUGH_TOKENS * size:
+        return False
+    found = within.find(wanted)
+    while found >= 0 and found % size:
+        found = within.find(wanted, found + 1)
+    return found >= 0
+
+
 def _names(message: Message) -> list[Any]:
     """What some templates write of a message beside what it says."""
     calls = message.get("tool_calls") or ()
@@ -500,6 +615,8 @@ def _text(content: Any) -> str:
 def _text_change(before: str, after: str) -> Change:
     if _SPACE.sub("", before) == _SPACE.sub("", after):
         return Change.WHITESPACE
-    if _NUMBERS.sub("0", before) == _NUMBERS.sub("0", after):
+    if without_harness_lines(before)[0] == without_harness_lines(after)[0]:
+        return Change.HARNESS_LINE
+    if _CHANGEABLE.sub("0", before) == _CHANGEABLE.sub("0", after):
         return Change.NUMBERS
     return Change.CONTENT

@@ -38,7 +38,7 @@ from appliance.identity import Caller, Isolation
 from appliance.sessions.archive import Archive, TranscriptForbidden, text_or_none, unknown_session
 from appliance.sessions.deltas import Tip, encode_request, encode_token_ids, message_chain, token_array
 from appliance.sessions.history import answered_positions, history_links, shared_length
-from appliance.sessions.misses import Account, Circumstances, Ran, account_of, shared_tokens
+from appliance.sessions.misses import Account, Circumstances, Ran, Served, account_of, shared_tokens
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind
 from appliance.settings import SessionSettings
 from appliance.store import Change, Store, key_changes, tables
@@ -431,6 +431,8 @@ class Registry(Archive):
         also: Sequence[Change] = (),
         *,
         engine: str | None = None,
+        template: str | None = None,
+        served: Served | None = None,
         last: bool = False,
     ) -> Account:
         """Commit a turn, and `also` with it, in one transaction; what became of its prompt's tokens.
@@ -438,6 +440,8 @@ class Registry(Archive):
         Args:
             last: its client says that the session is over with it.
             engine: tells the life of the engine that ran it from others; None: not known.
+            template: tells the chat template that it was written with from others; None: not known.
+            served: from where the engine had what it did not compute of the prompt; None: not known.
 
         Raises:
             SessionForgotten: the session was forgotten while the turn ran; `also` is not written either.
@@ -462,6 +466,8 @@ class Registry(Archive):
                 session._epoch,
                 _was_over(live, outcome.started_at),
                 served_known=outcome.cached_tokens is not None,
+                template=template,
+                served=served,
             )
             try:
                 over_at = outcome.ended_at if last else live.over_at
@@ -548,9 +554,15 @@ class Registry(Archive):
             outcome.ended_at,
             circumstances,
         )
-        account = account_of(None if tip is None else tip.ran, ran, shared=shared_ids, first=number == 1)
         chain = message_chain([*turn.messages, outcome.answer])
         shared = min(shared_length(tip.chain, chain), len(turn.messages)) if tip is not None else 0
+        account = account_of(
+            None if tip is None else tip.ran,
+            ran,
+            shared=shared_ids,
+            first=number == 1,
+            history_came_again=tip is not None and shared == len(tip.chain),
+        )
         row = {
             "turn_id": self._new_id("trn"),
             "session_id": live.session_id,

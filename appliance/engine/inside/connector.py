@@ -36,8 +36,11 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request, RequestStatus
 
+from appliance.engine.inside.accounts import Accounts
 from appliance.engine.inside.leases import Change, LeasedBlock, LeaseTable
+from appliance.engine.inside.pictures import Totals, picture_of
 from appliance.engine.inside.range_salt import BlockSalt, salt_of_block, shared_prefix
+from appliance.engine.picture import KvPicture, TierPicture
 from appliance.engine.protocol import (
     LEASE_FIELD,
     LEASE_FRACTION_FIELD,
@@ -45,12 +48,16 @@ from appliance.engine.protocol import (
     Lease,
     LeaseReport,
     MalformedMessage,
+    TurnAccount,
+    TurnEnd,
 )
 
 logger = init_logger(f"vllm.{__name__}")
 
 _REPORT_METHOD = "holdfast_lease_report"
 _TICK_METHOD = "holdfast_lease_tick"
+_KV_METHOD = "holdfast_kv_picture"
+_TURNS_METHOD = "holdfast_turns_ended"
 _RANGE_SALTED = "holdfast_range_salted"
 
 
@@ -73,9 +80,13 @@ class LeaseRetention:
         self._step_tokens: int = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
         self._whole_prompt_must_fit: bool = scheduler.scheduler_reserve_full_isl
         self._max_model_len: int = vllm_config.model_config.max_model_len
+        groups = kv_cache_config.kv_cache_groups
+        self._block_bytes = max(group.kv_cache_spec.page_size_bytes * len(group.layer_names) for group in groups)
         self._ignored_total = 0
         self._requests: dict[str, Request] = {}
         self._leases_asked: dict[str, Lease] = {}
+        self._accounts = Accounts()
+        self._hit_tokens: dict[str, int] = {}  # of requests that are about to be admitted
         self._table: LeaseTable
         self._pool: BlockPool
         self._manager: KVCacheManager
@@ -98,6 +109,25 @@ class LeaseRetention:
             ignored_total=self._ignored_total,
         )
 
+    def picture(self, most_sessions: int) -> KvPicture:
+        """Expire what is due, and sum up what is kept."""
+        self.tick()
+        table = self._table
+        return picture_of(
+            table.states(),
+            block_size=self._block_size,
+            tiers=self.tiers(),
+            most_sessions=most_sessions,
+            totals=Totals(table.reclaimed_blocks_total, table.expired_total, self._ignored_total),
+            worth=lambda lease: None,  # noqa: ARG005  (leases yield by deadline)
+        )
+
+    def tiers(self) -> list[TierPicture]:
+        """The tiers that this engine has, the device first."""
+        capacity = self._pool.num_gpu_blocks - 1
+        used = capacity - self._pool.get_num_free_blocks()
+        return [TierPicture("device", "ok", self._block_bytes, capacity, used, self._table.leased_blocks)]
+
     def tick(self) -> float | None:
         """Expire what is due; seconds to the next deadline, or `None` without leases."""
         change = self._table.expire()
@@ -105,6 +135,10 @@ class LeaseRetention:
             self._apply(change)
             logger.debug("Leases ended: %d blocks may be evicted.", len(change.freed))
         return self._table.next_expiry_in_s()
+
+    def turns_ended(self, ends: Iterable[TurnEnd]) -> list[TurnAccount | None]:
+        """Hear how turns ended; the account of each."""
+        return [self._accounts.ended(end) for end in ends]
 
     def leased_block_ids(self) -> tuple[int, ...]:
         """The blocks that leases hold a reference on."""
@@ -134,9 +168,17 @@ class LeaseRetention:
         matched: tuple[int | None, bool] = super().get_num_new_matched_tokens(  # type: ignore[misc]
             request, num_computed_tokens
         )
+        self._hit_tokens[request.request_id] = num_computed_tokens
         if matched[0] is not None and self._table.leased_blocks:
             self._make_room_to_admit(request, matched[0])
         return matched
+
+    def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
+        super().update_state_after_alloc(request, blocks, num_external_tokens)  # type: ignore[misc]
+        hit_tokens = self._hit_tokens.pop(request.request_id, None)
+        lease = self._leases_asked.get(request.request_id)
+        if lease is not None and hit_tokens is not None:
+            self._accounts.admitted(lease, hit_tokens)
 
     def has_pending_block_frees(self) -> bool:
         # Called when a running request found no block, before it or another one is preempted.
@@ -156,6 +198,7 @@ class LeaseRetention:
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         self._requests.pop(request.request_id, None)
+        self._hit_tokens.pop(request.request_id, None)
         lease = self._leases_asked.pop(request.request_id, None)
         if lease is not None:
             self._apply(self._table.grant(lease, list(self._cached_blocks(request, block_ids))))
@@ -347,6 +390,8 @@ def install() -> None:
     check_version(vllm.__version__)
     setattr(EngineCore, _REPORT_METHOD, _report)
     setattr(EngineCore, _TICK_METHOD, _tick)
+    setattr(EngineCore, _KV_METHOD, _kv)
+    setattr(EngineCore, _TURNS_METHOD, _turns_ended)
     _salt_by_range()
 
 
@@ -374,6 +419,19 @@ async def lease_tick(engine_client: Any) -> float | None:
     return due_in_s
 
 
+async def kv_picture(engine_client: Any, most_sessions: int) -> dict[str, object]:
+    """Ask the engine behind vLLM's front end to sum up what it keeps: a `KvPicture`, as JSON has it."""
+    said: dict[str, object] = await engine_client.engine_core.call_utility_async(_KV_METHOD, most_sessions)
+    return said
+
+
+async def turns_ended(engine_client: Any, ends: Sequence[TurnEnd]) -> list[TurnAccount | None]:
+    """Tell the engine behind vLLM's front end how turns ended; the account of each."""
+    told = [end.to_wire() for end in ends]
+    accounts = await engine_client.engine_core.call_utility_async(_TURNS_METHOD, told)
+    return [None if account is None else TurnAccount.from_wire(account) for account in accounts]
+
+
 def connector_of(engine_core: EngineCore) -> LeaseRetention:
     """The connector of an engine.
 
@@ -390,8 +448,17 @@ def _report(self: EngineCore, release: list) -> dict:  # type: ignore[type-arg]
     return connector_of(self).report(release).to_wire()
 
 
+def _kv(self: EngineCore, most_sessions: int) -> dict:  # type: ignore[type-arg]
+    return connector_of(self).picture(most_sessions).to_wire()
+
+
 def _tick(self: EngineCore) -> float | None:
     return connector_of(self).tick()
+
+
+def _turns_ended(self: EngineCore, ends: list) -> list:  # type: ignore[type-arg]
+    accounts = connector_of(self).turns_ended([TurnEnd.from_wire(end) for end in ends])
+    return [None if account is None else account.to_wire() for account in accounts]
 
 
 def _salt_by_range() -> None:

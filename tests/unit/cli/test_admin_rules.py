@@ -301,9 +301,10 @@ async def test_what_is_denied_is_recorded_and_a_key_that_does_not_hold_is_counte
 
 
 def test_everything_but_a_look_at_the_status_leaves_a_record() -> None:
-    """What is not recorded when it is asked for is recorded by its own route; the three statuses are not."""
+    """What is not recorded when it is asked for is recorded by its own route; the four statuses are not."""
     assert {route[1] for route, rule in RULES.items() if not rule.recorded} == {
         "/v1/status",
+        "/v1/kv",
         "/v1/audit",
         "/v1/audit/entries",
         "/v1/audit/entries/{sequence}",

@@ -15,7 +15,7 @@ SHARED = SharedPrefix("5a17", 70, token_digest(PROMPT[:70]))
 
 
 def transfer(shared: SharedPrefix | None = SHARED, **changes: Any) -> dict[str, Any]:
-    params = lease_params(Lease("s", "t", 15.0, shared))
+    params = lease_params(Lease("s", "t", 15.0, shared=shared))
     params[LEASE_FIELD] = {**params[LEASE_FIELD], **changes}  # type: ignore[dict-item]
     return params
 

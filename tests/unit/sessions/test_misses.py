@@ -17,6 +17,7 @@ from appliance.sessions.misses import (
     Divergence,
     ExplainedTurn,
     Ran,
+    Served,
     account_of,
     divergence_of,
     findings_of,
@@ -336,3 +337,138 @@ def test_every_change_has_a_remedy() -> None:
 def test_the_remedy_of_what_expired_promises_nothing() -> None:
     assert "may" in REMEDIES[Cause.EXPIRED]
     assert "others wanted" not in REMEDIES[Cause.EXPIRED]
+
+
+# From where, and what the engine said of it
+
+
+def served_as(served: Served | None, **more: Any) -> Circumstances:
+    return Circumstances(4, "one", 15.0, 0, served=served, **more)
+
+
+def test_where_tokens_were_found_is_told_where_it_adds_up_to_what_was_found() -> None:
+    found = Served(4, 8, 0)
+    assert account_of(BEFORE, ran(range(20), cached=12, at=2, circumstances=served_as(found))).served == found
+    assert account_of(BEFORE, ran(range(20), cached=8, at=2, circumstances=served_as(found))).served is None
+    assert account_of(None, ran(range(20), cached=12, circumstances=served_as(found))).served == found
+
+
+@pytest.mark.parametrize("cause", [Cause.EVICTED, Cause.EXPIRED, Cause.QUOTA, Cause.TIER_FAULT])
+@pytest.mark.parametrize("at", [2.0, 17.0])
+def test_the_engine_knows_why_what_it_had_is_gone(cause: Cause, at: float) -> None:
+    now = ran(range(20), at=at, circumstances=served_as(Served(0, 0, 0, cause.value)))
+    assert account_of(BEFORE, now).computed == {cause: 12, Cause.BLOCK_TAIL: 1, Cause.NEW: 7}
+
+
+def test_a_fault_of_a_tier_is_told_though_the_engine_was_started_again() -> None:
+    said = {
+        reason: Circumstances(4, "two", 15.0, 0, served=Served(0, 0, 0, reason)) for reason in ("tier_fault", "quota")
+    }
+    lost = {reason: account_of(BEFORE, ran(range(20), at=2, circumstances=here)) for reason, here in said.items()}
+    assert Cause.TIER_FAULT in lost["tier_fault"].computed
+    assert Cause.ENGINE_RESTARTED in lost["quota"].computed
+
+
+def test_the_same_messages_under_another_template_did_not_diverge() -> None:
+    before = ran(range(10), [10, 11, 12], circumstances=served_as(None, template="a"))
+    now = ran([*range(6), 99, *range(7, 20)], at=2, circumstances=served_as(None, template="b"))
+    changed = account_of(before, now, history_came_again=True)
+    assert changed.computed == {Cause.EVICTED: 4, Cause.BLOCK_TAIL: 2, Cause.TEMPLATE_CHANGED: 7, Cause.NEW: 7}
+    assert changed.diverged_at is None
+    assert Cause.DIVERGED in account_of(before, now).computed  # a message changed as well: the place is not certain
+    same = ran([*range(6), 99, *range(7, 20)], at=2, circumstances=served_as(None, template="a"))
+    assert Cause.DIVERGED in account_of(before, same, history_came_again=True).computed
+
+
+def test_what_the_turn_before_had_too_is_counted() -> None:
+    assert account_of(BEFORE, ran(range(20), cached=12, at=2)).repeated_tokens == 13
+    assert account_of(BEFORE, ran([*range(6), 99, 100], at=2)).repeated_tokens == 6
+    assert account_of(None, ran(range(20))).repeated_tokens == 0
+
+
+def test_all_circumstances_are_read_as_they_were_written() -> None:
+    told = Circumstances(4, "one", 15.0, 3, was_over=True, template="t", served=Served(1, 2, 3, "quota"))
+    assert Circumstances.from_wire(told.to_wire()) == told
+    assert Circumstances.from_wire([4, "one", 15.0, 0, True, False]).served is None
+
+
+# What destroys prefixes
+
+THAT_DAY, THAT_RUN = "Monday, 23 November 2026, 09:14 am", "3f2a9c1e-77aa-4d10-9f7e-0a1b2c3d4e5f"
+SYSTEM_BEFORE = f"You help.\nIt is {THAT_DAY}. Call 17. Run {THAT_RUN}.\nBe brief."
+
+
+@pytest.mark.parametrize(
+    ("after", "change"),
+    [
+        (
+            SYSTEM_BEFORE.replace(THAT_DAY, "Tuesday, 1 December 2026, 10:02 pm"),
+            Change.NUMBERS,
+        ),
+        (SYSTEM_BEFORE.replace("Call 17", "Call 18"), Change.NUMBERS),
+        (
+            SYSTEM_BEFORE.replace(THAT_RUN, "90ab12cd-0011-4abc-8def-fedcba987654"),
+            Change.NUMBERS,
+        ),
+        (SYSTEM_BEFORE.replace("Be brief", "Be long"), Change.CONTENT),
+        (SYSTEM_BEFORE.replace("You help", "You may help"), Change.CONTENT),
+    ],
+)
+def test_dates_counters_and_ids_are_told_from_other_changes(after: str, change: Change) -> None:
+    assert changed_system(SYSTEM_BEFORE, after) is change
+
+
+def test_a_harness_line_that_changes_is_known_for_one() -> None:
+    line = "x-anthropic-billing-header: cc_version=2.1.37.0d9; cc_entrypoint=cli; cch={};\n"
+    was, is_now = line.format("fa690") + "You help.", line.format("0b1c2") + "You help."
+    assert changed_system(was, is_now) is Change.HARNESS_LINE
+    assert changed_system(was, is_now.replace("help", "wait")) is Change.CONTENT
+
+
+def changed_system(was: str, is_now: str) -> Change:
+    question = {"role": "user", "content": "Hi"}
+    before: list[Message] = [{"role": "system", "content": was}, question, {"role": "assistant", "content": "Yes"}]
+    now: list[Message] = [{"role": "system", "content": is_now}, question, before[2], question]
+    account = Account(30, 0, {}, diverged_at=3)
+    divergence = divergence_of(account, (before, {}, 12), (now, {}))
+    assert divergence is not None
+    assert (divergence.message, divergence.role) == (1, "system")
+    return divergence.change
+
+
+def test_reasoning_that_a_template_leaves_out_is_told_by_what_stands_behind_it() -> None:
+    question: Message = {"role": "user", "content": "Hi"}
+    answer: Message = {"role": "assistant", "content": "Yes, of course.", "reasoning": "Let me think."}
+    old_ids = array("I", [*range(10), *range(500, 520), *range(10, 18)])  # prompt, reasoning, answer
+    account = Account(30, 0, {}, diverged_at=10)
+
+    def told(new_ids: Sequence[int]) -> Change:
+        divergence = divergence_of(
+            account,
+            ([question, answer], {}, 10),
+            ([question, answer, question], {}),
+            token_ids=(old_ids, array("I", new_ids)),
+        )
+        assert divergence is not None
+        return divergence.change
+
+    assert told([*range(18)]) is Change.REASONING_LEFT_OUT
+    assert told([*range(10), *range(700, 708)]) is Change.ANSWER_REWRITTEN
+
+
+def test_reasoning_is_left_out_of_earlier_answers_too() -> None:
+    said: list[Message] = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "One", "reasoning": "Hm"},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "Two"},
+    ]
+    old_ids = array("I", [*range(5), 900, 901, 902, *range(5, 20)])
+    account = Account(30, 0, {}, diverged_at=5)
+    now = [*said, {"role": "user", "content": "Go on"}]
+    left_out = divergence_of(account, (said, {}, 22), (now, {}), token_ids=(old_ids, array("I", range(30))))
+    assert left_out == Divergence(5, None, None, Change.REASONING_LEFT_OUT)
+    unlike = divergence_of(
+        account, (said, {}, 22), (now, {}), token_ids=(old_ids, array("I", [*range(5), *range(50, 80)]))
+    )
+    assert unlike == Divergence(5, None, None, Change.TEMPLATE)

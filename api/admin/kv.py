@@ -1,0 +1,128 @@
+"""What is kept of sessions, put together from what the engine says and what the gateway counted."""
+
+from api.admin import types
+from api.kv_watch import Seen
+from api.services import Services
+from appliance.engine.picture import SessionPicture
+from appliance.sessions import LastTurn, Quantiles, Sums
+from appliance.sessions.ledger import served_by_tier
+
+
+async def kv_status(services: Services, most_sessions: int) -> types.KvStatus:
+    """Look now. What the engine does not say in time is left out, and what the gateway counted stands."""
+    seen = await services.kv.look(most_sessions)
+    picture = None if seen is None else seen.picture
+    ledger = services.ledger
+    sums = ledger.sums
+    rate = services.kv.reclaimed_blocks_per_s()
+    now = services.now()
+    return types.KvStatus(
+        observed_at=now,
+        age_s=None if seen is None else services.kv.age_s(seen),
+        counted_since=services.lifecycle.started_at,
+        block_size_tokens=None if picture is None else picture.block_size,
+        tiers=[] if seen is None else _tiers(seen, sums),
+        kept_sessions=None if picture is None else picture.sessions_total,
+        leased_sessions=None if picture is None else picture.leased_sessions_total,
+        worths_hits_per_s=[] if picture is None else list(picture.worths_hits_per_s),
+        reclaimed_blocks_total=None if picture is None else picture.reclaimed_blocks_total,
+        reclaimed_blocks_per_s=None if rate is None else rate[0],
+        reclaimed_over_s=None if rate is None else rate[1],
+        expired_leases_total=None if picture is None else picture.expired_leases_total,
+        ignored_leases_total=None if picture is None else picture.ignored_leases_total,
+        turns=sums.turns,
+        prompt_tokens=sums.prompt_tokens,
+        repeated_tokens=sums.repeated_tokens,
+        found_tokens=dict(sums.served),
+        computed_tokens={cause.value: tokens for cause, tokens in sums.computed.items()},
+        warm=_first_tokens(ledger.first_tokens(warm=True)),
+        cold=_first_tokens(ledger.first_tokens(warm=False)),
+        tenants=_tenants(services, seen),
+        sessions=[] if picture is None else [_session(services, each) for each in picture.sessions[:most_sessions]],
+    )
+
+
+def _tiers(seen: Seen, sums: Sums) -> list[types.KvTier]:
+    return [
+        types.KvTier.model_validate(
+            {
+                "tier": tier.tier,
+                "state": tier.state,
+                "block_bytes": tier.block_bytes,
+                "capacity_blocks": tier.capacity_blocks,
+                "used_blocks": tier.used_blocks,
+                "leased_blocks": tier.leased_blocks,
+                "free_blocks": max(0, tier.capacity_blocks - tier.used_blocks),
+                "capacity_bytes": tier.capacity_blocks * tier.block_bytes,
+                "used_bytes": tier.used_blocks * tier.block_bytes,
+                "found_tokens": sums.served[tier.tier],
+                "found_share": sums.served[tier.tier] / sums.prompt_tokens if sums.prompt_tokens else None,
+            }
+        )
+        for tier in seen.picture.tiers
+    ]
+
+
+def _tenants(services: Services, seen: Seen | None) -> list[types.KvTenant]:
+    """Those that keep something or had a turn; the largest first."""
+    ledger = services.ledger
+    kept: dict[str, tuple[int, int]] = {}
+    for each in () if seen is None else seen.picture.tenants:
+        tenant_id = ledger.tenant_of(each.tenant)
+        sessions, blocks = kept.get(tenant_id, (0, 0))
+        kept[tenant_id] = sessions + each.sessions, blocks + each.blocks
+    views = []
+    for tenant_id in {**kept, **ledger.sums_of}:
+        sums = ledger.sums_of.get(tenant_id, Sums())
+        sessions, blocks = kept.get(tenant_id, (0, 0))
+        views.append(
+            types.KvTenant(
+                tenant_id=tenant_id,
+                kept_sessions=sessions,
+                kept_blocks=blocks,
+                turns=sums.turns,
+                prompt_tokens=sums.prompt_tokens,
+                repeated_tokens=sums.repeated_tokens,
+                found_tokens=dict(sums.served),
+                computed_tokens={cause.value: tokens for cause, tokens in sums.computed.items()},
+                warm=_first_tokens(ledger.first_tokens(warm=True, tenant_id=tenant_id)),
+                cold=_first_tokens(ledger.first_tokens(warm=False, tenant_id=tenant_id)),
+            )
+        )
+    return sorted(views, key=lambda view: (-view.kept_blocks, -view.prompt_tokens))
+
+
+def _session(services: Services, kept: SessionPicture) -> types.KvSession:
+    last = services.ledger.of_labels(kept.tenant, kept.session)
+    return types.KvSession(
+        session_id=None if last is None else last.of.session_id,
+        tenant_id=None if last is None else last.of.tenant_id,
+        tier="device",
+        blocks=kept.blocks,
+        tokens=kept.tokens,
+        worth_hits_per_s=kept.worth_hits_per_s,
+        lease_expires_in_s=kept.expires_in_s,
+        last_turn=None if last is None else _last_turn(last),
+    )
+
+
+def _last_turn(last: LastTurn) -> types.KvLastTurn:
+    account = last.account
+    return types.KvLastTurn(
+        ended_at=last.ended_at,
+        prompt_tokens=account.prompt_tokens,
+        found_tokens={tier: tokens for tier, tokens in served_by_tier(account).items() if tokens},
+        computed_tokens={cause.value: tokens for cause, tokens in account.computed.items()},
+    )
+
+
+def _first_tokens(quantiles: Quantiles | None) -> types.FirstTokens | None:
+    if quantiles is None:
+        return None
+    return types.FirstTokens(
+        turns=quantiles.turns,
+        p50_s=quantiles.p50_s,
+        p90_s=quantiles.p90_s,
+        p99_s=quantiles.p99_s,
+        since=quantiles.since,
+    )

@@ -1,0 +1,235 @@
+"""`holdfast kv`: what is kept of sessions, in which tier, what it is worth and until when; and what that saves.
+
+Rules:
+
+- Every number has its unit, and every picture its age.
+- `top` draws anew on a terminal; anywhere else, and with `--json`, each picture follows the one before. Ctrl-C ends it.
+"""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from itertools import count
+from typing import TYPE_CHECKING
+
+import click
+
+from api.admin.session_commands import CAUSES_IN_WORDS
+from appliance.cli import Console, Group, ago, api_key_option, in_words, moment, pass_console, size_in_words, table
+
+if TYPE_CHECKING:
+    from api.admin import types
+
+_HOME_AND_CLEAR = "\x1b[H\x1b[J"
+
+
+@click.group(cls=Group)
+def kv() -> None:
+    """Show what is kept of sessions, why and until when."""
+
+
+_sessions_option = click.option(
+    "--sessions",
+    "most_sessions",
+    type=click.IntRange(0, 1000),
+    default=20,
+    show_default=True,
+    help="Show at most so many sessions, those that keep most.",
+)
+
+
+@kv.command("status")
+@_sessions_option
+@api_key_option
+@pass_console
+def show_status(console: Console, most_sessions: int, api_key_fd: int | None) -> None:
+    """Show each tier, tenant and session: what is kept, what it is worth, until when, and what was found."""
+    status = console.admin(api_key_fd=api_key_fd).kv(sessions=most_sessions)
+    console.result(status, status_text(status))
+
+
+@kv.command("top")
+@_sessions_option
+@click.option(
+    "--interval",
+    "interval_s",
+    type=click.FloatRange(0.5, 3600),
+    default=2.0,
+    show_default=True,
+    help="Seconds from one picture to the next.",
+)
+@click.option("--count", "pictures", type=click.IntRange(min=1), help="End after so many pictures.  [default: never]")
+@api_key_option
+@pass_console
+def watch_status(
+    console: Console, most_sessions: int, interval_s: float, pictures: int | None, api_key_fd: int | None
+) -> None:
+    """Show the same again and again until Ctrl-C; with --json, one picture a line."""
+    client = console.admin(api_key_fd=api_key_fd)
+    redraw = sys.stdout.isatty() and not console.json
+    try:
+        for number in count(1):
+            status = client.kv(sessions=most_sessions)
+            if console.json:
+                click.echo(json.dumps(status.model_dump(mode="json")))
+            elif redraw:
+                click.echo(_HOME_AND_CLEAR + _that_fits(status_text(status)), nl=False)
+            else:
+                click.echo(("\n" if number > 1 else "") + status_text(status))
+            if number == pictures:
+                break
+            time.sleep(interval_s)
+    except KeyboardInterrupt:
+        pass  # what is on the screen stays there
+    if redraw:
+        click.echo()
+
+
+@kv.command("dashboard")
+@pass_console
+def print_dashboard(console: Console) -> None:
+    """Print the dashboard that Grafana imports, as JSON."""
+    from api.dashboards import kv_dashboard
+
+    text = kv_dashboard()
+    console.result(json.loads(text), text.rstrip())
+
+
+def status_text(status: "types.KvStatus") -> str:
+    """A picture as people read it."""
+    age = "the engine did not answer" if status.age_s is None else f"seen {in_words(status.age_s)} before"
+    lines = [
+        f"At {moment(status.observed_at)}, {age}; counted for {in_words(status.observed_at - status.counted_since)}"
+    ]
+    if status.tiers:
+        lines += ["", _tiers_table(status), *_kept_lines(status)]
+    lines += ["", *_found_lines(status), "", _tenants_table(status)]
+    if status.tiers:
+        lines += ["", _sessions_table(status)]
+        if (status.kept_sessions or 0) > len(status.sessions):
+            lines.append(
+                f"{(status.kept_sessions or 0) - len(status.sessions)} sessions more keep something (--sessions)."
+            )
+    return "\n".join(lines)
+
+
+def _tiers_table(status: "types.KvStatus") -> str:
+    rows = [
+        (
+            tier.tier,
+            tier.state,
+            f"{tier.capacity_blocks} blocks, {size_in_words(tier.capacity_bytes)}",
+            f"{tier.used_blocks} ({_share(tier.used_blocks, tier.capacity_blocks)})",
+            f"{tier.leased_blocks} ({_share(tier.leased_blocks, tier.capacity_blocks)})",
+            f"{tier.free_blocks} ({_share(tier.free_blocks, tier.capacity_blocks)})",
+            f"{tier.found_tokens} tokens ({_share(tier.found_tokens, status.prompt_tokens)})",
+        )
+        for tier in status.tiers
+    ]
+    headings = ("tier", "state", "capacity", "used, blocks", "of them leased", "free, blocks", "found there of prompts")
+    return table(headings, rows, empty="")
+
+
+def _kept_lines(status: "types.KvStatus") -> list[str]:
+    kept = f"Kept: {status.kept_sessions} sessions, {status.leased_sessions} of them with a lease that runs"
+    if status.worths_hits_per_s:
+        lowest, middle, highest = status.worths_hits_per_s
+        kept += f"; worth {lowest:.4f} to {highest:.4f} hits/s, half above {middle:.4f}"
+    rate = "not known yet"
+    if status.reclaimed_blocks_per_s is not None and status.reclaimed_over_s is not None:
+        rate = f"{status.reclaimed_blocks_per_s:.1f} blocks/s over the last {in_words(status.reclaimed_over_s)}"
+    reclaimed = f"Reclaimed for others: {rate}; {status.reclaimed_blocks_total} blocks in all"
+    reclaimed += f"; {status.expired_leases_total} leases ran out"
+    if status.ignored_leases_total:
+        reclaimed += f"; {status.ignored_leases_total} malformed leases were ignored"
+    return [kept, reclaimed]
+
+
+def _found_lines(status: "types.KvStatus") -> list[str]:
+    prompt = status.prompt_tokens
+    if not prompt:
+        return ["No turn was written down yet."]
+    found = ", ".join(f"{_share(tokens, prompt)} {tier}" for tier, tokens in status.found_tokens.items() if tokens)
+    return [
+        f"Prompts: {prompt} tokens in {status.turns} turns",
+        f"Replicated: {_share(status.repeated_tokens, prompt)} of them had been sent with the turn before, too",
+        f"Found: {found or 'nothing'}",
+        f"Computed: {_causes(status.computed_tokens, prompt) or 'nothing'}",
+        f"First token, warm: {_times(status.warm)}",
+        f"First token, cold: {_times(status.cold)}",
+    ]
+
+
+def _tenants_table(status: "types.KvStatus") -> str:
+    rows = [
+        (
+            each.tenant_id,
+            each.kept_sessions,
+            each.kept_blocks,
+            each.turns,
+            each.prompt_tokens,
+            _share(sum(each.found_tokens.values()), each.prompt_tokens),
+            _seconds(each.warm),
+            _seconds(each.cold),
+        )
+        for each in status.tenants
+    ]
+    headings = ("tenant", "sessions", "blocks", "turns", "prompt tokens", "found", "P50 warm", "P50 cold")
+    return table(headings, rows, empty="No tenant keeps anything.")
+
+
+def _sessions_table(status: "types.KvStatus") -> str:
+    now = status.observed_at
+    rows = []
+    for each in status.sessions:
+        last = each.last_turn
+        left = each.lease_expires_in_s
+        rows.append(
+            (
+                each.session_id or "not known",
+                each.tier,
+                each.tokens,
+                "in use" if each.worth_hits_per_s is None else f"{each.worth_hits_per_s:.4f}",
+                f"in {in_words(left)}" if left > 0 else "over",
+                "-" if last is None else ago(last.ended_at, now),
+                "-" if last is None else _share(sum(last.found_tokens.values()), last.prompt_tokens),
+                "-" if last is None else _causes(last.computed_tokens, None),
+            )
+        )
+    headings = ("session", "tier", "tokens", "worth, hits/s", "lease ends", "last turn", "found", "computed, tokens")
+    return table(headings, rows, empty="No session keeps anything on the device.")
+
+
+def _causes(tokens_by_cause: Mapping[str, int], of: int | None) -> str:
+    ranked = sorted(tokens_by_cause.items(), key=lambda item: -item[1])
+    return ", ".join(
+        f"{tokens if of is None else _share(tokens, of)} {CAUSES_IN_WORDS.get(cause, cause)}"
+        for cause, tokens in ranked
+        if tokens
+    )
+
+
+def _times(times: "types.FirstTokens | None") -> str:
+    if times is None:
+        return "no streamed turn yet"
+    quantiles = f"P50 {in_words(times.p50_s)}, P90 {in_words(times.p90_s)}, P99 {in_words(times.p99_s)}"
+    return f"{quantiles} ({times.turns} turns since {moment(times.since)})"
+
+
+def _seconds(times: "types.FirstTokens | None") -> str:
+    return "-" if times is None else in_words(times.p50_s)
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def _that_fits(text: str) -> str:
+    """The lines and columns that the terminal has room for; what is cut off is said."""
+    columns, rows = shutil.get_terminal_size()
+    lines = [line[:columns] for line in text.splitlines()]
+    if len(lines) < rows:
+        return "\n".join(lines)
+    return "\n".join([*lines[: rows - 2], f"… {len(lines) - rows + 2} lines more"[:columns]])

@@ -1,0 +1,117 @@
+"""What the engine keeps, for Prometheus: the gateway's page has it, so that the engine's need not be reachable.
+
+Rules:
+
+- The engine is asked for a summary when the page is read, never for its sessions. If it does not answer in time, the
+  page has no such series, rather than old ones.
+- A tenant's label is its id, as everywhere on the page; those that the gateway has not met in this life are `other`.
+"""
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from api.kv_watch import Seen
+from api.services import Services
+from appliance.engine.picture import TIER_STATES, TierPicture
+
+_OF_TIERS: dict[str, tuple[str, Callable[[TierPicture], float]]] = {
+    "holdfast_kv_tier_capacity_blocks": ("Blocks that a tier can hold.", lambda tier: tier.capacity_blocks),
+    "holdfast_kv_tier_used_blocks": ("Blocks of a tier that are taken.", lambda tier: tier.used_blocks),
+    "holdfast_kv_tier_leased_blocks": (
+        "Blocks of a tier that sessions hold whose lease runs; they yield to whoever needs the room.",
+        lambda tier: tier.leased_blocks,
+    ),
+    "holdfast_kv_tier_capacity_bytes": (
+        "Bytes that a tier can hold.",
+        lambda tier: tier.capacity_blocks * tier.block_bytes,
+    ),
+    "holdfast_kv_tier_used_bytes": (
+        "Bytes of a tier that are taken.",
+        lambda tier: tier.used_blocks * tier.block_bytes,
+    ),
+}
+_WORTHS = ("lowest", "median", "highest")
+
+
+async def exposition(services: Services) -> bytes:
+    """The text that Prometheus scrapes, with what the engine keeps now."""
+    await services.kv.look()
+    return services.metrics.exposition()
+
+
+class KvCollector(Collector):
+    """What the engine keeps, as it was seen last.
+
+    Args:
+        seen: the picture that the page is to show; None: none is to be had.
+        tenant_of: a tenant's id for the engine's label of it.
+    """
+
+    def __init__(self, seen: Callable[[], Seen | None], tenant_of: Callable[[str], str]) -> None:
+        self._seen = seen
+        self._tenant_of = tenant_of
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: the names are known when there is a picture."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        """The series of one picture."""
+        seen = self._seen()
+        if seen is None:
+            return
+        picture = seen.picture
+        for name, (help_text, value) in _OF_TIERS.items():
+            family = GaugeMetricFamily(name, help_text, labels=("tier",))
+            for tier in picture.tiers:
+                family.add_metric((tier.tier,), value(tier))
+            yield family
+        states = GaugeMetricFamily(
+            "holdfast_kv_tier_state", "1 for the state that a tier is in, 0 for the others.", labels=("tier", "state")
+        )
+        for tier in picture.tiers:
+            for state in TIER_STATES:
+                states.add_metric((tier.tier, state), float(tier.state == state))
+        yield states
+        sessions = GaugeMetricFamily(
+            "holdfast_kv_sessions", "Sessions that keep KV on the device, by their lease.", labels=("lease",)
+        )
+        sessions.add_metric(("running",), picture.leased_sessions_total)
+        sessions.add_metric(("over",), picture.sessions_total - picture.leased_sessions_total)
+        yield sessions
+        worths = GaugeMetricFamily(
+            "holdfast_kv_worth_hits_per_second",
+            "The worth of keeping a session's KV: the lowest leaves first.",
+            labels=("rank",),
+        )
+        for rank, worth in zip(_WORTHS, picture.worths_hits_per_s, strict=False):
+            worths.add_metric((rank,), worth)
+        yield worths
+        yield from self._tenants(seen)
+        for name, help_text, total in (
+            (
+                "holdfast_kv_reclaimed_blocks",
+                "Blocks taken back from leases for others.",
+                picture.reclaimed_blocks_total,
+            ),
+            ("holdfast_kv_expired_leases", "Leases that ran out.", picture.expired_leases_total),
+            ("holdfast_kv_ignored_leases", "Malformed leases that requests carried.", picture.ignored_leases_total),
+        ):
+            yield CounterMetricFamily(name, help_text, value=total)
+
+    def _tenants(self, seen: Seen) -> Iterable[Metric]:
+        kept: dict[str, tuple[int, int]] = {}
+        for each in seen.picture.tenants:
+            tenant_id = self._tenant_of(each.tenant)
+            sessions, blocks = kept.get(tenant_id, (0, 0))
+            kept[tenant_id] = sessions + each.sessions, blocks + each.blocks
+        for name, help_text, place in (
+            ("holdfast_kv_tenant_sessions", "Sessions of a tenant that keep KV on the device.", 0),
+            ("holdfast_kv_tenant_blocks", "Blocks on the device that sessions of a tenant hold.", 1),
+        ):
+            family = GaugeMetricFamily(name, help_text, labels=("tenant",))
+            for tenant_id, counts in kept.items():
+                family.add_metric((tenant_id,), counts[place])
+            yield family

@@ -1,0 +1,102 @@
+"""What the engine keeps, as it was seen last: for the metrics, `kv status` and `kv top`.
+
+Rules:
+
+- However many ask, the engine is asked once at a time, and once in `_FRESH_S` at most.
+- Whoever asks waits for `_DEADLINE_S` at most; what cannot be had is None, and nothing old is given out for new.
+- Rates are of what the engine counted between two looks, of one life of its own.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from api.engine_watch import EngineWatch
+from appliance.engine.client import EngineClient
+from appliance.engine.picture import KvPicture
+from appliance.errors import HoldfastError
+
+_FRESH_S: Final = 1.0
+_DEADLINE_S: Final = 3.0
+_LOOK_EVERY_S: Final = 60.0  # where nobody asks
+_RATE_OVER_S: Final = 60.0
+
+
+class Seen(NamedTuple):
+    """A picture, and when it was taken: seconds of the clock that never goes back."""
+
+    at: float
+    picture: KvPicture
+    sessions_asked: int
+
+
+class KvWatch:
+    """The newest picture of one engine.
+
+    Args:
+        clock: seconds; monotonic.
+    """
+
+    def __init__(
+        self, engine: EngineClient, watch: EngineWatch, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._engine = engine
+        self._watch = watch
+        self._clock = clock
+        self._asking = asyncio.Lock()
+        self._looks: deque[tuple[float, int]] = deque()  # when, and how many blocks had been reclaimed
+        self.seen: Seen | None = None
+
+    @property
+    def has_more_tiers(self) -> bool:
+        """Whether the engine was last seen to keep KV elsewhere than on the device too."""
+        return self.seen is not None and len(self.seen.picture.tiers) > 1
+
+    async def look(self, sessions: int = 0) -> Seen | None:
+        """The engine's picture, with so many sessions, `_FRESH_S` old at most; None: it cannot be had now."""
+        async with self._asking:
+            seen = self.seen
+            if seen is not None and self._clock() - seen.at < _FRESH_S and seen.sessions_asked >= sessions:
+                return seen
+            if not self._watch.ready:
+                return None
+            try:
+                picture = await self._engine.kv(sessions, deadline_s=_DEADLINE_S)
+            except HoldfastError:
+                return None
+            self.seen = Seen(self._clock(), picture, sessions)
+            self._remember(self.seen)
+            return self.seen
+
+    def fresh(self) -> Seen | None:
+        """The picture that was taken last, if that is not long ago."""
+        seen = self.seen
+        return seen if seen is not None and self.age_s(seen) < _FRESH_S + _DEADLINE_S else None
+
+    def age_s(self, seen: Seen) -> float:
+        """How long ago a picture was taken."""
+        return self._clock() - seen.at
+
+    def reclaimed_blocks_per_s(self) -> tuple[float, float] | None:
+        """How many blocks were reclaimed a second, and over how many seconds; None: it was looked at once only."""
+        if len(self._looks) < 2:
+            return None
+        (first_at, first), (last_at, last) = self._looks[0], self._looks[-1]
+        return (last - first) / (last_at - first_at), last_at - first_at
+
+    async def run(self) -> None:
+        """Look now and then, until cancelled: so it is known what tiers there are, and what was reclaimed."""
+        while True:
+            await self._watch.wait_ready()
+            await self.look()
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    def _remember(self, seen: Seen) -> None:
+        looks, reclaimed = self._looks, seen.picture.reclaimed_blocks_total
+        if looks and reclaimed < looks[-1][1]:
+            looks.clear()  # another life
+        looks.append((seen.at, reclaimed))
+        while len(looks) > 2 and looks[1][0] <= seen.at - _RATE_OVER_S:
+            looks.popleft()

@@ -1,0 +1,96 @@
+"""What is kept, as an administrator sees it: the admin API, the metrics' page, the dashboard over it, the commands."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from api.dashboards import kv_dashboard
+from tests.e2e.api.conftest import Served
+
+_METRIC = re.compile(r"holdfast_[a-z0-9_]+")
+
+
+def holdfast(served: Served, *words: str) -> str:
+    command = [str(Path(sys.executable).parent / "holdfast"), "--state-dir", str(served.state_dir), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def metrics_page(served: Served) -> str:
+    with served.admin._connected(10.0) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        received = b""
+        while part := connection.recv(1 << 16):
+            received += part
+    return received.decode()
+
+
+def test_the_picture_has_what_the_engine_keeps_and_what_the_gateway_counted(served: Served) -> None:
+    with served.sdk() as client:
+        list(client.chat.completions.create(model="stub", messages=[{"role": "user", "content": "hi"}], stream=True))
+    status = served.admin.kv()
+    (tier,) = status.tiers
+    assert (tier.tier, tier.capacity_blocks, tier.used_blocks, tier.capacity_bytes) == ("device", 100, 40, 409_600)
+    assert (status.kept_sessions, status.reclaimed_blocks_total, status.worths_hits_per_s) == (1, 7, [0.25] * 3)
+    assert status.sessions[0].session_id is None  # the stub names one that this gateway never had
+    assert status.turns >= 1
+    times = status.warm or status.cold
+    assert times is not None
+    assert 0 < times.p50_s <= times.p99_s
+    assert {each.tenant_id for each in status.tenants} >= {served.admin.tenants().tenants[0].tenant_id}
+    assert served.admin.kv(sessions=0).sessions == []
+
+
+def test_every_metric_that_a_panel_asks_for_is_on_the_page(served: Served) -> None:
+    served.ask("hi")
+    page = metrics_page(served)
+    families = set(re.findall(r"^# TYPE (\S+) ", page, re.MULTILINE))
+    dashboard: Any = json.loads(kv_dashboard())
+    asked = {
+        (panel["title"], name)
+        for panel in dashboard["panels"]
+        for target in panel.get("targets", ())
+        for name in _METRIC.findall(target["expr"])
+    }
+    asked |= {("variables", name) for each in dashboard["templating"]["list"] for name in _METRIC.findall(str(each))}
+    assert len({name for _, name in asked}) > 15
+    missing = {each for each in asked if each[1].removesuffix("_bucket") not in families}
+    assert not missing
+
+
+def test_what_the_panels_show_has_a_unit_a_description_and_a_place() -> None:
+    dashboard: Any = json.loads(kv_dashboard())
+    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        assert panel["description"], panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        assert all(target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
+        at = panel["gridPos"]
+        cells = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
+        assert not cells & taken, panel["title"]
+        taken |= cells
+    assert max(x for x, _ in taken) < 24
+
+
+def test_no_series_has_a_name_a_label_or_a_salt(served: Served) -> None:
+    served.ask("hi", session="quarterly-report")
+    page = metrics_page(served)
+    seen = served.engine_seen()["bodies"][-1]
+    lease = seen["kv_transfer_params"]["holdfast"]
+    for secret in (seen["cache_salt"], lease["session"], lease["tenant"], "quarterly-report", "somebody"):
+        assert secret not in page
+
+
+def test_the_commands_show_it(served: Served) -> None:
+    text = holdfast(served, "kv", "status")
+    assert "100 blocks, 400.0 KiB" in text
+    pictures = holdfast(served, "kv", "top", "--json", "--count", "2", "--interval", "0.5").splitlines()
+    assert [json.loads(line)["tiers"][0]["tier"] for line in pictures] == ["device", "device"]
+    again = holdfast(served, "kv", "top", "--count", "2", "--interval", "0.5")
+    assert again.count("OF THEM LEASED") == 2
+    assert "\x1b" not in again
+    assert json.loads(holdfast(served, "kv", "dashboard"))["uid"] == "holdfast-kv"

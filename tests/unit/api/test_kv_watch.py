@@ -1,0 +1,88 @@
+"""The picture of what is kept: asked for once for all who want it, and never an old one for a new one."""
+
+import asyncio
+from dataclasses import replace
+from types import SimpleNamespace
+
+from api.kv_watch import KvWatch
+from appliance.engine.client import EngineUnavailable
+from appliance.engine.picture import KvPicture, TierPicture
+
+PICTURE = KvPicture(32, (TierPicture("device", "ok", 1, 9, 3, 2),), (), (), 0, 0, (), 0, 0, 0)
+
+
+class Engine:
+    """Answers what it is set to, and counts."""
+
+    def __init__(self) -> None:
+        self.picture: KvPicture | None = PICTURE
+        self.asked: list[int] = []
+
+    async def kv(self, sessions: int, *, deadline_s: float) -> KvPicture:
+        self.asked.append(sessions)
+        await asyncio.sleep(0)
+        if self.picture is None:
+            raise EngineUnavailable("gone", cause="", remedy="")
+        return self.picture
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def watching() -> tuple[KvWatch, Engine, Clock, SimpleNamespace]:
+    engine, clock, watch = Engine(), Clock(), SimpleNamespace(ready=True)
+    return KvWatch(engine, watch, clock=clock), engine, clock, watch  # type: ignore[arg-type]
+
+
+async def test_however_many_ask_the_engine_is_asked_once() -> None:
+    kv, engine, clock, _ = watching()
+    await asyncio.gather(*(kv.look(5) for _ in range(20)))
+    assert engine.asked == [5]
+    await kv.look(3)
+    assert engine.asked == [5]
+    await kv.look(6)
+    clock.now += 1.5
+    await kv.look()
+    assert engine.asked == [5, 6, 0]
+
+
+async def test_what_cannot_be_had_is_not_made_up_from_what_was() -> None:
+    kv, engine, clock, watch = watching()
+    assert await kv.look() is not None
+    clock.now += 10
+    engine.picture = None
+    assert await kv.look() is None
+    assert kv.fresh() is None
+    watch.ready = False
+    assert await kv.look() is None
+    assert len(engine.asked) == 2
+
+
+async def test_a_rate_is_of_two_looks_at_one_life_of_the_engine() -> None:
+    kv, engine, clock, _ = watching()
+    await kv.look()
+    assert kv.reclaimed_blocks_per_s() is None
+    for _ in range(40):
+        clock.now += 5
+        engine.picture = replace(engine.picture or PICTURE, reclaimed_blocks_total=(clock.now - 100) * 2)  # type: ignore[arg-type]
+        await kv.look()
+    assert kv.reclaimed_blocks_per_s() == (2.0, 60.0)
+    clock.now += 5
+    engine.picture = PICTURE
+    await kv.look()
+    assert kv.reclaimed_blocks_per_s() is None
+
+
+async def test_more_tiers_are_known_when_they_were_seen() -> None:
+    kv, engine, clock, _ = watching()
+    assert not kv.has_more_tiers
+    await kv.look()
+    assert not kv.has_more_tiers
+    clock.now += 2
+    engine.picture = replace(PICTURE, tiers=(*PICTURE.tiers, TierPicture("dram", "ok", 1, 9, 3, 2)))
+    await kv.look()
+    assert kv.has_more_tiers

@@ -1,0 +1,33 @@
+"""What is counted of turns, by tenant and by cause, in a bounded number of series."""
+
+from api.metrics import Metrics
+from appliance.sessions import Account, Cause, Served, TurnState
+
+WARM = Account(100, 80, {Cause.NEW: 15, Cause.TIER_FAULT: 5}, served=Served(50, 30, 0), repeated_tokens=85)
+
+
+def page(metrics: Metrics) -> dict[str, float]:
+    lines = [line for line in metrics.exposition().decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def test_a_turn_is_counted_by_tier_by_cause_and_by_tenant() -> None:
+    metrics = Metrics()
+    metrics.turn(TurnState.COMPLETE, 0.001, WARM, completion=7, tenant_id="ten_a", first_token_s=0.2)
+    seen = page(metrics)
+    assert seen['holdfast_served_prompt_tokens_total{tenant="ten_a",tier="dram"}'] == 30
+    assert seen['holdfast_computed_prompt_tokens_total{cause="tier_fault",tenant="ten_a"}'] == 5
+    assert seen['holdfast_prompt_tokens_total{tenant="ten_a"}'] == 100
+    assert seen['holdfast_repeated_prompt_tokens_total{tenant="ten_a"}'] == 85
+    assert seen['holdfast_time_to_first_token_seconds_bucket{le="0.25",start="warm",tenant="ten_a"}'] == 1
+    assert seen['holdfast_time_to_first_token_seconds_count{start="cold",tenant="ten_a"}'] == 0
+
+
+def test_tenants_beyond_the_bound_share_series() -> None:
+    metrics = Metrics()
+    for number in range(60):
+        for _ in range(2):
+            metrics.turn(TurnState.COMPLETE, 0.001, WARM, completion=7, tenant_id=f"ten_{number}")
+    seen = page(metrics)
+    assert sum(name.startswith("holdfast_prompt_tokens_total") for name in seen) == 51
+    assert seen['holdfast_prompt_tokens_total{tenant="other"}'] == 10 * 2 * 100

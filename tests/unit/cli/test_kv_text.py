@@ -1,0 +1,122 @@
+"""How `holdfast kv` reads: every number with its unit, every picture with its age."""
+
+from api.admin import types
+from api.admin.kv_commands import status_text
+
+TIER = types.KvTier(
+    tier="device",
+    state="ok",
+    block_bytes=1 << 20,
+    capacity_blocks=1000,
+    used_blocks=400,
+    leased_blocks=300,
+    free_blocks=600,
+    capacity_bytes=1000 << 20,
+    used_bytes=400 << 20,
+    found_tokens=800,
+    found_share=0.8,
+)
+WARM = types.FirstTokens(turns=3, p50_s=0.12, p90_s=0.3, p99_s=1.5, since=1_800_000_000.0)
+SESSION = types.KvSession(
+    session_id="ses_1",
+    tenant_id="ten_1",
+    tier="device",
+    blocks=30,
+    tokens=960,
+    worth_hits_per_s=0.0234,
+    lease_expires_in_s=12.4,
+    last_turn=types.KvLastTurn(
+        ended_at=1_800_000_098.0,
+        prompt_tokens=1000,
+        found_tokens={"device": 800},
+        computed_tokens={"new": 45, "evicted": 155},
+    ),
+)
+TENANT = types.KvTenant(
+    tenant_id="ten_1",
+    kept_sessions=2,
+    kept_blocks=30,
+    turns=4,
+    prompt_tokens=1000,
+    repeated_tokens=850,
+    found_tokens={"device": 800},
+    computed_tokens={"new": 200},
+    warm=WARM,
+    cold=None,
+)
+STATUS = types.KvStatus(
+    observed_at=1_800_000_100.0,
+    age_s=0.25,
+    counted_since=1_800_000_000.0,
+    block_size_tokens=32,
+    tiers=[TIER],
+    kept_sessions=2,
+    leased_sessions=1,
+    worths_hits_per_s=[0.001, 0.02, 0.5],
+    reclaimed_blocks_total=70,
+    reclaimed_blocks_per_s=1.5,
+    reclaimed_over_s=58.0,
+    expired_leases_total=4,
+    ignored_leases_total=0,
+    turns=4,
+    prompt_tokens=1000,
+    repeated_tokens=850,
+    found_tokens={"device": 800},
+    computed_tokens={"new": 45, "evicted": 155},
+    warm=WARM,
+    cold=None,
+    tenants=[TENANT],
+    sessions=[SESSION],
+)
+
+
+def test_a_picture_says_what_is_kept_why_and_until_when() -> None:
+    text = status_text(STATUS)
+    for part in (
+        "seen 250 ms before; counted for 1 min 40 s",
+        "1000 blocks, 1000.0 MiB",
+        "400 (40.0 %)",
+        "800 tokens (80.0 %)",
+        "Kept: 2 sessions, 1 of them with a lease that runs; worth 0.0010 to 0.5000 hits/s",
+        "1.5 blocks/s over the last 58 s; 70 blocks in all; 4 leases ran out",
+        "Replicated: 85.0 % of them had been sent with the turn before, too",
+        "Computed: 15.5 % evicted, 4.5 % new",
+        "First token, warm: P50 120 ms, P90 300 ms, P99 1 s (3 turns since 2027-01-15 08:00:00Z)",
+        "First token, cold: no streamed turn yet",
+        "155 evicted, 45 new",
+        "1 sessions more keep something (--sessions).",
+    ):
+        assert part in text
+    session = next(line for line in text.splitlines() if line.startswith("ses_1"))
+    assert session.split("  ")[0] == "ses_1"
+    assert "0.0234" in session
+    assert "in 12 s" in session
+    assert "2 s ago" in session
+
+
+def test_without_the_engine_what_was_counted_stands_and_nothing_is_made_up() -> None:
+    gone: dict[str, object] = {
+        "age_s": None,
+        "tiers": [],
+        "sessions": [],
+        "kept_sessions": None,
+        "leased_sessions": None,
+    }
+    text = status_text(STATUS.model_copy(update=gone))
+    assert "the engine did not answer" in text
+    assert "blocks/s" not in text
+    assert "ses_1" not in text
+    assert "Found: 80.0 % device" in text
+
+
+def test_a_lease_that_ran_out_and_a_session_that_is_not_known_say_so() -> None:
+    session = SESSION.model_copy(
+        update={"session_id": None, "lease_expires_in_s": -3.0, "worth_hits_per_s": None, "last_turn": None}
+    )
+    line = next(
+        line
+        for line in status_text(STATUS.model_copy(update={"sessions": [session]})).splitlines()
+        if line.startswith("not known")
+    )
+    assert "over" in line
+    assert "in use" in line

@@ -1,0 +1,120 @@
+"""A picture of what is kept: small, strict on the wire, and true to the leases that it sums up."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from appliance.engine.inside.pictures import Totals, picture_of
+from appliance.engine.picture import (
+    MAX_SESSIONS,
+    MAX_TENANTS,
+    OTHER_TENANTS,
+    KvPicture,
+    SessionPicture,
+    TenantPicture,
+    TierPicture,
+    read_sessions_asked,
+)
+from appliance.engine.protocol import LeaseState, MalformedMessage
+
+DEVICE = TierPicture("device", "ok", 4096, 1000, 400, 300)
+
+
+def lease(number: int, *, tenant: str = "bank", blocks: int = 1, expires_in_s: float = 1.0) -> LeaseState:
+    return LeaseState(f"session-{number}", tenant, blocks, 32 * blocks, expires_in_s)
+
+
+def picture(*leases: LeaseState, sessions: int = 0, worths: Mapping[str, float] | None = None) -> KvPicture:
+    known = worths or {}
+    return picture_of(
+        leases,
+        block_size=32,
+        tiers=[DEVICE],
+        most_sessions=sessions,
+        totals=Totals(7, 2, 1),
+        worth=lambda each: known.get(each.session),
+    )
+
+
+def test_sessions_are_counted_and_those_that_keep_most_are_named() -> None:
+    seen = picture(lease(1, blocks=3), lease(2, blocks=9), lease(3, blocks=5, expires_in_s=-1.0), sessions=2)
+    assert (seen.sessions_total, seen.leased_sessions_total) == (3, 2)
+    assert [each.session for each in seen.sessions] == ["session-2", "session-3"]
+    assert seen.tenants == (TenantPicture("bank", 3, 17),)
+
+
+def test_ten_thousand_sessions_make_no_larger_picture_than_a_few() -> None:
+    many = [lease(number, tenant=f"tenant-{number % 200}") for number in range(10_000)]
+    seen = picture(*many)
+    assert len(seen.tenants) == MAX_TENANTS + 1
+    assert seen.tenants[-1] == TenantPicture(OTHER_TENANTS, 136 * 50, 136 * 50)
+    assert sum(each.sessions for each in seen.tenants) == seen.sessions_total == 10_000
+    assert len(json.dumps(seen.to_wire())) < 8000
+
+
+def test_worth_is_told_lowest_middle_highest_and_what_is_in_use_has_none() -> None:
+    worths = {"session-1": 0.5, "session-2": 0.1, "session-3": math.inf, "session-4": 0.3}
+    seen = picture(*map(lease, range(1, 6)), sessions=5, worths=worths)
+    assert seen.worths_hits_per_s == (0.1, 0.3, 0.5)
+    assert {each.session: each.worth_hits_per_s for each in seen.sessions} == {
+        **worths,
+        "session-3": None,
+        "session-5": None,
+    }
+
+
+WHOLE = KvPicture(
+    block_size=32,
+    tiers=(DEVICE, TierPicture("disk", "quarantined", 4096, 10, 0, 0)),
+    tenants=(TenantPicture("bank", 1, 3),),
+    sessions=(SessionPicture("bank", "session", 3, 96, None, -1.5), SessionPicture("bank", "other", 3, 96, 0.1, 2.0)),
+    sessions_total=2,
+    leased_sessions_total=1,
+    worths_hits_per_s=(0.1, 0.1, 0.1),
+    reclaimed_blocks_total=4,
+    expired_leases_total=5,
+    ignored_leases_total=6,
+)
+
+
+def test_a_picture_is_read_as_it_was_written() -> None:
+    for each in (WHOLE, replace(WHOLE, worths_hits_per_s=(), sessions=(), tenants=())):
+        assert KvPicture.from_wire(json.loads(json.dumps(each.to_wire()))) == each
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("block_size",), -1),
+        (("sessions_total",), True),
+        (("tiers", 0, "tier"), "tape"),
+        (("tiers", 0, "state"), ["ok"]),
+        (("tiers", 0, "used_blocks"), 1.5),
+        (("tiers",), [None] * 4),
+        (("tenants", 0, "tenant"), "a b"),
+        (("sessions", 0, "worth_hits_per_s"), "much"),
+        (("sessions", 0, "expires_in_s"), math.inf),
+        (("sessions",), "none"),
+        (("worths_hits_per_s",), [0.1, math.nan, 0.1]),
+        (("more",), 1),
+    ],
+)
+def test_what_is_no_picture_is_refused(where: tuple[Any, ...], value: object) -> None:
+    wire: Any = json.loads(json.dumps(WHOLE.to_wire()))
+    inner = wire
+    for step in where[:-1]:
+        inner = inner[step]
+    inner[where[-1]] = value
+    with pytest.raises(MalformedMessage):
+        KvPicture.from_wire(wire)
+
+
+def test_so_many_sessions_may_be_asked_for() -> None:
+    assert (read_sessions_asked(None), read_sessions_asked("0"), read_sessions_asked(str(MAX_SESSIONS))) == (0, 0, 1000)
+    for given in ("1001", "-1", "1.5", "", "\u0663", "9" * 5000):
+        with pytest.raises(MalformedMessage):
+            read_sessions_asked(given)
