@@ -51,6 +51,7 @@ SUMMARIES: Mapping[str, str] = {
     "session": "List, read and forget sessions.",
     "kv": "Show what is kept of sessions, why and until when.",
     "audit": "Read, check, prove and witness the audit log.",
+    "prove": "Prove on the running system that it keeps its promises.",
     "backup": "Write the whole appliance to one file while it runs.",
     "restore": "Put an appliance back from a backup.",
     "bench": "Measure what keeping state is worth on this machine.",

@@ -57,19 +57,22 @@ def measure() -> Figures:
 
     table = LeaseTable(20 * SESSIONS, time.monotonic)
     for number in range(SESSIONS):
-        blocks = [LeasedBlock(20 * number + place, 32 * (place + 1), (number, place)) for place in range(20)]
         lease = Lease(f"session-{number}", f"tenant-{number % 100}", 3600.0)
+        blocks = [LeasedBlock(20 * number + place, 32 * (place + 1), (number, place)) for place in range(20)]
         table.arrived(lease)
-        table.finished(lease, blocks)
+        table.finished(lease, blocks, output_tokens=100)
 
     def picture() -> bytes:
+        now_s = time.monotonic()
         seen = picture_of(
             table.states(),
             block_size=32,
             tiers=[_DEVICE],
             most_sessions=0,
             totals=Totals(0, 0, 0),
-            worth=lambda lease: lease.expires_in_s,
+            worth=lambda lease: table.policy.value(
+                session=(lease.tenant, lease.session), now=now_s, position=lease.tokens, abandoned=False
+            ),
         )
         return json.dumps(seen.to_wire()).encode()
 
@@ -96,10 +99,8 @@ def main() -> None:
     print(f"account of a turn of {PROMPT_TOKENS} tokens   {figures.account_us:9.1f} µs a turn")
     print(f"metrics and ledger                {figures.count_us:9.1f} µs a turn")
     print(f"picture of {SESSIONS} sessions        {figures.picture_ms:9.2f} ms, {figures.picture_bytes} bytes")
-    print(
-        f"  asked for every {_SCRAPE_EVERY_S:.0f} s          "
-        f"{100 * figures.picture_share_of_time:9.3f} % of the engine's time"
-    )
+    share = 100 * figures.picture_share_of_time
+    print(f"  asked for every {_SCRAPE_EVERY_S:.0f} s          {share:9.3f} % of the engine's time")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ Rules:
   what was generated, if anything was; the engine's work is cancelled at once.
 - What was reserved is settled exactly once, on every way out. Where the engine worked and did not say what it cost,
   because the client left or the time was up, all that was reserved counts as used.
-- When the last chunk has come the engine is told how the turn ended. Where it has more tiers than the device, its
-  account of the prompt is waited for and stored with the turn; else that goes beside the commit, and nobody waits.
+- When the last chunk has come the engine is told how the turn ended. Where it has more tiers than the device, or the
+  session a cap, its account of the prompt is waited for and stored with the turn; else nobody waits.
 - What the engine holds of a session that is over, by this turn's word or by another's meanwhile, is let go when the
   turn has ended.
 - Every send has a deadline, the listener's: a client that does not read is one that is gone (`api.listener`).
@@ -34,7 +34,7 @@ from api import trail
 from api.answers import REQUEST, Receive, Request, Scope, Send, answer_json
 from api.bodies import ClientGone, read_body, refuse_many_values
 from api.engine_leases import release
-from api.openai.chunks import Answer, Usage
+from api.openai.chunks import Answer
 from api.openai.errors import (
     AnswerBroken,
     ContextTooLong,
@@ -448,7 +448,7 @@ class Turns:
         used = running.admission.settle(usage.prompt_tokens + usage.completion_tokens)
         begun_at = time.perf_counter()
         session_id = running.session.session_id
-        served = await self._served(usage, told)
+        served = await self._served(running, told)
         # The record first: it is on its way to the disk while the turn is encrypted.
         recorded, stored = await asyncio.gather(
             services.audit.record(self._ended(request, running, state, failure)),
@@ -474,14 +474,16 @@ class Turns:
         self._note(running, state, stored, time.perf_counter() - begun_at, outcome)
         return stored
 
-    async def _served(self, usage: Usage, told: "asyncio.Future[TurnAccount | None]") -> Served | None:
+    async def _served(self, running: _Running, told: "asyncio.Future[TurnAccount | None]") -> Served | None:
         """From where the engine had what it found of the prompt; None: that is not certain.
 
-        The engine's account is waited for only where it can have more than one tier to tell of.
+        The engine's account is waited for only where it can tell what the gateway cannot know: of more tiers than the
+        device, or of a cap that the session met.
         """
+        usage, keeping = running.answer.usage, running.session.keeping
         if usage.cached_tokens is None or self._services.engine_life is None:
             return None
-        if not self._services.kv.has_more_tiers:
+        if not self._services.kv.has_more_tiers and min(keeping.tenant_cap, keeping.session_cap) >= 1.0:
             account = told.result() if told.done() else None
             return Served(usage.cached_tokens, 0, 0, "" if account is None else account.reason)
         done, _ = await asyncio.wait([told], timeout=_ACCOUNT_WITHIN_S)

@@ -15,6 +15,7 @@ from pydantic_core import from_json, to_json
 from api.answers import App
 from appliance.errors import HoldfastError
 
+TIERS = ("device", "dram", "disk")
 _PATH = "/v1/chat/completions"
 
 
@@ -24,6 +25,7 @@ class Said:
 
     Attributes:
         cached_tokens: of the prompt, found on the engine, in whatever tier.
+        tier_tokens: the same, by the tier that served them; empty where that is not told.
         first_token_s: from asking to the first event of the stream.
         logprob_tokens: the texts of the tokens that log-probabilities were given for; None: none were given.
     """
@@ -32,6 +34,7 @@ class Said:
     finish_reason: str
     prompt_tokens: int
     cached_tokens: int
+    tier_tokens: Mapping[str, int]
     first_token_s: float
     logprob_tokens: Sequence[str] | None
 
@@ -147,6 +150,7 @@ class _Answered:
             finish_reason=finish_reason,
             prompt_tokens=usage["prompt_tokens"],
             cached_tokens=details.get("cached_tokens") or 0,
+            tier_tokens={tier: details[f"{tier}_tokens"] for tier in TIERS if f"{tier}_tokens" in details},
             first_token_s=self._first_at - began,
             logprob_tokens=tokens,
         )

@@ -16,7 +16,7 @@ import enum
 import random
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
 from pydantic_core import from_json, to_json
@@ -25,7 +25,7 @@ from api.app import create_app
 from api.engine_leases import release
 from api.forgetting import forget_session
 from api.openai.prefixes import RENDER_PATH
-from api.proving.asking import Asker, Said
+from api.proving.asking import TIERS, Asker, Said
 from api.proving.expectations import REACH, Bounds, Pair, bounds
 from api.proving.statistics import mann_whitney_p, shift
 from api.services import Services
@@ -37,12 +37,13 @@ from appliance.sessions import SessionHints, Turn, TurnKind
 
 ALPHA: Final = 0.01
 ROUNDS: Final = 24
-TIERS: Final = ("device", "dram", "disk")
 _PROMPT_TOKENS: Final = 1024
 _LEAST_BLOCKS: Final = 8  # of a prompt: half of them system, half of them a user's
 _PROMPTS_IN_POOL: Final = 6  # have to fit into the pool at once
 _ANSWER_TOKENS: Final = 24
 _ATTEMPTS: Final = 3
+_PRESSURE: Final = 1.5  # times the room of the tiers above, of other prompts, to have one leave them
+_MOST_PRESSURE: Final = 600  # prompts
 _LOG_TAIL_BYTES: Final = 4 << 20
 
 
@@ -117,7 +118,7 @@ async def prove_isolation(services: Services, administrator: Caller, *, rounds: 
         await proof.prepare()
         return [
             *await proof.pairs(),
-            *proof.other_tiers(),
+            *await proof.other_tiers(),
             *await proof.timing(rounds),
             *await proof.crossing(),
             *await proof.words(),
@@ -159,8 +160,8 @@ class _Proof:
                 f"{report.total_blocks} blocks are free",
                 "Prove it again when less is asked, or give the engine more room",
             )
-        probe = _made_up(64)
-        per_word = len(await self._rendered(_Text(probe, probe))) / 128
+        probe = _made_up(8)
+        per_word = len(await self._rendered(_Text(probe, probe))) / 16
         self._words = max(1, int(blocks * self._block_size / 2 / per_word))
         await services.throwaways.remove_all()
 
@@ -177,9 +178,10 @@ class _Proof:
         if labels:
             await release(services, labels)
 
-    async def _tenant(self, mode: Isolation) -> Tenant:
+    async def _tenant(self, mode: Isolation, *, idle_timeout_s: float | None = None) -> Tenant:
         name = f"proof {secrets.token_hex(8)}"
-        tenant = await self._services.identity.create_tenant(name, isolation=mode)
+        create = self._services.identity.create_tenant
+        tenant = await create(name, isolation=mode, idle_timeout_s=idle_timeout_s)
         await self._services.throwaways.mark(tenant.tenant_id)
         return tenant
 
@@ -237,7 +239,7 @@ class _Proof:
         )
         for pair, party, session, parent in asked:
             if pair is Pair.FORGOTTEN:
-                await self._forget(one)
+                await self._forget(one, "one")
             said = await party.asker.ask(text.messages, session=session, parent=parent)
             wanted = bounds(
                 REACH[mode][pair],
@@ -260,18 +262,82 @@ class _Proof:
             "device",
         )
 
-    async def _forget(self, party: _Party) -> None:
-        """Forget the party's first session, as an administrator would."""
+    async def _forget(self, party: _Party, named: str) -> None:
+        """Forget a session of the party's, as an administrator would."""
         sessions = self._services.sessions
-        turn = Turn(TurnKind.CHAT, self._model, [{"role": "user", "content": "-"}], {}, SessionHints("one"))
+        turn = Turn(TurnKind.CHAT, self._model, [{"role": "user", "content": "-"}], {}, SessionHints(named))
         found = await sessions.resolve(party.caller, turn)
         await forget_session(self._services, self._administrator, found.session_id)
 
-    def other_tiers(self) -> list[Check]:
-        return [
-            Check("every pair", Verdict.NOT_CONFIGURED, "", "the engine keeps blocks on the device only", tier=tier)
-            for tier in TIERS[1:]
-        ]
+    async def other_tiers(self) -> list[Check]:
+        """The same pairs, of prompts that have left the device; and the disk's, of prompts that have left DRAM too."""
+        seen = await self._services.kv.look()
+        rooms = {} if seen is None else {tier.tier: tier for tier in seen.picture.tiers}
+        checks = []
+        for tier, above in zip(TIERS[1:], (TIERS[:1], TIERS[:2]), strict=True):
+            if seen is None:
+                checks.append(
+                    Check("every pair", Verdict.UNKNOWN, "", "the engine does not say what it has", tier=tier)
+                )
+            elif tier not in rooms or rooms[tier].capacity_blocks == 0:
+                found = "the engine keeps no blocks there"
+                checks.append(Check("every pair", Verdict.NOT_CONFIGURED, "", found, tier=tier))
+            else:
+                room_bytes = sum(rooms[each].capacity_blocks * rooms[each].block_bytes for each in above)
+                checks += await self._tier(tier, room_bytes // rooms["device"].block_bytes)
+        return checks
+
+    async def _tier(self, tier: str, blocks_above: int) -> list[Check]:
+        texts = [(mode, pair, self._text()) for mode in Isolation for pair in Pair]
+        blocks = len(await self._rendered(texts[0][2])) // self._block_size
+        pressing = int(_PRESSURE * blocks_above / max(1, blocks)) + 1
+        if pressing > _MOST_PRESSURE:
+            found = f"it would take {pressing} prompts to push others there, and {_MOST_PRESSURE} are the bound"
+            return [Check("every pair", Verdict.UNKNOWN, "", found, tier=tier)]
+        # Their leases end with their turns, so that they leave the device before anybody else's do.
+        parties = {}
+        for mode in Isolation:
+            tenant = await self._tenant(mode, idle_timeout_s=0.0)
+            stranger = await self._tenant(mode, idle_timeout_s=0.0)
+            parties[mode] = await self._party(tenant), await self._party(tenant), await self._party(stranger)
+        for mode, pair, text in texts:
+            await parties[mode][0].asker.ask(text.messages, session=f"{tier}-{pair.name}")
+        presser = await self._party(await self._tenant(Isolation.SESSION, idle_timeout_s=0.0))
+        for number in range(pressing):
+            await presser.asker.ask(self._text().messages, session=f"{tier}-{number}")
+        return [await self._pair_in_tier(tier, mode, pair, text, parties[mode]) for mode, pair, text in texts]
+
+    async def _pair_in_tier(
+        self, tier: str, mode: Isolation, pair: Pair, text: _Text, parties: tuple[_Party, _Party, _Party]
+    ) -> Check:
+        one, other, stranger = parties
+        own = f"{tier}-{pair.name}"
+        if pair is Pair.FORGOTTEN:
+            await self._forget(one, own)
+        party = {Pair.OTHER_KEY: other, Pair.OTHER_TENANT: stranger}.get(pair, one)
+        same = pair in (Pair.SAME_SESSION, Pair.FORGOTTEN)
+        said = await party.asker.ask(
+            text.messages, session=own if same else f"{own}-asked", parent=own if pair is Pair.SIBLING else None
+        )
+        wanted = bounds(
+            REACH[mode][pair],
+            system_tokens=await self._system_tokens(text),
+            prompt_tokens=said.prompt_tokens,
+            block_size=self._block_size,
+        )
+        check = self._check(pair.value, mode, said, wanted)
+        served = said.tier_tokens
+        if check.verdict is Verdict.PASS and not pair.is_gone and not served.get(tier):
+            # What was not found proves nothing unless it was there: its own session says so.
+            shown = await one.asker.ask(text.messages, session=own)
+            served = shown.tier_tokens if wanted.most == 0 else served
+        told = ", ".join(f"{tokens} from {each}" for each, tokens in served.items() if tokens) or "none from any tier"
+        verdict = check.verdict
+        if verdict is Verdict.PASS and not pair.is_gone and not served.get(tier):
+            verdict = Verdict.UNKNOWN  # it was somewhere else, or nowhere any more
+        elif verdict is Verdict.FAIL and wanted.least and said.cached_tokens == 0:
+            verdict = Verdict.UNKNOWN  # it may have been given up
+        return replace(check, tier=tier, verdict=verdict, found=f"{said.cached_tokens} tokens; {told}")
 
     # Times
 

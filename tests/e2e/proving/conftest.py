@@ -34,7 +34,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         run_dir=folder / "run",
         log_path=folder / "engine.log",
         kv_cache_bytes=32 << 20,
-        max_model_len=1024,
+        max_model_len=640,
         max_num_seqs=8,
         tool_call_parser=None,
         cpu_threads=compute_threads(),
