@@ -137,6 +137,7 @@ def test_the_settings_file_holds_every_setting_with_its_default(tmp_path: Path) 
         "store": {},
         "engine": {},
         "sessions": {},
+        "admission": {},
         "audit": {},
     }
     spelled = tomllib.loads(
