@@ -44,6 +44,7 @@ from api.openai.errors import Draining
 from api.retaining import keep_retention
 from api.roots import open_root, read_seal
 from api.services import Lifecycle, Services
+from api.turn_ends import TurnEnds
 from appliance.audit import AuditUnavailable, Event, NodeAudit
 from appliance.audit.configuration import digest, effective
 from appliance.audit.events import ENGINE_LOST, ENGINE_READY, GATEWAY_STARTED, GATEWAY_STOPPED, SYSTEM
@@ -227,6 +228,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
     store = Store.open(settings.store.url or f"sqlite:///{settings.state_dir / DATABASE}")
     vault = Vault(DatabaseKeys(store))
     engine: EngineClient | None = None
+    turn_ends: TurnEnds | None = None
     try:
         if seal_kind(read_seal(settings.state_dir)) == "key-file":
             vault.open(open_root(settings.state_dir, b""))
@@ -237,6 +239,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             connections=settings.gateway.max_streams + 16,
             silence_timeout_s=settings.gateway.request_timeout_s,
         )
+        turn_ends = TurnEnds(engine)
         process = None if spec is None else EngineProcess(spec, engine)
         watch = EngineWatch(
             engine,
@@ -261,6 +264,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             quotas=Quotas(store),
             sessions=Sessions(store, vault, settings.sessions, block_size=None if spec is None else spec.block_size),
             engine=engine,
+            turn_ends=turn_ends,
             engine_process=process,
             watch=watch,
             metrics=metrics,
@@ -269,6 +273,8 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
         _observe(services)
         yield services
     finally:
+        if turn_ends is not None:
+            await turn_ends.close()
         if engine is not None:
             await engine.close()
         await asyncio.to_thread(store.close)

@@ -35,6 +35,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request, RequestStatus
 
+from appliance.engine.inside.accounts import Accounts
 from appliance.engine.inside.leases import Change, LeasedBlock, LeaseTable
 from appliance.engine.protocol import (
     LEASE_FIELD,
@@ -43,12 +44,15 @@ from appliance.engine.protocol import (
     Lease,
     LeaseReport,
     MalformedMessage,
+    TurnAccount,
+    TurnEnd,
 )
 
 logger = init_logger(f"vllm.{__name__}")
 
 _REPORT_METHOD = "holdfast_lease_report"
 _TICK_METHOD = "holdfast_lease_tick"
+_TURNS_METHOD = "holdfast_turns_ended"
 
 
 class UnsupportedEngine(RuntimeError):
@@ -73,6 +77,8 @@ class LeaseRetention:
         self._ignored_total = 0
         self._requests: dict[str, Request] = {}
         self._leases_asked: dict[str, Lease] = {}
+        self._accounts = Accounts()
+        self._hit_tokens: dict[str, int] = {}  # of requests that are about to be admitted
         self._table: LeaseTable
         self._pool: BlockPool
         self._manager: KVCacheManager
@@ -103,6 +109,10 @@ class LeaseRetention:
             logger.debug("Leases ended: %d blocks may be evicted.", len(change.freed))
         return self._table.next_expiry_in_s()
 
+    def turns_ended(self, ends: Iterable[TurnEnd]) -> list[TurnAccount | None]:
+        """Hear how turns ended; the account of each."""
+        return [self._accounts.ended(end) for end in ends]
+
     def leased_block_ids(self) -> tuple[int, ...]:
         """The blocks that leases hold a reference on."""
         return self._table.leased_block_ids()
@@ -131,9 +141,17 @@ class LeaseRetention:
         matched: tuple[int | None, bool] = super().get_num_new_matched_tokens(  # type: ignore[misc]
             request, num_computed_tokens
         )
+        self._hit_tokens[request.request_id] = num_computed_tokens
         if matched[0] is not None and self._table.leased_blocks:
             self._make_room_to_admit(request, matched[0])
         return matched
+
+    def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
+        super().update_state_after_alloc(request, blocks, num_external_tokens)  # type: ignore[misc]
+        hit_tokens = self._hit_tokens.pop(request.request_id, None)
+        lease = self._leases_asked.get(request.request_id)
+        if lease is not None and hit_tokens is not None:
+            self._accounts.admitted(lease, hit_tokens)
 
     def has_pending_block_frees(self) -> bool:
         # Called when a running request found no block, before it or another one is preempted.
@@ -153,6 +171,7 @@ class LeaseRetention:
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         self._requests.pop(request.request_id, None)
+        self._hit_tokens.pop(request.request_id, None)
         lease = self._leases_asked.pop(request.request_id, None)
         if lease is not None:
             self._apply(self._table.grant(lease, list(self._cached_blocks(request, block_ids))))
@@ -344,6 +363,7 @@ def install() -> None:
     check_version(vllm.__version__)
     setattr(EngineCore, _REPORT_METHOD, _report)
     setattr(EngineCore, _TICK_METHOD, _tick)
+    setattr(EngineCore, _TURNS_METHOD, _turns_ended)
 
 
 def check_version(version: str) -> None:
@@ -370,6 +390,13 @@ async def lease_tick(engine_client: Any) -> float | None:
     return due_in_s
 
 
+async def turns_ended(engine_client: Any, ends: Sequence[TurnEnd]) -> list[TurnAccount | None]:
+    """Tell the engine behind vLLM's front end how turns ended; the account of each."""
+    told = [end.to_wire() for end in ends]
+    accounts = await engine_client.engine_core.call_utility_async(_TURNS_METHOD, told)
+    return [None if account is None else TurnAccount.from_wire(account) for account in accounts]
+
+
 def connector_of(engine_core: EngineCore) -> LeaseRetention:
     """The connector of an engine.
 
@@ -388,6 +415,11 @@ def _report(self: EngineCore, release: list) -> dict:  # type: ignore[type-arg]
 
 def _tick(self: EngineCore) -> float | None:
     return connector_of(self).tick()
+
+
+def _turns_ended(self: EngineCore, ends: list) -> list:  # type: ignore[type-arg]
+    accounts = connector_of(self).turns_ended([TurnEnd.from_wire(end) for end in ends])
+    return [None if account is None else account.to_wire() for account in accounts]
 
 
 def _release_leases_before_reset(kv_cache_manager: KVCacheManager, connector: LeaseRetention) -> None:
