@@ -129,6 +129,15 @@ class ChunkOrder:
         """Who owns something."""
         return tuple(self._of)
 
+    def keys_of(self, owner: Owner) -> tuple[bytes, ...]:
+        """The chunks that a session has, shared ones too."""
+        return tuple(self._of.get(owner, ()))
+
+    def is_owned(self, key: bytes) -> bool:
+        """Whether some session has the chunk."""
+        chunk = self._chunks.get(key)
+        return chunk is not None and bool(chunk.owners)
+
     def chunks_of(self, owner: Owner) -> int:
         """How many chunks a session has, shared ones too."""
         return len(self._of.get(owner, ()))
