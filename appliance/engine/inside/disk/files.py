@@ -94,7 +94,7 @@ class ChunkFiles:
             raise FolderRefused(errno.EPERM, "the folder is another user's", str(root))
         if stat.S_IMODE(found.st_mode) != 0o700:
             root.chmod(0o700)
-        self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._lock = os.open(root / "lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._layout.mkdir(mode=0o700, exist_ok=True)
