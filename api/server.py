@@ -45,6 +45,7 @@ from api.retaining import keep_retention
 from api.roots import open_root, read_seal
 from api.services import Lifecycle, Services
 from api.tier_keys import key_of
+from api.turn_ends import TurnEnds
 from appliance.audit import AuditUnavailable, Event, NodeAudit
 from appliance.audit.configuration import digest, effective
 from appliance.audit.events import ENGINE_LOST, ENGINE_READY, GATEWAY_STARTED, GATEWAY_STOPPED, SYSTEM
@@ -229,6 +230,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
     store = Store.open(settings.store.url or f"sqlite:///{settings.state_dir / DATABASE}")
     vault = Vault(DatabaseKeys(store))
     engine: EngineClient | None = None
+    turn_ends: TurnEnds | None = None
     try:
         if seal_kind(read_seal(settings.state_dir)) == "key-file":
             vault.open(open_root(settings.state_dir, b""))
@@ -241,6 +243,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
         )
         sessions = Sessions(store, vault, settings.sessions, block_size=None if spec is None else spec.block_size)
         process = None if spec is None else EngineProcess(spec, engine, keys=KeyChannel(key_of(sessions)))
+        turn_ends = TurnEnds(engine)
         watch = EngineWatch(
             engine,
             reason=lambda: "" if process is None else process.detail,
@@ -264,6 +267,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             quotas=Quotas(store),
             sessions=sessions,
             engine=engine,
+            turn_ends=turn_ends,
             engine_process=process,
             watch=watch,
             metrics=metrics,
@@ -272,6 +276,8 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
         _observe(services)
         yield services
     finally:
+        if turn_ends is not None:
+            await turn_ends.close()
         if engine is not None:
             await engine.close()
         await asyncio.to_thread(store.close)

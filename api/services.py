@@ -18,6 +18,7 @@ from api.bodies import HeldBodies
 from api.engine_watch import EngineWatch
 from api.identifiers import RandomIds
 from api.metrics import Metrics
+from api.turn_ends import TurnEnds
 from appliance.audit import NodeAudit
 from appliance.audit.siem.exports import Exports
 from appliance.engine.client import EngineClient
@@ -68,6 +69,7 @@ class Services:
         audit: where everything that happens is recorded before it counts.
         exports: what carries the audit log to SIEMs.
         engine: how the engine is spoken to; it may not be up.
+        turn_ends: how the engine is told that turns ended.
         engine_process: the engine that this gateway started and watches; None when somebody else runs it.
         watch: whether the engine answers, and what it serves.
         now: wall clock, epoch seconds.
@@ -83,6 +85,7 @@ class Services:
     quotas: Quotas
     sessions: Sessions
     engine: EngineClient
+    turn_ends: TurnEnds
     engine_process: EngineProcess | None
     watch: EngineWatch
     metrics: Metrics

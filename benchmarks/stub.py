@@ -23,7 +23,13 @@ from typing import Any, ClassVar, cast
 import httptools
 import uvloop
 
-from appliance.engine.protocol import read_release_request
+from appliance.engine.protocol import (
+    TurnAccount,
+    TurnEnd,
+    read_release_request,
+    read_turn_ends_request,
+    turn_accounts_answer,
+)
 
 MODEL = "stub"
 MAX_MODEL_LEN = 8192
@@ -77,6 +83,7 @@ class Stub(asyncio.Protocol):
     counts: ClassVar[Counts] = Counts()
     bodies: ClassVar[deque[dict[str, Any]]] = deque(maxlen=_KEPT_BODIES)
     released: ClassVar[deque[str]] = deque(maxlen=_KEPT_BODIES)
+    ends: ClassVar[deque[TurnEnd]] = deque(maxlen=_KEPT_BODIES)
 
     def __init__(self) -> None:
         self._parser = httptools.HttpRequestParser(self)
@@ -134,9 +141,14 @@ class Stub(asyncio.Protocol):
             case b"/holdfast/leases":
                 self.released.extend(read_release_request(bytes(self._body)))
                 self._whole(200, _NO_LEASES)
+            case b"/holdfast/turns":
+                ends = read_turn_ends_request(bytes(self._body))
+                self.ends.extend(ends)
+                self._whole(200, turn_accounts_answer(TurnAccount(end.turn, 0) for end in ends))
             case b"/stub":
                 seen = {"requests": self.counts.requests, "abandoned": self.counts.abandoned}
-                self._whole(200, {**seen, "bodies": list(self.bodies), "released": list(self.released)})
+                told = [end.to_wire() for end in self.ends]
+                self._whole(200, {**seen, "bodies": list(self.bodies), "released": list(self.released), "ends": told})
             case b"/health":
                 self._whole(200, {})
             case _:

@@ -11,6 +11,8 @@ Rules:
   what was generated, if anything was; the engine's work is cancelled at once.
 - What was reserved is settled exactly once, on every way out. Where the engine worked and did not say what it cost,
   because the client left or the time was up, all that was reserved counts as used.
+- When the last chunk has come the engine is told how the turn ended, beside the commit: what it makes of that is no
+  concern of the turn's.
 - What the engine holds of a session that is over, by this turn's word or by another's meanwhile, is let go when the
   turn has ended.
 - Every send has a deadline, the listener's: a client that does not read is one that is gone (`api.listener`).
@@ -44,10 +46,11 @@ from api.openai.errors import (
 from api.openai.hints import ends_session, read_hints
 from api.openai.wire import Asked, HintsReader
 from api.services import Services
+from api.turn_ends import stop_of
 from appliance.audit import AuditUnavailable, Event
 from appliance.audit.digests import Text, answer_hash, keyed_digest, prompt_hash
 from appliance.engine.client import EngineLost, EngineRejected, EngineUnavailable
-from appliance.engine.protocol import Lease, lease_params
+from appliance.engine.protocol import Lease, TurnEnd, lease_params
 from appliance.errors import HoldfastError
 from appliance.identity import Admission
 from appliance.sessions import Account, Outcome, Session, TurnKind, TurnState
@@ -254,7 +257,7 @@ class Turns:
     def _engine_body(self, running: _Running) -> bytes:
         """The only way that anything reaches the engine."""
         asked, session = running.asked, running.session
-        lease = Lease(session.lease_label, session.tenant_label, session.idle_timeout_s)
+        lease = Lease(session.lease_label, session.tenant_label, session.idle_timeout_s, turn=running.response_id)
         body: dict[str, Any] = {
             **asked.turn.parameters,
             "model": asked.turn.model,
@@ -369,6 +372,7 @@ class Turns:
             ended_at=services.now(),
         )
         running.settled = True
+        self._tell_engine(running)
         used = running.admission.settle(usage.prompt_tokens + usage.completion_tokens)
         begun_at = time.perf_counter()
         session_id = running.session.session_id
@@ -393,6 +397,18 @@ class Turns:
             raise recorded
         services.metrics.turn(state, time.perf_counter() - begun_at, stored, completion=usage.completion_tokens)
         return stored
+
+    def _tell_engine(self, running: _Running) -> None:
+        session, answer = running.session, running.answer
+        end = TurnEnd(
+            session.lease_label,
+            session.tenant_label,
+            running.response_id,
+            stop_of(answer.finish_reason),
+            answer.usage.completion_tokens,
+            session.idle_timeout_s,
+        )
+        self._services.turn_ends.tell(end)
 
     def _ended(self, request: Request, running: _Running, state: TurnState, failure: HoldfastError | None) -> Event:
         usage = running.answer.usage

@@ -25,7 +25,17 @@ from types import TracebackType
 from typing import ClassVar, Generic, Self, TypeVar
 
 from appliance.engine.http import Broken, Connection, Pool, Unreachable, request_bytes
-from appliance.engine.protocol import LEASES_PATH, LeaseReport, MalformedMessage, release_request
+from appliance.engine.protocol import (
+    LEASES_PATH,
+    TURNS_PATH,
+    LeaseReport,
+    MalformedMessage,
+    TurnAccount,
+    TurnEnd,
+    read_turn_accounts_answer,
+    release_request,
+    turn_ends_request,
+)
 from appliance.errors import Fault, HoldfastError
 
 _JSON_HEADERS = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
@@ -178,6 +188,19 @@ class EngineClient:
             raise
         except (ValueError, RecursionError):
             raise _unreadable("its report of leases") from None
+
+    async def turns_ended(self, ends: Sequence[TurnEnd], *, deadline_s: float = 5.0) -> tuple[TurnAccount | None, ...]:
+        """Tell how turns ended; an account for each, in their order, None for a turn that the engine does not know.
+
+        Raises:
+            MalformedMessage: the engine's environment holds another version of holdfast.
+            EngineRejected: it speaks nothing of the kind.
+        """
+        body = await self._within(deadline_s, "POST", TURNS_PATH, turn_ends_request(ends), _JSON_HEADERS)
+        accounts = read_turn_accounts_answer(body)
+        if len(accounts) != len(ends):
+            raise MalformedMessage("an account for each turn")
+        return accounts
 
     async def metrics(self, *, deadline_s: float = 10.0) -> str:
         """The engine's metrics, in Prometheus' text format."""

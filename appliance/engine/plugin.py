@@ -2,8 +2,8 @@
 
 - `register` (group `vllm.general_plugins`) runs in each of vLLM's processes and adds to EngineCore what the front end
   asks it.
-- `LeaseEndpoints` (group `vllm.endpoint_plugins`) runs in the front-end process: it serves `LEASES_PATH`, and its timer
-  ends leases on time while the engine sleeps. It needs no gateway for that.
+- `LeaseEndpoints` (group `vllm.endpoint_plugins`) runs in the front-end process: it serves `LEASES_PATH` and
+  `TURNS_PATH`, and its timer ends leases on time while the engine sleeps. It needs no gateway for that.
 
 Rules:
 
@@ -24,6 +24,7 @@ from appliance.engine.tier_keys import hand_down
 
 _logger = logging.getLogger(f"vllm.{__name__}")
 _MAX_BODY_BYTES = 1 << 20
+_TELLING_NOTHING = (protocol.LEASES_PATH, protocol.TURNS_PATH)  # of a request's end
 _Message = dict[str, Any]
 
 
@@ -107,8 +108,9 @@ class LeaseEndpoints:
         self._running: asyncio.Task[None] | None = None
 
     def attach_router(self, app: Any) -> None:
-        """Serve `LEASES_PATH`, and watch requests end."""
+        """Serve our paths, and watch requests end."""
         app.add_route(protocol.LEASES_PATH, self._leases, methods=["POST"], include_in_schema=False)
+        app.add_route(protocol.TURNS_PATH, self._turns, methods=["POST"], include_in_schema=False)
         app.add_middleware(_EndOfRequests, ended=self._request_ended)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:  # noqa: ARG002
@@ -124,21 +126,36 @@ class LeaseEndpoints:
             self._timer.request_ended()
 
     async def _leases(self, request: Any) -> Any:
-        from starlette.responses import JSONResponse
-
         from appliance.engine.inside import connector
 
-        body = bytearray()
-        async for piece in request.stream():
-            body += piece
-            if len(body) > _MAX_BODY_BYTES:
-                return JSONResponse({"error": f"at most {_MAX_BODY_BYTES} bytes"}, status_code=413)
-        try:
-            release = protocol.read_release_request(bytes(body))
-        except protocol.MalformedMessage as error:
-            return JSONResponse({"error": error.record()}, status_code=400)
-        report = await connector.lease_report(self._engine_client, release)
-        return JSONResponse(report.to_wire())
+        async def report(body: bytes) -> _Message:
+            release = protocol.read_release_request(body)
+            return (await connector.lease_report(self._engine_client, release)).to_wire()
+
+        return await _answer(request, report)
+
+    async def _turns(self, request: Any) -> Any:
+        from appliance.engine.inside import connector
+
+        async def account(body: bytes) -> _Message:
+            ends = protocol.read_turn_ends_request(body)
+            return protocol.turn_accounts_answer(await connector.turns_ended(self._engine_client, ends))
+
+        return await _answer(request, account)
+
+
+async def _answer(request: Any, say: Callable[[bytes], Awaitable[_Message]]) -> Any:
+    from starlette.responses import JSONResponse
+
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > _MAX_BODY_BYTES:
+            return JSONResponse({"error": f"at most {_MAX_BODY_BYTES} bytes"}, status_code=413)
+    try:
+        return JSONResponse(await say(bytes(body)))
+    except protocol.MalformedMessage as error:
+        return JSONResponse({"error": error.record()}, status_code=400)
 
 
 class _EndOfRequests:
@@ -157,5 +174,5 @@ class _EndOfRequests:
         try:
             await self._app(scope, receive, send)
         finally:
-            if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] != protocol.LEASES_PATH:
+            if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] not in _TELLING_NOTHING:
                 self._ended()

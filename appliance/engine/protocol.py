@@ -1,4 +1,4 @@
-"""What the gateway and the engine say to each other about leases, and how the engine is told to load our code.
+"""What the gateway and the engine say to each other about leases and turns, and how the engine loads our code.
 
 Rules:
 
@@ -23,6 +23,7 @@ VLLM_VERSION = "0.32.0"
 
 LEASE_FIELD = "holdfast"
 LEASES_PATH = "/holdfast/leases"
+TURNS_PATH = "/holdfast/turns"
 
 # The entry points' name in the groups `vllm.general_plugins` and `vllm.endpoint_plugins`. vLLM loads an endpoint
 # plugin only when VLLM_PLUGINS names it, and then loads no other plugin.
@@ -30,11 +31,15 @@ PLUGIN_NAME = "holdfast"
 PLUGIN_ENVIRONMENT: Mapping[str, str] = {"VLLM_PLUGINS": PLUGIN_NAME}
 
 CONNECTOR_NAME = "StateConnector"
+TIERED_CONNECTOR_NAME = "TieredStateConnector"
 CONNECTOR_MODULE = "appliance.engine.inside.connector"
 LEASE_FRACTION_FIELD = "holdfast_lease_fraction"
 
 MAX_IDLE_TIMEOUT_S = 86_400.0
 MAX_RELEASES = 10_000
+MAX_TURN_ENDS = 1_000  # in one message
+STOPS = ("tool_use", "end_turn", "other")
+MISSES = ("", "evicted", "expired", "quota", "tier_fault")
 _LARGEST = sys.float_info.max
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -55,11 +60,18 @@ class MalformedMessage(HoldfastError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """What a request asks for: keep this session's KV for `idle_timeout_s` seconds after the request has ended."""
+    """What a request asks for: keep this session's KV for `idle_timeout_s` seconds after the request has ended.
+
+    Attributes:
+        turn: what the gateway will call the turn when it tells how it ended; empty: it will not.
+        strict: when the time is over nothing of the session is kept, wanted or not.
+    """
 
     session: str
     tenant: str
     idle_timeout_s: float
+    turn: str = ""
+    strict: bool = False
 
     def to_wire(self) -> dict[str, object]:
         """The value of `kv_transfer_params[LEASE_FIELD]`."""
@@ -77,6 +89,83 @@ class Lease:
             session=_label(record, "session"),
             tenant=_label(record, "tenant"),
             idle_timeout_s=_number(record, "idle_timeout_s", 0.0, MAX_IDLE_TIMEOUT_S),
+            turn="" if record["turn"] == "" else _label(record, "turn"),
+            strict=_flag(record, "strict"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TurnEnd:
+    """How a turn ended, as the gateway saw it.
+
+    Attributes:
+        turn: the label that the turn's lease had.
+        stop: one of `STOPS`.
+        idle_timeout_s: how long the session's lease lasts from the turn's end, now that it is known why it ended.
+    """
+
+    session: str
+    tenant: str
+    turn: str
+    stop: str
+    output_tokens: int
+    idle_timeout_s: float
+
+    def to_wire(self) -> dict[str, object]:
+        """The message as JSON has it."""
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, value: object) -> Self:
+        """Read what `to_wire` wrote.
+
+        Raises:
+            MalformedMessage: when a field is missing, unknown, of another type or out of range.
+        """
+        record = _record(value, cls)
+        return cls(
+            session=_label(record, "session"),
+            tenant=_label(record, "tenant"),
+            turn=_label(record, "turn"),
+            stop=_one_of(record, "stop", STOPS),
+            output_tokens=_count(record, "output_tokens"),
+            idle_timeout_s=_number(record, "idle_timeout_s", 0.0, MAX_IDLE_TIMEOUT_S),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TurnAccount:
+    """Where the prompt tokens of a turn were served from; what is in none of the tiers was computed.
+
+    Attributes:
+        reason: why blocks that the session had were not there any more: one of `MISSES`; empty: all were there, or
+            the engine does not know.
+    """
+
+    turn: str
+    device_tokens: int
+    dram_tokens: int = 0
+    disk_tokens: int = 0
+    reason: str = ""
+
+    def to_wire(self) -> dict[str, object]:
+        """The account as JSON has it."""
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, value: object) -> Self:
+        """Read what `to_wire` wrote.
+
+        Raises:
+            MalformedMessage: when a field is missing, unknown, of another type or out of range.
+        """
+        record = _record(value, cls)
+        return cls(
+            turn=_label(record, "turn"),
+            device_tokens=_count(record, "device_tokens"),
+            dram_tokens=_count(record, "dram_tokens"),
+            disk_tokens=_count(record, "disk_tokens"),
+            reason=_one_of(record, "reason", MISSES),
         )
 
 
@@ -171,29 +260,83 @@ def read_release_request(body: bytes) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def connector_config(lease_fraction: float) -> dict[str, object]:
+def turn_ends_request(ends: Iterable[TurnEnd]) -> bytes:
+    """The body of a POST to `TURNS_PATH`: so the turns ended; give their accounts."""
+    return json.dumps({"ends": [end.to_wire() for end in ends]}).encode()
+
+
+def read_turn_ends_request(body: bytes) -> tuple[TurnEnd, ...]:
+    """The ends in a body that `turn_ends_request` wrote.
+
+    Raises:
+        MalformedMessage: when the body is anything else.
+    """
+    return tuple(TurnEnd.from_wire(end) for end in _only_list(_json(body), "ends"))
+
+
+def turn_accounts_answer(accounts: Iterable[TurnAccount | None]) -> dict[str, object]:
+    """What the engine answers at `TURNS_PATH`: an account for each end, None where it knows no such turn."""
+    return {"accounts": [None if account is None else account.to_wire() for account in accounts]}
+
+
+def read_turn_accounts_answer(body: bytes) -> tuple[TurnAccount | None, ...]:
+    """The accounts in a body that `turn_accounts_answer` became.
+
+    Raises:
+        MalformedMessage: when the body is anything else.
+    """
+    accounts = _only_list(_json(body), "accounts")
+    return tuple(None if account is None else TurnAccount.from_wire(account) for account in accounts)
+
+
+def connector_config(
+    lease_fraction: float, dram_bytes: int = 0, disk: Mapping[str, object] | None = None
+) -> dict[str, object]:
     """The value of vLLM's `--kv-transfer-config`.
 
     Args:
         lease_fraction: of the device's blocks, the most that leases may hold together; 0 turns leases off.
+        dram_bytes: how much memory of the machine holds what does not fit on the device; 0: none, and no tier at all.
+        disk: what vLLM is to know of the tier on disk: the class, its module, its options; None: there is none.
 
     Raises:
-        ValueError: when the fraction is not in 0 to 0.95.
+        ValueError: when the fraction is not in 0 to 0.95, or there is a disk but no DRAM, through which all goes.
     """
     if not 0 <= lease_fraction <= 0.95:
         raise ValueError(f"lease_fraction is {lease_fraction}: it must be between 0 and 0.95")
+    if dram_bytes < 0 or (disk is not None and not dram_bytes):
+        raise ValueError(f"dram_bytes is {dram_bytes}: a tier on disk needs some DRAM before it")
+    if not dram_bytes:
+        return {
+            "kv_connector": CONNECTOR_NAME,
+            "kv_connector_module_path": CONNECTOR_MODULE,
+            # With "kv_both" vLLM delays each block that a request frees, for the sake of loads; this one makes none.
+            "kv_role": "kv_producer",
+            "kv_connector_extra_config": {LEASE_FRACTION_FIELD: lease_fraction},
+        }
     return {
-        "kv_connector": CONNECTOR_NAME,
+        "kv_connector": TIERED_CONNECTOR_NAME,
         "kv_connector_module_path": CONNECTOR_MODULE,
-        # With "kv_both" vLLM delays each block that a request frees, for the sake of loads; this connector makes none.
-        "kv_role": "kv_producer",
-        "kv_connector_extra_config": {LEASE_FRACTION_FIELD: lease_fraction},
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {
+            LEASE_FRACTION_FIELD: lease_fraction,
+            "cpu_bytes_to_use": dram_bytes,
+            "spec_name": "TierSpec",
+            "spec_module_path": CONNECTOR_MODULE,
+            "eviction_policy": "SessionChunks",
+            "cache_policy_module_path": CONNECTOR_MODULE,
+            "offload_prompt_only": False,  # the next prompt holds the answer, too
+            "secondary_tiers": [] if disk is None else [dict(disk)],
+        },
     }
 
 
-def connector_arguments(lease_fraction: float) -> list[str]:
-    """What `vllm serve` is given on its command line so that leases are kept."""
-    return ["--kv-transfer-config", json.dumps(connector_config(lease_fraction), separators=(",", ":"))]
+def connector_arguments(
+    lease_fraction: float, dram_bytes: int = 0, disk: Mapping[str, object] | None = None
+) -> list[str]:
+    """What `vllm serve` is given on its command line so that leases are kept, and tiers where there are some."""
+    config = connector_config(lease_fraction, dram_bytes, disk)
+    return ["--kv-transfer-config", json.dumps(config, separators=(",", ":"))]
 
 
 def _lease_state(value: object) -> LeaseState:
@@ -207,6 +350,22 @@ def _lease_state(value: object) -> LeaseState:
     )
 
 
+def _json(body: bytes) -> object:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise MalformedMessage("a JSON object") from None
+
+
+def _only_list(message: object, name: str) -> list[object]:
+    if not isinstance(message, dict) or set(message) != {name}:
+        raise MalformedMessage(f"an object with the field `{name}` and no other")
+    values = message[name]
+    if not isinstance(values, list) or len(values) > MAX_TURN_ENDS:
+        raise MalformedMessage(f"`{name}`: a list of at most {MAX_TURN_ENDS} values")
+    return values
+
+
 def _record(value: object, shape: type) -> Mapping[str, object]:
     names = {field.name for field in fields(shape)}
     if not isinstance(value, Mapping) or set(value) != names:
@@ -218,6 +377,20 @@ def _label(record: Mapping[str, object], name: str) -> str:
     value = record[name]
     if not isinstance(value, str) or not _LABEL.fullmatch(value):
         raise MalformedMessage(f"{name}: 1 to 64 letters, digits, dots, dashes or underscores")
+    return value
+
+
+def _flag(record: Mapping[str, object], name: str) -> bool:
+    value = record[name]
+    if not isinstance(value, bool):
+        raise MalformedMessage(f"{name}: true or false")
+    return value
+
+
+def _one_of(record: Mapping[str, object], name: str, values: Sequence[str]) -> str:
+    value = record[name]
+    if not isinstance(value, str) or value not in values:
+        raise MalformedMessage(f"{name}: one of {', '.join(repr(each) for each in values)}")
     return value
 
 

@@ -9,7 +9,9 @@ from api.openai.fields import CHAT, COMPLETION, Fields
 # What the gateway itself puts into the engine's body.
 OURS = {
     "cache_salt": "ab" * 32,
-    "kv_transfer_params": {"holdfast": {"session": "s", "tenant": "t", "idle_timeout_s": 15.0}},
+    "kv_transfer_params": {
+        "holdfast": {"session": "s", "tenant": "t", "idle_timeout_s": 15.0, "turn": "u", "strict": False}
+    },
     "return_token_ids": True,
     "stream": True,
     "stream_options": {"include_usage": True},

@@ -16,10 +16,16 @@ Rules:
 - Written for one version of vLLM; `install` refuses another. tests/engine/test_contract.py holds what is relied on.
 """
 
+import contextlib
+import itertools
+import mmap
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -27,15 +33,34 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCaches,
+    GPULoadStoreSpec,
+    OffloadingWorker,
+    PrepareStoreOutput,
+    ReqContext,
+    ScheduleEndContext,
+    TransferResult,
+)
+from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
+from vllm.v1.kv_offload.cpu.policies.base import CachePolicy, ChunkStatus
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import Request, RequestStatus
 
+from appliance.engine.inside.accounts import Accounts
+from appliance.engine.inside.chunks import ChunkOrder, Owner, Worth
 from appliance.engine.inside.leases import Change, LeasedBlock, LeaseTable
+from appliance.engine.inside.retention import RetentionPolicy
 from appliance.engine.protocol import (
     LEASE_FIELD,
     LEASE_FRACTION_FIELD,
@@ -43,12 +68,15 @@ from appliance.engine.protocol import (
     Lease,
     LeaseReport,
     MalformedMessage,
+    TurnAccount,
+    TurnEnd,
 )
 
 logger = init_logger(f"vllm.{__name__}")
 
 _REPORT_METHOD = "holdfast_lease_report"
 _TICK_METHOD = "holdfast_lease_tick"
+_TURNS_METHOD = "holdfast_turns_ended"
 
 
 class UnsupportedEngine(RuntimeError):
@@ -73,6 +101,8 @@ class LeaseRetention:
         self._ignored_total = 0
         self._requests: dict[str, Request] = {}
         self._leases_asked: dict[str, Lease] = {}
+        self._accounts = Accounts()
+        self._hit_tokens: dict[str, int] = {}  # of requests that are about to be admitted
         self._table: LeaseTable
         self._pool: BlockPool
         self._manager: KVCacheManager
@@ -103,6 +133,10 @@ class LeaseRetention:
             logger.debug("Leases ended: %d blocks may be evicted.", len(change.freed))
         return self._table.next_expiry_in_s()
 
+    def turns_ended(self, ends: Iterable[TurnEnd]) -> list[TurnAccount | None]:
+        """Hear how turns ended; the account of each."""
+        return [self._accounts.ended(end) for end in ends]
+
     def leased_block_ids(self) -> tuple[int, ...]:
         """The blocks that leases hold a reference on."""
         return self._table.leased_block_ids()
@@ -131,9 +165,17 @@ class LeaseRetention:
         matched: tuple[int | None, bool] = super().get_num_new_matched_tokens(  # type: ignore[misc]
             request, num_computed_tokens
         )
+        self._hit_tokens[request.request_id] = num_computed_tokens
         if matched[0] is not None and self._table.leased_blocks:
             self._make_room_to_admit(request, matched[0])
         return matched
+
+    def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
+        super().update_state_after_alloc(request, blocks, num_external_tokens)  # type: ignore[misc]
+        hit_tokens = self._hit_tokens.pop(request.request_id, None)
+        lease = self._leases_asked.get(request.request_id)
+        if lease is not None and hit_tokens is not None:
+            self._accounts.admitted(lease, hit_tokens, *self._tier_tokens(request, num_external_tokens))
 
     def has_pending_block_frees(self) -> bool:
         # Called when a running request found no block, before it or another one is preempted.
@@ -153,6 +195,7 @@ class LeaseRetention:
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         self._requests.pop(request.request_id, None)
+        self._hit_tokens.pop(request.request_id, None)
         lease = self._leases_asked.pop(request.request_id, None)
         if lease is not None:
             self._apply(self._table.grant(lease, list(self._cached_blocks(request, block_ids))))
@@ -176,6 +219,10 @@ class LeaseRetention:
         self._apply(self._table.release_all())
 
     # How it is done.
+
+    def _tier_tokens(self, request: Request, external_tokens: int) -> tuple[int, int]:  # noqa: ARG002
+        """How many of a request's tokens come from DRAM and from the disk."""
+        return 0, 0
 
     def _asked_lease(self, request: Request) -> Lease | None:
         params = request.kv_transfer_params
@@ -332,7 +379,314 @@ class NoTransfer(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
 
 class StateConnector(LeaseRetention, NoTransfer):
-    """What vLLM loads: leases on the device, and nothing moved off it."""
+    """What vLLM loads without tiers: leases on the device, and nothing moved off it."""
+
+
+class SessionChunks(CachePolicy):  # type: ignore[misc]
+    """Which chunk leaves DRAM, as vLLM's manager asks it; `ChunkOrder` decides."""
+
+    def __init__(self, cache_capacity: int) -> None:
+        super().__init__(cache_capacity)
+        self._chunks: dict[bytes, ChunkStatus] = {}
+        self._storing: ReqContext | None = None
+        self.order: ChunkOrder
+
+    def get(self, key: bytes) -> ChunkStatus | None:
+        return self._chunks.get(key)
+
+    def on_store_miss(self, keys: Iterable[bytes], req_context: ReqContext) -> None:  # noqa: ARG002
+        # The manager inserts what is missing right after this call, and says of whom only here.
+        self._storing = req_context
+
+    def insert(self, key: bytes, chunk: ChunkStatus) -> None:
+        self._chunks[key] = chunk
+        context = self._storing
+        end_token = 0 if context is None else context.get_offload_key_position(key) or 0
+        self.order.add(key, end_token, None if context is None else _owner(context))
+        if chunk.ref_cnt == 0:
+            self.order.freed(key)
+
+    def remove(self, key: bytes) -> None:
+        del self._chunks[key]
+        self.order.discard(key)
+
+    def touch(self, keys: Iterable[bytes], req_context: ReqContext) -> None:
+        """When a chunk was used says nothing that its session's worth does not."""
+
+    def on_request_finished(
+        self,
+        key_groups: Sequence[Sequence[bytes]],
+        insertion_only_keys: set[bytes],  # noqa: ARG002
+        reused_keys: set[bytes],  # noqa: ARG002
+        req_context: ReqContext,
+    ) -> None:
+        owner = _owner(req_context)
+        if owner is None or req_context.get_state(_Released) is not None:
+            return
+        keys = itertools.chain(self.order.keys_of(owner), itertools.chain.from_iterable(key_groups))
+        at = ((key, req_context.get_offload_key_position(key)) for key in keys)
+        self.order.used(owner, {key: end_token for key, end_token in at if end_token is not None})
+
+    def evict(self, n: int, protected: set[bytes]) -> list[tuple[bytes, ChunkStatus]] | None:
+        picked = self.order.pick(n, protected)
+        return None if picked is None else [(key, self._chunks.pop(key)) for key in picked]
+
+    def clear(self) -> None:
+        self._chunks.clear()
+        self.order.clear()
+
+    def mark_evictable(self, key: bytes) -> None:
+        self.order.freed(key)
+
+    def mark_non_evictable(self, key: bytes) -> None:
+        self.order.held(key)
+
+
+@dataclass(frozen=True)
+class _Released:
+    """Marks a request whose session was released while it was known: nothing more of it is stored."""
+
+
+class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
+    """vLLM's tiering manager, which stores nothing of strict sessions and lets go of released ones."""
+
+    def __init__(self, primary_tier: CPUPrimaryTierOffloadingManager, secondary_tiers: list[Any]) -> None:
+        super().__init__(primary_tier, secondary_tiers)
+        self._chunks: SessionChunks = primary_tier._policy
+        self._doomed: set[bytes] = set()  # released, and still copied
+
+    def order_by(self, worth: Worth, clock: Callable[[], float]) -> None:
+        """Say what decides the order in which chunks leave. Called once, before anything is stored."""
+        self._chunks.order = ChunkOrder(worth, clock)
+
+    def release(self, sessions: Collection[str]) -> None:
+        """Let go of all that the sessions so labelled have in DRAM, and overwrite it."""
+        for state in self._req_state.values():
+            owner = _owner(state.req_context)
+            if owner is not None and owner[1] in sessions:
+                state.req_context.set_state(_Released())
+        order = self._chunks.order
+        self._doomed.update(order.released([owner for owner in order.sessions() if owner[1] in sessions]))
+        self._drop_doomed()
+
+    def prepare_store(self, keys: Collection[bytes], req_context: ReqContext) -> PrepareStoreOutput | None:
+        if not _is_stored(req_context):
+            return PrepareStoreOutput(keys_to_store=[], store_spec=CPULoadStoreSpec([]), evicted_keys=[])
+        return super().prepare_store(keys, req_context)
+
+    def complete_store(self, keys: Collection[bytes], req_context: ReqContext, success: bool = True) -> None:
+        if req_context.get_state(_Released) is not None:
+            self._doomed.update(key for key in keys if not self._chunks.order.is_owned(key))
+        super().complete_store(keys, req_context, success)
+        self._drop_doomed()
+
+    def complete_load(self, keys: Collection[bytes], req_context: ReqContext) -> None:
+        super().complete_load(keys, req_context)
+        self._drop_doomed()
+
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        super().on_schedule_end(context)
+        self._drop_doomed()
+
+    def reset_cache(self) -> None:
+        super().reset_cache()
+        self._doomed.clear()
+
+    def _drop_doomed(self) -> None:
+        if not self._doomed:
+            return
+        primary, order = self.primary_tier, self._chunks.order
+        rows = primary._mmap_region.base_tensor.view(primary._num_chunks, -1)
+        for key in [key for key in self._doomed if order.is_free(key) or key not in order]:
+            self._doomed.discard(key)
+            chunk = self._chunks.get(key)
+            if chunk is None or order.is_owned(key):
+                continue
+            self._chunks.remove(key)
+            primary._num_evictable_cache_chunks -= 1
+            primary._free_chunk(chunk)
+            rows[chunk.chunk_id].zero_()
+
+
+class TierSpec(TieringOffloadingSpec):  # type: ignore[misc]
+    """vLLM's tiers, on a CPU too. The memory of the DRAM tier has no name once everybody has it open."""
+
+    def get_manager(self) -> TieredManager:
+        if self._manager is None:
+            made = super().get_manager()
+            self._manager = TieredManager(made.primary_tier, made.secondary_tiers)
+            region = made.primary_tier._mmap_region
+            _keep_out_of_cores(region)
+            # vLLM makes the workers' caches before the scheduler: whoever opens the memory last takes its name away, so
+            # that no way of dying leaves it behind.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(region.mmap_path)
+            region._creator = False
+        manager: TieredManager = self._manager
+        return manager
+
+    def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        if self._worker is None:
+            self._worker = self.create_worker(kv_caches)
+        return self._worker
+
+    def create_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        if all(tensor.tensor.device.type != "cpu" for tensor in kv_caches.tensors):
+            worker = super().create_worker(kv_caches)
+            region = worker._mmap_region
+        else:
+            region = SharedOffloadRegion(
+                engine_id=self._engine_id,
+                num_chunks=self.num_chunks,
+                rank=0 if self.replicated_layout else self.config.parallel.rank,
+                kv_bytes_per_chunk=self.kv_bytes_per_chunk,
+                cpu_page_size=self.cpu_page_size_per_worker,
+            )
+            worker = CopyingWorker(kv_caches, region, self.blocks_per_chunk)
+        _keep_out_of_cores(region)
+        region._creator = False
+        return worker
+
+
+class CopyingWorker(OffloadingWorker):  # type: ignore[misc]
+    """Moves chunks where the device is a CPU: a copy in memory, done when it was asked for."""
+
+    def __init__(self, kv_caches: CanonicalKVCaches, region: SharedOffloadRegion, blocks_per_chunk: int) -> None:
+        if blocks_per_chunk != 1:
+            raise UnsupportedEngine("on a CPU a chunk is one block: leave block_size out of the connector's options")
+        self._region: SharedOffloadRegion | None = region
+        self._device = [tensor.tensor for tensor in kv_caches.tensors]
+        self._dram = [region.create_next_worker_view(tensor.page_size_bytes) for tensor in kv_caches.tensors]
+        self._tensors_of_group = [sorted({ref.tensor_idx for ref in refs}) for refs in kv_caches.group_data_refs]
+        self._finished: list[TransferResult] = []
+
+    def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: CPULoadStoreSpec) -> bool:
+        return self._copy(job_id, self._device, src_spec.block_ids, self._dram, dst_spec.chunk_ids, src_spec)
+
+    def submit_load(self, job_id: int, src_spec: CPULoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+        return self._copy(job_id, self._dram, src_spec.chunk_ids, self._device, dst_spec.block_ids, dst_spec)
+
+    def get_finished(self) -> list[TransferResult]:
+        finished, self._finished = self._finished, []
+        return finished
+
+    def wait(self, job_ids: set[int]) -> None:
+        """Every copy is over when it was submitted."""
+
+    def shutdown(self) -> None:
+        self._device.clear()
+        self._dram.clear()
+        if self._region is not None:
+            self._region.cleanup()
+            self._region = None
+
+    def _copy(
+        self,
+        job_id: int,
+        sources: list[torch.Tensor],
+        source_ids: Any,
+        targets: list[torch.Tensor],
+        target_ids: Any,
+        groups: GPULoadStoreSpec,
+    ) -> bool:
+        started = time.perf_counter()
+        copied_bytes = first = 0
+        for tensors, blocks in zip(self._tensors_of_group, groups.group_sizes, strict=True):
+            source = torch.from_numpy(source_ids[first : first + blocks].astype("int64"))
+            target = torch.from_numpy(target_ids[first : first + blocks].astype("int64"))
+            first += blocks
+            for tensor in tensors:
+                targets[tensor].index_copy_(0, target, sources[tensor].index_select(0, source))
+                copied_bytes += blocks * targets[tensor].shape[1]
+        self._finished.append(TransferResult(job_id, True, copied_bytes, time.perf_counter() - started))
+        return True
+
+
+class TieredRetention(LeaseRetention):
+    """Leases before a connector with tiers: the two go by one policy, and end together."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._policy = RetentionPolicy()
+        if role == KVConnectorRole.SCHEDULER:
+            self._tiers.order_by(self._policy.value, self.clock)
+
+    @property
+    def _tiers(self) -> TieredManager:
+        manager: TieredManager = self.connector_scheduler.manager  # type: ignore[attr-defined]
+        return manager
+
+    def report(self, release: Iterable[str] = ()) -> LeaseReport:
+        labels = tuple(release)
+        if labels:
+            known = {*self._tiers._chunks.order.sessions(), *map(_key, self._leases_asked.values())}
+            for owner in known:
+                if owner[1] in labels:
+                    self._policy.closed(session=owner, now=self.clock())
+            self._tiers.release(frozenset(labels))
+        return super().report(labels)
+
+    def on_new_request(self, request: Request) -> None:
+        super().on_new_request(request)
+        lease = self._leases_asked.get(request.request_id)
+        if lease is not None:
+            self._policy.arrived(session=_key(lease), now=self.clock())
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        lease = self._leases_asked.get(request.request_id)
+        if lease is not None:
+            self._policy.finished(
+                session=_key(lease),
+                now=self.clock(),
+                stop=None,
+                prompt_tokens=request.num_prompt_tokens,
+                output_tokens=request.num_output_tokens,
+            )
+        return super().request_finished_all_groups(request, block_ids)
+
+    def _tier_tokens(self, request: Request, external_tokens: int) -> tuple[int, int]:
+        if not external_tokens:
+            return 0, 0
+        sources: dict[CacheHitSource, int] = self.get_external_cache_hit_sources(  # type: ignore[attr-defined]
+            request, external_tokens
+        )
+        dram_tokens = sources.get(CacheHitSource.HOST, 0)
+        return dram_tokens, sum(sources.values()) - dram_tokens
+
+
+class TieredStateConnector(TieredRetention, OffloadingConnector):  # type: ignore[misc]
+    """What vLLM loads with tiers: leases on the device, and vLLM's own connector behind them."""
+
+
+def _key(lease: Lease) -> Owner:
+    return lease.tenant, lease.session
+
+
+def _lease_of(context: ReqContext) -> Lease | None:
+    """The lease that a request carries; None where there is none that can be read."""
+    params = context.kv_transfer_params or {}
+    try:
+        return Lease.from_wire(params[LEASE_FIELD])
+    except (KeyError, MalformedMessage):
+        return None
+
+
+def _owner(context: ReqContext) -> Owner | None:
+    lease = _lease_of(context)
+    return None if lease is None else _key(lease)
+
+
+def _is_stored(context: ReqContext) -> bool:
+    """Whether a request's KV may leave the device: only what a session owns, that can be released, and is not strict."""
+    lease = _lease_of(context)
+    return lease is not None and not lease.strict and context.get_state(_Released) is None
+
+
+def _keep_out_of_cores(region: SharedOffloadRegion) -> None:
+    if region.mmap_obj is not None:
+        region.mmap_obj.madvise(mmap.MADV_DONTDUMP)
 
 
 def install() -> None:
@@ -344,6 +698,7 @@ def install() -> None:
     check_version(vllm.__version__)
     setattr(EngineCore, _REPORT_METHOD, _report)
     setattr(EngineCore, _TICK_METHOD, _tick)
+    setattr(EngineCore, _TURNS_METHOD, _turns_ended)
 
 
 def check_version(version: str) -> None:
@@ -370,6 +725,13 @@ async def lease_tick(engine_client: Any) -> float | None:
     return due_in_s
 
 
+async def turns_ended(engine_client: Any, ends: Sequence[TurnEnd]) -> list[TurnAccount | None]:
+    """Tell the engine behind vLLM's front end how turns ended; the account of each."""
+    told = [end.to_wire() for end in ends]
+    accounts = await engine_client.engine_core.call_utility_async(_TURNS_METHOD, told)
+    return [None if account is None else TurnAccount.from_wire(account) for account in accounts]
+
+
 def connector_of(engine_core: EngineCore) -> LeaseRetention:
     """The connector of an engine.
 
@@ -388,6 +750,11 @@ def _report(self: EngineCore, release: list) -> dict:  # type: ignore[type-arg]
 
 def _tick(self: EngineCore) -> float | None:
     return connector_of(self).tick()
+
+
+def _turns_ended(self: EngineCore, ends: list) -> list:  # type: ignore[type-arg]
+    accounts = connector_of(self).turns_ended([TurnEnd.from_wire(end) for end in ends])
+    return [None if account is None else account.to_wire() for account in accounts]
 
 
 def _release_leases_before_reset(kv_cache_manager: KVCacheManager, connector: LeaseRetention) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from appliance.engine.plugin import ExpiryTimer, LeaseEndpoints, _EndOfRequests
-from appliance.engine.protocol import LEASES_PATH, PLUGIN_NAME
+from appliance.engine.protocol import LEASES_PATH, PLUGIN_NAME, TURNS_PATH
 
 DEADLINE_S = 5.0
 NEVER_S = 3600.0
@@ -141,12 +141,12 @@ async def test_what_is_no_request_is_passed_on() -> None:
     assert await _ends_seen({"type": "lifespan"}, failing=False) == 0
 
 
-def test_the_plugin_adds_its_path_and_its_middleware() -> None:
+def test_the_plugin_adds_its_paths_and_its_middleware() -> None:
     app = _App()
     endpoints = LeaseEndpoints()
     endpoints.attach_router(app)
     assert endpoints.name == PLUGIN_NAME
-    assert app.added == [LEASES_PATH, _EndOfRequests]
+    assert app.added == [LEASES_PATH, TURNS_PATH, _EndOfRequests]
 
 
 class _App:

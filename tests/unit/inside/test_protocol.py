@@ -9,18 +9,27 @@ import pytest
 from appliance.engine.protocol import (
     LEASE_FIELD,
     MAX_RELEASES,
+    MAX_TURN_ENDS,
     Lease,
     LeaseReport,
     LeaseState,
     MalformedMessage,
+    TurnAccount,
+    TurnEnd,
     connector_arguments,
     connector_config,
     lease_params,
     read_release_request,
+    read_turn_accounts_answer,
+    read_turn_ends_request,
     release_request,
+    turn_accounts_answer,
+    turn_ends_request,
 )
 
-LEASE: dict[str, Any] = {"session": "s-1", "tenant": "t_1", "idle_timeout_s": 15.0}
+LEASE: dict[str, Any] = {"session": "s-1", "tenant": "t_1", "idle_timeout_s": 15.0, "turn": "u-1", "strict": False}
+END = TurnEnd("s-1", "t_1", "u-1", "tool_use", output_tokens=7, idle_timeout_s=15.0)
+ACCOUNT = TurnAccount("u-1", device_tokens=64, dram_tokens=32, disk_tokens=96, reason="evicted")
 REPORT = LeaseReport(
     leases=(LeaseState("s", "t", blocks=3, tokens=96, expires_in_s=-0.25),),
     leased_blocks=3,
@@ -35,7 +44,7 @@ REPORT = LeaseReport(
 
 
 def test_a_lease_survives_the_wire() -> None:
-    lease = Lease("s-1", "t_1", 15.0)
+    lease = Lease("s-1", "t_1", 15.0, turn="u-1")
     assert lease_params(lease) == {LEASE_FIELD: LEASE}
     assert Lease.from_wire(json.loads(json.dumps(lease.to_wire()))) == lease
 
@@ -56,6 +65,9 @@ def test_a_lease_survives_the_wire() -> None:
         {"idle_timeout_s": math.nan},
         {"idle_timeout_s": math.inf},
         {"idle_timeout_s": 10**400},
+        {"turn": "a b"},
+        {"turn": None},
+        {"strict": 1},
         {"more": 1},
     ],
     ids=repr,
@@ -143,3 +155,47 @@ def test_the_command_line_carries_the_configuration() -> None:
     flag, value = connector_arguments(0.25)
     assert flag == "--kv-transfer-config"
     assert json.loads(value) == connector_config(0.25)
+
+
+def test_ends_of_turns_and_their_accounts_survive_the_wire() -> None:
+    assert read_turn_ends_request(turn_ends_request([END, END])) == (END, END)
+    answer = json.dumps(turn_accounts_answer([ACCOUNT, None])).encode()
+    assert read_turn_accounts_answer(answer) == (ACCOUNT, None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"turn": ""},
+        {"session": "a b"},
+        {"tenant": 7},
+        {"stop": "length"},
+        {"stop": None},
+        {"output_tokens": -1},
+        {"output_tokens": 1.5},
+        {"idle_timeout_s": math.nan},
+        {"more": 1},
+    ],
+)
+def test_a_malformed_end_of_a_turn_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(MalformedMessage):
+        read_turn_ends_request(json.dumps({"ends": [END.to_wire() | change]}).encode())
+
+
+@pytest.mark.parametrize(
+    "change", [{"turn": ""}, {"device_tokens": -1}, {"dram_tokens": True}, {"reason": "bad luck"}, {"more": 1}]
+)
+def test_a_malformed_account_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(MalformedMessage):
+        read_turn_accounts_answer(json.dumps({"accounts": [ACCOUNT.to_wire() | change]}).encode())
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"ends": 1}', b'{"ends": [], "more": 1}', b"[" * 100_000])
+def test_what_is_no_message_about_turns_is_refused(body: bytes) -> None:
+    with pytest.raises(MalformedMessage):
+        read_turn_ends_request(body)
+
+
+def test_a_message_holds_a_bounded_number_of_turns() -> None:
+    with pytest.raises(MalformedMessage):
+        read_turn_ends_request(turn_ends_request([END] * (MAX_TURN_ENDS + 1)))
