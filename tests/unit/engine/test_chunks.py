@@ -17,7 +17,7 @@ class Sessions:
         self.now = 0.0
         self.asked = 0
 
-    def worth(self, *, session: Hashable, now: float, position: int, abandoned: bool) -> float:  # noqa: ARG002
+    def worth(self, *, session: Hashable, now: float, position: int, abandoned: bool) -> float:
         self.asked += 1
         return self.worths.get(session, 0.0)
 

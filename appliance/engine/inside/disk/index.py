@@ -88,6 +88,10 @@ class DiskIndex:
         """Whose chunk of that key is there."""
         return self._by_key.get(key)
 
+    def owners(self) -> list[Owner]:
+        """The sessions that have something."""
+        return list(self._sessions)
+
     def session(self, owner: Owner) -> Held | None:
         """What there is of a session."""
         return self._sessions.get(owner)

@@ -69,6 +69,11 @@ class TierKeys:
         with self._changed:
             return sum(slot.cipher is not None for slot in self._slots.values())
 
+    def owners(self) -> list[Owner]:
+        """Whose keys are held, or asked for."""
+        with self._changed:
+            return list(self._slots)
+
     def look(self, owner: Owner) -> AesGcm | NoKey:
         """A session's cipher, if its key is here; else it is asked for."""
         now = self._now()

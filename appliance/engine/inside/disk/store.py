@@ -20,7 +20,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -316,6 +316,14 @@ class DiskStore:
         with self._lock:
             self._removals.extend(self._index.drop(owner))
             self._to_write.notify_all()
+
+    def drop_labelled(self, sessions: Collection[str]) -> None:
+        """As `drop`, of every session that has one of these labels."""
+        with self._lock:
+            owners = set(self._index.owners())
+        for owner in owners.union(self._keys.owners()):
+            if owner.session in sessions:
+                self.drop(owner)
 
     def drain(self) -> None:
         """Return when every job is over. Blocks."""
