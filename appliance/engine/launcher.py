@@ -83,7 +83,8 @@ class EngineSpec:
     compute on a CPU; None leaves it to vLLM. `max_model_len` is in tokens; None: what the model says.
     `tool_call_parser` names one of vLLM's parsers, for a model that calls tools. `cache_dir` holds what vLLM works out
     once for a model and a device (compiled kernels, what a model can do); None: in `run_dir`. With namespaces the
-    engine sees of `hidden_dir` no more than `run_dir` and its model.
+    engine sees of `hidden_dir` no more than `run_dir` and its model. `dram_bytes` is what of the machine's memory holds KV
+    that does not fit on the device; 0: none.
     """
 
     python: Path
@@ -99,6 +100,7 @@ class EngineSpec:
     eager: bool = True
     isolation: Literal["required", "where-allowed"] = "where-allowed"
     lease_fraction: float = 0.5
+    dram_bytes: int = 0
     tool_call_parser: str | None = None
     cpu_threads: int | None = None
     cache_dir: Path | None = None
@@ -122,6 +124,7 @@ class EngineSpec:
         log_path: Path,
         hidden_dir: Path | None = None,
         tool_call_parser: str | None = None,
+        dram_bytes: int = 0,
     ) -> "EngineSpec":
         """The engine that `settings` describe, with the interpreter and the model that were found for it."""
         device = device_of(python)
@@ -140,6 +143,7 @@ class EngineSpec:
             eager=device == "cpu" if settings.eager is None else settings.eager,
             isolation=settings.isolation,
             lease_fraction=settings.lease_fraction,
+            dram_bytes=dram_bytes,
             tool_call_parser=tool_call_parser,
             cpu_threads=compute_threads() if device == "cpu" else None,
             cache_dir=installed / "cache" if os.access(installed, os.W_OK) else None,
@@ -169,7 +173,7 @@ def command_line(spec: EngineSpec) -> list[str]:
         "--disable-uvicorn-access-log",
         *("--uvicorn-log-level", "error"),
         "--disable-fastapi-docs",
-        *connector_arguments(spec.lease_fraction),
+        *connector_arguments(spec.lease_fraction, spec.dram_bytes),
     ]
     if spec.max_model_len is not None:
         arguments += ["--max-model-len", str(spec.max_model_len)]
@@ -653,7 +657,31 @@ def _missing(spec: EngineSpec) -> EngineFailed | None:
             cause=f"{spec.model} is no model: it holds no config.json",
             remedy="Name the folder that holds the model's config.json and weights, with --model or engine.model",
         )
-    return None
+    return too_much_dram(spec.dram_bytes, Path("/proc/meminfo").read_text())
+
+
+def too_much_dram(dram_bytes: int, meminfo: str) -> EngineFailed | None:
+    """Why a DRAM tier of so many bytes cannot be had on this machine; None: it can.
+
+    It is shared memory, of which the cage gives half the machine's (tmpfs(5)), and it is taken whole at the start.
+
+    Args:
+        dram_bytes: the tier's size.
+        meminfo: the text of /proc/meminfo (proc(5)). What it does not tell is not held against the tier.
+    """
+    told = {
+        name: int(kib) << 10
+        for name, kib in re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB$", meminfo, re.MULTILINE)
+    }
+    most = min(told.get("MemTotal", 2 * dram_bytes) // 2, told.get("MemAvailable", dram_bytes))
+    if dram_bytes <= most:
+        return None
+    return EngineFailed(
+        "the engine cannot be started",
+        cause=f"tiers.dram_bytes asks for {dram_bytes / 2**30:.1f} GiB of memory; at most {most / 2**30:.1f} GiB can be had"
+        " (half of the machine's, and no more than is available)",
+        remedy="Lower tiers.dram_bytes, or stop something else",
+    )
 
 
 # What a Python exception looks like, at the end of a traceback, behind whatever a logger put in front of it.

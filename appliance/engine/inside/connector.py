@@ -19,7 +19,6 @@ Rules:
 import contextlib
 import itertools
 import mmap
-import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -629,6 +628,9 @@ _LOOKED_UP = {
 class TierSpec(TieringOffloadingSpec):  # type: ignore[misc]
     """vLLM's tiers, on a CPU too. The memory of the DRAM tier has no name once everybody has it open."""
 
+    _manager: Any
+    _worker: Any
+
     def get_manager(self) -> TieredManager:
         if self._manager is None:
             made = super().get_manager()
@@ -638,7 +640,7 @@ class TierSpec(TieringOffloadingSpec):  # type: ignore[misc]
             # vLLM makes the workers' caches before the scheduler: whoever opens the memory last takes its name away, so
             # that no way of dying leaves it behind.
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(region.mmap_path)
+                Path(region.mmap_path).unlink()
             region._creator = False
         manager: TieredManager = self._manager
         return manager
@@ -797,7 +799,7 @@ def _owner(context: ReqContext) -> Owner | None:
 
 
 def _is_stored(context: ReqContext) -> bool:
-    """Whether a request's KV may leave the device: only what a session owns, that can be released, and is not strict."""
+    """Whether a request's KV may leave the device: it has a session, which is neither strict nor released."""
     lease = _lease_of(context)
     return lease is not None and not lease.strict and context.get_state(_Released) is None
 
