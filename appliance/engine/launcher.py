@@ -33,6 +33,7 @@ from appliance.engine.cage import belongs_to, sweep
 from appliance.engine.client import EngineClient, EngineUnavailable
 from appliance.engine.log import logging_config
 from appliance.engine.protocol import PLUGIN_ENVIRONMENT, connector_arguments
+from appliance.engine.tier_keys import KeyChannel
 from appliance.errors import Fault, HoldfastError
 from appliance.settings import EngineSettings
 
@@ -282,6 +283,7 @@ class EngineProcess:
         now: a monotonic clock, in seconds.
         sleep: waits for so many seconds.
         on_change: called after each change of state, in the event loop; it must not block.
+        keys: answers the engine when it asks for the keys of its tiers.
 
     Attributes:
         state: where the engine stands.
@@ -303,6 +305,7 @@ class EngineProcess:
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
         on_change: Callable[["EngineProcess"], None] | None = None,
+        keys: KeyChannel | None = None,
     ) -> None:
         # What stands in the environment must be what the cage keeps visible: no links on the way.
         self.spec = replace(spec, model=spec.model.resolve(), run_dir=spec.run_dir.resolve())
@@ -319,6 +322,7 @@ class EngineProcess:
         self._now = now
         self._sleep = sleep
         self._on_change = on_change
+        self._keys = keys
         self._changed = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -423,15 +427,17 @@ class EngineProcess:
         log = _Log(spec.log_path)
         report_read, report_write = os.pipe()
         self.started_at, started_at = self._now(), time.time()
+        keys = None if self._keys is None else self._keys.open(self.owns)
+        inherited = (report_write,) if keys is None else (report_write, keys.fileno())
         try:
             self._process = process = await asyncio.create_subprocess_exec(
-                *_cage_line(spec, report_write, self._command(spec)),
+                *_cage_line(spec, inherited, self._command(spec)),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 cwd=spec.run_dir,
                 env=environment(spec, self._base_environment),
-                pass_fds=(report_write,),
+                pass_fds=inherited,
                 start_new_session=True,
             )
         except BaseException:
@@ -440,6 +446,8 @@ class EngineProcess:
             raise
         finally:
             os.close(report_write)
+            if keys is not None:
+                keys.close()
         exited = _exit_of(process.pid)
         copying, heeding = asyncio.create_task(_copy(process, log)), asyncio.create_task(self._heed(report_read))
         ready_at: float | None = None
@@ -464,6 +472,8 @@ class EngineProcess:
                     await process.wait()  # so that asyncio lets go of it too
             log.close()
             self._process = None
+            if self._keys is not None:
+                self._keys.close()
         return _death(log.tail, outcome, silence, None if ready_at is None else died_at - ready_at)
 
     async def _until_ready(self, exited: "asyncio.Future[None]") -> str:
@@ -609,12 +619,13 @@ def _result(heeding: "asyncio.Task[dict[str, object]]") -> dict[str, object]:
     return {}
 
 
-def _cage_line(spec: EngineSpec, report_fd: int, command: Sequence[str]) -> list[str]:
+def _cage_line(spec: EngineSpec, inherited: Sequence[int], command: Sequence[str]) -> list[str]:
     return [
         str(spec.python),
         *("-I", "-m", "appliance.engine.cage"),
         *("--isolation", spec.isolation),
-        *("--report-fd", str(report_fd)),
+        *("--report-fd", str(inherited[0])),
+        *(("--key-fd", str(inherited[1])) if len(inherited) > 1 else ()),
         *(("--cover", str(spec.hidden_dir)) if spec.hidden_dir is not None else ()),
         *("--keep", str(spec.model)),
         *("--keep", str(spec.python.parent.parent)),
