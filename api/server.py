@@ -332,7 +332,8 @@ def _engine_spec(settings: Settings) -> EngineSpec:
         log_path=settings.state_dir / "log" / "engine.log",
         hidden_dir=settings.state_dir,
         tool_call_parser=parser,
-        dram_bytes=settings.tiers.dram_bytes,
+        tiers=settings.tiers,
+        disk_dir=settings.state_dir / "tier",
     )
 
 

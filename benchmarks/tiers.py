@@ -1,6 +1,6 @@
 """What tiers are worth where the device holds a third of what the agents need.
 
-    .venv-engine/bin/python -m benchmarks.tiers [--agents 6] [--turns 4] [--json] [--check]
+    .venv-engine/bin/python -m benchmarks.tiers [--agents 6] [--turns 3] [--json] [--check]
 
 Agents take turns, each with a context that grows from turn to turn, so that all contexts together take three times the
 device's pool. The same turns go to real servers, one after another, on the model of about 140 million random weights:
@@ -8,7 +8,7 @@ device's pool. The same turns go to real servers, one after another, on the mode
 - vanilla: vLLM as it is;
 - leases: our connector without tiers;
 - dram: DRAM that holds every context;
-- dram+disk: DRAM for half of them, and the encrypted disk behind it; only where the tier is there.
+- dram+disk: DRAM for half of them, and the encrypted disk behind it. The keys are this program's.
 
 A turn's prompt is made of token ids and does not depend on the answers, so that every server computes the same. Counted
 are turns after each agent's first: what was computed of their prompts, and how long the first token took.
@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -34,7 +35,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from appliance.engine.demo.random_model import SHAPE, write_random_model
-from appliance.engine.protocol import PLUGIN_ENVIRONMENT, Lease, connector_arguments, lease_params
+from appliance.engine.protocol import PLUGIN_ENVIRONMENT, Lease, connector_arguments, disk_tier, lease_params
+from appliance.engine.tier_keys import KEY_BYTES, KEY_SOCKET
 
 BLOCK: Final = 32  # tokens
 BLOCK_BYTES: Final = SHAPE.layers * 2 * SHAPE.key_value_heads * SHAPE.head_size * 2 * BLOCK
@@ -85,7 +87,25 @@ class _Connection(http.client.HTTPConnection):
 
 
 @contextlib.contextmanager
-def served(arm: Arm, model: Path, pool_blocks: int, folder: Path) -> Iterator[Path]:
+def key_socket() -> Iterator[socket.socket]:
+    """The engine's end of a channel on which each session that is asked for gets a key of its own."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    keys: dict[bytes, bytes] = {}
+
+    def answer() -> None:
+        while labels := ours.recv(1024):
+            ours.send(b"K" + keys.setdefault(labels, os.urandom(KEY_BYTES)) + labels)
+
+    answering = threading.Thread(target=answer, daemon=True)
+    answering.start()
+    with ours, theirs:
+        yield theirs
+        ours.shutdown(socket.SHUT_RDWR)
+        answering.join(10)
+
+
+@contextlib.contextmanager
+def served(arm: Arm, model: Path, pool_blocks: int, folder: Path, keys: socket.socket) -> Iterator[Path]:
     """A server on a Unix socket; its whole session ends with the block."""
     path = folder / f"{arm.name}.sock"
     log = (folder / f"{arm.name}.log").open("wb")
@@ -94,18 +114,20 @@ def served(arm: Arm, model: Path, pool_blocks: int, folder: Path) -> Iterator[Pa
             *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
             *("--uds", path.name, "--served-model-name", "m", "--enforce-eager", "--enable-prompt-tokens-details"),
             *("--block-size", str(BLOCK), "--num-gpu-blocks-override", str(pool_blocks + 1)),
-            *("--max-num-seqs", "4", "--max-model-len", "8192", "--enable-prefix-caching"),
+            *("--max-num-seqs", "4", "--max-model-len", str(pool_blocks * BLOCK), "--enable-prefix-caching"),
             *arm.arguments,
         ],
         cwd=folder,
         env=os.environ
-        | PLUGIN_ENVIRONMENT
+        | (PLUGIN_ENVIRONMENT if arm.arguments else {"VLLM_PLUGINS": ""})
         | {
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",
+            KEY_SOCKET: str(keys.fileno()),
         },
+        pass_fds=(keys.fileno(),),
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -127,7 +149,8 @@ def _wait_until_ready(path: Path, process: "subprocess.Popen[bytes]", timeout_s:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise SystemExit(f"a server ended before it was ready; its log: {path.with_suffix('.log')}")
+            last = path.with_suffix(".log").read_text(errors="replace")[-20000:]
+            raise SystemExit(f"a server ended before it was ready:\n{last}")
         with contextlib.suppress(OSError), contextlib.closing(_Connection(path)) as connection:
             connection.request("GET", "/health")
             if connection.getresponse().status == 200:
@@ -138,7 +161,7 @@ def _wait_until_ready(path: Path, process: "subprocess.Popen[bytes]", timeout_s:
 
 def context_of(agent: int, turn: int) -> list[int]:
     """The token ids of an agent's prompt: it begins with the one before."""
-    return random.Random(agent).choices(range(10, 250), k=START_TOKENS + turn * STEP_TOKENS)  # noqa: S311
+    return random.Random(agent).choices(range(10, 250), k=START_TOKENS + turn * STEP_TOKENS)
 
 
 def ask(path: Path, agent: int, turn: int) -> tuple[int, int, float]:
@@ -224,7 +247,7 @@ def main() -> int:
     """Run every server, and print what it did."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--agents", type=int, default=6)
-    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true", help="leave with 1 when a figure is missed")
     chosen = parser.parse_args()
@@ -236,13 +259,21 @@ def main() -> int:
         Arm("vanilla", ()),
         Arm("leases", tuple(connector_arguments(LEASE_FRACTION))),
         Arm("dram", tuple(connector_arguments(LEASE_FRACTION, needed_bytes))),
+        Arm(
+            "dram+disk",
+            tuple(
+                connector_arguments(
+                    LEASE_FRACTION, needed_bytes // 2, disk_tier(str(folder / "tier"), 4 * needed_bytes, 3600.0)
+                )
+            ),
+        ),
     ]
     try:
         model = write_random_model(folder / "model")
         figures = []
         for arm in arms:
             print(f"{arm.name}: starting", file=sys.stderr)
-            with served(arm, model, needed_blocks // 3, folder) as path:
+            with key_socket() as keys, served(arm, model, needed_blocks // 3, folder, keys) as path:
                 figures.append(measure(arm, path, chosen.agents, chosen.turns))
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -32,14 +32,15 @@ from typing import ClassVar, Literal, TypeVar
 from appliance.engine.cage import belongs_to, sweep
 from appliance.engine.client import EngineClient, EngineUnavailable
 from appliance.engine.log import logging_config
-from appliance.engine.protocol import PLUGIN_ENVIRONMENT, connector_arguments
+from appliance.engine.protocol import PLUGIN_ENVIRONMENT, connector_arguments, disk_tier
 from appliance.engine.tier_keys import KeyChannel
 from appliance.errors import Fault, HoldfastError
-from appliance.settings import EngineSettings
+from appliance.settings import EngineSettings, TierSettings
 
 _T = TypeVar("_T")
 
 SOCKET_NAME = "engine.sock"
+NO_TIERS = TierSettings.model_validate({})
 _LOGGING_NAME = "logging.json"
 
 _LOG_BYTES = 8 << 20  # then it is turned over once
@@ -83,8 +84,9 @@ class EngineSpec:
     compute on a CPU; None leaves it to vLLM. `max_model_len` is in tokens; None: what the model says.
     `tool_call_parser` names one of vLLM's parsers, for a model that calls tools. `cache_dir` holds what vLLM works out
     once for a model and a device (compiled kernels, what a model can do); None: in `run_dir`. With namespaces the
-    engine sees of `hidden_dir` no more than `run_dir` and its model. `dram_bytes` is what of the machine's memory holds KV
-    that does not fit on the device; 0: none.
+    engine sees of `hidden_dir` no more than `run_dir` and its model. `dram_bytes` is what of the machine's memory holds
+    KV that does not fit on the device; 0: none. `disk_dir` holds what does not fit there either, at most `disk_bytes`
+    and for `disk_ttl_s` after its last use; None: nothing.
     """
 
     python: Path
@@ -101,6 +103,9 @@ class EngineSpec:
     isolation: Literal["required", "where-allowed"] = "where-allowed"
     lease_fraction: float = 0.5
     dram_bytes: int = 0
+    disk_bytes: int = 0
+    disk_dir: Path | None = None
+    disk_ttl_s: float = 12 * 3600.0
     tool_call_parser: str | None = None
     cpu_threads: int | None = None
     cache_dir: Path | None = None
@@ -124,9 +129,13 @@ class EngineSpec:
         log_path: Path,
         hidden_dir: Path | None = None,
         tool_call_parser: str | None = None,
-        dram_bytes: int = 0,
+        tiers: TierSettings = NO_TIERS,
+        disk_dir: Path | None = None,
     ) -> "EngineSpec":
-        """The engine that `settings` describe, with the interpreter and the model that were found for it."""
+        """The engine that `settings` describe, with the interpreter and the model that were found for it.
+
+        `disk_dir` is where the tier on disk lies where `tiers` do not say.
+        """
         device = device_of(python)
         installed = python.parent.parent  # what is worked out once is worked out for this environment, and goes with it
         return cls(
@@ -143,7 +152,10 @@ class EngineSpec:
             eager=device == "cpu" if settings.eager is None else settings.eager,
             isolation=settings.isolation,
             lease_fraction=settings.lease_fraction,
-            dram_bytes=dram_bytes,
+            dram_bytes=tiers.dram_bytes,
+            disk_bytes=tiers.disk_bytes,
+            disk_dir=(tiers.disk_dir or disk_dir) if tiers.disk_bytes else None,
+            disk_ttl_s=tiers.disk_ttl_s,
             tool_call_parser=tool_call_parser,
             cpu_threads=compute_threads() if device == "cpu" else None,
             cache_dir=installed / "cache" if os.access(installed, os.W_OK) else None,
@@ -173,7 +185,7 @@ def command_line(spec: EngineSpec) -> list[str]:
         "--disable-uvicorn-access-log",
         *("--uvicorn-log-level", "error"),
         "--disable-fastapi-docs",
-        *connector_arguments(spec.lease_fraction, spec.dram_bytes),
+        *connector_arguments(spec.lease_fraction, spec.dram_bytes, _disk(spec)),
     ]
     if spec.max_model_len is not None:
         arguments += ["--max-model-len", str(spec.max_model_len)]
@@ -182,6 +194,12 @@ def command_line(spec: EngineSpec) -> list[str]:
     if spec.tool_call_parser is not None:
         arguments += ["--enable-auto-tool-choice", "--tool-call-parser", spec.tool_call_parser]
     return arguments
+
+
+def _disk(spec: EngineSpec) -> dict[str, object] | None:
+    if spec.disk_dir is None or not spec.disk_bytes:
+        return None
+    return disk_tier(str(spec.disk_dir), spec.disk_bytes, spec.disk_ttl_s)
 
 
 def environment(spec: EngineSpec, base: Mapping[str, str]) -> dict[str, str]:
@@ -628,6 +646,7 @@ def _cage_line(spec: EngineSpec, inherited: Sequence[int], command: Sequence[str
         *(("--key-fd", str(inherited[1])) if len(inherited) > 1 else ()),
         *(("--cover", str(spec.hidden_dir)) if spec.hidden_dir is not None else ()),
         *("--keep", str(spec.model)),
+        *(("--keep", str(spec.disk_dir)) if spec.disk_dir is not None else ()),
         *("--keep", str(spec.python.parent.parent)),
         "--",
         *command,
@@ -639,6 +658,9 @@ def _furnish(spec: EngineSpec) -> None:
     spec.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     spec.run_dir.chmod(0o700)
     spec.log_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if spec.disk_dir is not None:
+        spec.disk_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        spec.disk_dir.chmod(0o700)
     configuration = spec.run_dir / _LOGGING_NAME
     configuration.touch(mode=0o600)
     configuration.write_text(json.dumps(logging_config()))
@@ -669,17 +691,15 @@ def too_much_dram(dram_bytes: int, meminfo: str) -> EngineFailed | None:
         dram_bytes: the tier's size.
         meminfo: the text of /proc/meminfo (proc(5)). What it does not tell is not held against the tier.
     """
-    told = {
-        name: int(kib) << 10
-        for name, kib in re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB$", meminfo, re.MULTILINE)
-    }
+    lines = re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB$", meminfo, re.MULTILINE)
+    told = {name: int(kib) << 10 for name, kib in lines}
     most = min(told.get("MemTotal", 2 * dram_bytes) // 2, told.get("MemAvailable", dram_bytes))
     if dram_bytes <= most:
         return None
     return EngineFailed(
         "the engine cannot be started",
-        cause=f"tiers.dram_bytes asks for {dram_bytes / 2**30:.1f} GiB of memory; at most {most / 2**30:.1f} GiB can be had"
-        " (half of the machine's, and no more than is available)",
+        cause=f"tiers.dram_bytes asks for {dram_bytes / 2**30:.1f} GiB of memory; at most {most / 2**30:.1f} GiB can be"
+        " had (half of the machine's, and no more than is available)",
         remedy="Lower tiers.dram_bytes, or stop something else",
     )
 

@@ -331,6 +331,17 @@ def connector_config(
     }
 
 
+def disk_tier(folder: str, capacity_bytes: int, ttl_s: float) -> dict[str, object]:
+    """What vLLM is to know of the tier on disk: its files' folder, how much they take, how long one is kept unused."""
+    return {
+        "type": "DiskTier",
+        "module_path": CONNECTOR_MODULE,
+        "root_dir": folder,
+        "capacity_bytes": capacity_bytes,
+        "ttl_s": ttl_s,
+    }
+
+
 def connector_arguments(
     lease_fraction: float, dram_bytes: int = 0, disk: Mapping[str, object] | None = None
 ) -> list[str]:

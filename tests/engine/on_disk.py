@@ -11,26 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.engine import in_process
-from tests.engine.in_process import BOUND, POOL, EngineInProcess
-
-from appliance.engine import protocol
-from appliance.engine.protocol import Lease, lease_params
+from appliance.engine.protocol import Lease, disk_tier, lease_params
+from tests.engine.in_process import EngineInProcess
 
 DRAM_BYTES = 4 << 20
 _DEADLINE_S = 30.0
 
 
 def main(model: Path, folder: Path) -> None:
-    disk = {
-        "type": "DiskTier",
-        "module_path": protocol.CONNECTOR_MODULE,
-        "root_dir": str(folder),
-        "capacity_bytes": 64 << 20,
-        "ttl_s": 3600.0,
-    }
-    in_process.connector_config = lambda fraction: protocol.connector_config(fraction, DRAM_BYTES, disk)
-    engine = EngineInProcess(model)
+    disk = disk_tier(str(folder), 64 << 20, 3600.0)
+    engine = EngineInProcess(model, dram_bytes=DRAM_BYTES, disk=disk)
     _say(ready=True)
     for line in sys.stdin:
         order = json.loads(line)

@@ -19,6 +19,8 @@ Rules:
 import contextlib
 import itertools
 import mmap
+import os
+import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from typing import Any
 
 import torch
 import vllm
+from vllm import SamplingParams
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -35,6 +38,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.logger import init_logger
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -63,6 +67,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import Request, RequestStatus
 
 from appliance.engine.inside.accounts import Accounts
+from appliance.engine.inside.canary import MOST_TOKENS, Canary, Sample
 from appliance.engine.inside.chunks import ChunkOrder, Owner, Worth
 from appliance.engine.inside.disk.channel import KeyAsker
 from appliance.engine.inside.disk.files import Owner as DiskOwner
@@ -79,6 +84,7 @@ from appliance.engine.protocol import (
     MalformedMessage,
     TurnAccount,
     TurnEnd,
+    lease_params,
 )
 from appliance.engine.tier_keys import inherited_socket
 
@@ -87,6 +93,8 @@ logger = init_logger(f"vllm.{__name__}")
 _REPORT_METHOD = "holdfast_lease_report"
 _TICK_METHOD = "holdfast_lease_tick"
 _TURNS_METHOD = "holdfast_turns_ended"
+
+_CANARY = ("holdfast", "canary")  # a tenant's label is longer
 
 
 class UnsupportedEngine(RuntimeError):
@@ -227,6 +235,10 @@ class LeaseRetention:
     def release_all(self) -> None:
         """End every lease."""
         self._apply(self._table.release_all())
+
+    def canary(self) -> Request | None:
+        """A request of the engine's own, to be run when nobody else's is; None: there is none."""
+        return None
 
     # How it is done.
 
@@ -464,6 +476,8 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         super().__init__(primary_tier, secondary_tiers)
         self._chunks: SessionChunks = primary_tier._policy
         self._doomed: set[bytes] = set()  # released, and still copied
+        self.on_stored: Callable[[ReqContext], None] = lambda _: None
+        self.quarantined = False  # nothing is restored any more
 
     def order_by(self, worth: Worth, clock: Callable[[], float]) -> None:
         """Say what decides the order in which chunks leave. Called once, before anything is stored."""
@@ -485,6 +499,18 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         self._doomed.update(order.released([owner for owner in order.sessions() if owner[1] in sessions]))
         self._drop_doomed()
 
+    def lookup(self, key: bytes, req_context: ReqContext, *, exclude_tier_idx: int | None = None) -> LookupResult:
+        if self.quarantined:
+            return LookupResult.MISS
+        return super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
+
+    def row(self, key: bytes) -> torch.Tensor | None:
+        """The bytes of a chunk in DRAM that is there whole, as int8."""
+        chunk, primary = self._chunks.get(key), self.primary_tier
+        if chunk is None or not chunk.is_ready:
+            return None
+        return primary._mmap_region.base_tensor.view(primary._num_chunks, -1)[chunk.chunk_id]
+
     def prepare_store(self, keys: Collection[bytes], req_context: ReqContext) -> PrepareStoreOutput | None:
         if not _is_stored(req_context):
             return PrepareStoreOutput(keys_to_store=[], store_spec=CPULoadStoreSpec([]), evicted_keys=[])
@@ -495,6 +521,7 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
             self._doomed.update(key for key in keys if not self._chunks.order.is_owned(key))
         super().complete_store(keys, req_context, success)
         self._drop_doomed()
+        self.on_stored(req_context)
 
     def complete_load(self, keys: Collection[bytes], req_context: ReqContext) -> None:
         super().complete_load(keys, req_context)
@@ -728,8 +755,11 @@ class TieredRetention(LeaseRetention):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._policy = RetentionPolicy()
+        self._canary = Canary(self.clock)
+        self._dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, vllm_config.model_config)
         if role == KVConnectorRole.SCHEDULER:
             self._tiers.order_by(self._policy.value, self.clock)
+            self._tiers.on_stored = self._compare
 
     @property
     def _tiers(self) -> TieredManager:
@@ -749,14 +779,14 @@ class TieredRetention(LeaseRetention):
     def on_new_request(self, request: Request) -> None:
         super().on_new_request(request)
         lease = self._leases_asked.get(request.request_id)
-        if lease is not None:
+        if lease is not None and _key(lease) != _CANARY:
             self._policy.arrived(session=_key(lease), now=self.clock())
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         lease = self._leases_asked.get(request.request_id)
-        if lease is not None:
+        if lease is not None and _key(lease) != _CANARY:
             self._policy.finished(
                 session=_key(lease),
                 now=self.clock(),
@@ -772,8 +802,76 @@ class TieredRetention(LeaseRetention):
         sources: dict[CacheHitSource, int] = self.get_external_cache_hit_sources(  # type: ignore[attr-defined]
             request, external_tokens
         )
+        if self._canary.is_due():
+            self._note(request)
         dram_tokens = sources.get(CacheHitSource.HOST, 0)
         return dram_tokens, sum(sources.values()) - dram_tokens
+
+    # Restored equals recomputed.
+
+    def canary(self) -> Request | None:
+        """A request that computes a restored prompt's beginning again; None: there is none to compute now.
+
+        Its answer goes nowhere: the front end knows no such request. Its KV is stored like that of any session,
+        compared when it is in DRAM, and released.
+        """
+        if any(not request.is_finished() for request in self._requests.values()):
+            return None  # whoever asked for something comes first
+        sample = self._canary.take()
+        if sample is None:
+            return None
+        request = Request(
+            request_id=f"canary-{secrets.token_hex(8)}",
+            prompt_token_ids=list(sample.tokens),
+            sampling_params=SamplingParams(temperature=0, max_tokens=1),
+            pooling_params=None,
+            cache_salt=secrets.token_hex(32),
+            block_hasher=self._block_hasher,
+        )
+        request.kv_transfer_params = lease_params(Lease(_CANARY[1], _CANARY[0], 0.0))
+        return request
+
+    def _note(self, request: Request) -> None:
+        """Keep what comes back for the beginning of a prompt of plain tokens, as it comes back."""
+        if request.lora_request is not None or request.mm_features or request.prompt_token_ids is None:
+            return
+        status = self.connector_scheduler._req_status[request.request_id]  # type: ignore[attr-defined]
+        most = min(MOST_TOKENS, len(request.prompt_token_ids) // self._block_size * self._block_size)
+        restored = [
+            (end_token, row.numpy().tobytes())
+            for _, end_token, key in status.load_key_ranges
+            if end_token <= most and (row := self._tiers.row(key)) is not None
+        ]
+        if restored:
+            self._block_hasher = request._block_hasher
+            self._canary.note(Sample(tuple(request.prompt_token_ids[: restored[-1][0]]), tuple(restored)))
+
+    def _compare(self, context: ReqContext) -> None:
+        """The canary's KV is in DRAM: compare it."""
+        if _owner(context) != _CANARY:
+            return
+        ends = {context.get_offload_key_position(key): key for key in self._tiers._chunks.order.keys_of(_CANARY)}
+        if any((key := ends.get(end)) is None or self._tiers.row(key) is None for end in self._canary.ends()):
+            return  # it is stored step by step
+
+        def error_of(end_token: int, restored: bytes) -> float | None:
+            key = ends.get(end_token)
+            computed = None if key is None else self._tiers.row(key)
+            if computed is None:
+                return None
+            expected = computed.view(self._dtype).float()
+            came_back = torch.frombuffer(bytearray(restored), dtype=torch.int8).view(self._dtype).float()
+            return float((came_back - expected).norm() / expected.norm())
+
+        agreed = self._canary.judge(error_of)
+        self._tiers.release(frozenset({_CANARY[1]}))
+        if not agreed and not self._tiers.quarantined:
+            self._tiers.quarantined = True
+            logger.error(
+                "KV that came back from a tier is not what the model computes (error %.3g): nothing is restored any "
+                "more. Sessions go on and are computed again. Start the engine again when the cause is found.",
+                self._canary.worst,
+            )
 
 
 class TieredStateConnector(TieredRetention, OffloadingConnector):  # type: ignore[misc]
@@ -877,7 +975,12 @@ def _report(self: EngineCore, release: list) -> dict:  # type: ignore[type-arg]
 
 
 def _tick(self: EngineCore) -> float | None:
-    return connector_of(self).tick()
+    connector = connector_of(self)
+    due_in_s = connector.tick()
+    canary = connector.canary()
+    if canary is not None:
+        self.scheduler.add_request(canary)
+    return due_in_s
 
 
 def _turns_ended(self: EngineCore, ends: list) -> list:  # type: ignore[type-arg]

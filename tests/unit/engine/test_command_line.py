@@ -148,6 +148,12 @@ def test_tiers_are_told_only_where_there_are_some() -> None:
     assert "cpu_bytes_to_use" not in config["kv_connector_extra_config"]
 
 
+def test_the_tier_on_disk_lies_in_its_folder_behind_dram() -> None:
+    line = command_line(replace(SPEC, dram_bytes=1 << 30, disk_bytes=1 << 33, disk_dir=Path("/nvme/tier")))
+    (disk,) = json.loads(option(line, "--kv-transfer-config"))["kv_connector_extra_config"]["secondary_tiers"]
+    assert (disk["type"], disk["root_dir"], disk["capacity_bytes"]) == ("DiskTier", "/nvme/tier", 1 << 33)
+
+
 @pytest.mark.parametrize(("dram_gib", "fits"), [(0, True), (8, True), (9, False), (13, False)])
 def test_dram_that_the_machine_does_not_have_is_refused(dram_gib: int, fits: bool) -> None:
     meminfo = f"MemTotal:       {24 << 20} kB\nMemFree: 1 kB\nMemAvailable:   {8 << 20} kB\n"
