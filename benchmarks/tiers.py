@@ -42,7 +42,7 @@ BLOCK: Final = 32  # tokens
 BLOCK_BYTES: Final = SHAPE.layers * 2 * SHAPE.key_value_heads * SHAPE.head_size * 2 * BLOCK
 START_TOKENS: Final = 2048  # an agent's first prompt
 STEP_TOKENS: Final = 256  # by how much a prompt is longer than the one before
-LEASE_FRACTION: Final = 0.5
+LEASE_FRACTION: Final = 0.9
 FEWER_TOKENS = 7.0  # times, against vanilla
 SOONER = 3.0
 READY_TIMEOUT_S = 300.0
@@ -258,12 +258,12 @@ def main() -> int:
     arms = [
         Arm("vanilla", ()),
         Arm("leases", tuple(connector_arguments(LEASE_FRACTION))),
-        Arm("dram", tuple(connector_arguments(LEASE_FRACTION, needed_bytes))),
+        Arm("dram", tuple(connector_arguments(LEASE_FRACTION, None, needed_bytes))),
         Arm(
             "dram+disk",
             tuple(
                 connector_arguments(
-                    LEASE_FRACTION, needed_bytes // 2, disk_tier(str(folder / "tier"), 4 * needed_bytes, 3600.0)
+                    LEASE_FRACTION, None, needed_bytes // 2, disk_tier(str(folder / "tier"), 4 * needed_bytes, 3600.0)
                 )
             ),
         ),

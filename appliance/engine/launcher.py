@@ -42,6 +42,7 @@ _T = TypeVar("_T")
 SOCKET_NAME = "engine.sock"
 NO_TIERS = TierSettings.model_validate({})
 _LOGGING_NAME = "logging.json"
+_LESSONS_NAME = "lessons.json"
 
 _LOG_BYTES = 8 << 20  # then it is turned over once
 _TAIL_LINES = 200
@@ -101,7 +102,7 @@ class EngineSpec:
     max_num_seqs: int = 16
     eager: bool = True
     isolation: Literal["required", "where-allowed"] = "where-allowed"
-    lease_fraction: float = 0.5
+    lease_fraction: float = 0.9
     dram_bytes: int = 0
     disk_bytes: int = 0
     disk_dir: Path | None = None
@@ -185,7 +186,7 @@ def command_line(spec: EngineSpec) -> list[str]:
         "--disable-uvicorn-access-log",
         *("--uvicorn-log-level", "error"),
         "--disable-fastapi-docs",
-        *connector_arguments(spec.lease_fraction, spec.dram_bytes, _disk(spec)),
+        *connector_arguments(spec.lease_fraction, str(spec.run_dir / _LESSONS_NAME), spec.dram_bytes, _disk(spec)),
     ]
     if spec.max_model_len is not None:
         arguments += ["--max-model-len", str(spec.max_model_len)]

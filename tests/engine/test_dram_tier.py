@@ -1,5 +1,9 @@
 """What leaves the device comes back from DRAM: for its own session, as it was, and for as long as it should."""
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -207,3 +211,19 @@ def test_a_block_that_comes_back_otherwise_quarantines_the_tiers(engine: EngineI
         assert answer.token_ids == cold.token_ids
     finally:
         connector(engine)._canary.quarantined = connector(engine)._tiers.quarantined = False
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("phase", ["store", "load"])
+def test_an_engine_that_is_killed_while_it_copies_leaves_nothing_in_shared_memory(tiny_model: Path, phase: str) -> None:
+    script = Path(__file__).with_name("killed_while_copying.py")
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, str(script), str(tiny_model), phase],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert not list(Path("/dev/shm").glob("vllm_offload*"))

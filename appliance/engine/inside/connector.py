@@ -1,4 +1,4 @@
-"""Leases on vLLM's block pool. The one module that touches vLLM's internals.
+"""Retention on vLLM's block pool: leases. The one module that touches vLLM's internals.
 
 `StateConnector` is loaded as a KV connector: it moves no KV, and uses a connector's hooks to hold references on the
 blocks of sessions whose next turn is due. `LeaseRetention` has the hooks, each passing on to the class behind it, so
@@ -74,10 +74,12 @@ from appliance.engine.inside.disk.files import Owner as DiskOwner
 from appliance.engine.inside.disk.fingerprint import fingerprint
 from appliance.engine.inside.disk.store import DiskStore, Piece, Presence
 from appliance.engine.inside.leases import Change, LeasedBlock, LeaseTable
+from appliance.engine.inside.lessons import Lessons
 from appliance.engine.inside.retention import RetentionPolicy
 from appliance.engine.protocol import (
     LEASE_FIELD,
     LEASE_FRACTION_FIELD,
+    LESSONS_FIELD,
     VLLM_VERSION,
     Lease,
     LeaseReport,
@@ -119,6 +121,11 @@ class LeaseRetention:
         self._ignored_total = 0
         self._requests: dict[str, Request] = {}
         self._leases_asked: dict[str, Lease] = {}
+        self.policy = RetentionPolicy()
+        lessons = extra.get(LESSONS_FIELD)
+        # A connector is made for the scheduler and for each worker: only the scheduler's learns.
+        path = Path(lessons) if lessons and role == KVConnectorRole.SCHEDULER else None
+        self._lessons = Lessons(path, self.policy, self.clock())
         self._accounts = Accounts()
         self._hit_tokens: dict[str, int] = {}  # of requests that are about to be admitted
         self._table: LeaseTable
@@ -130,7 +137,7 @@ class LeaseRetention:
     def report(self, release: Iterable[str] = ()) -> LeaseReport:
         """Expire what is due, release the sessions so labelled, and say how things stand."""
         self.tick()
-        self._forget(self._table.release(release))
+        self._apply(self._table.release(release))
         return LeaseReport(
             leases=self._table.states(),
             leased_blocks=self._table.leased_blocks,
@@ -145,14 +152,15 @@ class LeaseRetention:
 
     def tick(self) -> float | None:
         """Expire what is due; seconds to the next deadline, or `None` without leases."""
-        change = self._table.expire()
-        if change.freed:
-            self._apply(change)
-            logger.debug("Leases ended: %d blocks may be evicted.", len(change.freed))
+        self._apply(self._table.expire())
+        self._lessons.write_if_due(self.clock())
         return self._table.next_expiry_in_s()
 
     def turns_ended(self, ends: Iterable[TurnEnd]) -> list[TurnAccount | None]:
         """Hear how turns ended; the account of each."""
+        ends = list(ends)
+        for end in ends:
+            self._table.turn_ended(end)
         return [self._accounts.ended(end) for end in ends]
 
     def leased_block_ids(self) -> tuple[int, ...]:
@@ -166,8 +174,9 @@ class LeaseRetention:
         self._manager = kv_cache_manager
         self._pool = kv_cache_manager.block_pool
         self._block_size = self._pool.hash_block_size
-        bound = int(self._lease_fraction * (self._pool.num_gpu_blocks - 1))
-        self._table = LeaseTable(bound, self.clock)
+        pool_blocks = self._pool.num_gpu_blocks - 1
+        bound = int(self._lease_fraction * pool_blocks)
+        self._table = LeaseTable(bound, self.clock, self.policy, pool_blocks=pool_blocks)
         _release_leases_before_reset(kv_cache_manager, self)
 
     def on_new_request(self, request: Request) -> None:
@@ -177,7 +186,7 @@ class LeaseRetention:
         lease = self._asked_lease(request)
         if lease is not None:
             self._leases_asked[request.request_id] = lease
-            self._table.renew(lease)
+            self._table.arrived(lease)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         matched: tuple[int | None, bool] = super().get_num_new_matched_tokens(  # type: ignore[misc]
@@ -185,7 +194,7 @@ class LeaseRetention:
         )
         self._hit_tokens[request.request_id] = num_computed_tokens
         if matched[0] is not None and self._table.leased_blocks:
-            self._make_room_to_admit(request, matched[0])
+            self._make_room_to_admit(request, matched[0], loads_later=matched[1])
         return matched
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
@@ -193,7 +202,12 @@ class LeaseRetention:
         hit_tokens = self._hit_tokens.pop(request.request_id, None)
         lease = self._leases_asked.get(request.request_id)
         if lease is not None and hit_tokens is not None:
-            self._accounts.admitted(lease, hit_tokens, *self._tier_tokens(request, num_external_tokens))
+            found = hit_tokens + num_external_tokens
+            whole = request.num_tokens - 1 - found < self._block_size  # one token at least is computed
+            change, reason = self._table.admitted(lease, hit_tokens, whole)
+            self._apply(change)
+            tier_tokens = self._tier_tokens(request, num_external_tokens)
+            self._accounts.admitted(lease, hit_tokens, *tier_tokens, "" if whole else self._why_missed(reason))
 
     def has_pending_block_frees(self) -> bool:
         # Called when a running request found no block, before it or another one is preempted.
@@ -216,7 +230,9 @@ class LeaseRetention:
         self._hit_tokens.pop(request.request_id, None)
         lease = self._leases_asked.pop(request.request_id, None)
         if lease is not None:
-            self._apply(self._table.grant(lease, list(self._cached_blocks(request, block_ids))))
+            blocks = list(self._cached_blocks(request, block_ids))
+            change = self._table.finished(lease, blocks, request.num_output_tokens)
+            self._apply(change, own={block.block_id for block in blocks})
         finished: tuple[bool, dict[str, Any] | None] = super().request_finished_all_groups(  # type: ignore[misc]
             request, block_ids
         )
@@ -232,9 +248,17 @@ class LeaseRetention:
         """Leases keep what is there; nobody waits for it."""
         return False
 
+    def shutdown(self) -> None:
+        self._lessons.write()
+        super().shutdown()  # type: ignore[misc]
+
     def release_all(self) -> None:
         """End every lease."""
         self._apply(self._table.release_all())
+
+    def _why_missed(self, reason: str) -> str:
+        """Why a session's blocks were not all there, given why they left the device."""
+        return reason
 
     def canary(self) -> Request | None:
         """A request of the engine's own, to be run when nobody else's is; None: there is none."""
@@ -268,15 +292,20 @@ class LeaseRetention:
         ]
         return iter(sorted(cached, key=lambda block: block.end_token))
 
-    def _make_room_to_admit(self, request: Request, external_tokens: int) -> None:
+    def _make_room_to_admit(self, request: Request, external_tokens: int, *, loads_later: bool) -> None:
         """Reclaim what `allocate_slots` will find missing for a waiting request, if that lets it in."""
         free_blocks = self._pool.get_num_free_blocks()
-        if free_blocks >= self._most_to_admit(request):
+        reserved = self._reserved_for_loads(request) if loads_later else 0
+        if free_blocks >= self._most_to_admit(request) + reserved:
             return
         hits, local_tokens, _ = self._manager.get_computed_blocks(request)
         computed = local_tokens + external_tokens
-        first_chunk = min(request.num_tokens - computed, self._step_tokens) + self._draft_tokens
-        needs = [(min(computed + first_chunk + self._lookahead_tokens, self._max_model_len), False)]
+        first_chunk = (
+            min(request.num_tokens - computed, self._step_tokens) + self._draft_tokens + self._lookahead_tokens
+        )
+        if loads_later:  # nothing is computed before the load is over
+            first_chunk = 0
+        needs = [(min(computed + first_chunk, self._max_model_len), False)]
         if self._whole_prompt_must_fit:
             needs.append((min(request.num_tokens, self._max_model_len), True))
         required = max(
@@ -293,13 +322,38 @@ class LeaseRetention:
             )
             for num_tokens, capped in needs
         )
-        if any(other.status == RequestStatus.RUNNING for other in self._requests.values()):
-            required += self._manager.watermark_blocks
+        required += self._watermark() + reserved
         if required <= free_blocks:
             return
         hit_ids = {block.block_id for group in hits.blocks for block in group}
-        if free_blocks + self._table.yieldable(lambda block_id: self._is_busy(block_id, hit_ids)) >= required:
-            self._reclaim(required - free_blocks, hit_ids)
+        if self._table.can_yield(required - free_blocks, lambda block_id: self._is_busy(block_id, hit_ids)):
+            lease = self._leases_asked.get(request.request_id)
+            self._reclaim(required - free_blocks, hit_ids, "" if lease is None else lease.tenant)
+
+    def _watermark(self) -> int:
+        """What vLLM leaves free when it lets a waiting request in beside running ones."""
+        running = any(request.status == RequestStatus.RUNNING for request in self._requests.values())
+        return int(self._manager.watermark_blocks) if running else 0
+
+    def _reserved_for_loads(self, loading: Request) -> int:
+        """At least what vLLM keeps from an asynchronous load: what the prefills under way still want, and one step."""
+        prefills = [
+            request
+            for request in self._requests.values()
+            if request is not loading
+            and self._holds_blocks(request)
+            and request.num_computed_tokens < request.num_tokens
+        ]
+        wanted = sum(self._wanted_in_all(request, request.num_computed_tokens) for request in prefills)
+        step_tokens = 1 + self._draft_tokens + self._lookahead_tokens
+        groups = self._manager.num_kv_cache_groups
+        return int(wanted + (step_tokens // self._block_size + 1) * groups)
+
+    def _holds_blocks(self, request: Request) -> bool:
+        return request.num_computed_tokens > 0 or request.status in (
+            RequestStatus.RUNNING,
+            RequestStatus.WAITING_FOR_REMOTE_KVS,
+        )
 
     def _most_to_admit(self, request: Request) -> int:
         """No request takes more blocks than this at its admission; cheap, where looking up its hits is not."""
@@ -310,19 +364,41 @@ class LeaseRetention:
     def _keep_room_for_next_step(self, scheduled_tokens: dict[str, int]) -> None:
         """Reclaim what the requests that hold blocks will want in the next step beyond what is free."""
         free_blocks = self._pool.get_num_free_blocks()
-        if free_blocks >= len(self._requests) * (1 + self._step_tokens // self._block_size):
+        most_each = (1 + self._step_tokens // self._block_size) * self._manager.num_kv_cache_groups
+        to_come_in = any(
+            request.num_computed_tokens and request.status != RequestStatus.RUNNING
+            for request in self._requests.values()
+        )
+        if not to_come_in and free_blocks >= len(self._requests) * most_each + self._manager.watermark_blocks:
             return
         wanted = 0
         for request in self._requests.values():
             # This step's tokens are added to num_computed_tokens after this hook.
             computed = request.num_computed_tokens + scheduled_tokens.get(request.request_id, 0)
-            if computed:
+            if not computed:
+                continue
+            if request.status == RequestStatus.RUNNING:
                 wanted += self._wanted_to_continue(request, computed)
+            else:
+                # Its KV is loaded or loads: it is let in without `get_num_new_matched_tokens` being asked again.
+                wanted += self._wanted_to_come_in(request, computed)
         self._reclaim(wanted - free_blocks)
+
+    def _wanted_to_come_in(self, request: Request, computed_tokens: int) -> int:
+        wanted = self._wanted_to_continue(request, computed_tokens)
+        if self._whole_prompt_must_fit:
+            wanted = max(wanted, self._wanted_in_all(request, computed_tokens))
+        return wanted + self._watermark()
+
+    def _wanted_in_all(self, request: Request, computed_tokens: int) -> int:
+        left = max(request.num_tokens - computed_tokens, 0)
+        return self._wanted(request, computed_tokens, left + self._draft_tokens)
 
     def _wanted_to_continue(self, request: Request, computed_tokens: int) -> int:
         left = max(request.num_tokens + request.num_output_placeholders - computed_tokens, 1)
-        next_tokens = min(left + self._draft_tokens, self._step_tokens)
+        return self._wanted(request, computed_tokens, min(left + self._draft_tokens, self._step_tokens))
+
+    def _wanted(self, request: Request, computed_tokens: int, next_tokens: int) -> int:
         num_tokens = min(computed_tokens + next_tokens + self._lookahead_tokens, self._max_model_len)
         wanted: int = self._manager.coordinator.get_num_blocks_to_allocate(
             request_id=request.request_id,
@@ -336,10 +412,12 @@ class LeaseRetention:
         )
         return wanted
 
-    def _reclaim(self, wanted_blocks: int, hit_ids: set[int] | frozenset[int] = frozenset()) -> int:
+    def _reclaim(
+        self, wanted_blocks: int, hit_ids: set[int] | frozenset[int] = frozenset(), wanted_by: str = ""
+    ) -> int:
         if wanted_blocks <= 0 or not self._table.leased_blocks:
             return 0
-        change = self._table.reclaim(wanted_blocks, lambda block_id: self._is_busy(block_id, hit_ids))
+        change = self._table.reclaim(wanted_blocks, lambda block_id: self._is_busy(block_id, hit_ids), wanted_by)
         self._apply(change)
         return len(change.freed)
 
@@ -347,17 +425,24 @@ class LeaseRetention:
         # One reference is the table's.
         return block_id in hit_ids or self._pool.blocks[block_id].ref_cnt > 1
 
-    def _apply(self, change: Change) -> None:
-        if change.taken:
-            self._pool.touch([self._pool.blocks[block_id] for block_id in change.taken])
-        if change.freed:
-            self._pool.free_blocks([self._pool.blocks[block_id] for block_id in change.freed])
-
-    def _forget(self, change: Change) -> None:
-        """Give blocks back whose session was released: nobody will ask for them again, so they are evicted first."""
+    def _apply(self, change: Change, own: set[int] | frozenset[int] = frozenset()) -> None:
+        """Do to the pool what the table decided. `own`: blocks of the request that ends, which still holds them."""
         blocks = self._pool.blocks
-        self._pool.evict_blocks({block_id for block_id in change.freed if blocks[block_id].ref_cnt == 1})
-        self._apply(change)
+        if change.taken:
+            self._pool.touch([blocks[block_id] for block_id in change.taken])
+        if change.forgotten:
+            self._forget(change.forgotten, own.union(change.freed))
+        if change.freed:
+            self._pool.free_blocks([blocks[block_id] for block_id in change.freed])
+
+    def _forget(self, contents: Iterable[Any], last_held: set[int] | frozenset[int]) -> None:
+        """Take contents out of the cache that nobody will ask for again, wherever a copy is; they are evicted first."""
+        cached = self._pool.cached_block_hash_to_block
+        for content in contents:
+            while (block := cached.get_one_block(content)) is not None:
+                if block.ref_cnt > (block.block_id in last_held):
+                    break  # somebody else uses it
+                self._pool.evict_blocks({block.block_id})
 
 
 class NothingToTransfer(KVConnectorMetadata):  # type: ignore[misc]
@@ -485,6 +570,10 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         for tier in self.secondary_tiers:
             if isinstance(tier, DiskTier):
                 tier.order_by(worth, clock)
+
+    def sessions(self) -> tuple[Owner, ...]:
+        """Who has something in DRAM."""
+        return self._chunks.order.sessions()
 
     def release(self, sessions: Collection[str]) -> None:
         """Let go of all that the sessions so labelled have in DRAM, and overwrite it; and on the disk, with its key."""
@@ -754,11 +843,10 @@ class TieredRetention(LeaseRetention):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        self._policy = RetentionPolicy()
         self._canary = Canary(self.clock)
         self._dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, vllm_config.model_config)
         if role == KVConnectorRole.SCHEDULER:
-            self._tiers.order_by(self._policy.value, self.clock)
+            self._tiers.order_by(self.policy.value, self.clock)
             self._tiers.on_stored = self._compare
 
     @property
@@ -767,34 +855,18 @@ class TieredRetention(LeaseRetention):
         return manager
 
     def report(self, release: Iterable[str] = ()) -> LeaseReport:
-        labels = tuple(release)
+        labels = frozenset(release)
+        report = super().report(labels)
         if labels:
-            known = {*self._tiers._chunks.order.sessions(), *map(_key, self._leases_asked.values())}
-            for owner in known:
+            for owner in self._tiers.sessions():
                 if owner[1] in labels:
-                    self._policy.closed(session=owner, now=self.clock())
-            self._tiers.release(frozenset(labels))
-        return super().report(labels)
+                    self.policy.closed(session=owner, now=self.clock())
+            self._tiers.release(labels)
+        return report
 
-    def on_new_request(self, request: Request) -> None:
-        super().on_new_request(request)
-        lease = self._leases_asked.get(request.request_id)
-        if lease is not None and _key(lease) != _CANARY:
-            self._policy.arrived(session=_key(lease), now=self.clock())
-
-    def request_finished_all_groups(
-        self, request: Request, block_ids: tuple[list[int], ...]
-    ) -> tuple[bool, dict[str, Any] | None]:
-        lease = self._leases_asked.get(request.request_id)
-        if lease is not None and _key(lease) != _CANARY:
-            self._policy.finished(
-                session=_key(lease),
-                now=self.clock(),
-                stop=None,
-                prompt_tokens=request.num_prompt_tokens,
-                output_tokens=request.num_output_tokens,
-            )
-        return super().request_finished_all_groups(request, block_ids)
+    def _asked_lease(self, request: Request) -> Lease | None:
+        lease = super()._asked_lease(request)
+        return None if lease is not None and _key(lease) == _CANARY else lease
 
     def _tier_tokens(self, request: Request, external_tokens: int) -> tuple[int, int]:
         if not external_tokens:
@@ -806,6 +878,9 @@ class TieredRetention(LeaseRetention):
             self._note(request)
         dram_tokens = sources.get(CacheHitSource.HOST, 0)
         return dram_tokens, sum(sources.values()) - dram_tokens
+
+    def _why_missed(self, reason: str) -> str:
+        return "tier_fault" if self._tiers.quarantined else reason
 
     # Restored equals recomputed.
 
