@@ -228,6 +228,12 @@ seal = "{seal}"             # how this appliance was made; changing it here chan
 # restart_backoff_s = 1.0
 # lease_fraction = 0.9      # of the device's blocks, the most that leases may hold
 
+[tiers]
+# dram_bytes = 0            # of this machine's memory, for KV that does not fit on the device; taken at the start
+# disk_bytes = 0            # of encrypted files, for KV that does not fit there either
+# disk_dir = ""             # in the state directory by default
+# disk_ttl_s = 43200.0      # how long a file is kept that nobody asks for
+
 [sessions]
 # idle_timeout_s = 15.0     # how long a session's KV outranks others' after a turn
 # idle_timeout_s_by_model = {{ }}

@@ -46,6 +46,7 @@ from api.openai.errors import Draining
 from api.retaining import keep_retention
 from api.roots import open_root, read_seal
 from api.services import Lifecycle, Services
+from api.tier_keys import key_of
 from api.turn_ends import TurnEnds
 from api.waiting import WaitingRoom
 from appliance.audit import AuditUnavailable, Event, NodeAudit
@@ -55,6 +56,7 @@ from appliance.audit.siem.exports import Exports
 from appliance.engine.client import EngineClient
 from appliance.engine.launcher import SOCKET_NAME, EngineFailed, EngineProcess, EngineSpec, engine_python
 from appliance.engine.template import template_fingerprint
+from appliance.engine.tier_keys import KeyChannel
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Identity, Quotas
 from appliance.sessions import Sessions, Throwaways
@@ -248,8 +250,9 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             connections=settings.gateway.max_streams + 16,
             silence_timeout_s=settings.gateway.request_timeout_s,
         )
+        sessions = Sessions(store, vault, settings.sessions, block_size=None if spec is None else spec.block_size)
+        process = None if spec is None else EngineProcess(spec, engine, keys=KeyChannel(key_of(sessions)))
         turn_ends = TurnEnds(engine)
-        process = None if spec is None else EngineProcess(spec, engine)
         watch = EngineWatch(
             engine,
             reason=lambda: "" if process is None else process.detail,
@@ -274,7 +277,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             exports=exports,
             identity=Identity(store, vault),
             quotas=Quotas(store),
-            sessions=Sessions(store, vault, settings.sessions, block_size=None if spec is None else spec.block_size),
+            sessions=sessions,
             throwaways=Throwaways(store, vault),
             engine=engine,
             turn_ends=turn_ends,
@@ -354,6 +357,8 @@ def _engine_spec(settings: Settings) -> EngineSpec:
         log_path=settings.state_dir / "log" / "engine.log",
         hidden_dir=settings.state_dir,
         tool_call_parser=parser,
+        tiers=settings.tiers,
+        disk_dir=settings.state_dir / "tier",
     )
 
 

@@ -105,6 +105,21 @@ class TenantRetention(_Section):
     session_device_cap: float = Field(default=1.0, ge=0, le=1)  # the most that one of them holds
 
 
+class TierSettings(_Section):
+    """Where sessions' KV goes when the device is full, the nearest first."""
+
+    dram_bytes: int = Field(0, ge=0)  # of this machine's memory; 0: nothing leaves the device
+    disk_bytes: int = Field(0, ge=0)  # of encrypted files; 0: none
+    disk_dir: Path | None = None  # None: in the state directory
+    disk_ttl_s: float = Field(12 * 3600.0, gt=0)  # how long a file is kept that nobody asks for
+
+    @model_validator(mode="after")
+    def _dram_before_disk(self) -> Self:
+        if self.disk_bytes and not self.dram_bytes:
+            raise ValueError("disk_bytes needs dram_bytes: what goes to the disk and comes back goes through DRAM")
+        return self
+
+
 class SessionSettings(_Section):
     """How long a session's KV is worth its room."""
 
@@ -167,6 +182,7 @@ class Settings(_Section):
     vault: VaultSettings = Field(default_factory=lambda: VaultSettings.model_validate({}))
     store: StoreSettings = Field(default_factory=StoreSettings)
     engine: EngineSettings = Field(default_factory=lambda: EngineSettings.model_validate({}))
+    tiers: TierSettings = Field(default_factory=lambda: TierSettings.model_validate({}))
     sessions: SessionSettings = Field(default_factory=lambda: SessionSettings.model_validate({}))
     admission: AdmissionSettings = Field(default_factory=lambda: AdmissionSettings.model_validate({}))
     audit: AuditSettings = Field(default_factory=lambda: AuditSettings.model_validate({}))

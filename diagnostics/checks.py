@@ -391,15 +391,17 @@ def check_memory(subject: Subject) -> Finding:
             "memory", Verdict.UNKNOWN, "not told by the kernel", "/proc/meminfo has no MemAvailable", "Check `free -m`"
         )
     found = f"{available / _GIB:.1f} GiB available"
-    wanted = 2 * _GIB + (subject.settings.engine.kv_cache_bytes if subject.settings is not None else _GIB)
+    wanted = 2 * _GIB + _GIB
+    if subject.settings is not None:
+        wanted = 2 * _GIB + subject.settings.engine.kv_cache_bytes + subject.settings.tiers.dram_bytes
     if available >= wanted:
         return Finding("memory", Verdict.PASS, found)
     return Finding(
         "memory",
         Verdict.WARN,
         found,
-        f"the KV cache and the engine take about {wanted / _GIB:.1f} GiB on a machine without a GPU",
-        "Stop something else, or lower engine.kv_cache_bytes",
+        f"the KV cache, the DRAM tier and the engine take about {wanted / _GIB:.1f} GiB on a machine without a GPU",
+        "Stop something else, or lower engine.kv_cache_bytes or tiers.dram_bytes",
     )
 
 

@@ -46,6 +46,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from appliance.engine.tier_keys import KEY_SOCKET
+
 SOCKET_NAME = "engine.sock"
 REFUSED = 78  # EX_CONFIG: isolation is required and cannot be had
 
@@ -55,6 +57,7 @@ _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 -- what is cleaned up
 _SHARED_MEMORY_PREFIXES = ("psm_", "sem.mp-", "torch_", "vllm_", "VLLM", "nccl-")
 _MARK = "HOLDFAST_ENGINE_DIR"  # in the environment of each process of the engine: whose it is
 _KILL_DEADLINE_S = 5.0
+_KEY_DESCRIPTOR = 3  # of vLLM, behind the standard ones: over it it asks for the keys of its tiers
 
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWIPC = 0x08000000
@@ -77,6 +80,7 @@ class _Order:
     keep: list[str]
     isolation: str
     report_fd: int
+    key_fd: int | None
     started_at: float
 
     def report(self, **event: object) -> None:
@@ -110,6 +114,7 @@ def _order(arguments: Sequence[str]) -> _Order:
     parser = argparse.ArgumentParser(prog="python -m appliance.engine.cage", allow_abbrev=False)
     parser.add_argument("--isolation", choices=("required", "where-allowed"), required=True)
     parser.add_argument("--report-fd", type=int, required=True)
+    parser.add_argument("--key-fd", type=int)
     parser.add_argument("--cover", action="append", default=[], metavar="FOLDER")
     parser.add_argument("--keep", action="append", default=[], metavar="FOLDER")
     parser.add_argument("command", nargs="+")
@@ -117,7 +122,7 @@ def _order(arguments: Sequence[str]) -> _Order:
     here = [sys.prefix, sys.base_prefix, str(Path(__file__).resolve().parents[2])]
     keep = [os.path.realpath(folder) for folder in [*parsed.keep, *here, str(Path.cwd())]]
     cover = [os.path.realpath(folder) for folder in parsed.cover]
-    return _Order(parsed.command, cover, keep, parsed.isolation, parsed.report_fd, time.time())
+    return _Order(parsed.command, cover, keep, parsed.isolation, parsed.report_fd, parsed.key_fd, time.time())
 
 
 # The supervisor: outside the namespaces, so that it can fall back and clean up.
@@ -292,7 +297,10 @@ def _reaper(order: _Order, control: int, status: int, environment: dict[str, str
             _die_with(reaper)
             nothing = os.open(os.devnull, os.O_RDONLY)
             os.dup2(nothing, 0)
-            os.closerange(3, 1 << 16)
+            if order.key_fd is not None:
+                os.dup2(order.key_fd, _KEY_DESCRIPTOR)
+                environment = {**environment, KEY_SOCKET: str(_KEY_DESCRIPTOR)}
+            os.closerange(_KEY_DESCRIPTOR + (order.key_fd is not None), 1 << 16)
             with contextlib.suppress(OSError):  # when memory runs out, the engine goes before the gateway and its store
                 Path("/proc/self/oom_score_adj").write_text("500")
             _drop_rights()

@@ -32,13 +32,15 @@ from typing import ClassVar, Literal, TypeVar
 from appliance.engine.cage import belongs_to, sweep
 from appliance.engine.client import EngineClient, EngineUnavailable
 from appliance.engine.log import logging_config
-from appliance.engine.protocol import PLUGIN_ENVIRONMENT, connector_arguments
+from appliance.engine.protocol import PLUGIN_ENVIRONMENT, connector_arguments, disk_tier
+from appliance.engine.tier_keys import KeyChannel
 from appliance.errors import Fault, HoldfastError
-from appliance.settings import EngineSettings
+from appliance.settings import EngineSettings, TierSettings
 
 _T = TypeVar("_T")
 
 SOCKET_NAME = "engine.sock"
+NO_TIERS = TierSettings.model_validate({})
 _LOGGING_NAME = "logging.json"
 _LESSONS_NAME = "lessons.json"
 
@@ -83,7 +85,9 @@ class EngineSpec:
     compute on a CPU; None leaves it to vLLM. `max_model_len` is in tokens; None: what the model says.
     `tool_call_parser` names one of vLLM's parsers, for a model that calls tools. `cache_dir` holds what vLLM works out
     once for a model and a device (compiled kernels, what a model can do); None: in `run_dir`. With namespaces the
-    engine sees of `hidden_dir` no more than `run_dir` and its model.
+    engine sees of `hidden_dir` no more than `run_dir` and its model. `dram_bytes` is what of the machine's memory holds
+    KV that does not fit on the device; 0: none. `disk_dir` holds what does not fit there either, at most `disk_bytes`
+    and for `disk_ttl_s` after its last use; None: nothing.
     """
 
     python: Path
@@ -99,6 +103,10 @@ class EngineSpec:
     eager: bool = True
     isolation: Literal["required", "where-allowed"] = "where-allowed"
     lease_fraction: float = 0.9
+    dram_bytes: int = 0
+    disk_bytes: int = 0
+    disk_dir: Path | None = None
+    disk_ttl_s: float = 12 * 3600.0
     tool_call_parser: str | None = None
     cpu_threads: int | None = None
     cache_dir: Path | None = None
@@ -122,8 +130,13 @@ class EngineSpec:
         log_path: Path,
         hidden_dir: Path | None = None,
         tool_call_parser: str | None = None,
+        tiers: TierSettings = NO_TIERS,
+        disk_dir: Path | None = None,
     ) -> "EngineSpec":
-        """The engine that `settings` describe, with the interpreter and the model that were found for it."""
+        """The engine that `settings` describe, with the interpreter and the model that were found for it.
+
+        `disk_dir` is where the tier on disk lies where `tiers` do not say.
+        """
         device = device_of(python)
         installed = python.parent.parent  # what is worked out once is worked out for this environment, and goes with it
         return cls(
@@ -140,6 +153,10 @@ class EngineSpec:
             eager=device == "cpu" if settings.eager is None else settings.eager,
             isolation=settings.isolation,
             lease_fraction=settings.lease_fraction,
+            dram_bytes=tiers.dram_bytes,
+            disk_bytes=tiers.disk_bytes,
+            disk_dir=(tiers.disk_dir or disk_dir) if tiers.disk_bytes else None,
+            disk_ttl_s=tiers.disk_ttl_s,
             tool_call_parser=tool_call_parser,
             cpu_threads=compute_threads() if device == "cpu" else None,
             cache_dir=installed / "cache" if os.access(installed, os.W_OK) else None,
@@ -170,7 +187,7 @@ def command_line(spec: EngineSpec) -> list[str]:
         *("--uvicorn-log-level", "error"),
         "--disable-fastapi-docs",
         "--enable-scale-out",  # for what the gateway asks to have rendered
-        *connector_arguments(spec.lease_fraction, str(spec.run_dir / _LESSONS_NAME)),
+        *connector_arguments(spec.lease_fraction, str(spec.run_dir / _LESSONS_NAME), spec.dram_bytes, _disk(spec)),
     ]
     if spec.max_model_len is not None:
         arguments += ["--max-model-len", str(spec.max_model_len)]
@@ -179,6 +196,12 @@ def command_line(spec: EngineSpec) -> list[str]:
     if spec.tool_call_parser is not None:
         arguments += ["--enable-auto-tool-choice", "--tool-call-parser", spec.tool_call_parser]
     return arguments
+
+
+def _disk(spec: EngineSpec) -> dict[str, object] | None:
+    if spec.disk_dir is None or not spec.disk_bytes:
+        return None
+    return disk_tier(str(spec.disk_dir), spec.disk_bytes, spec.disk_ttl_s)
 
 
 def environment(spec: EngineSpec, base: Mapping[str, str]) -> dict[str, str]:
@@ -280,6 +303,7 @@ class EngineProcess:
         now: a monotonic clock, in seconds.
         sleep: waits for so many seconds.
         on_change: called after each change of state, in the event loop; it must not block.
+        keys: answers the engine when it asks for the keys of its tiers.
 
     Attributes:
         state: where the engine stands.
@@ -301,6 +325,7 @@ class EngineProcess:
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
         on_change: Callable[["EngineProcess"], None] | None = None,
+        keys: KeyChannel | None = None,
     ) -> None:
         # What stands in the environment must be what the cage keeps visible: no links on the way.
         self.spec = replace(spec, model=spec.model.resolve(), run_dir=spec.run_dir.resolve())
@@ -317,6 +342,7 @@ class EngineProcess:
         self._now = now
         self._sleep = sleep
         self._on_change = on_change
+        self._keys = keys
         self._changed = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -421,15 +447,17 @@ class EngineProcess:
         log = _Log(spec.log_path)
         report_read, report_write = os.pipe()
         self.started_at, started_at = self._now(), time.time()
+        keys = None if self._keys is None else self._keys.open(self.owns)
+        inherited = (report_write,) if keys is None else (report_write, keys.fileno())
         try:
             self._process = process = await asyncio.create_subprocess_exec(
-                *_cage_line(spec, report_write, self._command(spec)),
+                *_cage_line(spec, inherited, self._command(spec)),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 cwd=spec.run_dir,
                 env=environment(spec, self._base_environment),
-                pass_fds=(report_write,),
+                pass_fds=inherited,
                 start_new_session=True,
             )
         except BaseException:
@@ -438,6 +466,8 @@ class EngineProcess:
             raise
         finally:
             os.close(report_write)
+            if keys is not None:
+                keys.close()
         exited = _exit_of(process.pid)
         copying, heeding = asyncio.create_task(_copy(process, log)), asyncio.create_task(self._heed(report_read))
         ready_at: float | None = None
@@ -462,6 +492,8 @@ class EngineProcess:
                     await process.wait()  # so that asyncio lets go of it too
             log.close()
             self._process = None
+            if self._keys is not None:
+                self._keys.close()
         return _death(log.tail, outcome, silence, None if ready_at is None else died_at - ready_at)
 
     async def _until_ready(self, exited: "asyncio.Future[None]") -> str:
@@ -607,14 +639,16 @@ def _result(heeding: "asyncio.Task[dict[str, object]]") -> dict[str, object]:
     return {}
 
 
-def _cage_line(spec: EngineSpec, report_fd: int, command: Sequence[str]) -> list[str]:
+def _cage_line(spec: EngineSpec, inherited: Sequence[int], command: Sequence[str]) -> list[str]:
     return [
         str(spec.python),
         *("-I", "-m", "appliance.engine.cage"),
         *("--isolation", spec.isolation),
-        *("--report-fd", str(report_fd)),
+        *("--report-fd", str(inherited[0])),
+        *(("--key-fd", str(inherited[1])) if len(inherited) > 1 else ()),
         *(("--cover", str(spec.hidden_dir)) if spec.hidden_dir is not None else ()),
         *("--keep", str(spec.model)),
+        *(("--keep", str(spec.disk_dir)) if spec.disk_dir is not None else ()),
         *("--keep", str(spec.python.parent.parent)),
         "--",
         *command,
@@ -626,6 +660,9 @@ def _furnish(spec: EngineSpec) -> None:
     spec.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     spec.run_dir.chmod(0o700)
     spec.log_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if spec.disk_dir is not None:
+        spec.disk_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        spec.disk_dir.chmod(0o700)
     configuration = spec.run_dir / _LOGGING_NAME
     configuration.touch(mode=0o600)
     configuration.write_text(json.dumps(logging_config()))
@@ -644,7 +681,29 @@ def _missing(spec: EngineSpec) -> EngineFailed | None:
             cause=f"{spec.model} is no model: it holds no config.json",
             remedy="Name the folder that holds the model's config.json and weights, with --model or engine.model",
         )
-    return None
+    return too_much_dram(spec.dram_bytes, Path("/proc/meminfo").read_text())
+
+
+def too_much_dram(dram_bytes: int, meminfo: str) -> EngineFailed | None:
+    """Why a DRAM tier of so many bytes cannot be had on this machine; None: it can.
+
+    It is shared memory, of which the cage gives half the machine's (tmpfs(5)), and it is taken whole at the start.
+
+    Args:
+        dram_bytes: the tier's size.
+        meminfo: the text of /proc/meminfo (proc(5)). What it does not tell is not held against the tier.
+    """
+    lines = re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB$", meminfo, re.MULTILINE)
+    told = {name: int(kib) << 10 for name, kib in lines}
+    most = min(told.get("MemTotal", 2 * dram_bytes) // 2, told.get("MemAvailable", dram_bytes))
+    if dram_bytes <= most:
+        return None
+    return EngineFailed(
+        "the engine cannot be started",
+        cause=f"tiers.dram_bytes asks for {dram_bytes / 2**30:.1f} GiB of memory; at most {most / 2**30:.1f} GiB can be"
+        " had (half of the machine's, and no more than is available)",
+        remedy="Lower tiers.dram_bytes, or stop something else",
+    )
 
 
 # What a Python exception looks like, at the end of a traceback, behind whatever a logger put in front of it.

@@ -14,11 +14,13 @@ Rules:
 
 import asyncio
 import logging
+import os
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from appliance.engine import picture, protocol
+from appliance.engine.tier_keys import hand_down
 
 _logger = logging.getLogger(f"vllm.{__name__}")
 _MAX_BODY_BYTES = 1 << 20
@@ -36,6 +38,7 @@ def register() -> None:
     from appliance.engine.inside import connector
 
     connector.install()
+    hand_down(os.environ)
 
 
 class ExpiryTimer:

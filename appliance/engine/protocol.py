@@ -33,6 +33,7 @@ PLUGIN_NAME = "holdfast"
 PLUGIN_ENVIRONMENT: Mapping[str, str] = {"VLLM_PLUGINS": PLUGIN_NAME}
 
 CONNECTOR_NAME = "StateConnector"
+TIERED_CONNECTOR_NAME = "TieredStateConnector"
 CONNECTOR_MODULE = "appliance.engine.inside.connector"
 LEASE_FRACTION_FIELD = "holdfast_lease_fraction"
 LESSONS_FIELD = "holdfast_lessons"
@@ -340,30 +341,73 @@ def read_turn_accounts_answer(body: bytes) -> tuple[TurnAccount | None, ...]:
     return tuple(None if account is None else TurnAccount.from_wire(account) for account in accounts)
 
 
-def connector_config(lease_fraction: float, lessons: str | None = None) -> dict[str, object]:
+def connector_config(
+    lease_fraction: float,
+    lessons: str | None = None,
+    dram_bytes: int = 0,
+    disk: Mapping[str, object] | None = None,
+) -> dict[str, object]:
     """The value of vLLM's `--kv-transfer-config`.
 
     Args:
         lease_fraction: of the device's blocks, the most that leases may hold together; 0 turns leases off.
         lessons: the file that keeps what retention learned; None: nothing does.
+        dram_bytes: how much memory of the machine holds what does not fit on the device; 0: none, and no tier at all.
+        disk: what vLLM is to know of the tier on disk: the class, its module, its options; None: there is none.
 
     Raises:
-        ValueError: when the fraction is not in 0 to 0.95.
+        ValueError: when the fraction is not in 0 to 0.95, or there is a disk but no DRAM, through which all goes.
     """
     if not 0 <= lease_fraction <= 0.95:
         raise ValueError(f"lease_fraction is {lease_fraction}: it must be between 0 and 0.95")
+    if dram_bytes < 0 or (disk is not None and not dram_bytes):
+        raise ValueError(f"dram_bytes is {dram_bytes}: a tier on disk needs some DRAM before it")
+    if not dram_bytes:
+        return {
+            "kv_connector": CONNECTOR_NAME,
+            "kv_connector_module_path": CONNECTOR_MODULE,
+            # With "kv_both" vLLM delays each block that a request frees, for the sake of loads; this one makes none.
+            "kv_role": "kv_producer",
+            "kv_connector_extra_config": {LEASE_FRACTION_FIELD: lease_fraction, LESSONS_FIELD: lessons},
+        }
     return {
-        "kv_connector": CONNECTOR_NAME,
+        "kv_connector": TIERED_CONNECTOR_NAME,
         "kv_connector_module_path": CONNECTOR_MODULE,
-        # With "kv_both" vLLM delays each block that a request frees, for the sake of loads; this connector makes none.
-        "kv_role": "kv_producer",
-        "kv_connector_extra_config": {LEASE_FRACTION_FIELD: lease_fraction, LESSONS_FIELD: lessons},
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {
+            LEASE_FRACTION_FIELD: lease_fraction,
+            LESSONS_FIELD: lessons,
+            "cpu_bytes_to_use": dram_bytes,
+            "spec_name": "TierSpec",
+            "spec_module_path": CONNECTOR_MODULE,
+            "eviction_policy": "SessionChunks",
+            "cache_policy_module_path": CONNECTOR_MODULE,
+            "offload_prompt_only": False,  # the next prompt holds the answer, too
+            "secondary_tiers": [] if disk is None else [dict(disk)],
+        },
     }
 
 
-def connector_arguments(lease_fraction: float, lessons: str | None = None) -> list[str]:
-    """What `vllm serve` is given on its command line so that leases are kept."""
-    return ["--kv-transfer-config", json.dumps(connector_config(lease_fraction, lessons), separators=(",", ":"))]
+def disk_tier(folder: str, capacity_bytes: int, ttl_s: float) -> dict[str, object]:
+    """What vLLM is to know of the tier on disk: its files' folder, how much they take, how long one is kept unused."""
+    return {
+        "type": "DiskTier",
+        "module_path": CONNECTOR_MODULE,
+        "root_dir": folder,
+        "capacity_bytes": capacity_bytes,
+        "ttl_s": ttl_s,
+    }
+
+
+def connector_arguments(
+    lease_fraction: float,
+    lessons: str | None = None,
+    dram_bytes: int = 0,
+    disk: Mapping[str, object] | None = None,
+) -> list[str]:
+    """What `vllm serve` is given on its command line so that leases are kept, and tiers where there are some."""
+    config = connector_config(lease_fraction, lessons, dram_bytes, disk)
+    return ["--kv-transfer-config", json.dumps(config, separators=(",", ":"))]
 
 
 def _lease_state(value: object) -> LeaseState:

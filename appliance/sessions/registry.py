@@ -50,6 +50,8 @@ _TIP_BYTES = 32 << 20
 _KNOWN_LINKS = 32_768
 _OWN_ID = re.compile(r"ses_[0-9a-f]{32}")
 _LOOKUP_LINKS = 512  # how far back from its end a history is searched for an answer of ours
+_KNOWN_LABELS = 65_536  # of sessions, by which the engine names them
+_LABELS_AGAIN_S = 10.0  # for a label that is not known the sessions are looked through at most so often
 
 
 class UnknownResponse(HoldfastError):
@@ -156,6 +158,9 @@ class Registry(Archive):
         self._by_client_id: OrderedDict[bytes, str] = OrderedDict()
         self._by_link: OrderedDict[bytes, tuple[str, int]] = OrderedDict()
         self._tips = _Tips(_TIP_BYTES)
+        self._by_label: OrderedDict[tuple[str, str], tuple[str, str]] = OrderedDict()
+        self._labels_read_at: float | None = None
+        self._reading_labels = asyncio.Lock()
 
     # Finding the session of a turn
 
@@ -401,6 +406,8 @@ class Registry(Archive):
         shared_salt = mac(
             tenant_id, KeyPurpose.SALT, "shared-salt", isolation.value.encode(), str(cache_epoch).encode()
         ).hex()
+        label = (self._tenant_label(tenant_id), self.lease_label(tenant_id, live.session_id))
+        self._note_label(label, (tenant_id, live.session_id))
         return Session(
             session_id=live.session_id,
             tenant_id=tenant_id,
@@ -408,8 +415,8 @@ class Registry(Archive):
             visible_id=live.client_id or live.session_id,
             salt=shared_salt if isolation is Isolation.TENANT else own_salt,
             shared_salt=shared_salt if isolation is Isolation.TENANT_PREFIX else None,
-            lease_label=self.lease_label(tenant_id, live.session_id),
-            tenant_label=mac(tenant_id, KeyPurpose.SALT, "tenant-label").hex()[:32],
+            lease_label=label[1],
+            tenant_label=label[0],
             keeping=keeping(self._settings, caller.tenant, model),
             parent_lease_label=(
                 "" if live.parent_session_id is None else self.lease_label(tenant_id, live.parent_session_id)
@@ -420,6 +427,56 @@ class Registry(Archive):
             _epoch=live.epoch + cache_epoch,  # neither ever falls: where the sum is the same, both are
             _links=links,
         )
+
+    async def tier_key(self, tenant_label: str, lease_label: str) -> bytes:
+        """The key of what the engine's tiers hold of a session, by the names that the engine knows.
+
+        Raises:
+            UnknownSession, KeyMissing: there is no such session, or it was forgotten.
+            VaultSealed: the vault is sealed.
+        """
+        label = (tenant_label, lease_label)
+        if label not in self._by_label:
+            async with self._reading_labels:  # who asks meanwhile must not be told that it is not there
+                await self._read_labels()
+        if label not in self._by_label:
+            raise unknown_session("of that label")
+        tenant_id, session_id = self._by_label[label]
+        live = self._live.get(session_id)
+        if live is not None and live.forgotten:
+            raise unknown_session(session_id)
+        if live is not None and not live.stored:  # its first turn runs: its key is made before it is stored
+            self._vault.new_session_key(tenant_id, session_id)
+        return await asyncio.to_thread(self._vault.tier_key, session_id)
+
+    async def _read_labels(self) -> None:
+        """After a start: the labels of the sessions that were used last."""
+        read_at = time.monotonic()
+        if self._labels_read_at is not None and read_at - self._labels_read_at < _LABELS_AGAIN_S:
+            return
+        self._labels_read_at = read_at
+        sessions = tables.sessions
+        query = (
+            select(sessions.c.tenant_id, sessions.c.session_id)
+            .order_by(sessions.c.last_used_at.desc())
+            .limit(_KNOWN_LABELS // 2)
+        )
+        rows = await self._store.read(lambda db: db.execute(query).all())
+
+        def labelled() -> list[tuple[tuple[str, str], tuple[str, str]]]:
+            return [((self._tenant_label(row[0]), self.lease_label(*row)), (row[0], row[1])) for row in rows]
+
+        for label, named in await asyncio.to_thread(labelled):
+            self._by_label.setdefault(label, named)
+
+    def _note_label(self, label: tuple[str, str], named: tuple[str, str]) -> None:
+        self._by_label[label] = named
+        self._by_label.move_to_end(label)
+        if len(self._by_label) > _KNOWN_LABELS:
+            self._by_label.popitem(last=False)
+
+    def _tenant_label(self, tenant_id: str) -> str:
+        return self._vault.mac(tenant_id, KeyPurpose.SALT, "tenant-label").hex()[:32]
 
     # Writing a turn down
 

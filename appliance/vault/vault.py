@@ -81,8 +81,8 @@ class _Key:
         self.unstored = unstored
         self.macs: dict[str, hmac.HMAC] = {}
         self.aead = AESGCM(secret) if record.purpose in _ENCRYPTING else None
-        # What encrypts is not needed a second time; the rest can be overwritten.
-        self.secret = bytearray(secret if self.aead is None else b"")
+        # What encrypts is needed a second time only where other keys come of it; the rest can be overwritten.
+        self.secret = bytearray(b"" if record.purpose is KeyPurpose.RECORDS else secret)
 
     def wipe(self) -> None:
         self.secret[:] = bytes(len(self.secret))
@@ -169,8 +169,14 @@ class Vault:
         return self._new_family(tenant_id, purposes)
 
     def new_session_key(self, tenant_id: str, session_id: str) -> KeyRecord:
-        """The key of a new session, under its tenant's. Until it is stored it can be dropped, also by sealing."""
+        """The key of a new session, under its tenant's. Until it is stored it can be dropped, also by sealing.
+
+        The same for each call until then.
+        """
         with self._lock:
+            known = self._cache.get(self._active.get((session_id, KeyPurpose.SESSION), ""))
+            if known is not None and known.unstored:
+                return known.record
             key = self._make(session_id, KeyPurpose.SESSION, self._key_of(tenant_id, KeyPurpose.WRAPPING))
             self._activate(key)
             return key.record
@@ -276,6 +282,16 @@ class Vault:
             digest = _keyed_hash(self._key_of(scope, purpose), label)
         digest.update(b"".join(map(length_prefixed, parts)))
         return digest.digest()
+
+    def tier_key(self, session_id: str) -> bytes:
+        """The key of what tiers hold of a session, 32 bytes: it opens that and nothing else (HKDF, RFC 5869).
+
+        Raises:
+            VaultSealed, KeyMissing: the session's key is not to be had.
+        """
+        with self._lock:
+            key = self._key_of(session_id, KeyPurpose.SESSION)
+            return HKDFExpand(SHA256(), _KEY_BYTES, b"holdfast-tier-1").derive(bytes(key.secret))
 
     def audit_key_id(self, scope: str) -> bytes:
         """Which key seals the audit records of a scope now, 16 bytes.

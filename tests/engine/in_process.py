@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,8 @@ from typing import Any
 from vllm import LLM, SamplingParams
 from vllm.v1.core.block_pool import BlockPool
 
-from appliance.engine.inside.connector import StateConnector
-from appliance.engine.protocol import (
-    Lease,
-    LeaseReport,
-    TurnAccount,
-    TurnEnd,
-    connector_config,
-    lease_params,
-)
+from appliance.engine.inside.connector import StateConnector, TieredStateConnector
+from appliance.engine.protocol import Lease, LeaseReport, TurnAccount, TurnEnd, connector_config, lease_params
 
 BLOCK = 32  # tokens
 POOL = 40  # blocks that can be handed out
@@ -54,9 +47,9 @@ class Answer:
 class EngineInProcess:
     """See the module. `preemptions` counts requests thrown off the device since `start_anew`."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, *, dram_bytes: int = 0, disk: Mapping[str, object] | None = None) -> None:
         self.clock = Clock()
-        StateConnector.clock = staticmethod(self.clock)
+        (TieredStateConnector if dram_bytes else StateConnector).clock = staticmethod(self.clock)
         self._llm = LLM(
             model=str(model),
             block_size=BLOCK,
@@ -67,12 +60,12 @@ class EngineInProcess:
             enforce_eager=True,
             dtype="bfloat16",
             seed=0,
-            kv_transfer_config=connector_config(BOUND / POOL),
+            kv_transfer_config=connector_config(BOUND / POOL, None, dram_bytes, disk),
         )
         self._front = self._llm.llm_engine
         self.core: Any = self._front.engine_core.engine_core
         self.scheduler: Any = self.core.scheduler
-        self.connector: StateConnector = self.scheduler.get_kv_connector()
+        self.connector: StateConnector | TieredStateConnector = self.scheduler.get_kv_connector()
         self.pool: BlockPool = self.scheduler.kv_cache_manager.block_pool
         self.answers: dict[str, Answer] = {}
         self.preemptions = 0

@@ -22,12 +22,14 @@ class Accounts:
         self._most = most
         self._accounts: OrderedDict[tuple[str, str, str], TurnAccount] = OrderedDict()
 
-    def admitted(self, lease: Lease, device_tokens: int, reason: str = "") -> None:
-        """A turn's request was given its blocks; what it hits on the device is known now."""
+    def admitted(
+        self, lease: Lease, device_tokens: int, dram_tokens: int = 0, disk_tokens: int = 0, reason: str = ""
+    ) -> None:
+        """A turn's request was given its blocks; what it hits in each tier is known now."""
         key = (lease.tenant, lease.session, lease.turn)
         if not lease.turn or key in self._accounts:
             return
-        self._accounts[key] = TurnAccount(lease.turn, device_tokens, reason=reason)
+        self._accounts[key] = TurnAccount(lease.turn, device_tokens, dram_tokens, disk_tokens, reason)
         if len(self._accounts) > self._most:
             self._accounts.popitem(last=False)
 

@@ -16,28 +16,64 @@ Rules:
 - Written for one version of vLLM; `install` refuses another. tests/engine/test_contract.py holds what is relied on.
 """
 
+import contextlib
+import itertools
+import mmap
+import os
+import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import vllm
+from vllm import SamplingParams
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
     SupportsHMA,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.logger import init_logger
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.core import block_pool, kv_cache_utils
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCaches,
+    GPULoadStoreSpec,
+    LookupResult,
+    Medium,
+    OffloadingWorker,
+    PrepareStoreOutput,
+    ReqContext,
+    RequestOffloadingContext,
+    ScheduleEndContext,
+    TransferResult,
+)
+from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
+from vllm.v1.kv_offload.cpu.policies.base import CachePolicy, ChunkStatus
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.file_mapper import FileMapper
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import Request, RequestStatus
 
 from appliance.engine.inside.accounts import Accounts
+from appliance.engine.inside.canary import MOST_TOKENS, Canary, Sample
+from appliance.engine.inside.chunks import ChunkOrder, Owner, Worth
+from appliance.engine.inside.disk.channel import KeyAsker
+from appliance.engine.inside.disk.files import Owner as DiskOwner
+from appliance.engine.inside.disk.fingerprint import fingerprint
+from appliance.engine.inside.disk.store import DiskStore, Piece, Presence
 from appliance.engine.inside.leases import Change, LeasedBlock, LeaseTable
 from appliance.engine.inside.lessons import Lessons
 from appliance.engine.inside.pictures import Totals, picture_of
@@ -54,7 +90,9 @@ from appliance.engine.protocol import (
     MalformedMessage,
     TurnAccount,
     TurnEnd,
+    lease_params,
 )
+from appliance.engine.tier_keys import inherited_socket
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -63,6 +101,8 @@ _TICK_METHOD = "holdfast_lease_tick"
 _KV_METHOD = "holdfast_kv_picture"
 _TURNS_METHOD = "holdfast_turns_ended"
 _RANGE_SALTED = "holdfast_range_salted"
+
+_CANARY = ("holdfast", "canary")  # a tenant's label is longer
 
 
 class UnsupportedEngine(RuntimeError):
@@ -196,10 +236,12 @@ class LeaseRetention:
         hit_tokens = self._hit_tokens.pop(request.request_id, None)
         lease = self._leases_asked.get(request.request_id)
         if lease is not None and hit_tokens is not None:
-            whole = request.num_tokens - 1 - hit_tokens < self._block_size  # one token at least is computed
+            found = hit_tokens + num_external_tokens
+            whole = request.num_tokens - 1 - found < self._block_size  # one token at least is computed
             change, reason = self._table.admitted(lease, hit_tokens, whole)
             self._apply(change)
-            self._accounts.admitted(lease, hit_tokens, "" if whole else reason)
+            tier_tokens = self._tier_tokens(request, num_external_tokens)
+            self._accounts.admitted(lease, hit_tokens, *tier_tokens, "" if whole else self._why_missed(reason))
 
     def has_pending_block_frees(self) -> bool:
         # Called when a running request found no block, before it or another one is preempted.
@@ -248,7 +290,19 @@ class LeaseRetention:
         """End every lease."""
         self._apply(self._table.release_all())
 
+    def _why_missed(self, reason: str) -> str:
+        """Why a session's blocks were not all there, given why they left the device."""
+        return reason
+
+    def canary(self) -> Request | None:
+        """A request of the engine's own, to be run when nobody else's is; None: there is none."""
+        return None
+
     # How it is done.
+
+    def _tier_tokens(self, request: Request, external_tokens: int) -> tuple[int, int]:  # noqa: ARG002
+        """How many of a request's tokens come from DRAM and from the disk."""
+        return 0, 0
 
     def _asked_lease(self, request: Request) -> Lease | None:
         params = request.kv_transfer_params
@@ -466,7 +520,508 @@ class NoTransfer(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
 
 class StateConnector(LeaseRetention, NoTransfer):
-    """What vLLM loads: leases on the device, and nothing moved off it."""
+    """What vLLM loads without tiers: leases on the device, and nothing moved off it."""
+
+
+class SessionChunks(CachePolicy):  # type: ignore[misc]
+    """Which chunk leaves DRAM, as vLLM's manager asks it; `ChunkOrder` decides."""
+
+    def __init__(self, cache_capacity: int) -> None:
+        super().__init__(cache_capacity)
+        self._chunks: dict[bytes, ChunkStatus] = {}
+        self._storing: ReqContext | None = None
+        self.order: ChunkOrder
+
+    def get(self, key: bytes) -> ChunkStatus | None:
+        return self._chunks.get(key)
+
+    def on_store_miss(self, keys: Iterable[bytes], req_context: ReqContext) -> None:  # noqa: ARG002
+        # The manager inserts what is missing right after this call, and says of whom only here.
+        self._storing = req_context
+
+    def insert(self, key: bytes, chunk: ChunkStatus) -> None:
+        self._chunks[key] = chunk
+        context = self._storing
+        end_token = 0 if context is None else context.get_offload_key_position(key) or 0
+        self.order.add(key, end_token, None if context is None else _owner(context))
+        if chunk.ref_cnt == 0:
+            self.order.freed(key)
+
+    def remove(self, key: bytes) -> None:
+        del self._chunks[key]
+        self.order.discard(key)
+
+    def touch(self, keys: Iterable[bytes], req_context: ReqContext) -> None:
+        """When a chunk was used says nothing that its session's worth does not."""
+
+    def on_request_finished(
+        self,
+        key_groups: Sequence[Sequence[bytes]],
+        insertion_only_keys: set[bytes],  # noqa: ARG002
+        reused_keys: set[bytes],  # noqa: ARG002
+        req_context: ReqContext,
+    ) -> None:
+        owner = _owner(req_context)
+        if owner is None or req_context.get_state(_Released) is not None:
+            return
+        keys = itertools.chain(self.order.keys_of(owner), itertools.chain.from_iterable(key_groups))
+        at = ((key, req_context.get_offload_key_position(key)) for key in keys)
+        self.order.used(owner, {key: end_token for key, end_token in at if end_token is not None})
+
+    def evict(self, n: int, protected: set[bytes]) -> list[tuple[bytes, ChunkStatus]] | None:
+        picked = self.order.pick(n, protected)
+        return None if picked is None else [(key, self._chunks.pop(key)) for key in picked]
+
+    def clear(self) -> None:
+        self._chunks.clear()
+        self.order.clear()
+
+    def mark_evictable(self, key: bytes) -> None:
+        self.order.freed(key)
+
+    def mark_non_evictable(self, key: bytes) -> None:
+        self.order.held(key)
+
+
+@dataclass(frozen=True)
+class _Released:
+    """Marks a request whose session was released while it was known: nothing more of it is stored."""
+
+
+class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
+    """vLLM's tiering manager, which stores nothing of strict sessions and lets go of released ones."""
+
+    def __init__(self, primary_tier: CPUPrimaryTierOffloadingManager, secondary_tiers: list[Any]) -> None:
+        super().__init__(primary_tier, secondary_tiers)
+        self._chunks: SessionChunks = primary_tier._policy
+        self._doomed: set[bytes] = set()  # released, and still copied
+        self.on_stored: Callable[[ReqContext], None] = lambda _: None
+        self.quarantined = False  # nothing is restored any more
+
+    def order_by(self, worth: Worth, clock: Callable[[], float]) -> None:
+        """Say what decides the order in which chunks leave. Called once, before anything is stored."""
+        self._chunks.order = ChunkOrder(worth, clock)
+        for tier in self.secondary_tiers:
+            if isinstance(tier, DiskTier):
+                tier.order_by(worth, clock)
+
+    def sessions(self) -> tuple[Owner, ...]:
+        """Who has something in DRAM."""
+        return self._chunks.order.sessions()
+
+    def release(self, sessions: Collection[str]) -> None:
+        """Let go of all that the sessions so labelled have in DRAM, and overwrite it; and on the disk, with its key."""
+        for tier in self.secondary_tiers:
+            if isinstance(tier, DiskTier):
+                tier.store.drop_labelled(sessions)
+        for state in self._req_state.values():
+            owner = _owner(state.req_context)
+            if owner is not None and owner[1] in sessions:
+                state.req_context.set_state(_Released())
+        order = self._chunks.order
+        self._doomed.update(order.released([owner for owner in order.sessions() if owner[1] in sessions]))
+        self._drop_doomed()
+
+    def lookup(self, key: bytes, req_context: ReqContext, *, exclude_tier_idx: int | None = None) -> LookupResult:
+        if self.quarantined:
+            return LookupResult.MISS
+        return super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
+
+    def row(self, key: bytes) -> torch.Tensor | None:
+        """The bytes of a chunk in DRAM that is there whole, as int8."""
+        chunk, primary = self._chunks.get(key), self.primary_tier
+        if chunk is None or not chunk.is_ready:
+            return None
+        return primary._mmap_region.base_tensor.view(primary._num_chunks, -1)[chunk.chunk_id]
+
+    def prepare_store(self, keys: Collection[bytes], req_context: ReqContext) -> PrepareStoreOutput | None:
+        if not _is_stored(req_context):
+            return PrepareStoreOutput(keys_to_store=[], store_spec=CPULoadStoreSpec([]), evicted_keys=[])
+        return super().prepare_store(keys, req_context)
+
+    def complete_store(self, keys: Collection[bytes], req_context: ReqContext, success: bool = True) -> None:
+        if req_context.get_state(_Released) is not None:
+            self._doomed.update(key for key in keys if not self._chunks.order.is_owned(key))
+        super().complete_store(keys, req_context, success)
+        self._drop_doomed()
+        self.on_stored(req_context)
+
+    def complete_load(self, keys: Collection[bytes], req_context: ReqContext) -> None:
+        super().complete_load(keys, req_context)
+        self._drop_doomed()
+
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        super().on_schedule_end(context)
+        self._drop_doomed()
+
+    def reset_cache(self) -> None:
+        super().reset_cache()
+        self._doomed.clear()
+
+    def _drop_doomed(self) -> None:
+        if not self._doomed:
+            return
+        primary, order = self.primary_tier, self._chunks.order
+        rows = primary._mmap_region.base_tensor.view(primary._num_chunks, -1)
+        for key in [key for key in self._doomed if order.is_free(key) or key not in order]:
+            self._doomed.discard(key)
+            chunk = self._chunks.get(key)
+            if chunk is None or order.is_owned(key):
+                continue
+            self._chunks.remove(key)
+            primary._num_evictable_cache_chunks -= 1
+            primary._free_chunk(chunk)
+            rows[chunk.chunk_id].zero_()
+
+
+class DiskTier(SecondaryTierManager):  # type: ignore[misc]
+    """The tier on disk as vLLM asks for it. What is stored and read has a session, whose key encrypts it.
+
+    Args:
+        root_dir: where its files are.
+        capacity_bytes: the most that they take.
+        ttl_s: for how long a session's may be unused.
+    """
+
+    medium = Medium.STORAGE
+
+    def __init__(
+        self,
+        offloading_spec: Any,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        root_dir: str,
+        capacity_bytes: int,
+        ttl_s: float,
+        backpressure_detector: Any = None,
+    ) -> None:
+        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        self._memory = primary_kv_view.cast("B")
+        self._worth: Worth | None = None
+        self._clock: Callable[[], float] = time.monotonic
+        self._asker = KeyAsker(inherited_socket(os.environ))
+        self.store = DiskStore(
+            Path(root_dir),
+            fingerprint=_fingerprint(offloading_spec, self._block_size_bytes),
+            chunk_bytes=self._block_size_bytes,
+            capacity_bytes=capacity_bytes,
+            ttl_s=ttl_s,
+            keys=self._asker.keys,
+            worth=self._worth_of,
+        )
+        status = self.store.status()
+        if not status.on:
+            logger.warning("The KV tier on disk is off: %s.", status.last_error)
+
+    def order_by(self, worth: Worth, clock: Callable[[], float]) -> None:
+        """Say what decides which sessions leave first."""
+        self._worth, self._clock = worth, clock
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        owner = _owner(req_context)
+        if owner is not None:
+            self.store.expect(DiskOwner(*owner))  # so that its key is there when it is looked up
+            self.store.used([DiskOwner(*owner)])
+        return RequestOffloadingContext()
+
+    def lookup(self, key: bytes, req_context: ReqContext) -> LookupResult:
+        owner = _owner(req_context)
+        found = Presence.ABSENT if owner is None else self.store.find(key, owner[0])
+        return _LOOKED_UP[found]
+
+    def submit_store(self, job_metadata: TransferJob) -> None:
+        context: ReqContext = job_metadata.req_context
+        owner = _owner(context)
+        pieces = self._pieces(job_metadata) if owner is not None and _is_stored(context) else []
+        self.store.store(job_metadata.job_id, DiskOwner(*(owner or ("", ""))), pieces)
+
+    def submit_load(self, job_metadata: TransferJob) -> None:
+        owner = _owner(job_metadata.req_context)
+        self.store.load(job_metadata.job_id, owner[0] if owner is not None else "", self._pieces(job_metadata))
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        return [
+            JobResult(done.job, done.whole, None if done.whole else done.keys, done.seconds, done.moved_bytes)
+            for done in self.store.finished()
+        ]
+
+    def drain_jobs(self) -> None:
+        self.store.drain()
+
+    def shutdown(self) -> None:
+        self.store.close()
+        self._asker.close()
+        self._memory.release()
+
+    def _pieces(self, job: TransferJob) -> list[Piece]:
+        size = self._block_size_bytes
+        return [
+            Piece(
+                key, job.req_context.get_offload_key_position(key) or 0, self._memory[chunk * size : (chunk + 1) * size]
+            )
+            for key, chunk in zip(job.keys, map(int, job.chunk_ids), strict=True)
+        ]
+
+    def _worth_of(self, owner: DiskOwner) -> float:
+        if self._worth is None:
+            return 0.0
+        return self._worth(session=tuple(owner), now=self._clock(), position=0, abandoned=False)
+
+
+_LOOKED_UP = {
+    Presence.HERE: LookupResult.HIT,
+    Presence.ABSENT: LookupResult.MISS,
+    Presence.ASK_AGAIN: LookupResult.RETRY,
+}
+
+
+class TierSpec(TieringOffloadingSpec):  # type: ignore[misc]
+    """vLLM's tiers, on a CPU too. The memory of the DRAM tier has no name once everybody has it open."""
+
+    _manager: Any
+    _worker: Any
+
+    def get_manager(self) -> TieredManager:
+        if self._manager is None:
+            made = super().get_manager()
+            self._manager = TieredManager(made.primary_tier, made.secondary_tiers)
+            region = made.primary_tier._mmap_region
+            _keep_out_of_cores(region)
+            # vLLM makes the workers' caches before the scheduler: whoever opens the memory last takes its name away, so
+            # that no way of dying leaves it behind.
+            with contextlib.suppress(FileNotFoundError):
+                Path(region.mmap_path).unlink()
+            region._creator = False
+        manager: TieredManager = self._manager
+        return manager
+
+    def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        if self._worker is None:
+            self._worker = self.create_worker(kv_caches)
+        return self._worker
+
+    def create_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        if all(tensor.tensor.device.type != "cpu" for tensor in kv_caches.tensors):
+            worker = super().create_worker(kv_caches)
+            region = worker._mmap_region
+        else:
+            region = SharedOffloadRegion(
+                engine_id=self._engine_id,
+                num_chunks=self.num_chunks,
+                rank=0 if self.replicated_layout else self.config.parallel.rank,
+                kv_bytes_per_chunk=self.kv_bytes_per_chunk,
+                cpu_page_size=self.cpu_page_size_per_worker,
+            )
+            worker = CopyingWorker(kv_caches, region, self.blocks_per_chunk)
+        _keep_out_of_cores(region)
+        region._creator = False
+        return worker
+
+
+class CopyingWorker(OffloadingWorker):  # type: ignore[misc]
+    """Moves chunks where the device is a CPU: a copy in memory, done when it was asked for."""
+
+    def __init__(self, kv_caches: CanonicalKVCaches, region: SharedOffloadRegion, blocks_per_chunk: int) -> None:
+        if blocks_per_chunk != 1:
+            raise UnsupportedEngine("on a CPU a chunk is one block: leave block_size out of the connector's options")
+        self._region: SharedOffloadRegion | None = region
+        self._device = [tensor.tensor for tensor in kv_caches.tensors]
+        self._dram = [region.create_next_worker_view(tensor.page_size_bytes) for tensor in kv_caches.tensors]
+        self._tensors_of_group = [sorted({ref.tensor_idx for ref in refs}) for refs in kv_caches.group_data_refs]
+        self._finished: list[TransferResult] = []
+
+    def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: CPULoadStoreSpec) -> bool:
+        return self._copy(job_id, self._device, src_spec.block_ids, self._dram, dst_spec.chunk_ids, src_spec)
+
+    def submit_load(self, job_id: int, src_spec: CPULoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+        return self._copy(job_id, self._dram, src_spec.chunk_ids, self._device, dst_spec.block_ids, dst_spec)
+
+    def get_finished(self) -> list[TransferResult]:
+        finished, self._finished = self._finished, []
+        return finished
+
+    def wait(self, job_ids: set[int]) -> None:
+        """Every copy is over when it was submitted."""
+
+    def shutdown(self) -> None:
+        self._device.clear()
+        self._dram.clear()
+        if self._region is not None:
+            self._region.cleanup()
+            self._region = None
+
+    def _copy(
+        self,
+        job_id: int,
+        sources: list[torch.Tensor],
+        source_ids: Any,
+        targets: list[torch.Tensor],
+        target_ids: Any,
+        groups: GPULoadStoreSpec,
+    ) -> bool:
+        started = time.perf_counter()
+        copied_bytes = first = 0
+        for tensors, blocks in zip(self._tensors_of_group, groups.group_sizes, strict=True):
+            source = torch.from_numpy(source_ids[first : first + blocks].astype("int64"))
+            target = torch.from_numpy(target_ids[first : first + blocks].astype("int64"))
+            first += blocks
+            for tensor in tensors:
+                targets[tensor].index_copy_(0, target, sources[tensor].index_select(0, source))
+                copied_bytes += blocks * targets[tensor].shape[1]
+        self._finished.append(TransferResult(job_id, True, copied_bytes, time.perf_counter() - started))
+        return True
+
+
+class TieredRetention(LeaseRetention):
+    """Leases before a connector with tiers: the two go by one policy, and end together."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._canary = Canary(self.clock)
+        self._dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, vllm_config.model_config)
+        if role == KVConnectorRole.SCHEDULER:
+            self._tiers.order_by(self.policy.value, self.clock)
+            self._tiers.on_stored = self._compare
+
+    @property
+    def _tiers(self) -> TieredManager:
+        manager: TieredManager = self.connector_scheduler.manager  # type: ignore[attr-defined]
+        return manager
+
+    def report(self, release: Iterable[str] = ()) -> LeaseReport:
+        labels = frozenset(release)
+        report = super().report(labels)
+        if labels:
+            for owner in self._tiers.sessions():
+                if owner[1] in labels:
+                    self.policy.closed(session=owner, now=self.clock())
+            self._tiers.release(labels)
+        return report
+
+    def _asked_lease(self, request: Request) -> Lease | None:
+        lease = super()._asked_lease(request)
+        return None if lease is not None and _key(lease) == _CANARY else lease
+
+    def _tier_tokens(self, request: Request, external_tokens: int) -> tuple[int, int]:
+        if not external_tokens:
+            return 0, 0
+        sources: dict[CacheHitSource, int] = self.get_external_cache_hit_sources(  # type: ignore[attr-defined]
+            request, external_tokens
+        )
+        if self._canary.is_due():
+            self._note(request)
+        dram_tokens = sources.get(CacheHitSource.HOST, 0)
+        return dram_tokens, sum(sources.values()) - dram_tokens
+
+    def _why_missed(self, reason: str) -> str:
+        return "tier_fault" if self._tiers.quarantined else reason
+
+    # Restored equals recomputed.
+
+    def canary(self) -> Request | None:
+        """A request that computes a restored prompt's beginning again; None: there is none to compute now.
+
+        Its answer goes nowhere: the front end knows no such request. Its KV is stored like that of any session,
+        compared when it is in DRAM, and released.
+        """
+        if any(not request.is_finished() for request in self._requests.values()):
+            return None  # whoever asked for something comes first
+        sample = self._canary.take()
+        if sample is None:
+            return None
+        request = Request(
+            request_id=f"canary-{secrets.token_hex(8)}",
+            prompt_token_ids=list(sample.tokens),
+            sampling_params=SamplingParams(temperature=0, max_tokens=1),
+            pooling_params=None,
+            cache_salt=secrets.token_hex(32),
+            block_hasher=self._block_hasher,
+        )
+        request.kv_transfer_params = lease_params(Lease(_CANARY[1], _CANARY[0], 0.0))
+        return request
+
+    def _note(self, request: Request) -> None:
+        """Keep what comes back for the beginning of a prompt of plain tokens, as it comes back."""
+        if request.lora_request is not None or request.mm_features or request.prompt_token_ids is None:
+            return
+        status = self.connector_scheduler._req_status[request.request_id]  # type: ignore[attr-defined]
+        most = min(MOST_TOKENS, len(request.prompt_token_ids) // self._block_size * self._block_size)
+        restored = [
+            (end_token, row.numpy().tobytes())
+            for _, end_token, key in status.load_key_ranges
+            if end_token <= most and (row := self._tiers.row(key)) is not None
+        ]
+        if restored:
+            self._block_hasher = request._block_hasher
+            self._canary.note(Sample(tuple(request.prompt_token_ids[: restored[-1][0]]), tuple(restored)))
+
+    def _compare(self, context: ReqContext) -> None:
+        """The canary's KV is in DRAM: compare it."""
+        if _owner(context) != _CANARY:
+            return
+        ends = {context.get_offload_key_position(key): key for key in self._tiers._chunks.order.keys_of(_CANARY)}
+        if any((key := ends.get(end)) is None or self._tiers.row(key) is None for end in self._canary.ends()):
+            return  # it is stored step by step
+
+        def error_of(end_token: int, restored: bytes) -> float | None:
+            key = ends.get(end_token)
+            computed = None if key is None else self._tiers.row(key)
+            if computed is None:
+                return None
+            expected = computed.view(self._dtype).float()
+            came_back = torch.frombuffer(bytearray(restored), dtype=torch.int8).view(self._dtype).float()
+            return float((came_back - expected).norm() / expected.norm())
+
+        agreed = self._canary.judge(error_of)
+        self._tiers.release(frozenset({_CANARY[1]}))
+        if not agreed and not self._tiers.quarantined:
+            self._tiers.quarantined = True
+            logger.error(
+                "KV that came back from a tier is not what the model computes (error %.3g): nothing is restored any "
+                "more. Sessions go on and are computed again. Start the engine again when the cause is found.",
+                self._canary.worst,
+            )
+
+
+class TieredStateConnector(TieredRetention, OffloadingConnector):  # type: ignore[misc]
+    """What vLLM loads with tiers: leases on the device, and vLLM's own connector behind them."""
+
+
+def _key(lease: Lease) -> Owner:
+    return lease.tenant, lease.session
+
+
+def _lease_of(context: ReqContext) -> Lease | None:
+    """The lease that a request carries; None where there is none that can be read."""
+    params = context.kv_transfer_params or {}
+    try:
+        return Lease.from_wire(params[LEASE_FIELD])
+    except (KeyError, MalformedMessage):
+        return None
+
+
+def _owner(context: ReqContext) -> Owner | None:
+    lease = _lease_of(context)
+    return None if lease is None else _key(lease)
+
+
+def _is_stored(context: ReqContext) -> bool:
+    """Whether a request's KV may leave the device: it has a session, which is neither strict nor released."""
+    lease = _lease_of(context)
+    return lease is not None and not lease.strict and context.get_state(_Released) is None
+
+
+def _fingerprint(spec: Any, chunk_bytes: int) -> bytes:
+    """What the KV of this engine is made by, and how it lies in a chunk."""
+    made_with = FileMapper.from_offloading_spec("", spec, spec.blocks_per_chunk).get_run_config()
+    return fingerprint(
+        Path(spec.config.model.name), {**made_with, "vllm": vllm.__version__, "chunk_bytes": chunk_bytes}
+    )
+
+
+def _keep_out_of_cores(region: SharedOffloadRegion) -> None:
+    if region.mmap_obj is not None:
+        region.mmap_obj.madvise(mmap.MADV_DONTDUMP)
 
 
 def install() -> None:
@@ -541,7 +1096,12 @@ def _kv(self: EngineCore, most_sessions: int) -> dict:  # type: ignore[type-arg]
 
 
 def _tick(self: EngineCore) -> float | None:
-    return connector_of(self).tick()
+    connector = connector_of(self)
+    due_in_s = connector.tick()
+    canary = connector.canary()
+    if canary is not None:
+        self.scheduler.add_request(canary)
+    return due_in_s
 
 
 def _turns_ended(self: EngineCore, ends: list) -> list:  # type: ignore[type-arg]

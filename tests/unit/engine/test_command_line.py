@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance.engine.launcher import EngineSpec, command_line, device_of, environment
+from appliance.engine.launcher import EngineSpec, command_line, device_of, environment, too_much_dram
 from appliance.settings import EngineSettings
 
 SPEC = EngineSpec(
@@ -136,3 +136,34 @@ def test_the_device_is_read_off_the_installed_build(tmp_path: Path, distribution
     assert (spec.device, spec.eager, spec.served_name) == (device, device == "cpu", "harbour")
     assert (spec.cpu_threads is not None) == (device == "cpu")
     assert spec.cache_dir == tmp_path / "cache"
+
+
+def test_tiers_are_told_only_where_there_are_some() -> None:
+    config = json.loads(option(command_line(replace(SPEC, dram_bytes=1 << 30)), "--kv-transfer-config"))
+    assert config["kv_connector"] == "TieredStateConnector"
+    assert config["kv_connector_extra_config"]["cpu_bytes_to_use"] == 1 << 30
+    assert config["kv_connector_extra_config"]["offload_prompt_only"] is False
+    config = json.loads(option(command_line(SPEC), "--kv-transfer-config"))
+    assert config["kv_connector"] == "StateConnector"
+    assert "cpu_bytes_to_use" not in config["kv_connector_extra_config"]
+
+
+def test_the_tier_on_disk_lies_in_its_folder_behind_dram() -> None:
+    line = command_line(replace(SPEC, dram_bytes=1 << 30, disk_bytes=1 << 33, disk_dir=Path("/nvme/tier")))
+    (disk,) = json.loads(option(line, "--kv-transfer-config"))["kv_connector_extra_config"]["secondary_tiers"]
+    assert (disk["type"], disk["root_dir"], disk["capacity_bytes"]) == ("DiskTier", "/nvme/tier", 1 << 33)
+
+
+@pytest.mark.parametrize(("dram_gib", "fits"), [(0, True), (8, True), (9, False), (13, False)])
+def test_dram_that_the_machine_does_not_have_is_refused(dram_gib: int, fits: bool) -> None:
+    meminfo = f"MemTotal:       {24 << 20} kB\nMemFree: 1 kB\nMemAvailable:   {8 << 20} kB\n"
+    failure = too_much_dram(dram_gib << 30, meminfo)
+    assert (failure is None) == fits
+    if failure is not None:
+        assert "at most 8.0 GiB" in str(failure.cause)
+
+
+def test_half_of_the_machine_is_the_most_that_dram_may_be() -> None:
+    meminfo = f"MemTotal:       {24 << 20} kB\nMemAvailable:   {23 << 20} kB\n"
+    assert too_much_dram(12 << 30, meminfo) is None
+    assert too_much_dram(13 << 30, meminfo) is not None

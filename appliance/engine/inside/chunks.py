@@ -1,0 +1,199 @@
+"""Which session's chunk leaves DRAM next.
+
+A chunk is the KV of one block outside the device. `ChunkOrder` knows whose it is and where in the session's tokens it
+ends, and picks what leaves when the room is wanted. It holds no KV and touches no memory.
+
+Rules:
+
+- What a session diverged from goes first, and what nobody owns any more; then the session of the lowest worth, as
+  `RetentionPolicy` reckons it; each from its tail on. A head without its tail is worth something, a tail without its
+  head nothing.
+- A chunk that several sessions share stays as long as one of them is worth it.
+- A chunk that is being copied does not leave: only what is `free` is picked.
+- Worths are reckoned for all sessions at once and hold for a while, longer the more sessions there are, so that the
+  reckoning costs a bounded share of the time.
+- The clock and the worth are passed in.
+"""
+
+import itertools
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from typing import Final, NamedTuple, Protocol
+
+_ORDER_HOLDS_S: Final = 1.0
+_SESSIONS_A_SECOND: Final = 4000  # for each so many sessions the order holds a second longer
+
+Owner = tuple[str, str]  # tenant, session
+
+
+class Worth(Protocol):
+    """What a session's KV is worth; `RetentionPolicy.value`."""
+
+    def __call__(self, *, session: Hashable, now: float, position: int, abandoned: bool) -> float:
+        """Hits a second; below zero: nothing."""
+
+
+class _Chunk(NamedTuple):
+    end_token: int
+    owners: set[Owner]
+
+
+class ChunkOrder:
+    """The order in which chunks leave.
+
+    Args:
+        worth: what a session is worth; the lowest leaves first.
+        clock: seconds; monotonic.
+    """
+
+    def __init__(self, worth: Worth, clock: Callable[[], float]) -> None:
+        self._worth = worth
+        self._clock = clock
+        self._chunks: dict[bytes, _Chunk] = {}
+        self._free: set[bytes] = set()
+        self._of: dict[Owner, dict[bytes, None]] = {}
+        self._orphans: dict[bytes, None] = {}  # nobody asks for them: they go first
+        self._ranked: list[Owner] = []  # the lowest worth first
+        self._order_ends_at = 0.0
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._chunks
+
+    def add(self, key: bytes, end_token: int, owner: Owner | None) -> None:
+        """A chunk came in; it is not free until `freed`."""
+        self._chunks[key] = _Chunk(end_token, set())
+        if owner is None:
+            self._orphans[key] = None
+        else:
+            self._own(key, owner)
+
+    def freed(self, key: bytes) -> None:
+        """Nothing copies from or to the chunk any more."""
+        self._free.add(key)
+
+    def held(self, key: bytes) -> None:
+        """Something copies from the chunk."""
+        self._free.discard(key)
+
+    def discard(self, key: bytes) -> None:
+        """The chunk is gone."""
+        chunk = self._chunks.pop(key, None)
+        if chunk is None:
+            return
+        for owner in chunk.owners:
+            self._leave(key, owner)
+        self._orphans.pop(key, None)
+        self._free.discard(key)
+
+    def clear(self) -> None:
+        """All chunks are gone."""
+        self._chunks.clear()
+        self._free.clear()
+        self._of.clear()
+        self._orphans.clear()
+        self._ranked.clear()
+
+    def used(self, owner: Owner, positions: Mapping[bytes, int]) -> None:
+        """A request of the session is over.
+
+        Args:
+            owner: the session.
+            positions: the request's chunks, in DRAM or not, and the token that each ends at. What the session has
+                beside them and the request left at an earlier token is abandoned: the session diverged from it.
+        """
+        for key in positions:
+            if key in self._chunks:
+                self._own(key, owner)
+        reached = max(positions.values(), default=0)
+        beside = [key for key in self._of.get(owner, ()) if key not in positions]
+        if any(self._chunks[key].end_token <= reached for key in beside):
+            for key in beside:
+                self._chunks[key].owners.discard(owner)
+                self._leave(key, owner)
+
+    def released(self, owners: Iterable[Owner]) -> tuple[bytes, ...]:
+        """The sessions are over; the chunks that nobody else owns."""
+        alone: list[bytes] = []
+        for owner in owners:
+            for key in tuple(self._of.get(owner, ())):
+                chunk = self._chunks[key]
+                chunk.owners.discard(owner)
+                self._leave(key, owner)
+                if not chunk.owners:
+                    alone.append(key)
+        return tuple(alone)
+
+    def sessions(self) -> tuple[Owner, ...]:
+        """Who owns something."""
+        return tuple(self._of)
+
+    def keys_of(self, owner: Owner) -> tuple[bytes, ...]:
+        """The chunks that a session has, shared ones too."""
+        return tuple(self._of.get(owner, ()))
+
+    def is_owned(self, key: bytes) -> bool:
+        """Whether some session has the chunk."""
+        chunk = self._chunks.get(key)
+        return chunk is not None and bool(chunk.owners)
+
+    def chunks_of(self, owner: Owner) -> int:
+        """How many chunks a session has, shared ones too."""
+        return len(self._of.get(owner, ()))
+
+    def is_free(self, key: bytes) -> bool:
+        """Whether the chunk is there and nothing copies it."""
+        return key in self._free
+
+    def pick(self, wanted_chunks: int, spared: Collection[bytes]) -> tuple[bytes, ...] | None:
+        """Take out so many chunks, or none and return None when fewer can leave.
+
+        Args:
+            spared: chunks that must not be among them.
+        """
+        leaving = self._leaving(spared)
+        picked = tuple(itertools.islice(leaving, wanted_chunks))
+        if len(picked) < wanted_chunks:
+            return None
+        for key in picked:
+            self.discard(key)
+        return picked
+
+    def _leaving(self, spared: Collection[bytes]) -> Iterator[bytes]:
+        """Every chunk that may leave, in the order in which they do."""
+        yield from (key for key in self._orphans if key in self._free and key not in spared)
+        passed: set[Owner] = set()
+        for owner in self._lowest_first():
+            passed.add(owner)
+            # A shared chunk goes with the owner of the highest worth.
+            going = [
+                (chunk.end_token, key)
+                for key in self._of.get(owner, ())
+                if key in self._free and key not in spared and (chunk := self._chunks[key]).owners <= passed
+            ]
+            yield from (key for _, key in sorted(going, reverse=True))
+
+    def _own(self, key: bytes, owner: Owner) -> None:
+        self._chunks[key].owners.add(owner)
+        self._of.setdefault(owner, {})[key] = None
+        self._orphans.pop(key, None)
+
+    def _leave(self, key: bytes, owner: Owner) -> None:
+        owned = self._of.get(owner)
+        if owned is not None:
+            owned.pop(key, None)
+            if not owned:
+                del self._of[owner]
+        chunk = self._chunks.get(key)
+        if chunk is not None and not chunk.owners:
+            self._orphans[key] = None
+
+    def _lowest_first(self) -> Iterator[Owner]:
+        now = self._clock()
+        if now >= self._order_ends_at:
+            worths = {owner: self._worth(session=owner, now=now, position=0, abandoned=False) for owner in self._of}
+            self._ranked = sorted(worths, key=worths.__getitem__)
+            self._order_ends_at = now + _ORDER_HOLDS_S + len(worths) / _SESSIONS_A_SECOND
+        yield from self._ranked
+        yield from self._of.keys() - set(self._ranked)  # who came since then was used last

@@ -1,0 +1,217 @@
+"""What is on the disk, whose it is, and what leaves first. Pure: no clock, no file.
+
+Rules:
+
+- What is being written has its room already: the tier never grows beyond its bound.
+- Room is made by dropping the sessions that are worth least, tail first; among equals, those unused for longest. Where
+  there are more than `_LOOKED_AT` sessions, that many are looked at, drawn at random: bounded work, and what is worth
+  much is never among the least of so many.
+- What is being loaded stays.
+- A session that was not used for `ttl_s` goes as a whole.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Final, NamedTuple
+
+from appliance.engine.inside.disk.files import ChunkName, Owner
+
+_LOOKED_AT: Final = 512
+_SPARE_SHARE: Final = 50  # room is made for a fiftieth more than is wanted, so that it is not looked for each time
+
+
+class Place(NamedTuple):
+    """Where a session's chunk is."""
+
+    position: int
+    copy: bytes
+
+
+class Held:
+    """What the disk holds of one session.
+
+    Attributes:
+        chunks: by key.
+        used_at: by the caller's clock.
+        loading: how many of its chunks are being read.
+        gone: it was dropped; what is still being written of it is dropped, too.
+    """
+
+    __slots__ = ("chunks", "gone", "loading", "owner", "used_at", "writing")
+
+    def __init__(self, owner: Owner, used_at: float) -> None:
+        self.owner = owner
+        self.used_at = used_at
+        self.chunks: dict[bytes, Place] = {}
+        self.writing = 0
+        self.loading = 0
+        self.gone = False
+
+    def names(self) -> Iterator[ChunkName]:
+        """Its chunks."""
+        return (ChunkName(self.owner, key, place.position, place.copy) for key, place in self.chunks.items())
+
+
+class DiskIndex:
+    """The chunks of every session.
+
+    Args:
+        capacity: how many chunks there may be.
+        ttl_s: for how long a session may be unused.
+        seed: of the draw among many sessions.
+    """
+
+    def __init__(self, capacity: int, ttl_s: float, *, seed: int = 0) -> None:
+        self.capacity = capacity
+        self._ttl_s = ttl_s
+        self._random = Random(seed)  # noqa: S311  (a sample, no secret)
+        self._sessions: OrderedDict[Owner, Held] = OrderedDict()  # used longest ago first
+        self._by_key: dict[bytes, Held] = {}
+        self._writing: dict[bytes, Held] = {}
+
+    def __len__(self) -> int:
+        """How many chunks are there."""
+        return len(self._by_key)
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions have something."""
+        return len(self._sessions)
+
+    @property
+    def room(self) -> int:
+        """How many chunks more there may be; below zero where there are too many."""
+        return self.capacity - len(self._by_key) - len(self._writing)
+
+    def holder(self, key: bytes) -> Held | None:
+        """Whose chunk of that key is there."""
+        return self._by_key.get(key)
+
+    def owners(self) -> list[Owner]:
+        """The sessions that have something."""
+        return list(self._sessions)
+
+    def session(self, owner: Owner) -> Held | None:
+        """What there is of a session."""
+        return self._sessions.get(owner)
+
+    def is_writing(self, key: bytes) -> bool:
+        """Whether a chunk of that key is being written."""
+        return key in self._writing
+
+    def used(self, owner: Owner, now: float) -> Held:
+        """Note that a session is used; what there is of it."""
+        held = self._sessions.get(owner)
+        if held is None:
+            held = self._sessions[owner] = Held(owner, now)
+        held.used_at = now
+        self._sessions.move_to_end(owner)
+        return held
+
+    def found(self, name: ChunkName, used_at: float) -> bool:
+        """Take up what a scan found; whether it is new. Sessions are to come in the order of their last use."""
+        if name.key in self._by_key:
+            return False
+        held = self._sessions.setdefault(name.owner, Held(name.owner, used_at))
+        self._add(held, name)
+        return True
+
+    def begin(self, held: Held, key: bytes) -> None:
+        """Give a chunk its room before it is written."""
+        held.writing += 1
+        self._writing[key] = held
+
+    def ended(self, held: Held, name: ChunkName, *, written: bool) -> bool:
+        """A chunk's write is over; whether it is there from now on."""
+        held.writing -= 1
+        if self._writing.get(name.key) is held:
+            del self._writing[name.key]
+        if held.gone:
+            return False
+        if written and name.key not in self._by_key:
+            self._add(held, name)
+            return True
+        self.tidy(held)
+        return False
+
+    def remove(self, name: ChunkName) -> bool:
+        """Forget one chunk; whether it was there."""
+        held = self._by_key.get(name.key)
+        if held is None or held.chunks[name.key] != Place(name.position, name.copy):
+            return False
+        self._remove(held, name.key)
+        self.tidy(held)
+        return True
+
+    def drop(self, owner: Owner) -> list[ChunkName]:
+        """Forget a session; its chunks."""
+        held = self._sessions.pop(owner, None)
+        if held is None:
+            return []
+        held.gone = True
+        names = list(held.names())
+        for key in list(held.chunks):
+            self._remove(held, key)
+        return names
+
+    def expired(self, now: float) -> list[ChunkName]:
+        """Forget the sessions that were unused for too long; their chunks."""
+        names: list[ChunkName] = []
+        while self._sessions:
+            owner, held = next(iter(self._sessions.items()))
+            if now - held.used_at < self._ttl_s:
+                break
+            if held.writing or held.loading:
+                self.used(owner, now)
+                continue
+            names += self.drop(owner)
+        return names
+
+    def next_expiry_in_s(self, now: float) -> float | None:
+        """When a session expires next, if there is any."""
+        oldest = next(iter(self._sessions.values()), None)
+        return None if oldest is None else max(0.0, oldest.used_at + self._ttl_s - now)
+
+    def make_room(self, wanted: int, worth: Callable[[Owner], float], *, spared: Held | None = None) -> list[ChunkName]:
+        """Forget what is worth least until `wanted` chunks have room; what was forgotten.
+
+        Args:
+            worth: of a session; see `RetentionPolicy.value`.
+            spared: the session that the room is for: of it nothing goes.
+        """
+        missing = wanted - self.room
+        if missing <= 0:
+            return []
+        missing += self.capacity // _SPARE_SHARE
+        names: list[ChunkName] = []
+        for held in self._worst(worth, spared):
+            tail_first = sorted(held.names(), key=lambda name: name.position, reverse=True)
+            going = tail_first[: missing - len(names)]
+            for name in going:
+                self._remove(held, name.key)
+            names += going
+            self.tidy(held)
+            if len(names) >= missing:
+                break
+        return names
+
+    def tidy(self, held: Held) -> None:
+        """Forget a session of which there is nothing."""
+        if not held.chunks and not held.writing and not held.loading and self._sessions.get(held.owner) is held:
+            del self._sessions[held.owner]
+
+    def _worst(self, worth: Callable[[Owner], float], spared: Held | None) -> list[Held]:
+        sessions = list(self._sessions.values())
+        if len(sessions) > _LOOKED_AT:
+            sessions = self._random.sample(sessions, _LOOKED_AT)
+        idle = [held for held in sessions if not held.loading and held.chunks and held is not spared]
+        return sorted(idle, key=lambda held: (worth(held.owner), held.used_at))
+
+    def _add(self, held: Held, name: ChunkName) -> None:
+        held.chunks[name.key] = Place(name.position, name.copy)
+        self._by_key[name.key] = held
+
+    def _remove(self, held: Held, key: bytes) -> None:
+        del held.chunks[key]
+        del self._by_key[key]

@@ -1,0 +1,520 @@
+"""The tier on disk: what the engine's thread asks of it, and the threads that do it.
+
+Rules:
+
+- Nothing here fails a request. What cannot be written is not written, what cannot be read is not there, and either is
+  counted with its cause, and named in `status`.
+- The engine's thread never waits for a disk or for the gateway. What waits to be written is bounded in bytes and in
+  time, because it holds room in the tier above: what is too much is dropped.
+- Reading never waits behind writing: each has its own threads. One thread at a time encrypts or decrypts, so that the
+  tier takes no more than one core.
+- What was read is used when it opened as the very chunk that was asked for. A file that does not open is removed.
+- A tenant's chunk is given to no other tenant, whatever key it is asked by.
+- What was dropped is not found from that moment on; its files go as soon as a thread is free, before anything else is
+  written.
+"""
+
+import contextlib
+import errno
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from appliance.engine.inside.disk.cipher import NONCE_BYTES, TAG_BYTES, ChunkCipher, Tampered
+from appliance.engine.inside.disk.files import HEADER_BYTES, ChunkFiles, ChunkName, Owner
+from appliance.engine.inside.disk.index import DiskIndex, Held
+from appliance.engine.inside.disk.keys import NoKey, TierKeys
+
+_WRITERS: Final = 2  # one encrypts while the other one waits for the disk
+_READERS: Final = 2
+_MAX_WAITING_BYTES: Final = 256 << 20
+_STALE_S: Final = 2.0  # a chunk that waited for so long to be written holds its room above for too long
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0  # in which nothing is written after an error
+_HOUSEKEEPING_S: Final = 60.0
+_STOP_S: Final = 5.0
+
+
+class Presence(Enum):
+    """Whether a chunk can be had from the disk."""
+
+    HERE = "here"
+    ABSENT = "absent"
+    ASK_AGAIN = "ask again"  # it is there, and its key is on its way
+
+
+class Piece(NamedTuple):
+    """A chunk in memory: to be written, or where it is to be read to."""
+
+    key: bytes
+    position: int  # the token that it ends at
+    data: memoryview
+
+
+class Done(NamedTuple):
+    """A job that is over. `keys` are those of the chunks that were written or read, or were there already."""
+
+    job: int
+    keys: tuple[bytes, ...]
+    whole: bool
+    moved_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class DiskStatus:
+    """How the tier stands.
+
+    Attributes:
+        stored_chunks: since the start; `loaded_chunks`, `evicted_chunks`, `expired_chunks` and the causes below too.
+        not_stored: how many chunks were not written, by cause: "slow", "error", "no_key", "too_large", "off".
+        faults: how many chunks could not be read, by cause: "damaged", "lost", "error", "no_key".
+        last_error: what went wrong last, in words; empty: nothing did.
+        last_error_age_s: how long ago.
+        on: whether the folder can be used at all.
+    """
+
+    on: bool
+    chunks: int
+    sessions: int
+    bytes: int
+    capacity_bytes: int
+    waiting_bytes: int
+    stored_chunks: int
+    loaded_chunks: int
+    evicted_chunks: int
+    expired_chunks: int
+    not_stored: dict[str, int]
+    faults: dict[str, int]
+    last_error: str
+    last_error_age_s: float | None
+
+
+@dataclass(slots=True)
+class _Job:
+    number: int
+    started: float
+    left: int
+    moved_bytes: int
+    keys: list[bytes] = field(default_factory=list)
+    whole: bool = True
+
+
+class _Task(NamedTuple):
+    job: _Job
+    held: Held
+    name: ChunkName
+    data: memoryview
+
+
+class _Plain:
+    """What a benchmark compares with: a chunk as it is."""
+
+    def seal(self, nonce: bytes, bound: bytes, chunk: memoryview, sealed: memoryview) -> bytes:  # noqa: ARG002
+        sealed[:] = chunk
+        return bytes(TAG_BYTES)
+
+    def open(self, nonce: bytes, bound: bytes, tag: bytes, sealed: memoryview, chunk: memoryview) -> None:  # noqa: ARG002
+        chunk[:] = sealed
+
+
+class DiskStore:
+    """The tier. Its public methods are for the engine's thread, and return at once unless they say that they block.
+
+    Args:
+        root: the tier's folder. Where it cannot be used the tier is off, and says why.
+        fingerprint: 32 bytes that name what the KV is made by; see `fingerprint`.
+        chunk_bytes: of every chunk.
+        capacity_bytes: the most that the files take.
+        ttl_s: for how long a session may be unused.
+        keys: the sessions' keys.
+        worth: of a session; the least goes first. See `RetentionPolicy.value`.
+        now: a monotonic clock, in seconds.
+        wall: epoch seconds: only what a restart must know is kept by it.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        fingerprint: bytes,
+        chunk_bytes: int,
+        capacity_bytes: int,
+        ttl_s: float,
+        keys: TierKeys,
+        worth: Callable[[Owner], float],
+        now: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        random_bytes: Callable[[int], bytes] = os.urandom,
+        _encrypt: bool = True,
+    ) -> None:
+        self._chunk_bytes = chunk_bytes
+        self._file_bytes = HEADER_BYTES + chunk_bytes
+        self._keys = keys
+        self._worth = worth
+        self._now = now
+        self._wall = wall
+        self._random_bytes = random_bytes
+        self._plain = None if _encrypt else _Plain()
+        # A thread that removes may be one file behind a thread that writes.
+        self._index = DiskIndex(max(0, capacity_bytes // self._file_bytes - 1), ttl_s)
+        self._capacity_bytes = capacity_bytes
+        self._lock = threading.Lock()
+        self._to_write, self._to_read = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._idle = threading.Condition(self._lock)
+        self._encrypting = threading.Lock()
+        self._writes: deque[_Task] = deque()
+        self._reads: deque[_Task] = deque()
+        self._removals: deque[ChunkName] = deque()
+        self._foreign = True
+        self._finished: deque[Done] = deque()
+        self._open_jobs = 0
+        self._stopping = False
+        self._stored = self._loaded = self._evicted = self._expired = 0
+        self._not_stored: Counter[str] = Counter()
+        self._faults: Counter[str] = Counter()
+        self._error, self._error_at = "", now()
+        self._pause_s, self._paused_until = _FIRST_PAUSE_S, now()
+        self._files: ChunkFiles | None = None
+        self._threads: list[threading.Thread] = []
+        try:
+            self._files = ChunkFiles(root, fingerprint=fingerprint, chunk_bytes=chunk_bytes)
+            self._take_up(self._files)
+        except OSError as error:
+            self._failed(error)
+            if self._files is not None:
+                self._files.close()
+            self._files = None
+            return
+        keys.on_gone = self.drop
+        for number in range(_WRITERS):
+            self._start(self._write_on, f"holdfast-disk-write-{number}")
+        for number in range(_READERS):
+            self._start(self._read_on, f"holdfast-disk-read-{number}")
+
+    # Asking
+
+    def find(self, key: bytes, tenant: str) -> Presence:
+        """Whether a tenant can have the chunk of that key."""
+        with self._lock:
+            held = self._index.holder(key)
+            if held is None or held.owner.tenant != tenant:
+                return Presence.ABSENT
+            if self._plain is not None:
+                return Presence.HERE
+        found = self._keys.look(held.owner)
+        if found is NoKey.ASKED:
+            return Presence.ASK_AGAIN
+        if found is NoKey.REFUSED:
+            with self._lock:
+                self._faults["no_key"] += 1
+            return Presence.ABSENT
+        return Presence.HERE
+
+    def keys_of(self, owner: Owner) -> tuple[bytes, ...]:
+        """The keys of a session's chunks, head first: for who wants them in memory before they are asked for."""
+        with self._lock:
+            held = self._index.session(owner)
+            places = {} if held is None else dict(held.chunks)
+        return tuple(sorted(places, key=lambda key: places[key].position))
+
+    def expect(self, owner: Owner) -> None:
+        """A session is about to be used: have its key at hand."""
+        if self._files is not None and self._plain is None:
+            self._keys.look(owner)
+
+    def used(self, owners: Iterable[Owner]) -> None:
+        """Sessions are in use: they do not expire now."""
+        with self._lock:
+            for owner in owners:
+                if self._index.session(owner) is not None:
+                    self._index.used(owner, self._now())
+
+    def status(self) -> DiskStatus:
+        """How the tier stands."""
+        with self._lock:
+            return DiskStatus(
+                on=self._files is not None,
+                chunks=len(self._index),
+                sessions=self._index.sessions,
+                bytes=len(self._index) * self._file_bytes,
+                capacity_bytes=self._capacity_bytes,
+                waiting_bytes=len(self._writes) * self._chunk_bytes,
+                stored_chunks=self._stored,
+                loaded_chunks=self._loaded,
+                evicted_chunks=self._evicted,
+                expired_chunks=self._expired,
+                not_stored=dict(self._not_stored),
+                faults=dict(self._faults),
+                last_error=self._error,
+                last_error_age_s=self._now() - self._error_at if self._error else None,
+            )
+
+    # Moving
+
+    def store(self, number: int, owner: Owner, pieces: Sequence[Piece]) -> None:
+        """Write a session's chunks. `finished` tells when their memory is not read any more."""
+        job = _Job(number, self._now(), len(pieces), len(pieces) * self._chunk_bytes)
+        with self._lock:
+            self._open_jobs += 1
+            refused = self._refusal(len(pieces))
+            held = None if refused else self._index.used(owner, self._now())
+            if held is not None:
+                evicted = self._index.make_room(len(pieces), self._worth, spared=held)
+                self._evicted += len(evicted)
+                self._removals.extend(evicted)
+            for piece in pieces:
+                if self._index.holder(piece.key) is not None or self._index.is_writing(piece.key):
+                    self._piece_over(job, piece.key, done=True)
+                elif held is None or self._index.room <= 0:
+                    self._not_stored[refused or "too_large"] += 1
+                    self._piece_over(job, piece.key, done=False)
+                else:
+                    name = ChunkName(owner, piece.key, piece.position, self._random_bytes(4))
+                    self._index.begin(held, piece.key)
+                    self._writes.append(_Task(job, held, name, piece.data))
+            if held is not None:
+                self._index.tidy(held)
+            if not pieces:
+                self._job_over(job)
+            self._to_write.notify_all()
+
+    def load(self, number: int, tenant: str, pieces: Sequence[Piece]) -> None:
+        """Read chunks into memory. `finished` tells which of them are there."""
+        job = _Job(number, self._now(), len(pieces), len(pieces) * self._chunk_bytes)
+        with self._lock:
+            self._open_jobs += 1
+            for piece in pieces:
+                held = self._index.holder(piece.key)
+                if held is None or held.owner.tenant != tenant:
+                    self._piece_over(job, piece.key, done=False)
+                    continue
+                place = held.chunks[piece.key]
+                held.loading += 1
+                self._index.used(held.owner, self._now())
+                name = ChunkName(held.owner, piece.key, place.position, place.copy)
+                self._reads.append(_Task(job, held, name, piece.data))
+            if not pieces:
+                self._job_over(job)
+            self._to_read.notify_all()
+
+    def finished(self) -> list[Done]:
+        """The jobs that are over since this was asked last."""
+        with self._lock:
+            done = list(self._finished)
+            self._finished.clear()
+            return done
+
+    def drop(self, owner: Owner) -> None:
+        """A session is over, or forgotten: nothing of it is found from now on, and its key and files go."""
+        self._keys.drop(owner)
+        with self._lock:
+            self._removals.extend(self._index.drop(owner))
+            self._to_write.notify_all()
+
+    def drop_labelled(self, sessions: Collection[str]) -> None:
+        """As `drop`, of every session that has one of these labels."""
+        with self._lock:
+            owners = set(self._index.owners())
+        for owner in owners.union(self._keys.owners()):
+            if owner.session in sessions:
+                self.drop(owner)
+
+    def drain(self) -> None:
+        """Return when every job is over. Blocks."""
+        with self._lock:
+            self._idle.wait_for(lambda: not self._open_jobs)
+
+    def close(self) -> None:
+        """Stop. What waits is not done, what runs is finished. Blocks, at most some seconds.
+
+        Raises:
+            TimeoutError: a disk does not answer; memory that was to be written or read to is still in use.
+        """
+        with self._lock:
+            self._stopping = True
+            for task in (*self._writes, *self._reads):
+                self._piece_over(task.job, task.name.key, done=False)
+            self._writes.clear()
+            self._reads.clear()
+            self._to_write.notify_all()
+            self._to_read.notify_all()
+        deadline = time.monotonic() + _STOP_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            raise TimeoutError("the disk of a KV tier does not answer")
+        self._keys.drop_all()
+        if self._files is not None:
+            self._files.close()
+            self._files = None
+
+    # The threads
+
+    def _start(self, target: Callable[[ChunkFiles], None], name: str) -> None:
+        thread = threading.Thread(target=target, args=(self._files,), name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _write_on(self, files: ChunkFiles) -> None:
+        buffer = files.buffer()
+        while True:
+            foreign = False
+            task, removal = None, None
+            with self._lock:
+                self._to_write.wait_for(
+                    lambda: self._stopping or self._writes or self._removals or self._foreign, self._next_chore_in_s()
+                )
+                if self._stopping:
+                    return
+                self._expire()
+                if self._removals:
+                    removal = self._removals.popleft()
+                elif self._writes:
+                    task = self._writes.popleft()
+                else:
+                    foreign, self._foreign = self._foreign, False
+            if removal is not None:
+                files.remove(removal)
+                with self._lock:
+                    empty = self._index.session(removal.owner) is None
+                if empty:
+                    files.remove_folder(removal.owner)
+            elif task is not None:
+                self._write(files, buffer, task)
+            elif foreign:
+                with contextlib.suppress(OSError):
+                    files.remove_foreign()
+
+    def _write(self, files: ChunkFiles, buffer: memoryview, task: _Task) -> None:
+        now = self._now()
+        cause = ""
+        if now - task.job.started >= _STALE_S:
+            cause = "slow"
+        elif now < self._paused_until:
+            cause = "error"
+        elif task.held.gone:
+            cause = "closed"
+        else:
+            cipher = self._plain or self._keys.wait(task.name.owner)
+            cause = "no_key" if cipher is None else self._written(files, cipher, buffer, task)
+        with self._lock:
+            kept = self._index.ended(task.held, task.name, written=not cause)
+            if not cause and not kept:
+                self._removals.append(task.name)
+            if cause and cause != "closed":
+                self._not_stored[cause] += 1
+            self._stored += kept
+            self._piece_over(task.job, task.name.key, done=kept)
+
+    def _written(self, files: ChunkFiles, cipher: ChunkCipher, buffer: memoryview, task: _Task) -> str:
+        """Write one chunk; the cause if it could not be."""
+        with self._encrypting:
+            files.seal(task.name, cipher, self._random_bytes(NONCE_BYTES), task.data, buffer)
+        try:
+            files.write(task.name, buffer)
+        except OSError as error:
+            with self._lock:
+                self._failed(error)
+                self._paused_until = self._now() + self._pause_s
+                self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+            return "error"
+        self._pause_s = _FIRST_PAUSE_S
+        return ""
+
+    def _read_on(self, files: ChunkFiles) -> None:
+        buffer = files.buffer()
+        while True:
+            with self._lock:
+                self._to_read.wait_for(lambda: self._stopping or self._reads)
+                if self._stopping:
+                    return
+                task = self._reads.popleft()
+            cause = self._read(files, buffer, task)
+            with self._lock:
+                task.held.loading -= 1
+                if cause:
+                    self._faults[cause] += 1
+                if cause and cause != "no_key" and self._index.remove(task.name):
+                    self._removals.append(task.name)
+                    self._to_write.notify_all()
+                self._loaded += not cause
+                self._piece_over(task.job, task.name.key, done=not cause)
+            if not cause:
+                files.touch(task.name.owner, self._wall())
+
+    def _read(self, files: ChunkFiles, buffer: memoryview, task: _Task) -> str:
+        """Read one chunk; the cause if it could not be."""
+        cipher = self._plain or self._keys.wait(task.name.owner)
+        if cipher is None:
+            return "no_key"
+        try:
+            files.read(task.name, buffer)
+            with self._encrypting:
+                files.open(task.name, cipher, buffer, task.data)
+        except Tampered:
+            with self._lock:
+                self._error, self._error_at = "a file was damaged, or changed from outside", self._now()
+            return "damaged"
+        except OSError as error:
+            with self._lock:
+                self._failed(error)
+            return "lost" if error.errno == errno.ENOENT else "error"
+        return ""
+
+    # Private. Whoever calls one of these holds the lock.
+
+    def _take_up(self, files: ChunkFiles) -> None:
+        """Find again what an engine before left."""
+        now, wall = self._now(), self._wall()
+        for found in sorted(files.scan(), key=lambda found: found.used_at):
+            used_at = now - max(0.0, wall - found.used_at)
+            if not found.names:
+                files.remove_folder(found.owner)
+            self._removals.extend(name for name in found.names if not self._index.found(name, used_at))
+        self._expire()
+        evicted = self._index.make_room(0, self._worth)
+        self._removals.extend(evicted)
+
+    def _expire(self) -> None:
+        expired = self._index.expired(self._now())
+        self._expired += len(expired)
+        self._removals.extend(expired)
+
+    def _next_chore_in_s(self) -> float:
+        due_in_s = self._index.next_expiry_in_s(self._now())
+        return _HOUSEKEEPING_S if due_in_s is None else min(due_in_s, _HOUSEKEEPING_S)
+
+    def _refusal(self, chunks: int) -> str:
+        """Why nothing is written now; empty: it is."""
+        if self._files is None or self._stopping:
+            return "off"
+        if self._now() < self._paused_until:
+            return "error"
+        waiting = len(self._writes)
+        return "slow" if waiting and (waiting + chunks) * self._chunk_bytes > _MAX_WAITING_BYTES else ""
+
+    def _failed(self, error: OSError) -> None:
+        self._error = f"{error.strerror or type(error).__name__} ({errno.errorcode.get(error.errno or 0, 'unknown')})"
+        self._error_at = self._now()
+
+    def _piece_over(self, job: _Job, key: bytes, *, done: bool) -> None:
+        job.left -= 1
+        if done:
+            job.keys.append(key)
+        else:
+            job.whole = False
+            job.moved_bytes -= self._chunk_bytes
+        if not job.left:
+            self._job_over(job)
+
+    def _job_over(self, job: _Job) -> None:
+        done = Done(job.number, tuple(job.keys), job.whole, job.moved_bytes, self._now() - job.started)
+        self._finished.append(done)
+        self._open_jobs -= 1
+        self._idle.notify_all()

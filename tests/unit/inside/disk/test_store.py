@@ -1,0 +1,515 @@
+"""The tier on disk: what it keeps, what it refuses, and that no fault of a disk's or of a key's is more than a miss."""
+
+import errno
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.engine.inside.disk.files import Owner
+from appliance.engine.inside.disk.store import DiskStore, Presence
+from tests.unit.inside.disk.tier import (
+    ANA,
+    BEN,
+    CHUNK_BYTES,
+    EVE,
+    FILE_BYTES,
+    Gateway,
+    Tier,
+    chunk_key,
+    content,
+    tier_key,
+    until,
+)
+
+Make = Callable[..., Tier]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    """Makes tiers on one folder, one after the other."""
+    made: list[DiskStore] = []
+
+    def tier(**arguments: Any) -> Tier:
+        for store in made:
+            store.close()
+        made.clear()
+        new = Tier(tmp_path / "tier", **arguments)
+        made.append(new.store)
+        return new
+
+    yield tier
+    for store in made:
+        store.close()
+
+
+def test_what_was_written_is_read_again(make: Make) -> None:
+    tier = make()
+    assert tier.write(ANA, range(10)).whole
+    assert tier.read(ANA, range(12)) == list(range(10))
+    assert tier.store.status().stored_chunks == 10
+    assert tier.store.status().loaded_chunks == 10
+
+
+def test_an_engine_that_is_started_again_finds_what_was_there(make: Make) -> None:
+    make().write(ANA, range(5))
+    tier = make()
+    assert tier.store.find(chunk_key(ANA, 4), "acme") is not Presence.ABSENT
+    assert tier.read(ANA, range(5)) == list(range(5))
+
+
+def test_a_chunk_that_is_there_is_not_written_again(make: Make) -> None:
+    tier = make()
+    tier.write(ANA, [1])
+    (before,) = tier.files()
+    assert tier.write(BEN, []).whole
+    assert tier.write(ANA, [1]).keys == (chunk_key(ANA, 1),)
+    assert tier.files() == [before]
+
+
+def test_nothing_of_a_chunk_or_of_a_key_is_in_a_file(make: Make) -> None:
+    tier = make()
+    tier.write(ANA, range(3))
+    plain = [bytes(content(chunk_key(ANA, number))) for number in range(3)]
+    for file in tier.root.rglob("*"):
+        text = file.read_bytes() if file.is_file() else b""
+        assert tier_key(ANA) not in text
+        for chunk in plain:
+            assert not any(chunk[at : at + 16] in text for at in range(0, CHUNK_BYTES, 1024))
+
+
+def test_files_are_0600_in_folders_of_0700_whatever_the_mask_is(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "tier").mkdir(mode=0o755)
+    before = os.umask(0)
+    try:
+        tier = make()
+        tier.write(ANA, [1])
+    finally:
+        os.umask(before)
+    for path in (tier.root, *tier.root.rglob("*")):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+
+@pytest.mark.parametrize("at", [0, 14, 20, 30, 60, 110, 2000, 4079, 4080, 4095, 4096, 40_000, FILE_BYTES - 1])
+def test_a_byte_that_was_flipped_is_found_and_the_file_goes(make: Make, at: int) -> None:
+    tier = make()
+    tier.write(ANA, [1, 2])
+    broken, _ = tier.files()
+    _flip(broken, at)
+    assert tier.read(ANA, [1, 2]) in ([1], [2])
+    assert tier.store.status().faults == {"damaged": 1}
+    assert "damaged" in tier.store.status().last_error
+    tier.settle()
+    assert not broken.exists()
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, FILE_BYTES - 1, FILE_BYTES + 1])
+def test_a_file_of_another_size_is_a_miss(make: Make, size: int) -> None:
+    make().write(ANA, [1])
+    tier = make()
+    os.truncate(tier.files()[0], size)
+    assert tier.read(ANA, [1]) == []
+    assert tier.store.status().faults == {"damaged": 1}
+    tier.settle()
+    assert tier.files() == []
+
+
+def test_a_file_that_has_gone_is_a_miss(make: Make) -> None:
+    tier = make()
+    tier.write(ANA, [1, 2])
+    tier.files()[0].unlink()
+    assert len(tier.read(ANA, [1, 2])) == 1
+    assert tier.store.status().faults == {"lost": 1}
+
+
+def test_files_that_were_swapped_do_not_open(make: Make) -> None:
+    tier = make()
+    tier.write(ANA, [1, 2])
+    one, two = tier.files()
+    aside = one.with_name("aside")
+    one.rename(aside)
+    two.rename(one)
+    aside.rename(two)
+    assert tier.read(ANA, [1, 2]) == []
+    assert tier.store.status().faults == {"damaged": 2}
+
+
+def test_a_file_in_another_sessions_folder_does_not_open(make: Make) -> None:
+    tier = make()
+    tier.write(ANA, [1])
+    tier.write(BEN, [1])
+    tier.store.drop(ANA)
+    until(lambda: not list(tier.root.rglob("acme~ana")))
+    (file,) = tier.files()
+    stolen = file.parent.with_name("acme~ana")
+    stolen.mkdir(mode=0o700)
+    file.rename(stolen / file.name)
+    again = make()
+    assert again.read(BEN, [1]) == []
+    assert again.store.status().faults == {"damaged": 1}
+
+
+def test_another_models_chunks_are_not_found_and_go(make: Make) -> None:
+    make().write(ANA, [1])
+    tier = make(fingerprint=b"g" * 32)
+    assert tier.store.find(chunk_key(ANA, 1), "acme") is Presence.ABSENT
+    until(lambda: not tier.files())
+    assert tier.write(ANA, [1]).whole
+
+
+def test_another_models_file_under_this_ones_name_does_not_open(make: Make) -> None:
+    first = make()
+    first.write(ANA, [1])
+    (old,) = first.files()
+    kept = old.read_bytes()
+    second = make(fingerprint=b"g" * 32)
+    second.write(ANA, [1])
+    until(lambda: len(second.files()) == 1)
+    second.files()[0].write_bytes(kept)
+    assert second.read(ANA, [1]) == []
+
+
+def test_another_tenant_gets_nothing_by_the_same_key(make: Make) -> None:
+    tier = make()
+    tier.write(ANA, [1])
+    assert tier.store.find(chunk_key(ANA, 1), "other") is Presence.ABSENT
+    assert tier.read(ANA, [1], tenant="other") == []
+    assert tier.read(ANA, [1]) == [1]
+
+
+def test_a_child_reads_what_its_parent_wrote_with_the_parents_key(make: Make) -> None:
+    tier = make()
+    tier.write(ANA, [1])
+    tier.write(BEN, [2])
+    assert tier.store.find(chunk_key(ANA, 1), BEN.tenant) is Presence.HERE
+    assert tier.read(ANA, [1], tenant=BEN.tenant) == [1]
+
+
+def test_a_session_that_is_dropped_is_not_found_and_its_files_and_its_key_go(make: Make) -> None:
+    tier = make()
+    tier.write(ANA, range(5))
+    tier.write(EVE, range(5))
+    tier.store.drop(ANA)
+    assert tier.store.find(chunk_key(ANA, 0), "acme") is Presence.ABSENT
+    assert len(tier.gateway.keys) == 1
+    until(lambda: not list(tier.root.rglob("acme~ana")))
+    assert tier.read(EVE, range(5)) == list(range(5))
+
+
+def test_what_is_being_written_when_its_session_is_dropped_does_not_stay(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = make()
+    slow = _Slow(monkeypatch, "write")
+    job = tier.begin(ANA, range(3))
+    slow.reached.wait(10)
+    tier.store.drop(ANA)
+    slow.go_on.set()
+    assert tier.wait(job).keys == ()
+    tier.settle()
+    assert tier.files() == []
+
+
+def test_the_least_worth_goes_first_tail_first(make: Make) -> None:
+    worth = {ANA: 1.0, BEN: 2.0, EVE: 3.0}
+    tier = make(chunks=10, worth=worth.__getitem__)
+    tier.write(ANA, range(5))
+    tier.write(BEN, range(5))
+    tier.write(EVE, range(3))
+    assert tier.read(ANA, range(5)) == [0, 1]
+    assert tier.read(BEN, range(5)) == list(range(5))
+    assert tier.store.status().evicted_chunks == 3
+    tier.settle()
+
+
+def test_the_files_never_take_more_than_the_bound(make: Make) -> None:
+    tier = make(chunks=20)
+    for number in range(30):
+        tier.write(Owner("acme", f"s{number}"), range(7))
+        assert len(tier.files()) * FILE_BYTES <= 21 * FILE_BYTES
+    tier.settle()
+    assert tier.store.status().bytes <= tier.store.status().capacity_bytes
+
+
+def test_a_session_larger_than_the_disk_keeps_its_head(make: Make) -> None:
+    tier = make(chunks=10)
+    done = tier.write(ANA, range(15))
+    assert not done.whole
+    assert tier.read(ANA, range(15)) == list(range(10))
+    assert tier.store.status().not_stored == {"too_large": 5}
+
+
+def test_a_smaller_bound_after_a_restart_holds_at_once(make: Make) -> None:
+    make(chunks=50).write(ANA, range(50))
+    tier = make(chunks=10)
+    assert tier.store.status().chunks <= 10
+    tier.settle()
+    assert 0 in tier.read(ANA, range(50))
+
+
+def test_a_session_that_was_not_used_for_too_long_goes_as_a_whole(make: Make) -> None:
+    clock = _Clock()
+    tier = make(ttl_s=100.0, now=clock)
+    tier.write(ANA, range(3))
+    clock.now = 60.0
+    tier.write(BEN, range(3))
+    tier.read(ANA, [0])
+    clock.now = 161.0  # BEN was used 101 s ago; so was ANA
+    tier.write(EVE, [1])
+    tier.settle()
+    assert {file.parent.name for file in tier.files()} == {"other~eve"}
+    assert tier.store.status().expired_chunks == 6
+
+
+def test_a_session_expires_over_a_restart_and_a_wall_clock_that_was_set_back_keeps_it(make: Make) -> None:
+    make(wall=lambda: 1e9).write(ANA, [1])
+    for folder in make().root.rglob("*~*"):
+        os.utime(folder, (1e9, 1e9))
+    assert make(wall=lambda: 1e9 - 1e6).store.status().chunks == 1
+    assert make(wall=lambda: 1e9 + 3599).store.status().chunks == 1
+    tier = make(wall=lambda: 1e9 + 3601)
+    assert tier.store.status().chunks == 0
+    tier.settle()
+
+
+def test_no_key_is_a_miss_and_costs_nothing_but_that(make: Make) -> None:
+    make().write(ANA, [1])
+    gateway = Gateway()
+    gateway.without = {ANA}
+    tier = make(gateway=gateway)
+    tier.store.find(chunk_key(ANA, 1), "acme")
+    assert tier.store.find(chunk_key(ANA, 1), "acme") is Presence.ABSENT
+    assert tier.read(ANA, [1]) == []
+    assert not tier.write(ANA, [2]).whole
+    assert tier.store.status().not_stored == {"no_key": 1}
+    assert tier.store.status().faults["no_key"] == 2
+    assert len(tier.files()) == 1  # it is of use again when there is a key
+
+
+def test_a_key_that_was_revoked_while_its_session_is_on_the_disk_takes_the_session_along(make: Make) -> None:
+    make().write(ANA, [1, 2])
+    gateway = Gateway()
+    gateway.gone = {ANA}
+    tier = make(gateway=gateway)
+    assert tier.read(ANA, [1]) == []
+    assert tier.store.find(chunk_key(ANA, 2), "acme") is Presence.ABSENT
+    until(lambda: not list(tier.root.rglob("acme~ana")))
+
+
+def test_another_key_than_it_was_written_with_does_not_open_it(make: Make) -> None:
+    make().write(ANA, [1])
+    gateway = Gateway()
+    gateway.silent = True
+    tier = make(gateway=gateway)
+    tier.store.expect(ANA)
+    gateway.keys.answered(ANA, tier_key(BEN))
+    assert tier.read(ANA, [1]) == []
+    assert tier.store.status().faults == {"damaged": 1}
+
+
+def test_who_asks_while_the_key_is_on_its_way_is_told_to_ask_again(make: Make) -> None:
+    make().write(ANA, [1])
+    gateway = Gateway()
+    gateway.silent = True
+    tier = make(gateway=gateway)
+    assert tier.store.find(chunk_key(ANA, 1), "acme") is Presence.ASK_AGAIN
+    assert tier.store.find(chunk_key(ANA, 1), "acme") is Presence.ASK_AGAIN
+    assert gateway.asked == [ANA]
+    gateway.answer(ANA)
+    assert tier.store.find(chunk_key(ANA, 1), "acme") is Presence.HERE
+
+
+def test_the_heads_of_a_session_come_first_when_it_is_to_be_recalled(make: Make) -> None:
+    tier = make()
+    tier.write(ANA, [3, 1, 2])
+    assert tier.store.keys_of(ANA) == tuple(chunk_key(ANA, number) for number in (1, 2, 3))
+    assert tier.store.keys_of(BEN) == ()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_takes_nothing_is_left_alone_for_a_while(
+    make: Make, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    clock = _Clock()
+    tier = make(now=clock)
+    real = os.write
+    writes: list[int] = []
+
+    def refuse(descriptor: int, data: memoryview) -> int:
+        writes.append(len(data))
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("appliance.engine.inside.disk.files.os.write", refuse)
+    assert not tier.write(ANA, [1]).whole
+    assert not tier.write(ANA, [2]).whole
+    assert len(writes) == 1
+    status = tier.store.status()
+    assert status.not_stored == {"error": 2}
+    assert errno.errorcode[number] in status.last_error
+    monkeypatch.setattr("appliance.engine.inside.disk.files.os.write", real)
+    clock.now += 1.5
+    assert tier.write(ANA, [3]).whole
+    assert tier.read(ANA, [1, 2, 3]) == [3]
+    assert len(tier.files()) == 1
+
+
+def test_a_disk_that_cannot_be_read_is_a_miss(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = make()
+    tier.write(ANA, [1])
+
+    def refuse(descriptor: int, buffers: list[memoryview]) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("appliance.engine.inside.disk.files.os.readv", refuse)
+    assert tier.read(ANA, [1]) == []
+    assert tier.store.status().faults == {"error": 1}
+    assert "EIO" in tier.store.status().last_error
+
+
+def test_what_is_too_much_for_a_slow_disk_is_dropped_and_reading_goes_on(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.engine.inside.disk.store._MAX_WAITING_BYTES", 4 * CHUNK_BYTES)
+    clock = _Clock()
+    tier = make(now=clock)
+    tier.write(BEN, [1])
+    slow = _Slow(monkeypatch, "write")
+    held_up = tier.begin(ANA, range(6))
+    slow.reached.wait(10)
+    until(lambda: tier.store.status().waiting_bytes == 4 * CHUNK_BYTES)
+    assert tier.write(EVE, [1]).keys == ()  # at once: its room above is wanted
+    assert tier.read(BEN, [1]) == [1]
+    clock.now += 3.0
+    slow.go_on.set()
+    assert len(tier.wait(held_up).keys) == 2  # those that were in hand; the rest had waited for too long
+    assert tier.store.status().not_stored == {"slow": 1 + 4}
+
+
+def test_a_store_that_is_closed_tells_what_became_of_every_job(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = make()
+    slow = _Slow(monkeypatch, "write")
+    jobs = [tier.begin(ANA, [number]) for number in range(5)]
+    slow.reached.wait(10)
+    closing = threading.Thread(target=tier.store.close)
+    closing.start()
+    slow.go_on.set()
+    closing.join(10)
+    assert sorted(done.job for done in tier.store.finished()) == jobs
+    tier.store.drain()
+
+
+def test_a_disk_that_does_not_answer_at_all_keeps_the_memory_from_being_given_back(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.engine.inside.disk.store._STOP_S", 0.05)
+    tier = make()
+    slow = _Slow(monkeypatch, "write")
+    tier.begin(ANA, [1])
+    slow.reached.wait(10)
+    with pytest.raises(TimeoutError):
+        tier.store.close()
+    slow.go_on.set()
+
+
+def test_two_engines_do_not_share_a_folder(make: Make) -> None:
+    first = make()
+    first.write(ANA, [1])
+    second = Tier(first.root)
+    assert not second.store.status().on
+    assert "EBUSY" in second.store.status().last_error
+    assert not second.write(ANA, [2]).whole
+    assert second.store.find(chunk_key(ANA, 1), "acme") is Presence.ABSENT
+    assert first.read(ANA, [1]) == [1]
+    second.store.close()
+
+
+def test_a_folder_that_cannot_be_made_turns_the_tier_off(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    tier = Tier(tmp_path / "file" / "tier")
+    assert not tier.store.status().on
+    assert "ENOTDIR" in tier.store.status().last_error
+    assert tier.write(ANA, [1]).keys == ()
+    assert tier.store.status().not_stored == {"off": 1}
+    tier.store.close()
+
+
+def test_a_link_in_place_of_a_file_is_not_followed(make: Make, tmp_path: Path) -> None:
+    tier = make()
+    tier.write(ANA, [1])
+    (file,) = tier.files()
+    elsewhere = tmp_path / "elsewhere"
+    file.rename(elsewhere)
+    file.symlink_to(elsewhere)
+    assert tier.read(ANA, [1]) == []
+    assert elsewhere.exists()
+
+
+@pytest.mark.parametrize("fault", ["full", "read-only", "full-by-limit"])
+def test_a_disk_that_is_full_or_read_only_is_slower_and_never_wrong(tmp_path: Path, fault: str) -> None:
+    with _child(fault, str(tmp_path)) as child:
+        told = json.loads(child.communicate(timeout=60)[0])
+    assert told["before"]  # there was room
+    assert told["refused"] > 0
+    assert told["kept"] == told["before"]  # what was there is read, byte for byte
+    assert told["error"] in ("ENOSPC", "EROFS", "EFBIG")
+    assert told["parts"] == 0
+    assert told["after"] > told["before"] or fault == "full-by-limit"
+
+
+@pytest.mark.parametrize("written", [1, 7, 20, 33, 50, 71, 90, 120])
+def test_an_engine_that_was_killed_while_it_wrote_leaves_nothing_false(
+    make: Make, tmp_path: Path, written: int
+) -> None:
+    with _child("write", str(tmp_path / "tier")) as child:
+        assert child.stdout is not None
+        told = [int(child.stdout.readline()) for _ in range(written)]
+        child.kill()
+        told += [int(line) for line in child.stdout.read().split()]
+    tier = make(chunks=10_000)
+    assert set(told) <= set(tier.read(ANA, range(max(told) + 8)))
+    assert tier.store.status().faults == {}
+    tier.settle()
+    assert not list(tier.root.rglob("*.part"))
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class _Slow:
+    """A disk that does not answer until it may go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+        self.reached, self.go_on = threading.Event(), threading.Event()
+        real = getattr(os, call)
+
+        def slow(*arguments: Any) -> Any:
+            self.reached.set()
+            assert self.go_on.wait(20)
+            return real(*arguments)
+
+        monkeypatch.setattr(f"appliance.engine.inside.disk.files.os.{call}", slow)
+
+
+def _flip(file: Path, at: int) -> None:
+    with file.open("r+b") as opened:
+        opened.seek(at)
+        byte = opened.read(1)
+        opened.seek(at)
+        opened.write(bytes([byte[0] ^ 0x10]))
+
+
+def _child(*arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "tests.unit.inside.disk.child", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[4])
