@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Answer:
 class EngineInProcess:
     """See the module. `preemptions` counts requests thrown off the device since `start_anew`."""
 
-    def __init__(self, model: Path, *, dram_bytes: int = 0) -> None:
+    def __init__(self, model: Path, *, dram_bytes: int = 0, disk: Mapping[str, object] | None = None) -> None:
         self.clock = Clock()
         (TieredStateConnector if dram_bytes else StateConnector).clock = staticmethod(self.clock)
         self._llm = LLM(
@@ -60,7 +60,7 @@ class EngineInProcess:
             enforce_eager=True,
             dtype="bfloat16",
             seed=0,
-            kv_transfer_config=connector_config(BOUND / POOL, dram_bytes),
+            kv_transfer_config=connector_config(BOUND / POOL, dram_bytes, disk),
         )
         self._front = self._llm.llm_engine
         self.core: Any = self._front.engine_core.engine_core

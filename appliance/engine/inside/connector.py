@@ -19,6 +19,7 @@ Rules:
 import contextlib
 import itertools
 import mmap
+import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
