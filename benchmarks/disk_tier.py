@@ -26,7 +26,7 @@ _BAR = 0.8
 _CORES_BAR = 1.0
 _OWNER = Owner("tenant", "session")
 _AT_ONCE = 16  # chunks in a job
-_DEADLINE_S = 120.0
+_WAYS, _KINDS = ("write", "read"), ("plain", "encrypted")
 
 
 class Speed(NamedTuple):
@@ -47,20 +47,15 @@ def main() -> int:
     chosen = parser.parse_args()
     chunk_bytes = int(chosen.chunk_mib * (1 << 20))
     chunks = max(_AT_ONCE, int(chosen.gib * (1 << 30)) // chunk_bytes)
-    memory = memoryview(bytearray(os.urandom(chunk_bytes))) if chunks else memoryview(b"")
-    source = [memory] * chunks
+    source = memoryview(os.urandom(chunks * chunk_bytes))
     target = memoryview(bytearray(_AT_ONCE * chunk_bytes))
     speeds: dict[tuple[str, str], list[Speed]] = {}
-    for number in range(chosen.rounds):
-        for kind in ("plain", "encrypted") if number % 2 else ("encrypted", "plain"):
-            folder = Path(tempfile.mkdtemp(prefix="disk-tier-", dir=chosen.folder))
-            try:
-                store = _store(folder, chunk_bytes, chunks, encrypt=kind == "encrypted")
-                speeds.setdefault(("write", kind), []).append(_written(store, source, chunk_bytes))
-                speeds.setdefault(("read", kind), []).append(_read(store, chunks, target, chunk_bytes))
-                store.close()
-            finally:
-                shutil.rmtree(folder)
+    for _ in range(chosen.rounds):
+        folder = Path(tempfile.mkdtemp(prefix="disk-tier-", dir=chosen.folder))
+        try:
+            _round(folder, source, target, chunk_bytes, speeds)
+        finally:
+            shutil.rmtree(folder)
     return _report(speeds, as_json=chosen.json)
 
 
@@ -72,7 +67,7 @@ def _store(folder: Path, chunk_bytes: int, chunks: int, *, encrypt: bool) -> Dis
         folder,
         fingerprint=bytes(32),
         chunk_bytes=chunk_bytes,
-        capacity_bytes=(chunks + 2) * (chunk_bytes + HEADER_BYTES),
+        capacity_bytes=(chunks + 8) * (chunk_bytes + HEADER_BYTES),
         ttl_s=3600.0,
         keys=keys,
         worth=lambda _: 0.0,
@@ -84,43 +79,45 @@ def _key(number: int) -> bytes:
     return number.to_bytes(36, "big")
 
 
-def _written(store: DiskStore, source: list[memoryview], chunk_bytes: int) -> Speed:
-    began, used = time.monotonic(), time.process_time()
-    jobs = range(0, len(source), _AT_ONCE)
-    for job in jobs:
-        pieces = [Piece(_key(n), n, source[n]) for n in range(job, min(job + _AT_ONCE, len(source)))]
-        store.store(job, _OWNER, pieces)
-        _over(store)
-    return _speed(len(source) * chunk_bytes, began, used)
-
-
-def _read(store: DiskStore, chunks: int, target: memoryview, chunk_bytes: int) -> Speed:
-    began, used = time.monotonic(), time.process_time()
-    for job in range(0, chunks, _AT_ONCE):
-        numbers = range(job, min(job + _AT_ONCE, chunks))
-        buffers = [target[at * chunk_bytes : (at + 1) * chunk_bytes] for at in range(len(numbers))]
-        store.load(job, "tenant", [Piece(_key(n), n, b) for n, b in zip(numbers, buffers, strict=True)])
-        _over(store)
-    return _speed(chunks * chunk_bytes, began, used)
-
-
-def _over(store: DiskStore) -> None:
-    store.drain()
-    for done in store.finished():
-        assert done.whole, store.status()
-
-
-def _speed(moved_bytes: int, began: float, used: float) -> Speed:
-    took_s = time.monotonic() - began
-    return Speed(moved_bytes / took_s, (time.process_time() - used) / took_s)
+def _round(
+    folder: Path,
+    source: memoryview,
+    target: memoryview,
+    chunk_bytes: int,
+    speeds: dict[tuple[str, str], list[Speed]],
+) -> None:
+    """Everything written, then read, by both stores: job by job in turns, so that the disk's moods fall on both."""
+    chunks = len(source) // chunk_bytes
+    stores = {kind: _store(folder / kind, chunk_bytes, chunks, encrypt=kind == "encrypted") for kind in _KINDS}
+    for way in _WAYS:
+        spent = {kind: [0.0, 0.0] for kind in _KINDS}
+        for first in range(0, chunks, _AT_ONCE):
+            numbers = range(first, min(first + _AT_ONCE, chunks))
+            memory = source[first * chunk_bytes :] if way == "write" else target
+            pieces = [
+                Piece(_key(n), n, memory[at * chunk_bytes : (at + 1) * chunk_bytes]) for at, n in enumerate(numbers)
+            ]
+            for kind in _KINDS if first // _AT_ONCE % 2 else _KINDS[::-1]:
+                began, used = time.monotonic(), time.process_time()
+                if way == "write":
+                    stores[kind].store(first, _OWNER, pieces)
+                else:
+                    stores[kind].load(first, _OWNER.tenant, pieces)
+                stores[kind].drain()
+                spent[kind][0] += time.monotonic() - began
+                spent[kind][1] += time.process_time() - used
+                for done in stores[kind].finished():
+                    assert done.whole, stores[kind].status()
+        for kind, (took_s, used_s) in spent.items():
+            speeds.setdefault((way, kind), []).append(Speed(chunks * chunk_bytes / took_s, used_s / took_s))
+    for store in stores.values():
+        store.close()
 
 
 def _report(speeds: dict[tuple[str, str], list[Speed]], *, as_json: bool) -> int:
     told: dict[str, dict[str, float]] = {}
-    for way in ("write", "read"):
-        median = {
-            kind: statistics.median(speed.bytes_per_s for speed in speeds[way, kind]) for kind in ("plain", "encrypted")
-        }
+    for way in _WAYS:
+        median = {kind: statistics.median(speed.bytes_per_s for speed in speeds[way, kind]) for kind in _KINDS}
         told[way] = {
             "plain_mib_s": median["plain"] / (1 << 20),
             "encrypted_mib_s": median["encrypted"] / (1 << 20),

@@ -32,7 +32,7 @@ from typing import ClassVar, Literal, TypeVar
 from appliance.engine.cage import belongs_to, sweep
 from appliance.engine.client import EngineClient, EngineUnavailable
 from appliance.engine.log import logging_config
-from appliance.engine.protocol import PLUGIN_ENVIRONMENT, connector_arguments
+from appliance.engine.protocol import CONNECTOR_MODULE, PLUGIN_ENVIRONMENT, connector_arguments
 from appliance.engine.tier_keys import KeyChannel
 from appliance.errors import Fault, HoldfastError
 from appliance.settings import EngineSettings
@@ -76,6 +76,15 @@ class EngineState(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class DiskTierSpec:
+    """Where the engine keeps encrypted KV on a disk, how much of it, and for how long a session's may be unused."""
+
+    folder: Path
+    capacity_bytes: int
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class EngineSpec:
     """Everything that decides how one engine is run.
 
@@ -83,8 +92,8 @@ class EngineSpec:
     compute on a CPU; None leaves it to vLLM. `max_model_len` is in tokens; None: what the model says.
     `tool_call_parser` names one of vLLM's parsers, for a model that calls tools. `cache_dir` holds what vLLM works out
     once for a model and a device (compiled kernels, what a model can do); None: in `run_dir`. With namespaces the
-    engine sees of `hidden_dir` no more than `run_dir` and its model. `dram_bytes` is what of the machine's memory holds KV
-    that does not fit on the device; 0: none.
+    engine sees of `hidden_dir` no more than `run_dir`, its model and the folder of `disk`. `dram_bytes` is what of the
+    machine's memory holds KV that does not fit on the device; 0: none.
     """
 
     python: Path
@@ -101,6 +110,7 @@ class EngineSpec:
     isolation: Literal["required", "where-allowed"] = "where-allowed"
     lease_fraction: float = 0.5
     dram_bytes: int = 0
+    disk: DiskTierSpec | None = None
     tool_call_parser: str | None = None
     cpu_threads: int | None = None
     cache_dir: Path | None = None
@@ -125,6 +135,7 @@ class EngineSpec:
         hidden_dir: Path | None = None,
         tool_call_parser: str | None = None,
         dram_bytes: int = 0,
+        disk: DiskTierSpec | None = None,
     ) -> "EngineSpec":
         """The engine that `settings` describe, with the interpreter and the model that were found for it."""
         device = device_of(python)
@@ -144,6 +155,7 @@ class EngineSpec:
             isolation=settings.isolation,
             lease_fraction=settings.lease_fraction,
             dram_bytes=dram_bytes,
+            disk=disk,
             tool_call_parser=tool_call_parser,
             cpu_threads=compute_threads() if device == "cpu" else None,
             cache_dir=installed / "cache" if os.access(installed, os.W_OK) else None,
@@ -173,7 +185,7 @@ def command_line(spec: EngineSpec) -> list[str]:
         "--disable-uvicorn-access-log",
         *("--uvicorn-log-level", "error"),
         "--disable-fastapi-docs",
-        *connector_arguments(spec.lease_fraction, spec.dram_bytes),
+        *connector_arguments(spec.lease_fraction, spec.dram_bytes, _disk_tier(spec.disk)),
     ]
     if spec.max_model_len is not None:
         arguments += ["--max-model-len", str(spec.max_model_len)]
@@ -336,6 +348,11 @@ class EngineProcess:
     def owns(self, process: int) -> bool:
         """Whether a process of this machine is the engine's, or may be: one that has ended cannot be told from it."""
         return belongs_to(process, self.pid, self.spec.run_dir)
+
+    def forget_keys(self) -> None:
+        """Have the engine forget the keys of its tiers: the vault was sealed."""
+        if self._keys is not None:
+            self._keys.sealed()
 
     async def start(self) -> None:
         """Start the engine and return at once; `wait_ready` waits.
@@ -628,10 +645,24 @@ def _cage_line(spec: EngineSpec, inherited: Sequence[int], command: Sequence[str
         *(("--key-fd", str(inherited[1])) if len(inherited) > 1 else ()),
         *(("--cover", str(spec.hidden_dir)) if spec.hidden_dir is not None else ()),
         *("--keep", str(spec.model)),
+        *(("--keep", str(spec.disk.folder)) if spec.disk is not None else ()),
         *("--keep", str(spec.python.parent.parent)),
         "--",
         *command,
     ]
+
+
+def _disk_tier(disk: DiskTierSpec | None) -> dict[str, object] | None:
+    """What vLLM is to know of the tier on disk."""
+    if disk is None:
+        return None
+    return {
+        "type": "DiskTier",
+        "module_path": CONNECTOR_MODULE,
+        "root_dir": str(disk.folder),
+        "capacity_bytes": disk.capacity_bytes,
+        "ttl_s": disk.ttl_s,
+    }
 
 
 def _furnish(spec: EngineSpec) -> None:
@@ -639,6 +670,9 @@ def _furnish(spec: EngineSpec) -> None:
     spec.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     spec.run_dir.chmod(0o700)
     spec.log_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if spec.disk is not None:
+        with contextlib.suppress(OSError):  # the tier is off then, and says why
+            spec.disk.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     configuration = spec.run_dir / _LOGGING_NAME
     configuration.touch(mode=0o600)
     configuration.write_text(json.dumps(logging_config()))
@@ -678,8 +712,8 @@ def too_much_dram(dram_bytes: int, meminfo: str) -> EngineFailed | None:
         return None
     return EngineFailed(
         "the engine cannot be started",
-        cause=f"tiers.dram_bytes asks for {dram_bytes / 2**30:.1f} GiB of memory; at most {most / 2**30:.1f} GiB can be had"
-        " (half of the machine's, and no more than is available)",
+        cause=f"tiers.dram_bytes asks for {dram_bytes / 2**30:.1f} GiB of memory; at most {most / 2**30:.1f} GiB can be"
+        " had (half of the machine's, and no more than is available)",
         remedy="Lower tiers.dram_bytes, or stop something else",
     )
 
