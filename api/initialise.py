@@ -226,7 +226,7 @@ seal = "{seal}"             # how this appliance was made; changing it here chan
 # eager = true              # start quicker, run slower; by default on a CPU
 # ready_timeout_s = 600.0
 # restart_backoff_s = 1.0
-# lease_fraction = 0.5      # of the device's blocks, the most that leases may hold
+# lease_fraction = 0.9      # of the device's blocks, the most that leases may hold
 
 [tiers]
 # dram_bytes = 0            # of this machine's memory, for KV that does not fit on the device; taken at the start
@@ -237,6 +237,10 @@ seal = "{seal}"             # how this appliance was made; changing it here chan
 [sessions]
 # idle_timeout_s = 15.0     # how long a session's KV outranks others' after a turn
 # idle_timeout_s_by_model = {{ }}
+# idle_timeout_after_tool_use_s = 120.0  # the same, where the turn ended because the model called a tool
+# idle_timeout_after_tool_use_s_by_model = {{ }}
+# session_device_cap = 1.0  # of the device's blocks, the most that one idle session holds
+# tenants = {{ }}  # by name: retention ("strict": all is dropped at the idle timeout), device_share, device_cap, ...
 
 [audit]
 # retention_days = 400      # how long the audit log's entries are kept; under 183 only with an override

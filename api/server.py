@@ -51,7 +51,7 @@ from appliance.audit.configuration import digest, effective
 from appliance.audit.events import ENGINE_LOST, ENGINE_READY, GATEWAY_STARTED, GATEWAY_STOPPED, SYSTEM
 from appliance.audit.siem.exports import Exports
 from appliance.engine.client import EngineClient
-from appliance.engine.launcher import SOCKET_NAME, DiskTierSpec, EngineFailed, EngineProcess, EngineSpec, engine_python
+from appliance.engine.launcher import SOCKET_NAME, EngineFailed, EngineProcess, EngineSpec, engine_python
 from appliance.engine.tier_keys import KeyChannel
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Identity, Quotas
@@ -332,17 +332,9 @@ def _engine_spec(settings: Settings) -> EngineSpec:
         log_path=settings.state_dir / "log" / "engine.log",
         hidden_dir=settings.state_dir,
         tool_call_parser=parser,
-        dram_bytes=settings.tiers.dram_bytes,
-        disk=_disk_tier(settings),
+        tiers=settings.tiers,
+        disk_dir=settings.state_dir / "tier",
     )
-
-
-def _disk_tier(settings: Settings) -> DiskTierSpec | None:
-    tiers = settings.tiers
-    if not tiers.disk_bytes:
-        return None
-    folder = tiers.disk_dir or settings.state_dir / "tiers"
-    return DiskTierSpec(folder.resolve(), tiers.disk_bytes, tiers.disk_ttl_s)
 
 
 # Listening

@@ -91,7 +91,18 @@ class EngineSettings(_Section):
     ready_timeout_s: float = Field(600.0, gt=0)
     restart_backoff_s: float = Field(1.0, gt=0)  # doubles up to a minute
     tool_call_parser: str | None = None  # how the model writes tool calls: the name of one of vLLM's parsers
-    lease_fraction: float = Field(0.5, ge=0, le=0.95)  # of the device's blocks, the most that leases may hold
+    lease_fraction: float = Field(0.9, ge=0, le=0.95)  # of the device's blocks, the most that leases may hold
+
+
+class TenantRetention(_Section):
+    """What is kept of one tenant's sessions. None: as for everybody. Shares and caps: of the device's blocks."""
+
+    retention: Literal["soft", "strict"] = "soft"  # strict: all is dropped at the idle timeout
+    idle_timeout_s: float | None = Field(default=None, ge=0, le=86_400)
+    idle_timeout_after_tool_use_s: float | None = Field(default=None, ge=0, le=86_400)
+    device_share: float = Field(default=0.0, ge=0, le=1)  # what other tenants' idle sessions leave to it
+    device_cap: float = Field(default=1.0, ge=0, le=1)  # the most that its idle sessions hold together
+    session_device_cap: float = Field(default=1.0, ge=0, le=1)  # the most that one of them holds
 
 
 class TierSettings(_Section):
@@ -112,8 +123,18 @@ class TierSettings(_Section):
 class SessionSettings(_Section):
     """How long a session's KV is worth its room."""
 
-    idle_timeout_s: float = Field(15.0, ge=0, le=86_400)
+    idle_timeout_s: float = Field(default=15.0, ge=0, le=86_400)
     idle_timeout_s_by_model: dict[str, float] = Field(default_factory=dict)
+    idle_timeout_after_tool_use_s: float = Field(default=120.0, ge=0, le=86_400)
+    idle_timeout_after_tool_use_s_by_model: dict[str, float] = Field(default_factory=dict)
+    session_device_cap: float = Field(default=1.0, ge=0, le=1)
+    tenants: dict[str, TenantRetention] = Field(default_factory=dict)  # by name
+
+    @model_validator(mode="after")
+    def _shares_can_be_kept(self) -> Self:
+        if sum(tenant.device_share for tenant in self.tenants.values()) > 1:
+            raise ValueError("sessions.tenants: the device_share of all tenants together is more than 1")
+        return self
 
 
 class RetentionOverride(_Section):

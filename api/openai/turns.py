@@ -257,7 +257,18 @@ class Turns:
     def _engine_body(self, running: _Running) -> bytes:
         """The only way that anything reaches the engine."""
         asked, session = running.asked, running.session
-        lease = Lease(session.lease_label, session.tenant_label, session.idle_timeout_s, turn=running.response_id)
+        keeping = session.keeping
+        lease = Lease(
+            session.lease_label,
+            session.tenant_label,
+            keeping.idle_timeout_s,
+            turn=running.response_id,
+            strict=keeping.strict,
+            parent=session.parent_lease_label,
+            tenant_share=keeping.tenant_share,
+            tenant_cap=keeping.tenant_cap,
+            session_cap=keeping.session_cap,
+        )
         body: dict[str, Any] = {
             **asked.turn.parameters,
             "model": asked.turn.model,
@@ -400,13 +411,14 @@ class Turns:
 
     def _tell_engine(self, running: _Running) -> None:
         session, answer = running.session, running.answer
+        stop = stop_of(answer.finish_reason)
         end = TurnEnd(
             session.lease_label,
             session.tenant_label,
             running.response_id,
-            stop_of(answer.finish_reason),
+            stop,
             answer.usage.completion_tokens,
-            session.idle_timeout_s,
+            session.keeping.idle_timeout_after_s(stop),
         )
         self._services.turn_ends.tell(end)
 

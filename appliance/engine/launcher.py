@@ -32,15 +32,17 @@ from typing import ClassVar, Literal, TypeVar
 from appliance.engine.cage import belongs_to, sweep
 from appliance.engine.client import EngineClient, EngineUnavailable
 from appliance.engine.log import logging_config
-from appliance.engine.protocol import CONNECTOR_MODULE, PLUGIN_ENVIRONMENT, connector_arguments
+from appliance.engine.protocol import PLUGIN_ENVIRONMENT, connector_arguments, disk_tier
 from appliance.engine.tier_keys import KeyChannel
 from appliance.errors import Fault, HoldfastError
-from appliance.settings import EngineSettings
+from appliance.settings import EngineSettings, TierSettings
 
 _T = TypeVar("_T")
 
 SOCKET_NAME = "engine.sock"
+NO_TIERS = TierSettings.model_validate({})
 _LOGGING_NAME = "logging.json"
+_LESSONS_NAME = "lessons.json"
 
 _LOG_BYTES = 8 << 20  # then it is turned over once
 _TAIL_LINES = 200
@@ -76,15 +78,6 @@ class EngineState(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class DiskTierSpec:
-    """Where the engine keeps encrypted KV on a disk, how much of it, and for how long a session's may be unused."""
-
-    folder: Path
-    capacity_bytes: int
-    ttl_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class EngineSpec:
     """Everything that decides how one engine is run.
 
@@ -92,8 +85,9 @@ class EngineSpec:
     compute on a CPU; None leaves it to vLLM. `max_model_len` is in tokens; None: what the model says.
     `tool_call_parser` names one of vLLM's parsers, for a model that calls tools. `cache_dir` holds what vLLM works out
     once for a model and a device (compiled kernels, what a model can do); None: in `run_dir`. With namespaces the
-    engine sees of `hidden_dir` no more than `run_dir`, its model and the folder of `disk`. `dram_bytes` is what of the
-    machine's memory holds KV that does not fit on the device; 0: none.
+    engine sees of `hidden_dir` no more than `run_dir` and its model. `dram_bytes` is what of the machine's memory holds
+    KV that does not fit on the device; 0: none. `disk_dir` holds what does not fit there either, at most `disk_bytes`
+    and for `disk_ttl_s` after its last use; None: nothing.
     """
 
     python: Path
@@ -108,9 +102,11 @@ class EngineSpec:
     max_num_seqs: int = 16
     eager: bool = True
     isolation: Literal["required", "where-allowed"] = "where-allowed"
-    lease_fraction: float = 0.5
+    lease_fraction: float = 0.9
     dram_bytes: int = 0
-    disk: DiskTierSpec | None = None
+    disk_bytes: int = 0
+    disk_dir: Path | None = None
+    disk_ttl_s: float = 12 * 3600.0
     tool_call_parser: str | None = None
     cpu_threads: int | None = None
     cache_dir: Path | None = None
@@ -134,10 +130,13 @@ class EngineSpec:
         log_path: Path,
         hidden_dir: Path | None = None,
         tool_call_parser: str | None = None,
-        dram_bytes: int = 0,
-        disk: DiskTierSpec | None = None,
+        tiers: TierSettings = NO_TIERS,
+        disk_dir: Path | None = None,
     ) -> "EngineSpec":
-        """The engine that `settings` describe, with the interpreter and the model that were found for it."""
+        """The engine that `settings` describe, with the interpreter and the model that were found for it.
+
+        `disk_dir` is where the tier on disk lies where `tiers` do not say.
+        """
         device = device_of(python)
         installed = python.parent.parent  # what is worked out once is worked out for this environment, and goes with it
         return cls(
@@ -154,8 +153,10 @@ class EngineSpec:
             eager=device == "cpu" if settings.eager is None else settings.eager,
             isolation=settings.isolation,
             lease_fraction=settings.lease_fraction,
-            dram_bytes=dram_bytes,
-            disk=disk,
+            dram_bytes=tiers.dram_bytes,
+            disk_bytes=tiers.disk_bytes,
+            disk_dir=(tiers.disk_dir or disk_dir) if tiers.disk_bytes else None,
+            disk_ttl_s=tiers.disk_ttl_s,
             tool_call_parser=tool_call_parser,
             cpu_threads=compute_threads() if device == "cpu" else None,
             cache_dir=installed / "cache" if os.access(installed, os.W_OK) else None,
@@ -185,7 +186,7 @@ def command_line(spec: EngineSpec) -> list[str]:
         "--disable-uvicorn-access-log",
         *("--uvicorn-log-level", "error"),
         "--disable-fastapi-docs",
-        *connector_arguments(spec.lease_fraction, spec.dram_bytes, _disk_tier(spec.disk)),
+        *connector_arguments(spec.lease_fraction, str(spec.run_dir / _LESSONS_NAME), spec.dram_bytes, _disk(spec)),
     ]
     if spec.max_model_len is not None:
         arguments += ["--max-model-len", str(spec.max_model_len)]
@@ -194,6 +195,12 @@ def command_line(spec: EngineSpec) -> list[str]:
     if spec.tool_call_parser is not None:
         arguments += ["--enable-auto-tool-choice", "--tool-call-parser", spec.tool_call_parser]
     return arguments
+
+
+def _disk(spec: EngineSpec) -> dict[str, object] | None:
+    if spec.disk_dir is None or not spec.disk_bytes:
+        return None
+    return disk_tier(str(spec.disk_dir), spec.disk_bytes, spec.disk_ttl_s)
 
 
 def environment(spec: EngineSpec, base: Mapping[str, str]) -> dict[str, str]:
@@ -645,24 +652,11 @@ def _cage_line(spec: EngineSpec, inherited: Sequence[int], command: Sequence[str
         *(("--key-fd", str(inherited[1])) if len(inherited) > 1 else ()),
         *(("--cover", str(spec.hidden_dir)) if spec.hidden_dir is not None else ()),
         *("--keep", str(spec.model)),
-        *(("--keep", str(spec.disk.folder)) if spec.disk is not None else ()),
+        *(("--keep", str(spec.disk_dir)) if spec.disk_dir is not None else ()),
         *("--keep", str(spec.python.parent.parent)),
         "--",
         *command,
     ]
-
-
-def _disk_tier(disk: DiskTierSpec | None) -> dict[str, object] | None:
-    """What vLLM is to know of the tier on disk."""
-    if disk is None:
-        return None
-    return {
-        "type": "DiskTier",
-        "module_path": CONNECTOR_MODULE,
-        "root_dir": str(disk.folder),
-        "capacity_bytes": disk.capacity_bytes,
-        "ttl_s": disk.ttl_s,
-    }
 
 
 def _furnish(spec: EngineSpec) -> None:
@@ -670,9 +664,10 @@ def _furnish(spec: EngineSpec) -> None:
     spec.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     spec.run_dir.chmod(0o700)
     spec.log_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if spec.disk is not None:
+    if spec.disk_dir is not None:
         with contextlib.suppress(OSError):  # the tier is off then, and says why
-            spec.disk.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            spec.disk_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            spec.disk_dir.chmod(0o700)
     configuration = spec.run_dir / _LOGGING_NAME
     configuration.touch(mode=0o600)
     configuration.write_text(json.dumps(logging_config()))
@@ -703,10 +698,8 @@ def too_much_dram(dram_bytes: int, meminfo: str) -> EngineFailed | None:
         dram_bytes: the tier's size.
         meminfo: the text of /proc/meminfo (proc(5)). What it does not tell is not held against the tier.
     """
-    told = {
-        name: int(kib) << 10
-        for name, kib in re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB$", meminfo, re.MULTILINE)
-    }
+    lines = re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB$", meminfo, re.MULTILINE)
+    told = {name: int(kib) << 10 for name, kib in lines}
     most = min(told.get("MemTotal", 2 * dram_bytes) // 2, told.get("MemAvailable", dram_bytes))
     if dram_bytes <= most:
         return None

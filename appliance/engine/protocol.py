@@ -34,6 +34,7 @@ CONNECTOR_NAME = "StateConnector"
 TIERED_CONNECTOR_NAME = "TieredStateConnector"
 CONNECTOR_MODULE = "appliance.engine.inside.connector"
 LEASE_FRACTION_FIELD = "holdfast_lease_fraction"
+LESSONS_FIELD = "holdfast_lessons"
 
 MAX_IDLE_TIMEOUT_S = 86_400.0
 MAX_RELEASES = 10_000
@@ -65,6 +66,10 @@ class Lease:
     Attributes:
         turn: what the gateway will call the turn when it tells how it ended; empty: it will not.
         strict: when the time is over nothing of the session is kept, wanted or not.
+        parent: the session whose agent waits for this one's; empty: none does.
+        tenant_share: of the device's blocks, what other tenants' sessions leave to this one's tenant.
+        tenant_cap: of the device's blocks, the most that the tenant's sessions keep together.
+        session_cap: of the device's blocks, the most that this session keeps.
     """
 
     session: str
@@ -72,6 +77,10 @@ class Lease:
     idle_timeout_s: float
     turn: str = ""
     strict: bool = False
+    parent: str = ""
+    tenant_share: float = 0.0
+    tenant_cap: float = 1.0
+    session_cap: float = 1.0
 
     def to_wire(self) -> dict[str, object]:
         """The value of `kv_transfer_params[LEASE_FIELD]`."""
@@ -91,6 +100,10 @@ class Lease:
             idle_timeout_s=_number(record, "idle_timeout_s", 0.0, MAX_IDLE_TIMEOUT_S),
             turn="" if record["turn"] == "" else _label(record, "turn"),
             strict=_flag(record, "strict"),
+            parent="" if record["parent"] == "" else _label(record, "parent"),
+            tenant_share=_number(record, "tenant_share", 0.0, 1.0),
+            tenant_cap=_number(record, "tenant_cap", 0.0, 1.0),
+            session_cap=_number(record, "session_cap", 0.0, 1.0),
         )
 
 
@@ -290,12 +303,16 @@ def read_turn_accounts_answer(body: bytes) -> tuple[TurnAccount | None, ...]:
 
 
 def connector_config(
-    lease_fraction: float, dram_bytes: int = 0, disk: Mapping[str, object] | None = None
+    lease_fraction: float,
+    lessons: str | None = None,
+    dram_bytes: int = 0,
+    disk: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """The value of vLLM's `--kv-transfer-config`.
 
     Args:
         lease_fraction: of the device's blocks, the most that leases may hold together; 0 turns leases off.
+        lessons: the file that keeps what retention learned; None: nothing does.
         dram_bytes: how much memory of the machine holds what does not fit on the device; 0: none, and no tier at all.
         disk: what vLLM is to know of the tier on disk: the class, its module, its options; None: there is none.
 
@@ -312,7 +329,7 @@ def connector_config(
             "kv_connector_module_path": CONNECTOR_MODULE,
             # With "kv_both" vLLM delays each block that a request frees, for the sake of loads; this one makes none.
             "kv_role": "kv_producer",
-            "kv_connector_extra_config": {LEASE_FRACTION_FIELD: lease_fraction},
+            "kv_connector_extra_config": {LEASE_FRACTION_FIELD: lease_fraction, LESSONS_FIELD: lessons},
         }
     return {
         "kv_connector": TIERED_CONNECTOR_NAME,
@@ -320,6 +337,7 @@ def connector_config(
         "kv_role": "kv_both",
         "kv_connector_extra_config": {
             LEASE_FRACTION_FIELD: lease_fraction,
+            LESSONS_FIELD: lessons,
             "cpu_bytes_to_use": dram_bytes,
             "spec_name": "TierSpec",
             "spec_module_path": CONNECTOR_MODULE,
@@ -331,11 +349,25 @@ def connector_config(
     }
 
 
+def disk_tier(folder: str, capacity_bytes: int, ttl_s: float) -> dict[str, object]:
+    """What vLLM is to know of the tier on disk: its files' folder, how much they take, how long one is kept unused."""
+    return {
+        "type": "DiskTier",
+        "module_path": CONNECTOR_MODULE,
+        "root_dir": folder,
+        "capacity_bytes": capacity_bytes,
+        "ttl_s": ttl_s,
+    }
+
+
 def connector_arguments(
-    lease_fraction: float, dram_bytes: int = 0, disk: Mapping[str, object] | None = None
+    lease_fraction: float,
+    lessons: str | None = None,
+    dram_bytes: int = 0,
+    disk: Mapping[str, object] | None = None,
 ) -> list[str]:
     """What `vllm serve` is given on its command line so that leases are kept, and tiers where there are some."""
-    config = connector_config(lease_fraction, dram_bytes, disk)
+    config = connector_config(lease_fraction, lessons, dram_bytes, disk)
     return ["--kv-transfer-config", json.dumps(config, separators=(",", ":"))]
 
 

@@ -41,6 +41,7 @@ from appliance.identity import Caller, Role
 from appliance.sessions.archive import Archive, SessionSummary, TranscriptForbidden, text_or_none, unknown_session
 from appliance.sessions.deltas import Tip, encode_request, encode_token_ids, message_chain, token_array
 from appliance.sessions.history import answered_positions, history_links, shared_length
+from appliance.sessions.keeping import Keeping, keeping
 from appliance.sessions.misses import Account, Circumstances, Ran, account_of, shared_tokens
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind
 from appliance.settings import SessionSettings
@@ -103,7 +104,7 @@ class Session:
         visible_id: what the client knows it by: its own id, else ours.
         salt: the engine's `cache_salt`; 64 hexadecimal digits.
         lease_label: what the engine calls the session; says nothing about it.
-        idle_timeout_s: how long its KV outranks others' after a turn.
+        keeping: how long and within what bounds its KV is kept.
         is_new: this is its first turn.
     """
 
@@ -114,7 +115,8 @@ class Session:
     salt: str
     lease_label: str
     tenant_label: str
-    idle_timeout_s: float
+    keeping: Keeping
+    parent_lease_label: str  # of the agent that waits for this one; empty: none does
     origin: Origin
     is_new: bool
     _live: _Live = field(repr=False, compare=False)
@@ -421,7 +423,10 @@ class Sessions(Archive):
             salt=salt.hex(),
             lease_label=label[1],
             tenant_label=label[0],
-            idle_timeout_s=self._idle_timeout_s(caller, model),
+            keeping=keeping(self._settings, caller.tenant, model),
+            parent_lease_label=(
+                "" if live.parent_session_id is None else self.lease_label(tenant_id, live.parent_session_id)
+            ),
             origin=live.origin,
             is_new=not live.stored,
             _live=live,
@@ -479,11 +484,6 @@ class Sessions(Archive):
     def _tenant_label(self, tenant_id: str) -> str:
         return self._vault.mac(tenant_id, KeyPurpose.SALT, "tenant-label").hex()[:32]
 
-    def _idle_timeout_s(self, caller: Caller, model: str) -> float:
-        if caller.tenant is not None and caller.tenant.idle_timeout_s is not None:
-            return caller.tenant.idle_timeout_s
-        return self._settings.idle_timeout_s_by_model.get(model, self._settings.idle_timeout_s)
-
     # Writing a turn down
 
     async def record(
@@ -521,7 +521,7 @@ class Sessions(Archive):
             circumstances = Circumstances(
                 self._block_size,
                 engine,
-                session.idle_timeout_s,
+                session.keeping.idle_timeout_s,
                 session._epoch,
                 _was_over(live, outcome.started_at),
                 served_known=outcome.cached_tokens is not None,

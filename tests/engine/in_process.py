@@ -11,7 +11,7 @@ from vllm import LLM, SamplingParams
 from vllm.v1.core.block_pool import BlockPool
 
 from appliance.engine.inside.connector import StateConnector, TieredStateConnector
-from appliance.engine.protocol import Lease, LeaseReport, connector_config, lease_params
+from appliance.engine.protocol import Lease, LeaseReport, TurnAccount, TurnEnd, connector_config, lease_params
 
 BLOCK = 32  # tokens
 POOL = 40  # blocks that can be handed out
@@ -60,7 +60,7 @@ class EngineInProcess:
             enforce_eager=True,
             dtype="bfloat16",
             seed=0,
-            kv_transfer_config=connector_config(BOUND / POOL, dram_bytes, disk),
+            kv_transfer_config=connector_config(BOUND / POOL, None, dram_bytes, disk),
         )
         self._front = self._llm.llm_engine
         self.core: Any = self._front.engine_core.engine_core
@@ -85,11 +85,12 @@ class EngineInProcess:
         idle_timeout_s: float = 15.0,
         max_tokens: int = 1,
         transfer: object = None,
+        **lease: Any,
     ) -> str:
         """Queue a request; `transfer` stands in for the `kv_transfer_params` that `session` would give it."""
         name = f"request-{next(self._names)}"
         if session is not None:
-            transfer = lease_params(Lease(session, tenant, idle_timeout_s))
+            transfer = lease_params(Lease(session, tenant, idle_timeout_s, **lease))
         self._front.add_request(
             name,
             {"prompt_token_ids": list(prompt), "cache_salt": salt},
@@ -142,6 +143,11 @@ class EngineInProcess:
     def report(self, release: Iterable[str] = ()) -> LeaseReport:
         """What `LEASES_PATH` would answer."""
         return LeaseReport.from_wire(self.core.holdfast_lease_report(list(release)))
+
+    def ended(self, end: TurnEnd) -> TurnAccount | None:
+        """What `TURNS_PATH` would answer."""
+        (account,) = self.core.holdfast_turns_ended([end.to_wire()])
+        return None if account is None else TurnAccount.from_wire(account)
 
     def reclaimed_blocks(self) -> int:
         """How many leased blocks yielded to requests since `start_anew`."""

@@ -11,9 +11,8 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
-from appliance.engine import protocol
 from appliance.engine.inside.disk.store import DiskStatus
-from appliance.engine.protocol import Lease, lease_params
+from appliance.engine.protocol import Lease, disk_tier, lease_params
 from tests.engine.in_process import EngineInProcess
 
 DRAM_BYTES = 4 << 20
@@ -21,13 +20,7 @@ _DEADLINE_S = 30.0
 
 
 def main(model: Path, folder: Path) -> None:
-    disk = {
-        "type": "DiskTier",
-        "module_path": protocol.CONNECTOR_MODULE,
-        "root_dir": str(folder),
-        "capacity_bytes": 64 << 20,
-        "ttl_s": 3600.0,
-    }
+    disk = disk_tier(str(folder), 64 << 20, 3600.0)
     engine = EngineInProcess(model, dram_bytes=DRAM_BYTES, disk=disk)
     _say(ready=True)
     for line in sys.stdin:

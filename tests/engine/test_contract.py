@@ -22,6 +22,7 @@ import pytest
 import vllm
 from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.plugins import ENDPOINT_PLUGINS_GROUP, PLATFORM_PLUGINS_GROUP
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.v1.core.block_pool import BlockPool
@@ -33,10 +34,22 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.core_client import AsyncMPClient
+from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
+from vllm.v1.kv_offload.cpu.policies.base import CachePolicy
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 from vllm.v1.request import Request, RequestStatus
 
 from appliance.engine import plugin
-from appliance.engine.inside.connector import StateConnector, UnsupportedEngine, check_version
+from appliance.engine.inside.connector import (
+    CopyingWorker,
+    SessionChunks,
+    StateConnector,
+    TieredStateConnector,
+    UnsupportedEngine,
+    check_version,
+)
 from appliance.engine.protocol import CONNECTOR_MODULE, CONNECTOR_NAME, PLUGIN_NAME, VLLM_VERSION
 from tests.engine.in_process import EngineInProcess
 
@@ -96,6 +109,32 @@ def test_a_local_build_of_the_version_is_accepted(version: str) -> None:
                 "prefill_end",
             ],
         ),
+        (OffloadingConnector.get_external_cache_hit_sources, ["self", "request", "num_external_tokens"]),
+        (TieringOffloadingManager.__init__, ["self", "primary_tier", "secondary_tiers"]),
+        (TieringOffloadingManager.prepare_store, ["self", "keys", "req_context"]),
+        (TieringOffloadingManager.complete_store, ["self", "keys", "req_context", "success"]),
+        (TieringOffloadingManager.complete_load, ["self", "keys", "req_context"]),
+        (TieringOffloadingManager.on_schedule_end, ["self", "context"]),
+        (CPUOffloadingManager._free_chunk, ["self", "chunk"]),
+        (CachePolicy.on_store_miss, ["self", "keys", "req_context"]),
+        (CachePolicy.insert, ["self", "key", "chunk"]),
+        (CachePolicy.evict, ["self", "n", "protected"]),
+        (TieringOffloadingSpec.create_worker, ["self", "kv_caches"]),
+        (TieringOffloadingSpec.get_manager, ["self"]),
+        (
+            SharedOffloadRegion.__init__,
+            [
+                "self",
+                "engine_id",
+                "num_chunks",
+                "rank",
+                "kv_bytes_per_chunk",
+                "cpu_page_size",
+                "barrier",
+                "creator_memory_check",
+                "populate_only_on_creator",
+            ],
+        ),
         (Scheduler.get_kv_connector, ["self"]),
         (AsyncMPClient.call_utility_async, ["self", "method", "args"]),
     ],
@@ -107,6 +146,9 @@ def test_a_function_takes_what_it_took(function: Callable[..., Any], parameters:
 
 def test_every_abstract_method_of_a_connector_is_ours() -> None:
     assert not inspect.isabstract(StateConnector)
+    assert not inspect.isabstract(TieredStateConnector)
+    assert not inspect.isabstract(SessionChunks)
+    assert not inspect.isabstract(CopyingWorker)
 
 
 def test_the_objects_have_what_is_read_of_them(engine: EngineInProcess) -> None:

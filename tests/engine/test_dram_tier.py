@@ -1,5 +1,9 @@
 """What leaves the device comes back from DRAM: for its own session, as it was, and for as long as it should."""
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,3 +168,62 @@ def test_the_memory_has_no_name_that_could_be_left_behind(engine: EngineInProces
     mapped = Path("/proc/self/smaps").read_text().split("vllm_offload")[1:]
     assert len(mapped) == 2  # the scheduler's and the worker's
     assert all(" dd" in region.partition("VmFlags:")[2].partition("\n")[0] for region in mapped)
+
+
+def restored_with_canary(engine: EngineInProcess) -> None:
+    """A session comes back from DRAM, and what came back is computed again."""
+    engine.clock.advance(3600)
+    turn(engine, 1, "a")
+    push_off_the_device(engine)
+    engine.clock.advance(3600)
+    turn(engine, 1, "a")
+    engine.tick()
+    settle(engine)
+
+
+def test_what_comes_back_is_compared_with_what_is_computed(engine: EngineInProcess) -> None:
+    canary = connector(engine)._canary
+    compared = canary.compared_total
+    restored_with_canary(engine)
+    assert canary.compared_total == compared + 10
+    assert canary.worst < 0.01
+    assert not canary.quarantined
+    assert ("holdfast", "canary") not in connector(engine)._tiers._chunks.order.sessions()
+
+
+def test_a_block_that_comes_back_otherwise_quarantines_the_tiers(engine: EngineInProcess) -> None:
+    engine.clock.advance(3600)
+    cold, _ = turn(engine, 1, "a")
+    push_off_the_device(engine)
+    order = connector(engine)._tiers._chunks.order
+    row = connector(engine)._tiers.row(order.keys_of(("tenant", "a"))[3])
+    assert row is not None
+    row[100:200] = 77  # what a fault in memory would do
+    engine.clock.advance(3600)
+    turn(engine, 1, "a")
+    engine.tick()
+    settle(engine)
+    try:
+        assert connector(engine)._canary.quarantined
+        push_off_the_device(engine)
+        answer, account = turn(engine, 1, "a")
+        assert account.dram_tokens == 0  # the session goes on, computed again
+        assert answer.token_ids == cold.token_ids
+    finally:
+        connector(engine)._canary.quarantined = connector(engine)._tiers.quarantined = False
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("phase", ["store", "load"])
+def test_an_engine_that_is_killed_while_it_copies_leaves_nothing_in_shared_memory(tiny_model: Path, phase: str) -> None:
+    script = Path(__file__).with_name("killed_while_copying.py")
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, str(script), str(tiny_model), phase],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert not list(Path("/dev/shm").glob("vllm_offload*"))

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from appliance.engine.protocol import LEASE_FIELD
+from appliance.engine.protocol import LEASE_FIELD, Lease, TurnAccount, TurnEnd
 from tests.engine.in_process import BLOCK, BOUND, MAX_MODEL_LEN, POOL, EngineInProcess, words
 
 
@@ -98,7 +98,6 @@ def test_leases_never_hold_more_than_their_bound(engine: EngineInProcess) -> Non
         assert engine.report().leased_blocks <= BOUND
         engine.assert_references_add_up()
     assert engine.report().leased_blocks == BOUND
-    assert {lease.session for lease in engine.report().leases} == {f"session-{number}" for number in range(8, 12)}
 
 
 def test_one_session_leases_no_more_than_the_bound_and_keeps_its_head(engine: EngineInProcess) -> None:
@@ -122,8 +121,9 @@ def test_leases_yield_no_more_than_is_wanted(engine: EngineInProcess) -> None:
     assert engine.report().leased_blocks == POOL - 25
 
 
-def test_the_oldest_session_yields_first_and_from_its_tail(engine: EngineInProcess) -> None:
+def test_of_equal_worth_the_one_used_least_recently_yields_first_and_from_its_tail(engine: EngineInProcess) -> None:
     lease_whole_bound(engine)
+    engine.clock.advance(600.0)
     engine.turn(words(9, 23 * BLOCK - 1), salt="cold")
     assert [(lease.session, lease.blocks) for lease in engine.report().leases] == [
         ("session-0", 2),
@@ -232,36 +232,130 @@ def test_running_requests_are_preempted_once_no_lease_is_left(engine: EngineInPr
     assert engine.report().leased_blocks == 0
 
 
-def test_a_lease_ends_at_its_deadline_while_the_engine_sleeps(engine: EngineInProcess) -> None:
+def test_a_lease_loses_its_rank_at_its_deadline_while_the_engine_sleeps(engine: EngineInProcess) -> None:
     engine.turn(words(1, 300), session="session", idle_timeout_s=15.0)
     engine.clock.advance(14.9)
     assert engine.tick() == pytest.approx(0.1)
     engine.clock.advance(0.1)
     steps = engine.steps
     assert engine.tick() is None
+    expired = engine.report().expired_total
     assert engine.steps == steps
-    engine.assert_nothing_is_held()
-    assert engine.report().expired_total > 0
+    (lease,) = engine.report().leases
+    assert lease.blocks == 9
+    assert expired > 0
 
 
-def test_a_lease_ends_at_its_deadline_while_the_engine_works_for_others(engine: EngineInProcess) -> None:
-    engine.turn(words(1, 300), salt="leased", session="session", idle_timeout_s=15.0)
-    engine.submit(words(9, 100), salt="cold", max_tokens=20)
-    engine.step(2)
+def test_a_lease_without_rank_yields_before_one_that_has_it(engine: EngineInProcess) -> None:
+    engine.turn(words(1, 10 * BLOCK), salt="short", session="short", idle_timeout_s=5.0)
+    engine.turn(words(2, 10 * BLOCK), salt="long", session="long", idle_timeout_s=60.0)
+    engine.clock.advance(5.0)
+    engine.turn(words(9, 25 * BLOCK - 1), salt="cold")
+    assert {lease.session: lease.blocks for lease in engine.report().leases} == {"short": 5, "long": 10}
+
+
+def test_under_strict_nothing_is_hit_after_the_idle_timeout(engine: EngineInProcess) -> None:
+    history = words(1, 30 * BLOCK)  # more than the bound: what is not leased must go, too
+    engine.turn(history, salt="strict", session="strict", strict=True, idle_timeout_s=15.0)
+    engine.clock.advance(14.9)
+    assert engine.turn(history, salt="strict").cached_tokens == BOUND * BLOCK
+    engine.clock.advance(0.1)
+    engine.tick()
+    assert engine.turn(history, salt="strict").cached_tokens == 0
+    assert engine.report().leases == ()
+
+
+def test_under_strict_the_next_turn_in_time_hits(engine: EngineInProcess) -> None:
+    engine.turn(words(1, 300), salt="strict", session="strict", strict=True)
+    engine.clock.advance(14.0)
+    assert engine.turn(words(1, 300), salt="strict", session="strict", strict=True).cached_tokens == 288
+
+
+def test_a_strict_session_that_was_preempted_leaves_no_copy_behind(engine: EngineInProcess) -> None:
+    names = [
+        engine.submit(words(number, 6 * BLOCK), salt=f"s{number}", session=f"s{number}", strict=True, max_tokens=190)
+        for number in range(30, 35)
+    ]
+    engine.drain()
+    assert engine.preemptions > 0
+    assert {engine.answers[name].finish_reason for name in names} == {"length"}
     engine.clock.advance(15.0)
-    assert engine.connector.leased_block_ids()
-    engine.step()
-    assert engine.connector.leased_block_ids() == ()
+    engine.tick()
+    for number in range(30, 35):
+        assert engine.turn(words(number, 6 * BLOCK + 1), salt=f"s{number}").cached_tokens == 0
 
 
-def test_an_ended_lease_leaves_its_blocks_in_the_cache_until_the_room_is_wanted(engine: EngineInProcess) -> None:
+def test_the_account_of_a_turn_is_what_its_first_admission_hit(engine: EngineInProcess) -> None:
+    engine.turn(words(1, 300), session="session", turn="first")
+    engine.turn(words(1, 300) + words(2, 40), session="session", turn="second")
+    first = engine.ended(TurnEnd("session", "tenant", "first", "tool_use", 1, 60.0))
+    second = engine.ended(TurnEnd("session", "tenant", "second", "tool_use", 1, 60.0))
+    assert (first, second) == (TurnAccount("first", 0), TurnAccount("second", 288))
+    assert engine.report().leases[0].expires_in_s == pytest.approx(60.0)
+    assert engine.ended(TurnEnd("session", "tenant", "unknown", "other", 1, 15.0)) is None
+
+
+def test_an_account_says_that_what_was_kept_had_to_yield(engine: EngineInProcess) -> None:
+    engine.turn(words(1, 10 * BLOCK), salt="one", session="session", turn="before")
+    engine.turn(words(9, 31 * BLOCK), salt="cold")
+    engine.turn(words(1, 10 * BLOCK + 5), salt="one", session="session", turn="after")
+    account = engine.ended(TurnEnd("session", "tenant", "after", "other", 1, 15.0))
+    assert account is not None
+    assert account.reason == "evicted"
+    assert account.device_tokens < 10 * BLOCK
+
+
+def test_a_session_released_while_its_request_runs_leaves_nothing(engine: EngineInProcess) -> None:
+    engine.turn(words(1, 300), session="session")
+    engine.submit(words(1, 300) + words(2, 40), session="session", max_tokens=20)
+    engine.step(2)
+    engine.report(release=["session"])
+    engine.drain()
+    engine.assert_nothing_is_held()
+    assert engine.turn(words(1, 300)).cached_tokens == 0
+
+
+def test_two_requests_of_one_session_at_once_leave_the_later_ones_history(engine: EngineInProcess) -> None:
+    trunk = words(1, 4 * BLOCK)
+    engine.submit(trunk + words(2, 2 * BLOCK), session="session", max_tokens=2)
+    engine.submit(trunk + words(3, 2 * BLOCK), session="session", max_tokens=8)
+    engine.drain()
+    engine.assert_references_add_up()
+    (lease,) = engine.report().leases
+    assert lease.blocks == 6
+    assert lease.expires_in_s == pytest.approx(15.0)
+
+
+def test_a_session_that_grows_beyond_the_pool_keeps_its_head_and_the_engine_goes_on(engine: EngineInProcess) -> None:
+    history = words(1, 100)
+    for turn in range(6):
+        answer = engine.turn(history, session="session")
+        assert answer.finish_reason == "length"
+        history += words(10 + turn, 170)
+        engine.assert_references_add_up()
+    assert engine.report().leases[0].blocks == BOUND
+
+
+def test_a_clock_that_jumps_costs_rank_and_nothing_else(engine: EngineInProcess) -> None:
+    engine.turn(words(1, 300), session="session")
+    engine.clock.advance(1e9)
+    engine.tick()
+    assert engine.turn(words(1, 300), session="session").cached_tokens == 288
+    engine.clock.advance(-500.0)
+    engine.tick()
+    assert engine.turn(words(1, 300), session="session").cached_tokens == 288
+    engine.assert_references_add_up()
+    engine.clock.advance(500.0)
+
+
+def test_a_lease_without_rank_leaves_its_blocks_in_the_cache_until_the_room_is_wanted(engine: EngineInProcess) -> None:
     engine.turn(words(1, 10 * BLOCK), salt="leased", session="session")
     engine.clock.advance(15.0)
     engine.tick()
     assert engine.turn(words(1, 10 * BLOCK), salt="leased").cached_tokens == 9 * BLOCK
 
 
-def test_the_tail_of_an_ended_lease_is_evicted_before_its_head(engine: EngineInProcess) -> None:
+def test_the_tail_of_a_lease_without_rank_is_evicted_before_its_head(engine: EngineInProcess) -> None:
     engine.turn(words(1, 10 * BLOCK), salt="leased", session="session")
     engine.clock.advance(15.0)
     engine.tick()
@@ -269,13 +363,14 @@ def test_the_tail_of_an_ended_lease_is_evicted_before_its_head(engine: EngineInP
     assert engine.turn(words(1, 10 * BLOCK + 1), salt="leased").cached_tokens == 9 * BLOCK
 
 
-def test_the_idle_time_starts_anew_when_the_next_turn_arrives_though_it_has_to_queue(engine: EngineInProcess) -> None:
+def test_no_time_runs_against_a_session_whose_next_turn_has_to_queue(engine: EngineInProcess) -> None:
     engine.turn(words(1, 300), session="session", idle_timeout_s=15.0)
     engine.clock.advance(14.0)
     name = engine.submit(words(1, 300), session="session", idle_timeout_s=15.0)
     engine.clock.advance(14.0)
-    assert engine.tick() == pytest.approx(1.0)
+    assert engine.tick() is None
     engine.drain()
+    assert engine.tick() == pytest.approx(15.0)
     assert engine.answers[name].cached_tokens == 288
 
 
@@ -326,16 +421,16 @@ def test_a_request_cancelled_before_it_ran_leaves_its_sessions_lease_alone(engin
         [],
         {},
         {"session": "s", "tenant": "t"},
-        {"session": "s", "tenant": "t", "idle_timeout_s": 15.0, "turn": "", "strict": False, "release": "victim"},
-        {"session": "s", "tenant": "t", "idle_timeout_s": "15", "turn": "", "strict": False},
-        {"session": "s", "tenant": "t", "idle_timeout_s": True, "turn": "", "strict": False},
-        {"session": "s", "tenant": "t", "idle_timeout_s": -1.0, "turn": "", "strict": False},
-        {"session": "s", "tenant": "t", "idle_timeout_s": float("nan"), "turn": "", "strict": False},
-        {"session": "s", "tenant": "t", "idle_timeout_s": 1e9, "turn": "", "strict": False},
-        {"session": "", "tenant": "t", "idle_timeout_s": 15.0, "turn": "", "strict": False},
-        {"session": "s" * 65, "tenant": "t", "idle_timeout_s": 15.0, "turn": "", "strict": False},
-        {"session": "SECRET WORDS\n", "tenant": "t", "idle_timeout_s": 15.0, "turn": "", "strict": False},
-        {"session": 7, "tenant": "t", "idle_timeout_s": 15.0, "turn": "", "strict": False},
+        Lease("s", "t", 15.0).to_wire() | {"release": "victim"},
+        Lease("s", "t", 15.0).to_wire() | {"idle_timeout_s": "15"},
+        Lease("s", "t", 15.0).to_wire() | {"idle_timeout_s": True},
+        Lease("s", "t", 15.0).to_wire() | {"idle_timeout_s": -1.0},
+        Lease("s", "t", 15.0).to_wire() | {"idle_timeout_s": float("nan")},
+        Lease("s", "t", 15.0).to_wire() | {"idle_timeout_s": 1e9},
+        Lease("s", "t", 15.0).to_wire() | {"session": ""},
+        Lease("s", "t", 15.0).to_wire() | {"session": "s" * 65},
+        Lease("s", "t", 15.0).to_wire() | {"session": "SECRET WORDS\n"},
+        Lease("s", "t", 15.0).to_wire() | {"session": 7},
     ],
 )
 def test_a_malformed_lease_is_counted_and_ignored_without_repeating_it(

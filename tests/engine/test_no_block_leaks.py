@@ -87,4 +87,6 @@ def test_references_add_up_whatever_sessions_do(engine: EngineInProcess, seed: i
     engine.drain()
     engine.clock.advance(15.0)
     assert engine.tick() is None
+    engine.assert_references_add_up()
+    engine.report(release=[lease.session for lease in engine.report().leases])
     engine.assert_nothing_is_held()

@@ -5,13 +5,12 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from api.openai.fields import CHAT, COMPLETION, Fields
+from appliance.engine.protocol import Lease, lease_params
 
 # What the gateway itself puts into the engine's body.
 OURS = {
     "cache_salt": "ab" * 32,
-    "kv_transfer_params": {
-        "holdfast": {"session": "s", "tenant": "t", "idle_timeout_s": 15.0, "turn": "u", "strict": False}
-    },
+    "kv_transfer_params": lease_params(Lease("s", "t", 15.0, turn="u")),
     "return_token_ids": True,
     "stream": True,
     "stream_options": {"include_usage": True},

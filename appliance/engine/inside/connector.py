@@ -1,4 +1,4 @@
-"""Leases on vLLM's block pool. The one module that touches vLLM's internals.
+"""Retention on vLLM's block pool: leases. The one module that touches vLLM's internals.
 
 `StateConnector` is loaded as a KV connector: it moves no KV, and uses a connector's hooks to hold references on the
 blocks of sessions whose next turn is due. `LeaseRetention` has the hooks, each passing on to the class behind it, so
@@ -20,6 +20,7 @@ import contextlib
 import itertools
 import mmap
 import os
+import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 import vllm
+from vllm import SamplingParams
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -36,6 +38,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.logger import init_logger
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -64,22 +67,26 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import Request, RequestStatus
 
 from appliance.engine.inside.accounts import Accounts
+from appliance.engine.inside.canary import MOST_TOKENS, Canary, Sample
 from appliance.engine.inside.chunks import ChunkOrder, Owner, Worth
 from appliance.engine.inside.disk.channel import KeyAsker
 from appliance.engine.inside.disk.files import Owner as DiskOwner
 from appliance.engine.inside.disk.fingerprint import fingerprint
 from appliance.engine.inside.disk.store import DiskStore, Piece, Presence
 from appliance.engine.inside.leases import Change, LeasedBlock, LeaseTable
+from appliance.engine.inside.lessons import Lessons
 from appliance.engine.inside.retention import RetentionPolicy
 from appliance.engine.protocol import (
     LEASE_FIELD,
     LEASE_FRACTION_FIELD,
+    LESSONS_FIELD,
     VLLM_VERSION,
     Lease,
     LeaseReport,
     MalformedMessage,
     TurnAccount,
     TurnEnd,
+    lease_params,
 )
 from appliance.engine.tier_keys import inherited_socket
 
@@ -88,6 +95,8 @@ logger = init_logger(f"vllm.{__name__}")
 _REPORT_METHOD = "holdfast_lease_report"
 _TICK_METHOD = "holdfast_lease_tick"
 _TURNS_METHOD = "holdfast_turns_ended"
+
+_CANARY = ("holdfast", "canary")  # a tenant's label is longer
 
 
 class UnsupportedEngine(RuntimeError):
@@ -112,6 +121,11 @@ class LeaseRetention:
         self._ignored_total = 0
         self._requests: dict[str, Request] = {}
         self._leases_asked: dict[str, Lease] = {}
+        self.policy = RetentionPolicy()
+        lessons = extra.get(LESSONS_FIELD)
+        # A connector is made for the scheduler and for each worker: only the scheduler's learns.
+        path = Path(lessons) if lessons and role == KVConnectorRole.SCHEDULER else None
+        self._lessons = Lessons(path, self.policy, self.clock())
         self._accounts = Accounts()
         self._hit_tokens: dict[str, int] = {}  # of requests that are about to be admitted
         self._table: LeaseTable
@@ -123,7 +137,7 @@ class LeaseRetention:
     def report(self, release: Iterable[str] = ()) -> LeaseReport:
         """Expire what is due, release the sessions so labelled, and say how things stand."""
         self.tick()
-        self._forget(self._table.release(release))
+        self._apply(self._table.release(release))
         return LeaseReport(
             leases=self._table.states(),
             leased_blocks=self._table.leased_blocks,
@@ -138,14 +152,15 @@ class LeaseRetention:
 
     def tick(self) -> float | None:
         """Expire what is due; seconds to the next deadline, or `None` without leases."""
-        change = self._table.expire()
-        if change.freed:
-            self._apply(change)
-            logger.debug("Leases ended: %d blocks may be evicted.", len(change.freed))
+        self._apply(self._table.expire())
+        self._lessons.write_if_due(self.clock())
         return self._table.next_expiry_in_s()
 
     def turns_ended(self, ends: Iterable[TurnEnd]) -> list[TurnAccount | None]:
         """Hear how turns ended; the account of each."""
+        ends = list(ends)
+        for end in ends:
+            self._table.turn_ended(end)
         return [self._accounts.ended(end) for end in ends]
 
     def leased_block_ids(self) -> tuple[int, ...]:
@@ -159,8 +174,9 @@ class LeaseRetention:
         self._manager = kv_cache_manager
         self._pool = kv_cache_manager.block_pool
         self._block_size = self._pool.hash_block_size
-        bound = int(self._lease_fraction * (self._pool.num_gpu_blocks - 1))
-        self._table = LeaseTable(bound, self.clock)
+        pool_blocks = self._pool.num_gpu_blocks - 1
+        bound = int(self._lease_fraction * pool_blocks)
+        self._table = LeaseTable(bound, self.clock, self.policy, pool_blocks=pool_blocks)
         _release_leases_before_reset(kv_cache_manager, self)
 
     def on_new_request(self, request: Request) -> None:
@@ -170,7 +186,7 @@ class LeaseRetention:
         lease = self._asked_lease(request)
         if lease is not None:
             self._leases_asked[request.request_id] = lease
-            self._table.renew(lease)
+            self._table.arrived(lease)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         matched: tuple[int | None, bool] = super().get_num_new_matched_tokens(  # type: ignore[misc]
@@ -178,7 +194,7 @@ class LeaseRetention:
         )
         self._hit_tokens[request.request_id] = num_computed_tokens
         if matched[0] is not None and self._table.leased_blocks:
-            self._make_room_to_admit(request, matched[0])
+            self._make_room_to_admit(request, matched[0], loads_later=matched[1])
         return matched
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
@@ -186,7 +202,12 @@ class LeaseRetention:
         hit_tokens = self._hit_tokens.pop(request.request_id, None)
         lease = self._leases_asked.get(request.request_id)
         if lease is not None and hit_tokens is not None:
-            self._accounts.admitted(lease, hit_tokens, *self._tier_tokens(request, num_external_tokens))
+            found = hit_tokens + num_external_tokens
+            whole = request.num_tokens - 1 - found < self._block_size  # one token at least is computed
+            change, reason = self._table.admitted(lease, hit_tokens, whole)
+            self._apply(change)
+            tier_tokens = self._tier_tokens(request, num_external_tokens)
+            self._accounts.admitted(lease, hit_tokens, *tier_tokens, "" if whole else self._why_missed(reason))
 
     def has_pending_block_frees(self) -> bool:
         # Called when a running request found no block, before it or another one is preempted.
@@ -209,7 +230,9 @@ class LeaseRetention:
         self._hit_tokens.pop(request.request_id, None)
         lease = self._leases_asked.pop(request.request_id, None)
         if lease is not None:
-            self._apply(self._table.grant(lease, list(self._cached_blocks(request, block_ids))))
+            blocks = list(self._cached_blocks(request, block_ids))
+            change = self._table.finished(lease, blocks, request.num_output_tokens)
+            self._apply(change, own={block.block_id for block in blocks})
         finished: tuple[bool, dict[str, Any] | None] = super().request_finished_all_groups(  # type: ignore[misc]
             request, block_ids
         )
@@ -225,9 +248,21 @@ class LeaseRetention:
         """Leases keep what is there; nobody waits for it."""
         return False
 
+    def shutdown(self) -> None:
+        self._lessons.write()
+        super().shutdown()  # type: ignore[misc]
+
     def release_all(self) -> None:
         """End every lease."""
         self._apply(self._table.release_all())
+
+    def _why_missed(self, reason: str) -> str:
+        """Why a session's blocks were not all there, given why they left the device."""
+        return reason
+
+    def canary(self) -> Request | None:
+        """A request of the engine's own, to be run when nobody else's is; None: there is none."""
+        return None
 
     # How it is done.
 
@@ -257,15 +292,20 @@ class LeaseRetention:
         ]
         return iter(sorted(cached, key=lambda block: block.end_token))
 
-    def _make_room_to_admit(self, request: Request, external_tokens: int) -> None:
+    def _make_room_to_admit(self, request: Request, external_tokens: int, *, loads_later: bool) -> None:
         """Reclaim what `allocate_slots` will find missing for a waiting request, if that lets it in."""
         free_blocks = self._pool.get_num_free_blocks()
-        if free_blocks >= self._most_to_admit(request):
+        reserved = self._reserved_for_loads(request) if loads_later else 0
+        if free_blocks >= self._most_to_admit(request) + reserved:
             return
         hits, local_tokens, _ = self._manager.get_computed_blocks(request)
         computed = local_tokens + external_tokens
-        first_chunk = min(request.num_tokens - computed, self._step_tokens) + self._draft_tokens
-        needs = [(min(computed + first_chunk + self._lookahead_tokens, self._max_model_len), False)]
+        first_chunk = (
+            min(request.num_tokens - computed, self._step_tokens) + self._draft_tokens + self._lookahead_tokens
+        )
+        if loads_later:  # nothing is computed before the load is over
+            first_chunk = 0
+        needs = [(min(computed + first_chunk, self._max_model_len), False)]
         if self._whole_prompt_must_fit:
             needs.append((min(request.num_tokens, self._max_model_len), True))
         required = max(
@@ -282,13 +322,38 @@ class LeaseRetention:
             )
             for num_tokens, capped in needs
         )
-        if any(other.status == RequestStatus.RUNNING for other in self._requests.values()):
-            required += self._manager.watermark_blocks
+        required += self._watermark() + reserved
         if required <= free_blocks:
             return
         hit_ids = {block.block_id for group in hits.blocks for block in group}
-        if free_blocks + self._table.yieldable(lambda block_id: self._is_busy(block_id, hit_ids)) >= required:
-            self._reclaim(required - free_blocks, hit_ids)
+        if self._table.can_yield(required - free_blocks, lambda block_id: self._is_busy(block_id, hit_ids)):
+            lease = self._leases_asked.get(request.request_id)
+            self._reclaim(required - free_blocks, hit_ids, "" if lease is None else lease.tenant)
+
+    def _watermark(self) -> int:
+        """What vLLM leaves free when it lets a waiting request in beside running ones."""
+        running = any(request.status == RequestStatus.RUNNING for request in self._requests.values())
+        return int(self._manager.watermark_blocks) if running else 0
+
+    def _reserved_for_loads(self, loading: Request) -> int:
+        """At least what vLLM keeps from an asynchronous load: what the prefills under way still want, and one step."""
+        prefills = [
+            request
+            for request in self._requests.values()
+            if request is not loading
+            and self._holds_blocks(request)
+            and request.num_computed_tokens < request.num_tokens
+        ]
+        wanted = sum(self._wanted_in_all(request, request.num_computed_tokens) for request in prefills)
+        step_tokens = 1 + self._draft_tokens + self._lookahead_tokens
+        groups = self._manager.num_kv_cache_groups
+        return int(wanted + (step_tokens // self._block_size + 1) * groups)
+
+    def _holds_blocks(self, request: Request) -> bool:
+        return request.num_computed_tokens > 0 or request.status in (
+            RequestStatus.RUNNING,
+            RequestStatus.WAITING_FOR_REMOTE_KVS,
+        )
 
     def _most_to_admit(self, request: Request) -> int:
         """No request takes more blocks than this at its admission; cheap, where looking up its hits is not."""
@@ -299,19 +364,41 @@ class LeaseRetention:
     def _keep_room_for_next_step(self, scheduled_tokens: dict[str, int]) -> None:
         """Reclaim what the requests that hold blocks will want in the next step beyond what is free."""
         free_blocks = self._pool.get_num_free_blocks()
-        if free_blocks >= len(self._requests) * (1 + self._step_tokens // self._block_size):
+        most_each = (1 + self._step_tokens // self._block_size) * self._manager.num_kv_cache_groups
+        to_come_in = any(
+            request.num_computed_tokens and request.status != RequestStatus.RUNNING
+            for request in self._requests.values()
+        )
+        if not to_come_in and free_blocks >= len(self._requests) * most_each + self._manager.watermark_blocks:
             return
         wanted = 0
         for request in self._requests.values():
             # This step's tokens are added to num_computed_tokens after this hook.
             computed = request.num_computed_tokens + scheduled_tokens.get(request.request_id, 0)
-            if computed:
+            if not computed:
+                continue
+            if request.status == RequestStatus.RUNNING:
                 wanted += self._wanted_to_continue(request, computed)
+            else:
+                # Its KV is loaded or loads: it is let in without `get_num_new_matched_tokens` being asked again.
+                wanted += self._wanted_to_come_in(request, computed)
         self._reclaim(wanted - free_blocks)
+
+    def _wanted_to_come_in(self, request: Request, computed_tokens: int) -> int:
+        wanted = self._wanted_to_continue(request, computed_tokens)
+        if self._whole_prompt_must_fit:
+            wanted = max(wanted, self._wanted_in_all(request, computed_tokens))
+        return wanted + self._watermark()
+
+    def _wanted_in_all(self, request: Request, computed_tokens: int) -> int:
+        left = max(request.num_tokens - computed_tokens, 0)
+        return self._wanted(request, computed_tokens, left + self._draft_tokens)
 
     def _wanted_to_continue(self, request: Request, computed_tokens: int) -> int:
         left = max(request.num_tokens + request.num_output_placeholders - computed_tokens, 1)
-        next_tokens = min(left + self._draft_tokens, self._step_tokens)
+        return self._wanted(request, computed_tokens, min(left + self._draft_tokens, self._step_tokens))
+
+    def _wanted(self, request: Request, computed_tokens: int, next_tokens: int) -> int:
         num_tokens = min(computed_tokens + next_tokens + self._lookahead_tokens, self._max_model_len)
         wanted: int = self._manager.coordinator.get_num_blocks_to_allocate(
             request_id=request.request_id,
@@ -325,10 +412,12 @@ class LeaseRetention:
         )
         return wanted
 
-    def _reclaim(self, wanted_blocks: int, hit_ids: set[int] | frozenset[int] = frozenset()) -> int:
+    def _reclaim(
+        self, wanted_blocks: int, hit_ids: set[int] | frozenset[int] = frozenset(), wanted_by: str = ""
+    ) -> int:
         if wanted_blocks <= 0 or not self._table.leased_blocks:
             return 0
-        change = self._table.reclaim(wanted_blocks, lambda block_id: self._is_busy(block_id, hit_ids))
+        change = self._table.reclaim(wanted_blocks, lambda block_id: self._is_busy(block_id, hit_ids), wanted_by)
         self._apply(change)
         return len(change.freed)
 
@@ -336,17 +425,24 @@ class LeaseRetention:
         # One reference is the table's.
         return block_id in hit_ids or self._pool.blocks[block_id].ref_cnt > 1
 
-    def _apply(self, change: Change) -> None:
-        if change.taken:
-            self._pool.touch([self._pool.blocks[block_id] for block_id in change.taken])
-        if change.freed:
-            self._pool.free_blocks([self._pool.blocks[block_id] for block_id in change.freed])
-
-    def _forget(self, change: Change) -> None:
-        """Give blocks back whose session was released: nobody will ask for them again, so they are evicted first."""
+    def _apply(self, change: Change, own: set[int] | frozenset[int] = frozenset()) -> None:
+        """Do to the pool what the table decided. `own`: blocks of the request that ends, which still holds them."""
         blocks = self._pool.blocks
-        self._pool.evict_blocks({block_id for block_id in change.freed if blocks[block_id].ref_cnt == 1})
-        self._apply(change)
+        if change.taken:
+            self._pool.touch([blocks[block_id] for block_id in change.taken])
+        if change.forgotten:
+            self._forget(change.forgotten, own.union(change.freed))
+        if change.freed:
+            self._pool.free_blocks([blocks[block_id] for block_id in change.freed])
+
+    def _forget(self, contents: Iterable[Any], last_held: set[int] | frozenset[int]) -> None:
+        """Take contents out of the cache that nobody will ask for again, wherever a copy is; they are evicted first."""
+        cached = self._pool.cached_block_hash_to_block
+        for content in contents:
+            while (block := cached.get_one_block(content)) is not None:
+                if block.ref_cnt > (block.block_id in last_held):
+                    break  # somebody else uses it
+                self._pool.evict_blocks({block.block_id})
 
 
 class NothingToTransfer(KVConnectorMetadata):  # type: ignore[misc]
@@ -465,6 +561,8 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         super().__init__(primary_tier, secondary_tiers)
         self._chunks: SessionChunks = primary_tier._policy
         self._doomed: set[bytes] = set()  # released, and still copied
+        self.on_stored: Callable[[ReqContext], None] = lambda _: None
+        self.quarantined = False  # nothing is restored any more
 
     def order_by(self, worth: Worth, clock: Callable[[], float]) -> None:
         """Say what decides the order in which chunks leave. Called once, before anything is stored."""
@@ -472,6 +570,10 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         for tier in self.secondary_tiers:
             if isinstance(tier, DiskTier):
                 tier.order_by(worth, clock)
+
+    def sessions(self) -> tuple[Owner, ...]:
+        """Who has something in DRAM."""
+        return self._chunks.order.sessions()
 
     def release(self, sessions: Collection[str]) -> None:
         """Let go of all that the sessions so labelled have in DRAM, and overwrite it; and on the disk, with its key."""
@@ -486,6 +588,18 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         self._doomed.update(order.released([owner for owner in order.sessions() if owner[1] in sessions]))
         self._drop_doomed()
 
+    def lookup(self, key: bytes, req_context: ReqContext, *, exclude_tier_idx: int | None = None) -> LookupResult:
+        if self.quarantined:
+            return LookupResult.MISS
+        return super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
+
+    def row(self, key: bytes) -> torch.Tensor | None:
+        """The bytes of a chunk in DRAM that is there whole, as int8."""
+        chunk, primary = self._chunks.get(key), self.primary_tier
+        if chunk is None or not chunk.is_ready:
+            return None
+        return primary._mmap_region.base_tensor.view(primary._num_chunks, -1)[chunk.chunk_id]
+
     def prepare_store(self, keys: Collection[bytes], req_context: ReqContext) -> PrepareStoreOutput | None:
         if not _is_stored(req_context):
             return PrepareStoreOutput(keys_to_store=[], store_spec=CPULoadStoreSpec([]), evicted_keys=[])
@@ -496,6 +610,7 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
             self._doomed.update(key for key in keys if not self._chunks.order.is_owned(key))
         super().complete_store(keys, req_context, success)
         self._drop_doomed()
+        self.on_stored(req_context)
 
     def complete_load(self, keys: Collection[bytes], req_context: ReqContext) -> None:
         super().complete_load(keys, req_context)
@@ -728,9 +843,11 @@ class TieredRetention(LeaseRetention):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        self._policy = RetentionPolicy()
+        self._canary = Canary(self.clock)
+        self._dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, vllm_config.model_config)
         if role == KVConnectorRole.SCHEDULER:
-            self._tiers.order_by(self._policy.value, self.clock)
+            self._tiers.order_by(self.policy.value, self.clock)
+            self._tiers.on_stored = self._compare
 
     @property
     def _tiers(self) -> TieredManager:
@@ -738,34 +855,18 @@ class TieredRetention(LeaseRetention):
         return manager
 
     def report(self, release: Iterable[str] = ()) -> LeaseReport:
-        labels = tuple(release)
+        labels = frozenset(release)
+        report = super().report(labels)
         if labels:
-            known = {*self._tiers._chunks.order.sessions(), *map(_key, self._leases_asked.values())}
-            for owner in known:
+            for owner in self._tiers.sessions():
                 if owner[1] in labels:
-                    self._policy.closed(session=owner, now=self.clock())
-            self._tiers.release(frozenset(labels))
-        return super().report(labels)
+                    self.policy.closed(session=owner, now=self.clock())
+            self._tiers.release(labels)
+        return report
 
-    def on_new_request(self, request: Request) -> None:
-        super().on_new_request(request)
-        lease = self._leases_asked.get(request.request_id)
-        if lease is not None:
-            self._policy.arrived(session=_key(lease), now=self.clock())
-
-    def request_finished_all_groups(
-        self, request: Request, block_ids: tuple[list[int], ...]
-    ) -> tuple[bool, dict[str, Any] | None]:
-        lease = self._leases_asked.get(request.request_id)
-        if lease is not None:
-            self._policy.finished(
-                session=_key(lease),
-                now=self.clock(),
-                stop=None,
-                prompt_tokens=request.num_prompt_tokens,
-                output_tokens=request.num_output_tokens,
-            )
-        return super().request_finished_all_groups(request, block_ids)
+    def _asked_lease(self, request: Request) -> Lease | None:
+        lease = super()._asked_lease(request)
+        return None if lease is not None and _key(lease) == _CANARY else lease
 
     def _tier_tokens(self, request: Request, external_tokens: int) -> tuple[int, int]:
         if not external_tokens:
@@ -773,8 +874,79 @@ class TieredRetention(LeaseRetention):
         sources: dict[CacheHitSource, int] = self.get_external_cache_hit_sources(  # type: ignore[attr-defined]
             request, external_tokens
         )
+        if self._canary.is_due():
+            self._note(request)
         dram_tokens = sources.get(CacheHitSource.HOST, 0)
         return dram_tokens, sum(sources.values()) - dram_tokens
+
+    def _why_missed(self, reason: str) -> str:
+        return "tier_fault" if self._tiers.quarantined else reason
+
+    # Restored equals recomputed.
+
+    def canary(self) -> Request | None:
+        """A request that computes a restored prompt's beginning again; None: there is none to compute now.
+
+        Its answer goes nowhere: the front end knows no such request. Its KV is stored like that of any session,
+        compared when it is in DRAM, and released.
+        """
+        if any(not request.is_finished() for request in self._requests.values()):
+            return None  # whoever asked for something comes first
+        sample = self._canary.take()
+        if sample is None:
+            return None
+        request = Request(
+            request_id=f"canary-{secrets.token_hex(8)}",
+            prompt_token_ids=list(sample.tokens),
+            sampling_params=SamplingParams(temperature=0, max_tokens=1),
+            pooling_params=None,
+            cache_salt=secrets.token_hex(32),
+            block_hasher=self._block_hasher,
+        )
+        request.kv_transfer_params = lease_params(Lease(_CANARY[1], _CANARY[0], 0.0))
+        return request
+
+    def _note(self, request: Request) -> None:
+        """Keep what comes back for the beginning of a prompt of plain tokens, as it comes back."""
+        if request.lora_request is not None or request.mm_features or request.prompt_token_ids is None:
+            return
+        status = self.connector_scheduler._req_status[request.request_id]  # type: ignore[attr-defined]
+        most = min(MOST_TOKENS, len(request.prompt_token_ids) // self._block_size * self._block_size)
+        restored = [
+            (end_token, row.numpy().tobytes())
+            for _, end_token, key in status.load_key_ranges
+            if end_token <= most and (row := self._tiers.row(key)) is not None
+        ]
+        if restored:
+            self._block_hasher = request._block_hasher
+            self._canary.note(Sample(tuple(request.prompt_token_ids[: restored[-1][0]]), tuple(restored)))
+
+    def _compare(self, context: ReqContext) -> None:
+        """The canary's KV is in DRAM: compare it."""
+        if _owner(context) != _CANARY:
+            return
+        ends = {context.get_offload_key_position(key): key for key in self._tiers._chunks.order.keys_of(_CANARY)}
+        if any((key := ends.get(end)) is None or self._tiers.row(key) is None for end in self._canary.ends()):
+            return  # it is stored step by step
+
+        def error_of(end_token: int, restored: bytes) -> float | None:
+            key = ends.get(end_token)
+            computed = None if key is None else self._tiers.row(key)
+            if computed is None:
+                return None
+            expected = computed.view(self._dtype).float()
+            came_back = torch.frombuffer(bytearray(restored), dtype=torch.int8).view(self._dtype).float()
+            return float((came_back - expected).norm() / expected.norm())
+
+        agreed = self._canary.judge(error_of)
+        self._tiers.release(frozenset({_CANARY[1]}))
+        if not agreed and not self._tiers.quarantined:
+            self._tiers.quarantined = True
+            logger.error(
+                "KV that came back from a tier is not what the model computes (error %.3g): nothing is restored any "
+                "more. Sessions go on and are computed again. Start the engine again when the cause is found.",
+                self._canary.worst,
+            )
 
 
 class TieredStateConnector(TieredRetention, OffloadingConnector):  # type: ignore[misc]
@@ -878,7 +1050,12 @@ def _report(self: EngineCore, release: list) -> dict:  # type: ignore[type-arg]
 
 
 def _tick(self: EngineCore) -> float | None:
-    return connector_of(self).tick()
+    connector = connector_of(self)
+    due_in_s = connector.tick()
+    canary = connector.canary()
+    if canary is not None:
+        self.scheduler.add_request(canary)
+    return due_in_s
 
 
 def _turns_ended(self: EngineCore, ends: list) -> list:  # type: ignore[type-arg]

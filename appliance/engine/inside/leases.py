@@ -1,26 +1,38 @@
-"""Which session keeps which blocks on the device, and who yields first.
+"""Which sessions' blocks stay on the device, and whose yield first.
 
-A lease is soft. It is a claim of one session on the blocks that hold its KV, head first, until a deadline. The table
-decides and counts; it touches no block pool. What it decides comes back as a `Change`, which the caller applies at
-once.
+A lease is soft. The table holds the blocks of every session whose turn has ended, head first, and gives them up when
+room is wanted. Until its idle timeout a session's lease has rank: it yields after all that have none. The table decides
+and counts; it touches no block pool. What it decides comes back as a `Change`, which the caller applies at once.
 
 Rules:
 
 - The table holds one reference for each block that it knows, however many sessions claim the block.
-- All leases together hold at most `bound` blocks; one lease alone may hold that many.
-- Whoever must yield does so from the tail: a prefix without its tail is worth something, a tail without its prefix
-  nothing. The lease with the earliest deadline yields first, and no more than is wanted.
-- Blocks come back tail first, so that a pool that evicts in that order evicts tails before heads.
-- The clock is passed in.
+- All leases together hold at most `bound` blocks; one lease alone may hold that many, or its session's cap.
+- Who yields: what a session has diverged from is given up at once; then leases that lost their rank, then those that
+  have it, the lowest worth first in both; then a tenant's guaranteed share, to other tenants; and what a request that
+  waits or runs will hit, last of all, because no request may wait for a lease.
+- A session yields from its tail, and no more than is wanted: a prefix without its tail is worth something, a tail
+  without its prefix nothing. Blocks come back tail first, so that a pool evicts tails before heads.
+- A child agent's parent is worth as much as the child, and has rank while the child runs or has it.
+- A strict lease leaves nothing behind: whatever it gives up leaves the cache, and at its timeout it gives up all.
+- The order is reckoned anew so seldom that it takes one part in `_ORDER_SHARE` of the time, whatever their number.
+- The clock is passed in. What is worth how much, `RetentionPolicy` says.
 """
 
 import heapq
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from bisect import insort
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-from appliance.engine.protocol import Lease, LeaseState
+from appliance.engine.inside.retention import RetentionPolicy
+from appliance.engine.protocol import Lease, LeaseState, TurnEnd
+
+_ORDER_SHARE: Final = 200
+_MOST_REASONS: Final = 10_000
+_WANTED: Final = float("inf")
 
 
 class LeasedBlock(NamedTuple):
@@ -35,21 +47,37 @@ class LeasedBlock(NamedTuple):
 class Change:
     """What the caller does to the pool: take a reference on each block of `taken`, then give back those of `freed`.
 
-    `freed` is in the order in which the blocks are to be evicted.
+    `freed` is in the order in which the blocks are to be evicted. What has a content of `forgotten` leaves the cache,
+    unless a request uses it.
     """
 
     taken: tuple[int, ...] = ()
     freed: tuple[int, ...] = ()
+    forgotten: tuple[Hashable, ...] = ()
+
+
+_Key = tuple[str, str]  # tenant, session: no label reaches another tenant's blocks
 
 
 @dataclass(slots=True)
 class _Claim:
+    lease: Lease
     blocks: list[LeasedBlock]
+    finished_at: float
     deadline: float
-    turn: int  # tells a claim's entry in the heap of deadlines from the entries of earlier turns
+    has_rank: bool
+    version: int  # tells a claim's entries in the heap and in the order from earlier ones
+    contents: tuple[Hashable, ...] = ()  # all that a strict session has left in the cache
+    reason: str = ""  # why its blocks are not all there
 
 
-_Key = tuple[str, str]  # tenant, session: no label reaches another tenant's blocks
+class _Place(NamedTuple):
+    """Where a claim stands in an order."""
+
+    worth: float
+    finished_at: float
+    version: int
+    key: _Key
 
 
 class LeaseTable:
@@ -58,15 +86,35 @@ class LeaseTable:
     Args:
         bound: the most blocks that all leases may hold together.
         clock: seconds; monotonic.
+        policy: says what a session's KV is worth; it is told of every turn that the table is told of.
+        pool_blocks: what shares and caps are fractions of; None: `bound`.
     """
 
-    def __init__(self, bound: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        bound: int,
+        clock: Callable[[], float],
+        policy: RetentionPolicy | None = None,
+        *,
+        pool_blocks: int | None = None,
+    ) -> None:
         self._bound = bound
+        self._pool_blocks = bound if pool_blocks is None else pool_blocks
         self._clock = clock
+        self.policy = RetentionPolicy() if policy is None else policy
         self._claims: dict[_Key, _Claim] = {}
         self._claims_on: dict[int, int] = {}
+        self._held_by: Counter[str] = Counter()  # blocks, by tenant
+        self._shares: dict[str, int] = {}  # blocks guaranteed, by tenant
+        self._active: Counter[_Key] = Counter()  # requests that wait or run
+        self._parents: dict[_Key, _Key] = {}  # of sessions with a claim or a request
+        self._closed: set[_Key] = set()  # while a request still runs
+        self._reasons: OrderedDict[_Key, str] = OrderedDict()  # of sessions that have nothing left
         self._deadlines: list[tuple[float, int, _Key]] = []
-        self._turns = itertools.count()
+        self._versions = itertools.count(1)
+        # The worst at the end. Entries whose version is not their claim's are dead.
+        self._order: dict[bool, list[_Place]] = {False: [], True: []}
+        self._order_until = -float("inf")
         self.reclaimed_blocks_total = 0
         self.expired_total = 0
 
@@ -79,139 +127,381 @@ class LeaseTable:
         """The blocks that the table holds a reference on."""
         return tuple(self._claims_on)
 
-    def grant(self, lease: Lease, blocks: Sequence[LeasedBlock]) -> Change:
-        """Lease `blocks`, head first, to a session whose turn has ended.
+    # What happens to a session
 
-        They replace what the session had: a longer history extends its lease, a branch of it replaces it. A beginning
-        of what it has already changes nothing but the deadline. What the bound does not admit is left out at the tail.
-        """
+    def arrived(self, lease: Lease) -> None:
+        """A request of the session came: until it has ended no time runs against its lease."""
         key = _key(lease)
-        before = self._claims.pop(key, None)
-        after = list(blocks[: self._bound])
-        if before is not None and _is_beginning(after, before.blocks):
-            after = before.blocks
-        taken = [block.block_id for block in after if self._claim(block.block_id)]
-        freed = self._drop(before.blocks) if before is not None else []
-        if after:
-            self._claims[key] = claim = _Claim(after, 0.0, 0)
-            self._set_deadline(key, claim, lease.idle_timeout_s)
-            freed += self._take(len(self._claims_on) - self._bound, spared=key)
-        return Change(tuple(taken), tuple(freed))
-
-    def renew(self, lease: Lease) -> None:
-        """Start the idle time of a session anew: its next turn has arrived and may have to queue."""
-        key = _key(lease)
+        self.policy.arrived(session=key, now=self._clock())
+        self._active[key] += 1
+        self._closed.discard(key)
+        if lease.parent and lease.parent != lease.session:
+            self._parents[key] = (lease.tenant, lease.parent)
         claim = self._claims.get(key)
         if claim is not None:
-            self._set_deadline(key, claim, lease.idle_timeout_s)
+            claim.has_rank = True
+            claim.version = next(self._versions)
+
+    def admitted(self, lease: Lease, hit_tokens: int, prompt_hits: bool) -> tuple[Change, str]:
+        """A request of the session was given its blocks: what it did not hit, the session has diverged from.
+
+        Args:
+            hit_tokens: how many tokens it hit on the device.
+            prompt_hits: it hit all that a prompt can hit.
+
+        Returns:
+            What is given up, and why blocks that the session had were not there any more, as a `TurnAccount` says it.
+        """
+        key = _key(lease)
+        claim = self._claims.get(key)
+        if claim is None:
+            return Change(), self._reasons.pop(key, "")
+        reason, claim.reason = claim.reason, ""
+        if prompt_hits:
+            return Change(), reason
+        kept = [block for block in claim.blocks if block.end_token <= hit_tokens]
+        abandoned, claim.blocks = claim.blocks[len(kept) :], kept
+        if not kept:
+            del self._claims[key]
+        return Change((), tuple(self._drop(key, abandoned)), self._left(claim, abandoned)), reason
+
+    def finished(self, lease: Lease, blocks: Sequence[LeasedBlock], output_tokens: int = 0) -> Change:
+        """Lease `blocks`, head first, to a session whose request has ended, however it did.
+
+        They replace what the session had: a longer history extends its lease, a branch of it replaces it. A beginning
+        of what it has already changes nothing but the time. What a bound or a cap does not admit is left out at the
+        tail.
+        """
+        key, now = _key(lease), self._clock()
+        prompt_tokens = blocks[-1].end_token if blocks else 0
+        self.policy.finished(session=key, now=now, stop=None, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+        self._active[key] -= 1
+        if self._active[key] <= 0:
+            del self._active[key]
+        if key in self._closed:
+            if key not in self._active:
+                self._closed.discard(key)
+                self._parents.pop(key, None)
+            return Change(forgotten=tuple(block.content for block in blocks))
+        before = self._claims.pop(key, None)
+        after = list(blocks[: min(self._bound, self._part(lease.session_cap))])
+        contents = tuple(block.content for block in blocks)
+        if before is not None and _is_beginning(after, before.blocks):
+            after, contents = before.blocks, before.contents
+        taken = [block.block_id for block in after if self._claim(key, block.block_id)]
+        forgotten: list[Hashable] = []
+        freed: list[int] = []
+        if before is not None:
+            freed += self._drop(key, before.blocks)
+            forgotten += set(before.contents) - set(contents)
+        if not after:
+            self._settled(key)
+            return Change(tuple(taken), tuple(freed), tuple(forgotten) + (contents if lease.strict else ()))
+        claim = _Claim(lease, after, now, 0.0, True, 0, contents if lease.strict else ())
+        self._claims[key] = claim
+        if lease.strict:
+            forgotten += contents[len(after) :]
+        self._reasons.pop(key, None)
+        self._shares[lease.tenant] = self._part(lease.tenant_share)
+        self._set_deadline(key, claim, now + lease.idle_timeout_s)
+        yielded = self._take(self._over_cap(lease), spared=key, only=lease.tenant, reason="quota")
+        also = self._take(len(self._claims_on) - self._bound, spared=key, wanted_by=lease.tenant)
+        # Nobody else may yield: the session keeps what there is room for.
+        left_over = max(len(self._claims_on) - self._bound, self._over_cap(lease))
+        self._yield(key, left_over, None, "quota", also)
+        return Change(
+            tuple(taken),
+            (*freed, *yielded.freed, *also.freed),
+            (*forgotten, *yielded.forgotten, *also.forgotten),
+        )
+
+    def turn_ended(self, end: TurnEnd) -> None:
+        """Why a turn ended is known now: what the session is worth, and how long its lease has rank, depends on it."""
+        key = (end.tenant, end.session)
+        if key in self._active:
+            return
+        self.policy.corrected(session=key, stop=end.stop, output_tokens=end.output_tokens)
+        claim = self._claims.get(key)
+        if claim is not None and claim.lease.turn == end.turn and claim.has_rank:
+            self._set_deadline(key, claim, claim.finished_at + end.idle_timeout_s)
 
     def expire(self) -> Change:
-        """End the leases whose deadline has come."""
+        """Take their rank from the leases whose time is over; end those that are strict."""
         now = self._clock()
         freed: list[int] = []
+        forgotten: list[Hashable] = []
         while (due := self._next_due()) is not None and due[0] <= now:
-            freed += self._drop(self._claims.pop(due[2]).blocks)
+            heapq.heappop(self._deadlines)
+            key, claim = due[2], self._claims[due[2]]
             self.expired_total += 1
-        return Change(freed=tuple(freed))
+            if claim.lease.strict:
+                freed += self._drop(key, claim.blocks)
+                forgotten += claim.contents
+                del self._claims[key]
+                self._gone(key, "expired")
+                continue
+            claim.has_rank = False
+            claim.version = next(self._versions)
+            insort(self._order[False], self._place(key, claim, now), key=_worst_last)
+        return Change(freed=tuple(freed), forgotten=tuple(forgotten))
 
     def release(self, sessions: Iterable[str]) -> Change:
-        """End the leases of the sessions so labelled."""
+        """The sessions so labelled are over: nobody will ask for their blocks again."""
         labels = set(sessions)
-        freed: list[int] = []
-        for key in [key for key in self._claims if key[1] in labels]:
-            freed += self._drop(self._claims.pop(key).blocks)
-        return Change(freed=tuple(freed))
+        return self._release([key for key in {**self._claims, **self._active} if key[1] in labels])
 
     def release_all(self) -> Change:
-        """End every lease."""
-        return self.release([session for _, session in self._claims])
+        """End every lease. The sessions go on."""
+        freed: list[int] = []
+        forgotten: list[Hashable] = []
+        for key in list(self._claims):
+            claim = self._claims.pop(key)
+            freed += self._drop(key, claim.blocks)
+            forgotten += claim.contents
+            self._settled(key)
+        return Change(freed=tuple(freed), forgotten=tuple(forgotten))
 
-    def yieldable(self, busy: Callable[[int], bool]) -> int:
-        """How many blocks would be free if every lease yielded all it can. `busy` blocks are of no use to the pool."""
-        return sum(not busy(block_id) for block_id in self._claims_on)
+    # Making room
 
-    def reclaim(self, wanted_blocks: int, busy: Callable[[int], bool]) -> Change:
+    def can_yield(self, wanted_blocks: int, busy: Callable[[int], bool]) -> bool:
+        """Whether so many blocks would be free if every lease yielded all it can; `busy` blocks make no room."""
+        if wanted_blocks > len(self._claims_on):
+            return False
+        free = (block_id for block_id in self._claims_on if not busy(block_id))
+        return sum(1 for _ in itertools.islice(free, max(wanted_blocks, 0))) >= wanted_blocks
+
+    def reclaim(self, wanted_blocks: int, busy: Callable[[int], bool], wanted_by: str = "") -> Change:
         """Give up `wanted_blocks` blocks, or as many as there are.
 
         Args:
             wanted_blocks: how many blocks the pool is short of.
             busy: says of a block that giving it up makes no room, because a request uses it or is about to. Whoever
                 uses a block uses all before it, so a lease whose tail is busy has nothing to give.
+            wanted_by: the tenant whose request it is for; empty: nobody's in particular.
         """
-        freed = self._take(wanted_blocks, busy=busy)
-        self.reclaimed_blocks_total += len(freed)
-        return Change(freed=tuple(freed))
+        taken = self._take(wanted_blocks, busy=busy, wanted_by=wanted_by)
+        self.reclaimed_blocks_total += len(taken.freed)
+        return Change(freed=tuple(taken.freed), forgotten=tuple(taken.forgotten))
+
+    # What is asked
 
     def next_expiry_in_s(self) -> float | None:
-        """Seconds to the earliest deadline; at or below zero when it is due; `None` without leases."""
+        """Seconds until a lease loses its rank; at or below zero when that is due; `None`: none has any."""
         due = self._next_due()
         return None if due is None else due[0] - self._clock()
 
     def states(self) -> tuple[LeaseState, ...]:
-        """Every lease as it stands, the earliest deadline first."""
+        """Every lease as it stands, the earliest deadline first; at or below zero: it has no rank."""
         now = self._clock()
         return tuple(
             LeaseState(
                 session=key[1],
                 tenant=key[0],
                 blocks=len(claim.blocks),
-                tokens=claim.blocks[-1].end_token,
+                tokens=claim.blocks[-1].end_token if claim.blocks else 0,
                 expires_in_s=claim.deadline - now,
             )
-            for key, claim in self._by_deadline()
+            for key, claim in sorted(self._claims.items(), key=lambda item: (item[1].deadline, item[1].finished_at))
         )
 
-    def _by_deadline(self) -> list[tuple[_Key, _Claim]]:
-        return sorted(self._claims.items(), key=lambda item: (item[1].deadline, item[1].turn))
+    # Private
+
+    def _release(self, keys: Iterable[_Key]) -> Change:
+        freed: list[int] = []
+        forgotten: list[Hashable] = []
+        for key in keys:
+            self.policy.closed(session=key, now=self._clock())
+            if key in self._active:
+                self._closed.add(key)
+            claim = self._claims.pop(key, None)
+            if claim is not None:
+                forgotten += claim.contents or [block.content for block in claim.blocks]
+                freed += self._drop(key, claim.blocks)
+            self._reasons.pop(key, None)
+            self._settled(key)
+        return Change(freed=tuple(freed), forgotten=tuple(forgotten))
 
     def _take(
-        self, wanted_blocks: int, *, busy: Callable[[int], bool] | None = None, spared: _Key | None = None
-    ) -> list[int]:
-        freed: list[int] = []
+        self,
+        wanted_blocks: int,
+        *,
+        busy: Callable[[int], bool] | None = None,
+        spared: _Key | None = None,
+        only: str | None = None,
+        wanted_by: str = "",
+        reason: str = "",
+    ) -> "_Taken":
+        taken = _Taken([], [])
         if wanted_blocks <= 0:
-            return freed
-        for key, claim in self._by_deadline():
+            return taken
+        protected: list[_Key] = []
+        for key in self._victims(only):
             if key == spared:
                 continue
-            while claim.blocks and not (busy is not None and busy(claim.blocks[-1].block_id)):
-                if len(freed) == wanted_blocks:
-                    return freed
-                freed += self._drop([claim.blocks.pop()])
-            if not claim.blocks:
-                del self._claims[key]
-        return freed
+            above = self._above_share(key[0], wanted_by, only)
+            if above <= 0:
+                protected.append(key)
+                continue
+            wanted = wanted_blocks - len(taken.freed)
+            self._yield(key, min(wanted, above), busy, reason, taken)
+            if len(taken.freed) >= wanted_blocks:
+                return taken
+            if above < wanted and key in self._claims:
+                protected.append(key)
+        if busy is not None:  # a request wants them: it does not wait for what is idle, whosever that is
+            for key in protected:
+                if key in self._claims:
+                    self._yield(key, wanted_blocks - len(taken.freed), busy, reason, taken)
+                if len(taken.freed) >= wanted_blocks:
+                    break
+        return taken
 
-    def _claim(self, block_id: int) -> bool:
+    def _above_share(self, tenant: str, wanted_by: str, only: str | None) -> int:
+        """How many of a tenant's blocks may go to another."""
+        if tenant == wanted_by or only is not None:
+            return self._held_by[tenant]
+        return self._held_by[tenant] - self._shares.get(tenant, 0)
+
+    def _yield(self, key: _Key, most: int, busy: Callable[[int], bool] | None, reason: str, taken: "_Taken") -> None:
+        claim = self._claims[key]
+        blocks, before = claim.blocks, len(taken.freed)
+        while blocks and len(taken.freed) - before < most:
+            if busy is not None and busy(blocks[-1].block_id):
+                break
+            block = blocks.pop()
+            taken.freed.extend(self._drop(key, [block]))
+            taken.forgotten.extend(self._left(claim, [block]))
+            claim.reason = reason or ("evicted" if claim.has_rank else "expired")
+        if not blocks:
+            del self._claims[key]
+            self._gone(key, claim.reason)
+
+    def _over_cap(self, lease: Lease) -> int:
+        """How many blocks a tenant has above its cap."""
+        return 0 if lease.tenant_cap >= 1 else self._held_by[lease.tenant] - self._part(lease.tenant_cap)
+
+    def _victims(self, only: str | None) -> Iterator[_Key]:
+        """The sessions in the order in which they yield. Whoever takes part of one finds it first the next time."""
+        if self._clock() >= self._order_until or not (self._order[False] or self._order[True]):
+            self._reckon_order()
+        reckoned = False
+        while True:
+            for order in (self._order[False], self._order[True]):
+                passed: list[_Place] = []
+                try:
+                    while order:
+                        place = order.pop()
+                        if self._is_dead(place):
+                            continue
+                        passed.append(place)
+                        if only is None or place.key[0] == only:
+                            yield place.key
+                finally:
+                    order.extend(place for place in reversed(passed) if not self._is_dead(place))
+            if reckoned:
+                return
+            # Sessions that finished since the order was reckoned are not in it.
+            reckoned = True
+            self._reckon_order()
+
+    def _is_dead(self, place: _Place) -> bool:
+        claim = self._claims.get(place.key)
+        return claim is None or claim.version != place.version
+
+    def _reckon_order(self) -> None:
+        began_at = self._clock()
+        places = {key: self._place(key, claim, began_at) for key, claim in self._claims.items()}
+        ranks = {key: claim.has_rank for key, claim in self._claims.items()}
+        for child, parent in self._parents.items():
+            place = places.get(parent)
+            if place is None:
+                continue
+            if child in self._active:
+                places[parent], ranks[parent] = place._replace(worth=_WANTED), True
+            elif child in places and ranks[child]:
+                places[parent] = place._replace(worth=max(place.worth, places[child].worth))
+                ranks[parent] = True
+        for rank in (False, True):
+            self._order[rank] = sorted((places[key] for key in places if ranks[key] is rank), key=_worst_last)
+        now = self._clock()
+        self._order_until = now + _ORDER_SHARE * (now - began_at)
+
+    def _place(self, key: _Key, claim: _Claim, now: float) -> _Place:
+        worth = (
+            _WANTED
+            if key in self._active
+            else self.policy.value(
+                session=key, now=now, position=claim.blocks[-1].end_token if claim.blocks else 0, abandoned=False
+            )
+        )
+        return _Place(worth, claim.finished_at, claim.version, key)
+
+    def _left(self, claim: _Claim, blocks: Sequence[LeasedBlock]) -> tuple[Hashable, ...]:
+        return tuple(block.content for block in blocks) if claim.lease.strict else ()
+
+    def _part(self, fraction: float) -> int:
+        return int(fraction * self._pool_blocks)
+
+    def _gone(self, key: _Key, reason: str) -> None:
+        self._reasons[key] = reason
+        if len(self._reasons) > _MOST_REASONS:
+            self._reasons.popitem(last=False)
+        self._settled(key)
+
+    def _settled(self, key: _Key) -> None:
+        """Nothing of a session is left here unless a request is."""
+        if key not in self._active and key not in self._claims:
+            self._parents.pop(key, None)
+
+    def _claim(self, key: _Key, block_id: int) -> bool:
         claims = self._claims_on.get(block_id, 0)
         self._claims_on[block_id] = claims + 1
+        if not claims:
+            self._held_by[key[0]] += 1
         return not claims
 
-    def _drop(self, blocks: Sequence[LeasedBlock]) -> list[int]:
+    def _drop(self, key: _Key, blocks: Sequence[LeasedBlock]) -> list[int]:
         freed: list[int] = []
         for block in reversed(blocks):
             self._claims_on[block.block_id] -= 1
             if not self._claims_on[block.block_id]:
                 del self._claims_on[block.block_id]
+                self._held_by[key[0]] -= 1
                 freed.append(block.block_id)
+        if not self._held_by[key[0]]:
+            del self._held_by[key[0]]
+            self._shares.pop(key[0], None)
         return freed
 
-    def _set_deadline(self, key: _Key, claim: _Claim, idle_timeout_s: float) -> None:
-        claim.deadline = self._clock() + idle_timeout_s
-        claim.turn = next(self._turns)
+    def _set_deadline(self, key: _Key, claim: _Claim, deadline: float) -> None:
+        claim.deadline = deadline
+        claim.version = next(self._versions)
         if len(self._deadlines) > 2 * len(self._claims) + 64:
-            self._deadlines = [(kept.deadline, kept.turn, name) for name, kept in self._claims.items()]
+            self._deadlines = [
+                (kept.deadline, kept.version, name) for name, kept in self._claims.items() if kept.has_rank
+            ]
             heapq.heapify(self._deadlines)
         else:
-            heapq.heappush(self._deadlines, (claim.deadline, claim.turn, key))
+            heapq.heappush(self._deadlines, (claim.deadline, claim.version, key))
 
     def _next_due(self) -> tuple[float, int, _Key] | None:
         while self._deadlines:
             due = self._deadlines[0]
             claim = self._claims.get(due[2])
-            if claim is not None and claim.turn == due[1]:
+            if claim is not None and claim.version == due[1] and claim.has_rank and due[2] not in self._active:
                 return due
             heapq.heappop(self._deadlines)
         return None
+
+
+class _Taken(NamedTuple):
+    freed: list[int]
+    forgotten: list[Hashable]
+
+
+def _worst_last(place: _Place) -> tuple[float, float, int]:
+    # Where the worth is equal, what was used least recently yields first.
+    return (-place.worth, -place.finished_at, -place.version)
 
 
 def _is_beginning(blocks: Sequence[LeasedBlock], of: Sequence[LeasedBlock]) -> bool:

@@ -189,6 +189,20 @@ class RetentionPolicy:
         )
         self._bound(now)
 
+    def corrected(self, *, session: Hashable, stop: str | None, output_tokens: int) -> None:
+        """Why the session's last request stopped is known only now: as `finished` would have been told.
+
+        Once the next request has come it is too late: the gap is learned.
+        """
+        known = self._sessions.get(session)
+        if known is None or known.waiting or known.finished_at is None:
+            return
+        known.kind = _Class(
+            _OTHER_STOP if stop is None else _STOPS.get(stop, _OTHER_STOP),
+            known.kind.own_gaps,
+            _third(output_tokens, _SHORT_OUTPUT, _LONG_OUTPUT),
+        )
+
     def closed(self, *, session: Hashable, now: float) -> None:  # noqa: ARG002  (kvsim's interface)
         """The session is over: nobody will ask for its KV again. If somebody does, it is a new one."""
         self._asleep.pop(session, None)  # what its gap was worth is learned

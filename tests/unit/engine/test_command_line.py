@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from appliance.engine import launcher
-from appliance.engine.launcher import DiskTierSpec, EngineSpec, command_line, device_of, environment, too_much_dram
+from appliance.engine.launcher import EngineSpec, command_line, device_of, environment, too_much_dram
 from appliance.settings import EngineSettings
 
 SPEC = EngineSpec(
@@ -150,6 +150,12 @@ def test_tiers_are_told_only_where_there_are_some() -> None:
     assert "cpu_bytes_to_use" not in config["kv_connector_extra_config"]
 
 
+def test_the_tier_on_disk_lies_in_its_folder_behind_dram() -> None:
+    line = command_line(replace(SPEC, dram_bytes=1 << 30, disk_bytes=1 << 33, disk_dir=Path("/nvme/tier")))
+    (disk,) = json.loads(option(line, "--kv-transfer-config"))["kv_connector_extra_config"]["secondary_tiers"]
+    assert (disk["type"], disk["root_dir"], disk["capacity_bytes"]) == ("DiskTier", "/nvme/tier", 1 << 33)
+
+
 @pytest.mark.parametrize(("dram_gib", "fits"), [(0, True), (8, True), (9, False), (13, False)])
 def test_dram_that_the_machine_does_not_have_is_refused(dram_gib: int, fits: bool) -> None:
     meminfo = f"MemTotal:       {24 << 20} kB\nMemFree: 1 kB\nMemAvailable:   {8 << 20} kB\n"
@@ -166,8 +172,7 @@ def test_half_of_the_machine_is_the_most_that_dram_may_be() -> None:
 
 
 def test_the_tier_on_disk_is_named_with_its_bounds_and_stays_visible_in_the_cage() -> None:
-    disk = DiskTierSpec(Path("/state/tiers"), capacity_bytes=1 << 40, ttl_s=60.0)
-    spec = replace(SPEC, dram_bytes=1 << 30, disk=disk, hidden_dir=Path("/state"))
+    spec = replace(SPEC, dram_bytes=1 << 30, disk_bytes=1 << 40, disk_dir=Path("/state/tiers"), disk_ttl_s=60.0)
     configured = json.loads(option(command_line(spec), "--kv-transfer-config"))
     (tier,) = configured["kv_connector_extra_config"]["secondary_tiers"]
     assert (tier["type"], tier["root_dir"]) == ("DiskTier", "/state/tiers")

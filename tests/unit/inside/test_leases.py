@@ -1,13 +1,15 @@
 """The table of leases, without a pool: who keeps what, who yields first, and that the counts are right."""
 
+import dataclasses
 import string
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from appliance.engine.inside.leases import Change, LeasedBlock, LeaseTable
-from appliance.engine.protocol import Lease
+from appliance.engine.protocol import Lease, TurnEnd
 
 BLOCK = 32  # tokens
 
@@ -45,81 +47,84 @@ def held(table: LeaseTable) -> dict[str, int]:
 
 def test_a_grant_takes_each_block_once() -> None:
     table = LeaseTable(10, Clock())
-    assert table.grant(lease("a"), chain(1, 2, 3)) == Change(taken=(1, 2, 3))
+    assert table.finished(lease("a"), chain(1, 2, 3)) == Change(taken=(1, 2, 3))
     assert table.leased_blocks == 3
 
 
 def test_the_next_turn_takes_only_what_is_new() -> None:
     table = LeaseTable(10, Clock())
-    table.grant(lease("a"), chain(1, 2, 3))
-    assert table.grant(lease("a"), chain(1, 2, 3, 4)) == Change(taken=(4,))
+    table.finished(lease("a"), chain(1, 2, 3))
+    assert table.finished(lease("a"), chain(1, 2, 3, 4)) == Change(taken=(4,))
 
 
 def test_a_branch_gives_back_the_rest_of_the_other_branch_tail_first() -> None:
     table = LeaseTable(10, Clock())
-    table.grant(lease("a"), chain(1, 2, 3, 4))
-    assert table.grant(lease("a"), chain(1, 2, 5)) == Change(taken=(5,), freed=(4, 3))
+    table.finished(lease("a"), chain(1, 2, 3, 4))
+    assert table.finished(lease("a"), chain(1, 2, 5)) == Change(taken=(5,), freed=(4, 3))
 
 
 def test_a_beginning_of_the_history_moves_the_deadline_only() -> None:
     clock = Clock()
     table = LeaseTable(10, clock)
-    table.grant(lease("a"), chain(1, 2, 3, 4))
+    table.finished(lease("a"), chain(1, 2, 3, 4))
     clock.now += 10
-    assert table.grant(lease("a"), chain(1, 2)) == Change()
+    assert table.finished(lease("a"), chain(1, 2)) == Change()
     assert table.next_expiry_in_s() == 15.0
     assert held(table) == {"a": 4}
 
 
 def test_a_beginning_computed_once_more_in_other_blocks_is_still_a_beginning() -> None:
     table = LeaseTable(10, Clock())
-    table.grant(lease("a"), chain(1, 2, 3, 4))
+    table.finished(lease("a"), chain(1, 2, 3, 4))
     again = [*chain(1), LeasedBlock(9, 2 * BLOCK, ("content", 2))]
-    assert table.grant(lease("a"), again) == Change()
+    assert table.finished(lease("a"), again) == Change()
 
 
 def test_a_turn_that_computed_nothing_leaves_the_lease_alone_and_starts_none() -> None:
     table = LeaseTable(10, Clock())
-    table.grant(lease("a"), chain(1, 2))
-    assert table.grant(lease("a"), []) == Change()
-    assert table.grant(lease("b"), []) == Change()
+    table.finished(lease("a"), chain(1, 2))
+    assert table.finished(lease("a"), []) == Change()
+    assert table.finished(lease("b"), []) == Change()
     assert held(table) == {"a": 2}
 
 
 def test_a_shared_block_is_given_back_with_its_last_lease() -> None:
     table = LeaseTable(10, Clock())
-    table.grant(lease("a"), chain(1, 2, 3))
-    assert table.grant(lease("b"), chain(1, 2, 4)) == Change(taken=(4,))
-    assert table.release(["a"]) == Change(freed=(3,))
-    assert table.release(["b"]) == Change(freed=(4, 2, 1))
+    table.finished(lease("a"), chain(1, 2, 3))
+    assert table.finished(lease("b"), chain(1, 2, 4)) == Change(taken=(4,))
+    assert table.release(["a"]).freed == (3,)
+    assert table.release(["b"]).freed == (4, 2, 1)
 
 
-def test_over_the_bound_the_earliest_deadline_yields_its_tail() -> None:
+def test_over_the_bound_the_one_used_least_recently_of_equal_worth_yields_its_tail() -> None:
     clock = Clock()
     table = LeaseTable(6, clock)
-    table.grant(lease("late", 30.0), chain(1, 2, 3))
-    table.grant(lease("early", 5.0), chain(4, 5, 6))
-    assert table.grant(lease("new", 5.0), chain(7, 8)) == Change(taken=(7, 8), freed=(6, 5))
-    assert held(table) == {"early": 1, "new": 2, "late": 3}
+    table.finished(lease("first"), chain(1, 2, 3))
+    table.finished(lease("second"), chain(4, 5, 6))
+    assert table.finished(lease("new"), chain(7, 8)) == Change(taken=(7, 8), freed=(3, 2))
+    assert held(table) == {"first": 1, "second": 3, "new": 2}
 
 
 def test_one_session_may_have_the_whole_bound_and_no_more() -> None:
     table = LeaseTable(3, Clock())
-    table.grant(lease("old"), chain(1, 2))
-    assert table.grant(lease("new"), chain(3, 4, 5, 6)) == Change(taken=(3, 4, 5), freed=(2, 1))
+    table.finished(lease("old"), chain(1, 2))
+    assert table.finished(lease("new"), chain(3, 4, 5, 6)) == Change(taken=(3, 4, 5), freed=(2, 1))
     assert held(table) == {"new": 3}
 
 
 def test_a_bound_of_nothing_leases_nothing() -> None:
     table = LeaseTable(0, Clock())
-    assert table.grant(lease("a"), chain(1, 2)) == Change()
+    assert table.finished(lease("a"), chain(1, 2)) == Change()
     assert table.next_expiry_in_s() is None
 
 
-def test_reclaiming_takes_no_more_than_wanted_tails_first_and_the_earliest_deadline_first() -> None:
-    table = LeaseTable(10, Clock())
-    table.grant(lease("late", 30.0), chain(1, 2, 3))
-    table.grant(lease("early", 5.0), chain(4, 5, 6))
+def test_reclaiming_takes_no_more_than_wanted_tails_first_and_without_rank_first() -> None:
+    clock = Clock()
+    table = LeaseTable(10, clock)
+    table.finished(lease("ranked", 30.0), chain(1, 2, 3))
+    table.finished(lease("no rank", 5.0), chain(4, 5, 6))
+    clock.now += 5
+    assert table.expire() == Change()
     assert table.reclaim(2, nothing_is_busy) == Change(freed=(6, 5))
     assert table.reclaim(2, nothing_is_busy) == Change(freed=(4, 3))
     assert table.reclaim(9, nothing_is_busy) == Change(freed=(2, 1))
@@ -130,69 +135,207 @@ def test_reclaiming_takes_no_more_than_wanted_tails_first_and_the_earliest_deadl
 
 def test_a_lease_whose_tail_is_in_use_yields_nothing() -> None:
     table = LeaseTable(10, Clock())
-    table.grant(lease("in use", 5.0), chain(1, 2, 3))
-    table.grant(lease("idle", 30.0), chain(4, 5, 6))
-    assert table.yieldable({1, 2, 3}.__contains__) == 3
+    table.finished(lease("in use", 5.0), chain(1, 2, 3))
+    table.finished(lease("idle", 30.0), chain(4, 5, 6))
+    assert table.can_yield(3, {1, 2, 3}.__contains__)
+    assert not table.can_yield(4, {1, 2, 3}.__contains__)
     assert table.reclaim(2, {1, 2, 3}.__contains__) == Change(freed=(6, 5))
 
 
 def test_what_lies_beyond_the_part_in_use_can_be_reclaimed() -> None:
     table = LeaseTable(10, Clock())
-    table.grant(lease("a"), chain(1, 2, 3, 4))
+    table.finished(lease("a"), chain(1, 2, 3, 4))
     assert table.reclaim(9, {1, 2}.__contains__) == Change(freed=(4, 3))
 
 
 def test_a_shared_block_counts_as_reclaimed_once_the_last_lease_yields_it() -> None:
     table = LeaseTable(10, Clock())
-    table.grant(lease("a", 5.0), chain(1, 2))
-    table.grant(lease("b", 30.0), chain(1, 2, 3))
+    table.finished(lease("a", 5.0), chain(1, 2))
+    table.finished(lease("b", 30.0), chain(1, 2, 3))
     assert table.reclaim(1, nothing_is_busy) == Change(freed=(3,))
     assert table.reclaim(1, nothing_is_busy) == Change(freed=(2,))
     assert table.reclaimed_blocks_total == 2
 
 
-def test_a_lease_ends_at_its_deadline_and_not_before() -> None:
+def test_a_lease_loses_its_rank_at_its_deadline_and_not_before_and_keeps_its_blocks() -> None:
     clock = Clock()
     table = LeaseTable(10, clock)
-    table.grant(lease("b", 15.0), chain(3, 4))
-    table.grant(lease("a", 5.0), chain(1, 2))
+    table.finished(lease("b", 15.0), chain(3, 4))
+    table.finished(lease("a", 5.0), chain(1, 2))
     clock.now += 4.999
-    assert table.expire() == Change()
+    table.expire()
+    assert table.next_expiry_in_s() == pytest.approx(0.001)
     clock.now += 0.001
-    assert table.next_expiry_in_s() == 0.0
-    assert table.expire() == Change(freed=(2, 1))
+    assert table.next_expiry_in_s() == pytest.approx(0.0)
+    assert table.expire() == Change()
+    assert table.next_expiry_in_s() == pytest.approx(10.0)
+    assert table.reclaim(1, nothing_is_busy).freed == (2,)
     clock.now += 60
-    assert table.next_expiry_in_s() == -50.0
-    assert table.expire() == Change(freed=(4, 3))
+    assert table.expire() == Change()
     assert table.next_expiry_in_s() is None
     assert table.expired_total == 2
+    assert held(table) == {"a": 1, "b": 2}
 
 
-def test_a_renewed_lease_forgets_its_earlier_deadline() -> None:
+def test_a_strict_lease_gives_up_all_at_its_deadline_and_what_it_left_is_forgotten() -> None:
+    clock = Clock()
+    table = LeaseTable(2, clock)
+    strict = dataclasses.replace(lease("a"), strict=True)
+    assert table.finished(strict, chain(1, 2, 3)) == Change(taken=(1, 2), forgotten=(("content", 3),))
+    clock.now += 15
+    assert table.expire() == Change(freed=(2, 1), forgotten=tuple(("content", block) for block in (1, 2, 3)))
+
+
+def test_what_a_strict_lease_yields_is_forgotten() -> None:
+    table = LeaseTable(9, Clock())
+    table.finished(dataclasses.replace(lease("a"), strict=True), chain(1, 2))
+    assert table.reclaim(1, nothing_is_busy) == Change(freed=(2,), forgotten=(("content", 2),))
+
+
+def test_no_time_runs_against_a_session_whose_request_waits() -> None:
     clock = Clock()
     table = LeaseTable(10, clock)
-    table.grant(lease("a", 15.0), chain(1))
+    table.finished(lease("a"), chain(1))
     clock.now += 14
-    table.renew(lease("a", 15.0))
-    table.renew(lease("unknown", 15.0))
-    clock.now += 14
+    table.arrived(lease("a"))
+    table.arrived(lease("unknown"))
+    assert table.next_expiry_in_s() is None
+    clock.now += 140
     assert table.expire() == Change()
-    clock.now += 1
-    assert table.expire() == Change(freed=(1,))
+    table.finished(lease("a"), [])
+    assert table.next_expiry_in_s() == 15.0
+
+
+def test_whose_request_waits_yields_last_but_yields() -> None:
+    clock = Clock()
+    table = LeaseTable(10, clock)
+    table.finished(lease("waits", 5.0), chain(1, 2))
+    table.finished(lease("idle", 60.0), chain(3, 4))
+    clock.now += 5
+    table.expire()
+    table.arrived(lease("waits"))
+    assert table.reclaim(3, nothing_is_busy).freed == (4, 3, 2)
+
+
+def test_the_stop_reason_that_is_told_later_decides_worth_and_rank() -> None:
+    clock = Clock()
+    table = LeaseTable(10, clock)
+    for session, blocks in (("tool", chain(1, 2)), ("done", chain(3, 4))):
+        table.arrived(Lease(session, "tenant", 15.0, turn=session))
+        table.finished(Lease(session, "tenant", 15.0, turn=session), blocks, 100)
+    table.turn_ended(TurnEnd("tool", "tenant", "tool", "tool_use", 100, 120.0))
+    table.turn_ended(TurnEnd("done", "tenant", "done", "end_turn", 100, 120.0))
+    clock.now += 30
+    table.expire()
+    assert held(table) == {"tool": 2, "done": 2}
+    assert table.next_expiry_in_s() == 90.0
+    assert table.reclaim(2, nothing_is_busy).freed == (4, 3)
+
+
+def test_the_end_of_an_earlier_turn_changes_nothing() -> None:
+    table = LeaseTable(10, Clock())
+    table.finished(Lease("a", "tenant", 15.0, turn="second"), chain(1))
+    table.turn_ended(TurnEnd("a", "tenant", "first", "tool_use", 1, 300.0))
+    assert table.next_expiry_in_s() == 15.0
+
+
+def test_what_a_session_diverged_from_is_given_up_when_its_request_is_admitted() -> None:
+    table = LeaseTable(10, Clock())
+    table.finished(lease("a"), chain(1, 2, 3))
+    table.arrived(lease("a"))
+    assert table.admitted(lease("a"), BLOCK, prompt_hits=False) == (Change(freed=(3, 2)), "")
+    assert table.admitted(lease("a"), BLOCK, prompt_hits=True) == (Change(), "")
+
+
+@pytest.mark.parametrize(("passes", "reason"), [(0.0, "evicted"), (15.0, "expired")])
+@pytest.mark.parametrize("taken", [1, 3])
+def test_it_is_known_why_blocks_are_not_there_any_more(passes: float, reason: str, taken: int) -> None:
+    clock = Clock()
+    table = LeaseTable(10, clock)
+    table.finished(lease("a"), chain(1, 2, 3))
+    clock.now += passes
+    table.expire()
+    table.reclaim(taken, nothing_is_busy)
+    table.arrived(lease("a"))
+    assert table.admitted(lease("a"), (3 - taken) * BLOCK, prompt_hits=False) == (Change(), reason)
+
+
+def test_a_tenant_leaves_another_its_guaranteed_share_as_long_as_it_has_blocks_of_its_own() -> None:
+    table = LeaseTable(8, Clock())
+    table.finished(dataclasses.replace(lease("small", tenant="small"), tenant_share=0.5), chain(1, 2, 3, 4, 5))
+    table.finished(lease("big", tenant="big"), chain(11, 12, 13))
+    assert table.finished(lease("more", tenant="big"), chain(21, 22, 23)).freed == (5, 13, 12)
+    assert held(table) == {"small": 4, "big": 1, "more": 3}
+
+
+def test_no_request_waits_for_a_guaranteed_share() -> None:
+    table = LeaseTable(8, Clock())
+    table.finished(dataclasses.replace(lease("small", tenant="small"), tenant_share=0.5), chain(1, 2, 3, 4))
+    table.finished(lease("big", tenant="big"), chain(11, 12, 13, 14))
+    assert table.reclaim(6, nothing_is_busy, "big").freed == (14, 13, 12, 11, 4, 3)
+
+
+def test_a_tenant_and_a_session_keep_no_more_than_their_caps() -> None:
+    table = LeaseTable(10, Clock())
+    capped = dataclasses.replace(lease("a"), tenant_cap=0.5, session_cap=0.3)
+    assert table.finished(capped, chain(1, 2, 3, 4)) == Change(taken=(1, 2, 3))
+    other = dataclasses.replace(capped, session="b")
+    assert table.finished(other, chain(5, 6, 7)) == Change(taken=(5, 6, 7), freed=(3,))
+    table.arrived(capped)
+    assert table.admitted(capped, 2 * BLOCK, prompt_hits=False) == (Change(), "quota")
+
+
+def test_a_parent_yields_after_others_while_its_child_runs_and_while_the_child_has_a_lease() -> None:
+    clock = Clock()
+    table = LeaseTable(10, clock)
+    child = dataclasses.replace(lease("child", 60.0), parent="parent")
+    table.finished(lease("parent", 5.0), chain(1, 2))
+    table.finished(lease("other", 60.0), chain(3, 4))
+    table.arrived(child)
+    clock.now += 5
+    table.expire()
+    assert table.reclaim(1, nothing_is_busy).freed == (4,)
+    table.finished(child, chain(1, 5))
+    clock.now += 5
+    assert table.reclaim(1, nothing_is_busy).freed == (3,)
+    assert held(table) == {"parent": 2, "child": 2}
+
+
+def test_a_session_closed_while_its_request_runs_leaves_nothing_when_that_ends() -> None:
+    table = LeaseTable(10, Clock())
+    table.finished(lease("a"), chain(1))
+    table.arrived(lease("a"))
+    assert table.release(["a"]) == Change(freed=(1,), forgotten=(("content", 1),))
+    assert table.finished(lease("a"), chain(1, 2)) == Change(forgotten=(("content", 1), ("content", 2)))
+    assert table.states() == ()
+
+
+def test_ten_thousand_sessions_that_are_abandoned_hold_no_more_than_the_bound() -> None:
+    clock = Clock()
+    table = LeaseTable(100, clock)
+    for number in range(10_000):
+        clock.now += 0.01
+        table.arrived(lease(f"s{number}"))
+        table.finished(lease(f"s{number}"), chain(2 * number, 2 * number + 1))
+        table.expire()
+    assert table.leased_blocks == 100
+    assert len(table.states()) == 50
+    assert len(table._deadlines) < 200
+    assert len(table._active) == len(table._closed) == len(table._parents) == 0
 
 
 def test_a_label_reaches_nothing_of_another_tenant() -> None:
     table = LeaseTable(10, Clock())
-    table.grant(lease("a", tenant="one"), chain(1, 2))
-    assert table.grant(lease("a", tenant="two"), chain(3)) == Change(taken=(3,))
+    table.finished(lease("a", tenant="one"), chain(1, 2))
+    assert table.finished(lease("a", tenant="two"), chain(3)) == Change(taken=(3,))
     assert table.leased_blocks == 3
 
 
-def test_ten_thousand_renewals_leave_a_short_list_of_deadlines() -> None:
+def test_ten_thousand_turns_of_a_session_leave_a_short_list_of_deadlines() -> None:
     table = LeaseTable(10, Clock())
-    table.grant(lease("a"), chain(1))
     for _ in range(10_000):
-        table.renew(lease("a"))
+        table.arrived(lease("a"))
+        table.finished(lease("a"), chain(1))
     assert len(table._deadlines) < 100
 
 
@@ -225,17 +368,19 @@ class TableAgainstPool(RuleBasedStateMachine):
     )
     def grant(self, session: str, trunk: int, branch: int, length: int, idle_timeout_s: float) -> None:
         blocks = chain(*range(trunk), *range(100 * branch + 50, 100 * branch + 50 + length))
-        self.apply(self.table.grant(lease(session, idle_timeout_s), blocks))
+        self.apply(self.table.finished(lease(session, idle_timeout_s), blocks))
 
-    @rule(session=st.sampled_from(string.ascii_lowercase[:6]))
-    def renew(self, session: str) -> None:
-        self.table.renew(lease(session))
+    @rule(session=st.sampled_from(string.ascii_lowercase[:6]), hit_tokens=st.integers(0, 6 * BLOCK))
+    def arrive(self, session: str, hit_tokens: int) -> None:
+        self.table.arrived(lease(session))
+        self.apply(self.table.admitted(lease(session), hit_tokens, prompt_hits=not hit_tokens)[0])
 
     @rule(seconds=st.sampled_from([0.0, 1.0, 6.0, 20.0]))
     def expire(self, seconds: float) -> None:
         self.clock.now += seconds
         self.apply(self.table.expire())
-        assert all(state.expires_in_s > 0 for state in self.table.states())
+        due_in_s = self.table.next_expiry_in_s()
+        assert due_in_s is None or due_in_s > 0
 
     @rule(sessions=st.sets(st.sampled_from(string.ascii_lowercase[:6])))
     def release(self, sessions: set[str]) -> None:
@@ -248,7 +393,7 @@ class TableAgainstPool(RuleBasedStateMachine):
         def busy(block_id: int) -> bool:
             return block_id < busy_below
 
-        could_yield = self.table.yieldable(busy)
+        could_yield = sum(not busy(block_id) for block_id in self.table.leased_block_ids())
         change = self.table.reclaim(wanted, busy)
         self.apply(change)
         assert len(change.freed) == min(wanted, could_yield)
@@ -267,7 +412,6 @@ class TableAgainstPool(RuleBasedStateMachine):
         assert all(state.blocks > 0 and state.tokens == state.blocks * BLOCK for state in states)
         deadlines = [state.expires_in_s for state in states]
         assert deadlines == sorted(deadlines)
-        assert self.table.next_expiry_in_s() == (deadlines[0] if deadlines else None)
 
 
 TableAgainstPool.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -27,7 +27,17 @@ from appliance.engine.protocol import (
     turn_ends_request,
 )
 
-LEASE: dict[str, Any] = {"session": "s-1", "tenant": "t_1", "idle_timeout_s": 15.0, "turn": "u-1", "strict": False}
+LEASE: dict[str, Any] = {
+    "session": "s-1",
+    "tenant": "t_1",
+    "idle_timeout_s": 15.0,
+    "turn": "u-1",
+    "strict": False,
+    "parent": "",
+    "tenant_share": 0.0,
+    "tenant_cap": 1.0,
+    "session_cap": 1.0,
+}
 END = TurnEnd("s-1", "t_1", "u-1", "tool_use", output_tokens=7, idle_timeout_s=15.0)
 ACCOUNT = TurnAccount("u-1", device_tokens=64, dram_tokens=32, disk_tokens=96, reason="evicted")
 REPORT = LeaseReport(
@@ -68,6 +78,10 @@ def test_a_lease_survives_the_wire() -> None:
         {"turn": "a b"},
         {"turn": None},
         {"strict": 1},
+        {"parent": "a b"},
+        {"tenant_share": 1.1},
+        {"tenant_cap": -0.1},
+        {"session_cap": None},
         {"more": 1},
     ],
     ids=repr,

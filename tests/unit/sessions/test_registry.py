@@ -723,7 +723,8 @@ async def test_the_idle_timeout_is_the_tenants_else_the_models_else_the_default(
     own = dataclasses.replace(who, tenant=dataclasses.replace(who.tenant, idle_timeout_s=5.0))
     big = dataclasses.replace(chat(HELLO), model="big")
     timeouts = [
-        (await sessions.resolve(*asked)).idle_timeout_s for asked in ((who, chat(HELLO)), (who, big), (own, big))
+        (await sessions.resolve(*asked)).keeping.idle_timeout_s
+        for asked in ((who, chat(HELLO)), (who, big), (own, big))
     ]
     assert timeouts == [15.0, 60.0, 5.0]
 

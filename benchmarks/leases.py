@@ -1,0 +1,238 @@
+"""What retention costs the engine. `.venv-engine/bin/python -m benchmarks.leases [--check]`.
+
+- `decode`: the connector's share of a decode step while 10,000 idle sessions hold the pool and each new block has to be
+  reclaimed from one of them; the same seconds as a share of a step of the model of 140 million weights.
+- `memory`: bytes that an idle session takes in the table and the policy, with one block; and each block more.
+- `first_token`: a request for 80 % of a pool that is wholly leased against the same on an empty pool, in turns.
+
+`--check` leaves with 1 when a figure misses what the project promises.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    VLLM_CPU_KVCACHE_SPACE="2",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_PLUGINS="holdfast",
+)
+
+from vllm import LLM, SamplingParams
+
+from appliance.engine.demo.random_model import COMMITTED_MODEL, write_random_model
+from appliance.engine.inside.leases import LeasedBlock, LeaseTable
+from appliance.engine.protocol import Lease, connector_config, lease_params
+
+BLOCK: Final = 32  # tokens
+SESSIONS: Final = 10_000
+RUNNING: Final = 8
+STEPS: Final = 300
+PAIRS: Final = 12
+POOL: Final = 160  # blocks, where first tokens are timed
+MOST_SHARE: Final = 0.01
+MOST_BYTES: Final = 2048
+MOST_SLOWER: Final = 0.05
+_LEASED: Final = 0.95
+_HOOKS: Final = (
+    "on_new_request",
+    "get_num_new_matched_tokens",
+    "update_state_after_alloc",
+    "has_pending_block_frees",
+    "build_connector_meta",
+    "request_finished_all_groups",
+)
+
+
+class Engine:
+    """A real engine in this process, stepped by hand."""
+
+    def __init__(self, model: Path, blocks: int, *, most_running: int) -> None:
+        self._llm = LLM(
+            model=str(model),
+            block_size=BLOCK,
+            num_gpu_blocks_override=blocks + 1,
+            max_model_len=8192,
+            max_num_batched_tokens=2048,
+            max_num_seqs=most_running,
+            enforce_eager=True,
+            seed=0,
+            kv_transfer_config=connector_config(_LEASED),
+        )
+        self._front = self._llm.llm_engine
+        self.core: Any = self._front.engine_core.engine_core
+        self.connector: Any = self.core.scheduler.get_kv_connector()
+        self._names = itertools.count()
+
+    def submit(self, words: Sequence[int], *, session: str = "", max_tokens: int = 1) -> None:
+        """Queue a request; nothing of it is shared with any other."""
+        name = f"request-{next(self._names)}"
+        transfer = lease_params(Lease(session, "tenant", 15.0)) if session else None
+        self._front.add_request(
+            name,
+            {"prompt_token_ids": list(words), "cache_salt": name},
+            SamplingParams(
+                temperature=0,
+                max_tokens=max_tokens,
+                ignore_eos=True,
+                extra_args=None if transfer is None else {"kv_transfer_params": transfer},
+            ),
+        )
+
+    def step(self) -> None:
+        """One step."""
+        self._front.step()
+
+    def drain(self) -> None:
+        """Step until nothing is left to do."""
+        while self._front.has_unfinished_requests():
+            self.step()
+
+    def first_token_s(self, tokens: int) -> float:
+        """How long a new request of so many tokens takes until its first token."""
+        self.submit(_words(tokens))
+        began = time.perf_counter()
+        self.drain()
+        return time.perf_counter() - began
+
+    def close(self) -> None:
+        """Shut it down."""
+        self.core.shutdown()
+
+
+def _words(length: int) -> list[int]:
+    return [10 + position * 31 % 1900 for position in range(length)]
+
+
+def _timed(hook: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
+    def timed(*given: Any, **named: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return hook(*given, **named)
+        finally:
+            spent[0] += time.perf_counter() - began
+
+    return timed
+
+
+def decode_cost(model: Path, sessions: int) -> tuple[float, float, int]:
+    """Seconds of a decode step in all and in the connector, the mean of many; blocks that were reclaimed meanwhile."""
+    prompts = RUNNING * 1024 // BLOCK
+    engine = Engine(model, max(int(sessions / _LEASED) + 64, 2 * prompts), most_running=max(RUNNING, 64))
+    for session in range(sessions):
+        engine.submit(_words(BLOCK + 1), session=f"session-{session}")
+        if session % 64 == 63:
+            engine.drain()
+    engine.drain()
+    spent = [0.0]
+    for _ in range(RUNNING):
+        engine.submit(_words(1024), session=f"running-{next(engine._names)}", max_tokens=STEPS + 64)
+    for _ in range(32):
+        engine.step()
+    for hook in _HOOKS:
+        setattr(engine.connector, hook, _timed(getattr(engine.connector, hook), spent))
+    before = engine.connector.report().reclaimed_blocks_total
+    began = time.perf_counter()
+    for _ in range(STEPS):
+        engine.step()
+    took = time.perf_counter() - began
+    reclaimed = engine.connector.report().reclaimed_blocks_total - before
+    engine.close()
+    return took / STEPS, spent[0] / STEPS, reclaimed
+
+
+def memory_bytes(blocks_each: int) -> float:
+    """What one of 10,000 idle sessions takes."""
+    tracemalloc.start()
+    table = LeaseTable(SESSIONS * blocks_each, time.monotonic)
+    before = tracemalloc.get_traced_memory()[0]
+    for session in range(SESSIONS):
+        lease = Lease(f"{session:032x}", "tenant", 15.0, turn=f"chatcmpl-{session:032x}")
+        table.arrived(lease)
+        first = session * blocks_each
+        table.finished(
+            lease,
+            [LeasedBlock(first + place, (place + 1) * BLOCK, os.urandom(36)) for place in range(blocks_each)],
+        )
+    each = (tracemalloc.get_traced_memory()[0] - before) / SESSIONS
+    tracemalloc.stop()
+    return each
+
+
+def first_tokens(model: Path) -> tuple[list[float], list[float]]:
+    """Seconds to the first token of a request for 80 % of the pool: empty, and wholly leased."""
+    engine = Engine(model, POOL, most_running=RUNNING)
+    tokens = int(0.8 * POOL) * BLOCK - 1
+    empty, leased = [], []
+    engine.first_token_s(tokens)
+    for _ in range(PAIRS):
+        assert engine.core.reset_prefix_cache()
+        empty.append(engine.first_token_s(tokens))
+        for session in range(16):
+            engine.submit(_words(POOL // 16 * BLOCK), session=f"session-{session}")
+        engine.drain()
+        assert engine.connector.report().leased_blocks == int(_LEASED * POOL)
+        leased.append(engine.first_token_s(tokens))
+    engine.close()
+    return empty, leased
+
+
+def main() -> int:
+    """Measure, print the figures, and say what they miss."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    step_s, hooks_s, reclaimed = decode_cost(COMMITTED_MODEL, SESSIONS)
+    with tempfile.TemporaryDirectory() as folder:
+        large_step_s, _, _ = decode_cost(write_random_model(Path(folder)), 0)
+    one, two = memory_bytes(1), memory_bytes(2)
+    empty, leased = first_tokens(COMMITTED_MODEL)
+    figures = {
+        "decode": {
+            "sessions": SESSIONS,
+            "running": RUNNING,
+            "reclaimed_blocks": reclaimed,
+            "connector_us": round(hooks_s * 1e6, 1),
+            "demo_step_ms": round(step_s * 1e3, 3),
+            "demo_share": round(hooks_s / step_s, 5),
+            "random_140m_step_ms": round(large_step_s * 1e3, 3),
+            "random_140m_share": round(hooks_s / large_step_s, 5),
+        },
+        "memory": {"bytes_per_session": round(one), "bytes_per_further_block": round(two - one)},
+        "first_token": {
+            "pairs": PAIRS,
+            "empty_p50_s": round(statistics.median(empty), 4),
+            "leased_p50_s": round(statistics.median(leased), 4),
+            "slower": round(statistics.median(leased) / statistics.median(empty) - 1, 4),
+        },
+    }
+    print(json.dumps(figures, indent=2))
+    misses = [
+        text
+        for text, holds in {
+            f"retention takes {hooks_s / step_s:.2%} of a step": hooks_s / step_s < MOST_SHARE,
+            f"an idle session takes {one:.0f} bytes": one < MOST_BYTES,
+            "a leased pool is slower": figures["first_token"]["slower"] <= MOST_SLOWER,
+        }.items()
+        if not holds
+    ]
+    for miss in misses:
+        sys.stderr.write(f"MISSED: {miss}\n")
+    return 1 if check and misses else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
