@@ -41,7 +41,7 @@ BLOCK: Final = 32  # tokens
 SESSIONS: Final = 10_000
 RUNNING: Final = 8
 STEPS: Final = 300
-PAIRS: Final = 12
+PAIRS: Final = 6
 POOL: Final = 160  # blocks, where first tokens are timed
 MOST_SHARE: Final = 0.01
 MOST_BYTES: Final = 2048
@@ -65,7 +65,7 @@ class Engine:
             model=str(model),
             block_size=BLOCK,
             num_gpu_blocks_override=blocks + 1,
-            max_model_len=8192,
+            max_model_len=min(8192, blocks * BLOCK),
             max_num_batched_tokens=2048,
             max_num_seqs=most_running,
             enforce_eager=True,
