@@ -19,11 +19,16 @@ import pytest
 from appliance.engine.protocol import (
     LEASES_PATH,
     PLUGIN_ENVIRONMENT,
+    TURNS_PATH,
     Lease,
     LeaseReport,
+    TurnAccount,
+    TurnEnd,
     connector_arguments,
     lease_params,
+    read_turn_accounts_answer,
     release_request,
+    turn_ends_request,
 )
 from tests.engine.in_process import BLOCK, words
 
@@ -110,14 +115,14 @@ class Server:
         assert status == 200
         return LeaseReport.from_wire(answer)
 
-    def turn(self, seed: int, session: str, idle_timeout_s: float) -> None:
+    def turn(self, seed: int, session: str, idle_timeout_s: float, **lease: Any) -> None:
         """A completion whose session leases its blocks."""
         body = {
             "model": "tiny",
             "prompt": words(seed, 10 * BLOCK),
             "max_tokens": 4,
             "cache_salt": "ab" * 32,
-            "kv_transfer_params": lease_params(Lease(session, "tenant", idle_timeout_s)),
+            "kv_transfer_params": lease_params(Lease(session, "tenant", idle_timeout_s, **lease)),
         }
         status, answer = self.post("/v1/completions", json.dumps(body).encode())
         assert status == 200, answer
@@ -158,7 +163,33 @@ def test_a_lease_ends_on_time_though_nobody_asks(server: Server) -> None:
     granted = time.monotonic()
     late_s = server.wait_for_line("Leases ended") - granted - 1.5
     assert late_s < LATENESS_S
-    assert server.report().leases == ()
+    report = server.report(release=("alone",))
+    assert report.expired_total > 0
+
+
+def test_a_strict_lease_leaves_nothing_though_nobody_asks(server: Server) -> None:
+    server.turn(5, "strict", idle_timeout_s=1.0, strict=True)
+    server.wait_for_line("Leases ended")
+    assert "strict" not in {lease.session for lease in server.report().leases}
+
+
+def test_an_end_of_a_turn_is_answered_with_its_account_and_moves_the_deadline(server: Server) -> None:
+    server.turn(6, "told", idle_timeout_s=60.0, turn="first")
+    server.turn(6, "told", idle_timeout_s=60.0, turn="second")
+    ends = [TurnEnd("told", "tenant", turn, "tool_use", 4, 600.0) for turn in ("first", "second", "unknown")]
+    status, answer = server.post(TURNS_PATH, turn_ends_request(ends))
+    assert status == 200
+    accounts = read_turn_accounts_answer(json.dumps(answer).encode())
+    assert accounts == (TurnAccount("first", 0), TurnAccount("second", 9 * BLOCK), None)
+    (lease,) = server.report().leases
+    assert lease.expires_in_s > 60.0
+    server.report(release=("told",))
+
+
+def test_a_malformed_end_of_a_turn_is_refused(server: Server) -> None:
+    status, answer = server.post(TURNS_PATH, b'{"ends": [{}]}')
+    assert status == 400
+    assert answer["error"]["code"] == "engine_message_malformed"
 
 
 def test_the_lease_of_a_client_that_hung_up_ends_on_time_too(server: Server) -> None:
@@ -166,6 +197,7 @@ def test_the_lease_of_a_client_that_hung_up_ends_on_time_too(server: Server) -> 
     hung_up = time.monotonic()
     late_s = server.wait_for_line("Leases ended") - hung_up - 2.0
     assert late_s < LATENESS_S + 1.0  # the engine learns of the hang-up a little later
+    server.report(release=("hung-up",))
 
 
 def test_the_endpoint_reports_and_releases(server: Server) -> None:

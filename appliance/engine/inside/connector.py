@@ -152,7 +152,10 @@ class LeaseRetention:
 
     def tick(self) -> float | None:
         """Expire what is due; seconds to the next deadline, or `None` without leases."""
+        expired_before = self._table.expired_total
         self._apply(self._table.expire())
+        if self._table.expired_total > expired_before:
+            logger.debug("Leases ended: %d.", self._table.expired_total - expired_before)
         self._lessons.write_if_due(self.clock())
         return self._table.next_expiry_in_s()
 
