@@ -276,6 +276,8 @@ async def _seal(services: ServicesOf, asker: AskerOf) -> types.VaultState:
     if changed:
         await asker.did(VAULT_SEALED, ("vault", services.vault.root_id))
     services.vault.seal()
+    if services.engine_process is not None:
+        services.engine_process.forget_keys()
     return types.VaultState(sealed=True, changed=changed)
 
 

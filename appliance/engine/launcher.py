@@ -356,6 +356,11 @@ class EngineProcess:
         """Whether a process of this machine is the engine's, or may be: one that has ended cannot be told from it."""
         return belongs_to(process, self.pid, self.spec.run_dir)
 
+    def forget_keys(self) -> None:
+        """Have the engine forget the keys of its tiers: the vault was sealed."""
+        if self._keys is not None:
+            self._keys.sealed()
+
     async def start(self) -> None:
         """Start the engine and return at once; `wait_ready` waits.
 
@@ -660,8 +665,9 @@ def _furnish(spec: EngineSpec) -> None:
     spec.run_dir.chmod(0o700)
     spec.log_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if spec.disk_dir is not None:
-        spec.disk_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        spec.disk_dir.chmod(0o700)
+        with contextlib.suppress(OSError):  # the tier is off then, and says why
+            spec.disk_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            spec.disk_dir.chmod(0o700)
     configuration = spec.run_dir / _LOGGING_NAME
     configuration.touch(mode=0o600)
     configuration.write_text(json.dumps(logging_config()))

@@ -452,7 +452,7 @@ class Sessions(Archive):
         if live is not None and live.forgotten:
             raise unknown_session(session_id)
         if live is not None and not live.stored:  # its first turn runs: its key is made before it is stored
-            self._vault.new_session_key(tenant_id, session_id)
+            self._vault.pending_session_key(tenant_id, session_id)
         return await asyncio.to_thread(self._vault.tier_key, session_id)
 
     async def _read_labels(self) -> None:
@@ -565,7 +565,7 @@ class Sessions(Archive):
             named = {f"b_{name}": value for name, value in totals.items()}
             return [Change(_UPDATE_SESSION, {"b_session_id": live.session_id, **named})]
         changes = [
-            *key_changes([self._vault.new_session_key(live.tenant_id, live.session_id)]),
+            *key_changes([self._vault.pending_session_key(live.tenant_id, live.session_id)]),
             Change(_INSERT_TREE, {"b_tree_id": live.tree_id, "b_tenant_id": live.tenant_id}),
         ]
         lookup = None

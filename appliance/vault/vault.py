@@ -169,17 +169,17 @@ class Vault:
         return self._new_family(tenant_id, purposes)
 
     def new_session_key(self, tenant_id: str, session_id: str) -> KeyRecord:
-        """The key of a new session, under its tenant's. Until it is stored it can be dropped, also by sealing.
-
-        The same for each call until then.
-        """
+        """The key of a new session, under its tenant's. Until it is stored it can be dropped, also by sealing."""
         with self._lock:
-            known = self._cache.get(self._active.get((session_id, KeyPurpose.SESSION), ""))
-            if known is not None and known.unstored:
-                return known.record
             key = self._make(session_id, KeyPurpose.SESSION, self._key_of(tenant_id, KeyPurpose.WRAPPING))
             self._activate(key)
             return key.record
+
+    def pending_session_key(self, tenant_id: str, session_id: str) -> KeyRecord:
+        """The key of a session that the caller has not stored yet: the same each time, unless it was dropped."""
+        with self._lock:
+            known = self._cache.get(self._active.get((session_id, KeyPurpose.SESSION), ""))
+            return self.new_session_key(tenant_id, session_id) if known is None else known.record
 
     def rotate(self, scope: str) -> Rotation:
         """Replace the WRAPPING key of a tenant or of the system. Nothing that was encrypted changes.

@@ -9,8 +9,9 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from appliance.engine.inside.disk.store import DiskStatus
 from appliance.engine.protocol import Lease, disk_tier, lease_params
 from tests.engine.in_process import EngineInProcess
 
@@ -28,25 +29,41 @@ def main(model: Path, folder: Path) -> None:
             _say(**_turn(engine, order))
         elif order["do"] == "release":
             engine.report([order["session"]])
-            _say(**_settled(engine))
+            _say(**_settled(engine, folder))
         else:
-            _say(**_settled(engine))
+            _say(**_settled(engine, folder))
 
 
 def _turn(engine: EngineInProcess, order: dict[str, Any]) -> dict[str, Any]:
-    lease = Lease(session=order["session"], tenant="acme", idle_timeout_s=60.0, turn=order["turn"])
+    lease = Lease(session=order["session"], tenant="acme", idle_timeout_s=60.0)
     answer = engine.turn(order["prompt"], salt=order["salt"], transfer=lease_params(lease), max_tokens=8)
     return {"cached": answer.cached_tokens, "token_ids": answer.token_ids}
 
 
-def _settled(engine: EngineInProcess) -> dict[str, Any]:
+def _settled(engine: EngineInProcess, folder: Path) -> dict[str, Any]:
     """Step until nothing moves any more; how the tier stands."""
-    (tier,) = engine.connector._tiers.secondary_tiers
+    tiers = cast("Any", engine.connector)._tiers
+    (tier,) = tiers.secondary_tiers
     deadline = time.monotonic() + _DEADLINE_S
-    while engine.connector._tiers.has_pending_work():
+    while tiers.has_pending_work():
         assert time.monotonic() < deadline
         engine.core.step_fn()
     status = tier.store.status()
+    while len(paths := list(folder.rglob("*~*/*"))) != status.chunks:  # what was dropped goes a moment later
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    files = b"".join(path.read_bytes() for path in paths)
+    size = tier.block_size_bytes
+    memory = bytes(tier._memory)
+    rows = [row for start in range(0, len(memory), size) if any(row := memory[start + 100 : start + 132])]
+    return {
+        "rows": len(rows),
+        "rows_in_plaintext": sum(row in files for row in rows),
+        **_told(status),
+    }
+
+
+def _told(status: DiskStatus) -> dict[str, Any]:
     return {"chunks": status.chunks, "loaded": status.loaded_chunks, "faults": status.faults, "on": status.on}
 
 

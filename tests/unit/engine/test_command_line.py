@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from appliance.engine import launcher
 from appliance.engine.launcher import EngineSpec, command_line, device_of, environment, too_much_dram
 from appliance.settings import EngineSettings
 
@@ -167,3 +169,15 @@ def test_half_of_the_machine_is_the_most_that_dram_may_be() -> None:
     meminfo = f"MemTotal:       {24 << 20} kB\nMemAvailable:   {23 << 20} kB\n"
     assert too_much_dram(12 << 30, meminfo) is None
     assert too_much_dram(13 << 30, meminfo) is not None
+
+
+def test_the_tier_on_disk_is_named_with_its_bounds_and_stays_visible_in_the_cage() -> None:
+    spec = replace(SPEC, dram_bytes=1 << 30, disk_bytes=1 << 40, disk_dir=Path("/state/tiers"), disk_ttl_s=60.0)
+    configured = json.loads(option(command_line(spec), "--kv-transfer-config"))
+    (tier,) = configured["kv_connector_extra_config"]["secondary_tiers"]
+    assert (tier["type"], tier["root_dir"]) == ("DiskTier", "/state/tiers")
+    assert (tier["capacity_bytes"], tier["ttl_s"]) == (1 << 40, 60.0)
+    line = launcher._cage_line(spec, (7, 9), ["vllm"])
+    kept = [value for name, value in pairwise(line) if name == "--keep"]
+    assert "/state/tiers" in kept
+    assert option(line, "--key-fd") == "9"

@@ -735,3 +735,39 @@ async def test_salts_and_labels_say_nothing_of_what_they_are_made_from(world: Wo
     assert len(session.salt) == 64
     assert session.session_id[4:] not in shown
     assert "ten_1" not in shown
+
+
+# Keys of the engine's tiers
+
+
+async def test_the_engine_gets_a_tiers_key_in_the_first_turn_already_and_the_same_ever_after(world: World) -> None:
+    turn = chat(HELLO)
+    session = await world.sessions.resolve(caller(), turn)
+    key = await world.sessions.tier_key(session.tenant_label, session.lease_label)
+    await world.sessions.record(session, turn, outcome("Hello."))
+    assert await world.sessions.tier_key(session.tenant_label, session.lease_label) == key
+    world.vault.seal()
+    world.vault.open(RootKey(b"r" * 32))
+    assert await world.reopened().tier_key(session.tenant_label, session.lease_label) == key
+
+
+async def test_engines_that_ask_for_many_keys_at_once_after_a_start_get_them_all(world: World) -> None:
+    said = [await say(world.sessions, caller(), chat(HELLO, client_id=f"s{n}"), "Hi", f"r{n}") for n in range(5)]
+    anew = world.reopened()
+    keys = await asyncio.gather(*(anew.tier_key(one.tenant_label, one.lease_label) for one in said))
+    assert len(set(keys)) == len({one.session_id for one in said})
+
+
+async def test_a_session_that_was_forgotten_has_no_tiers_key(world: World) -> None:
+    session = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    await world.sessions.forget(caller(), session.session_id)
+    for sessions in (world.sessions, world.reopened()):
+        with pytest.raises((UnknownSession, KeyMissing)):
+            await sessions.tier_key(session.tenant_label, session.lease_label)
+
+
+async def test_no_tenants_key_comes_by_another_tenants_label(world: World) -> None:
+    mine = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    theirs = await say(world.sessions, caller("prn_2", "ten_2"), chat(HELLO), "Hello.", "chatcmpl-2")
+    with pytest.raises(UnknownSession):
+        await world.sessions.tier_key(theirs.tenant_label, mine.lease_label)

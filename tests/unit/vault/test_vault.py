@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Callable
 
 import pytest
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -604,3 +606,36 @@ def test_an_audit_key_is_used_by_its_id_and_serves_nothing_else(vault: Vault, ke
     vault.seal()
     with pytest.raises(VaultSealed):
         vault.audit_secret(key_id, "entry", b"nonce")
+
+
+# What tiers are encrypted with
+
+
+def test_a_sessions_tiers_have_a_key_of_their_own_that_survives_a_restart(vault: Vault, keys: MemoryKeys) -> None:
+    keys.add([vault.new_session_key("ten_1", "ses_2")])
+    assert vault.tier_key("ses_1") == _reopened(keys).tier_key("ses_1")
+    assert vault.tier_key("ses_1") != vault.tier_key("ses_2")
+
+
+def test_a_tiers_key_opens_nothing_of_the_transcript(vault: Vault) -> None:
+    envelope = vault.encrypt("ses_1", KeyPurpose.SESSION, b"hello", PLACE)
+    with pytest.raises(InvalidTag):
+        AESGCM(vault.tier_key("ses_1")).decrypt(envelope[17:29], envelope[29:], PLACE.associated_data())
+
+
+def test_there_is_no_tiers_key_of_a_session_that_was_forgotten_or_while_the_vault_is_sealed(
+    vault: Vault, keys: MemoryKeys
+) -> None:
+    vault.seal()
+    with pytest.raises(VaultSealed):
+        vault.tier_key("ses_1")
+    vault.open(RootKey(b"r" * 32))
+    with pytest.raises(KeyMissing):
+        vault.tier_key("ses_9")
+
+
+def test_a_session_that_is_not_stored_yet_has_one_key_however_often_it_is_asked_for(vault: Vault) -> None:
+    first = vault.pending_session_key("ten_1", "ses_7")
+    key = vault.tier_key("ses_7")
+    assert vault.pending_session_key("ten_1", "ses_7") == first
+    assert vault.tier_key("ses_7") == key

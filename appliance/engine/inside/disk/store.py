@@ -31,8 +31,8 @@ from appliance.engine.inside.disk.files import HEADER_BYTES, ChunkFiles, ChunkNa
 from appliance.engine.inside.disk.index import DiskIndex, Held
 from appliance.engine.inside.disk.keys import NoKey, TierKeys
 
-_WRITERS: Final = 2  # one encrypts while the other one waits for the disk
-_READERS: Final = 2
+_WRITERS: Final = 3  # one encrypts while the others wait for the disk
+_READERS: Final = 3
 _MAX_WAITING_BYTES: Final = 256 << 20
 _STALE_S: Final = 2.0  # a chunk that waited for so long to be written holds its room above for too long
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0  # in which nothing is written after an error
@@ -161,8 +161,8 @@ class DiskStore:
         self._wall = wall
         self._random_bytes = random_bytes
         self._plain = None if _encrypt else _Plain()
-        # A thread that removes may be one file behind a thread that writes.
-        self._index = DiskIndex(max(0, capacity_bytes // self._file_bytes - 1), ttl_s)
+        # What is removed may be a file for each other thread behind what is written.
+        self._index = DiskIndex(max(0, capacity_bytes // self._file_bytes - (_WRITERS - 1)), ttl_s)
         self._capacity_bytes = capacity_bytes
         self._lock = threading.Lock()
         self._to_write, self._to_read = threading.Condition(self._lock), threading.Condition(self._lock)

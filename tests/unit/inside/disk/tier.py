@@ -9,7 +9,7 @@ from typing import Any
 
 from appliance.engine.inside.disk.files import Owner
 from appliance.engine.inside.disk.keys import TierKeys
-from appliance.engine.inside.disk.store import DiskStore, Done, Piece
+from appliance.engine.inside.disk.store import _WRITERS, DiskStore, Done, Piece
 
 CHUNK_BYTES = 64 << 10
 FILE_BYTES = CHUNK_BYTES + 4096
@@ -62,7 +62,7 @@ class Tier:
         defaults: dict[str, Any] = {
             "fingerprint": FINGERPRINT,
             "chunk_bytes": CHUNK_BYTES,
-            "capacity_bytes": (chunks + 1) * FILE_BYTES,
+            "capacity_bytes": (chunks + _WRITERS - 1) * FILE_BYTES,
             "ttl_s": 3600.0,
             "worth": lambda _: 0.0,
         }

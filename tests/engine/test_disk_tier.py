@@ -1,0 +1,153 @@
+"""The tier on disk under a real engine: killed and started again, it goes on from there, with the same words."""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.engine.tier_keys import KEY_SOCKET, KeyChannel, SessionGone
+from tests.engine.in_process import words
+
+PROMPT = words(3, 640)
+BLOCK = 32
+
+
+class Engine:
+    """An engine in a process of its own, which this one gives keys to."""
+
+    def __init__(self, model: Path, folder: Path, keys: "Gateway") -> None:
+        theirs = keys.open()
+        command = [sys.executable, "-m", "tests.engine.on_disk", str(model), str(folder)]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            pass_fds=[theirs],
+            env={**os.environ, KEY_SOCKET: str(theirs)},
+            cwd=Path(__file__).parents[2],
+        )
+        os.close(theirs)
+        assert self._told()["ready"]
+
+    def turn(self, prompt: list[int], *, session: str = "ana", salt: str = "salt") -> dict[str, Any]:
+        return self.do(do="turn", prompt=prompt, session=session, salt=salt)
+
+    def do(self, **order: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        return self._told()
+
+    def kill(self) -> None:
+        with self.process:
+            self.process.kill()
+
+    def _told(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with contextlib.suppress(ValueError):
+                told: dict[str, Any] = json.loads(line)
+                return told
+        raise AssertionError("the engine has ended")
+
+
+class Gateway:
+    """The gateway's end, in a loop of its own."""
+
+    def __init__(self) -> None:
+        self.gone: set[str] = set()
+        self._channel = KeyChannel(self._key_of)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+
+    def open(self) -> int:
+        async def opened() -> int:
+            return self._channel.open(lambda _: True).detach()
+
+        return asyncio.run_coroutine_threadsafe(opened(), self._loop).result(10)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._channel.close)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+    async def _key_of(self, tenant: str, session: str) -> bytes:
+        if session in self.gone:
+            raise SessionGone
+        return hashlib.sha256(f"{tenant}~{session}".encode()).digest()
+
+
+@pytest.fixture
+def gateway() -> Iterator[Gateway]:
+    gateway = Gateway()
+    yield gateway
+    gateway.close()
+
+
+@pytest.mark.timeout(400)
+def test_an_engine_that_was_killed_goes_on_from_the_disk_with_the_same_words(
+    tiny_model: Path, tmp_path: Path, gateway: Gateway
+) -> None:
+    folder = tmp_path / "tier"
+    first = Engine(tiny_model, folder, gateway)
+    cold = first.turn(PROMPT)
+    assert cold["cached"] == 0
+    settled = first.do(do="settle")
+    assert settled["on"]
+    assert settled["rows"] >= len(PROMPT) // BLOCK
+    assert settled["rows_in_plaintext"] == 0
+    assert settled["chunks"] >= len(PROMPT) // BLOCK
+    first.kill()
+
+    second = Engine(tiny_model, folder, gateway)
+    warm = second.turn(PROMPT)
+    assert warm["cached"] >= len(PROMPT) - BLOCK
+    assert warm["token_ids"] == cold["token_ids"]
+    status = second.do(do="settle")
+    assert status["loaded"] >= len(PROMPT) // BLOCK - 1
+    assert status["faults"] == {}
+    assert second.turn(PROMPT, session="eve", salt="another")["cached"] == 0
+    status = second.do(do="settle")
+    assert status["rows_in_plaintext"] == 0
+    after = second.do(do="release", session="ana")
+    assert {path.parent.name for path in folder.rglob("*~*/*")} == {"acme~eve"}
+    assert after["chunks"] == len(PROMPT) // BLOCK
+    second.kill()
+
+
+@pytest.mark.timeout(400)
+def test_a_session_that_was_forgotten_meanwhile_and_a_file_that_was_changed_are_recomputed(
+    tiny_model: Path, tmp_path: Path, gateway: Gateway
+) -> None:
+    folder = tmp_path / "tier"
+    first = Engine(tiny_model, folder, gateway)
+    cold = {session: first.turn(PROMPT, session=session, salt=session) for session in ("ana", "ben")}
+    first.do(do="settle")
+    first.kill()
+    for file in folder.rglob("acme~ben/*"):
+        with file.open("r+b") as opened:
+            opened.seek(5000)
+            opened.write(b"\0\1\2\3")
+    gateway.gone = {"ana"}
+
+    second = Engine(tiny_model, folder, gateway)
+    again = {session: second.turn(PROMPT, session=session, salt=session) for session in ("ana", "ben")}
+    assert [again[session]["cached"] for session in ("ana", "ben")] == [0, 0]
+    assert {session: again[session]["token_ids"] for session in again} == {
+        session: cold[session]["token_ids"] for session in cold
+    }
+    faults = second.do(do="settle")["faults"]
+    assert faults["damaged"] > 0
+    second.kill()
