@@ -67,8 +67,10 @@ def turn(
 
 
 def push_off_the_device(engine: EngineInProcess) -> None:
+    """Others take the room, and what they left is emptied, too."""
     for seed in range(50, 55):
         turn(engine, seed, f"filler-{seed}")
+    assert engine.core.reset_prefix_cache()
 
 
 def test_a_prompt_comes_back_from_dram_and_the_answer_is_the_same(engine: EngineInProcess) -> None:
