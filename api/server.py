@@ -35,6 +35,7 @@ from api.answers import App, Receive, Scope, Send
 from api.app import create_app
 from api.backups import BACKUP_PREFIX
 from api.configuration import tell_configuration
+from api.engine_leases import keep_releasing
 from api.engine_watch import EngineWatch
 from api.health import HEALTH_ROUTES, Health
 from api.kv_metrics import KvCollector, exposition
@@ -138,6 +139,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         watch = tasks.create_task(services.watch.run())
         looking = tasks.create_task(services.kv.run())
         erasing = tasks.create_task(services.sessions.finish_erasures())
+        releasing = tasks.create_task(keep_releasing(services))
         serving = [
             tasks.create_task(server.serve(sockets=[listener]))
             for server, listener in zip(servers, (data, admin), strict=True)
@@ -157,6 +159,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         looking.cancel()
         services.waiting.close()
         erasing.cancel()
+        releasing.cancel()
         recording.cancel()
         marking.cancel()
         retaining.cancel()

@@ -87,6 +87,7 @@ class WaitingRoom:
         sequences: int,
         most_output_tokens: int | None,
         hinted_output_tokens: int | None,
+        most_context_tokens: int | None,
         tier: int,
         priority: int,
     ) -> Place:
@@ -96,16 +97,22 @@ class WaitingRoom:
             key: of the session.
             sequences: how many answers are asked for.
             most_output_tokens, hinted_output_tokens: of each answer.
+            most_context_tokens: that the model takes. No turn needs more, whatever it says or however long its body is:
+                one that seemed to need the whole device would keep all others waiting.
 
         Raises:
             LineFull: as many wait as may.
         """
         residence = self._residence
+        prompt = residence.prompt_tokens(key, prompt_bytes)
         output = residence.output_tokens(at_most=most_output_tokens, hinted=hinted_output_tokens)
+        if most_context_tokens is not None:
+            prompt = min(prompt, most_context_tokens)
+            output = max(1, min(output, most_context_tokens - prompt))
         place = self._line.ask(
             Wish(
                 _share(tenant),
-                residence.prompt_tokens(key, prompt_bytes),
+                prompt,
                 output * sequences,
                 lambda: residence.resident_tokens(key),
                 min(sequences, self._sequences),

@@ -408,12 +408,14 @@ async def _why(
 async def _forget(session_id: str, services: ServicesOf, asker: AskerOf) -> types.Forgotten:
     forgotten = await forget_session(services, asker.named, session_id)
     services.ledger.forget(session_id)
+    # First, and whatever becomes of the record: the session is gone, and nobody could ask for this again.
+    released = await release(services, [forgotten.session.lease_label])
     await asker.did(SESSION_SHREDDED, ("session", session_id), details={"erased": str(forgotten.erased).lower()})
     return types.Forgotten(
         session_id=session_id,
         turns=forgotten.session.turns,
         erased=forgotten.erased,
-        lease_released=await release(services, [forgotten.session.lease_label]),
+        lease_released=released,
     )
 
 

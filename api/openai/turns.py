@@ -63,6 +63,7 @@ from appliance.vault import VaultSealed
 
 _STALLED_CLIENT_S = 2.0  # how long a client that does not read is given to take the error event
 _ACCOUNT_WITHIN_S = 1.0  # what the engine has not said of a turn by then is not known
+_SLOW_CLIENT_S = 2.0  # that a stream may wait for its client, all in all, before its place at the engine is another's
 _MUCH_TO_HASH = 64 << 10  # bytes of a request that are canonicalised and hashed beside the loop
 _BYTES_PER_TOKEN = 4  # what an answer cost whose prompt the engine did not get to count
 _EVENT_STREAM = (
@@ -102,6 +103,7 @@ class _Running:
     broken_off_by: HoldfastError | None = None
     client_gone: bool = False
     settled: bool = False
+    reached_engine: bool = False
     first_token_s: float | None = None
     _limit: asyncio.Timeout | None = field(default=None)
 
@@ -130,6 +132,26 @@ class _Running:
                     cause=f"it was not over after {timeout_s:g} s (gateway.request_timeout_s)",
                     remedy="Ask for fewer tokens, or have an administrator raise the bound",
                 )
+
+
+class _Reader:
+    """Whom a stream goes to. A place at the engine is not held for a client that reads slowly: the engine, which does
+    not wait for it, has done long before."""
+
+    def __init__(self, send: Send, too_slow: Callable[[], None]) -> None:
+        self._send = send
+        self._too_slow = too_slow
+        self._left_s = _SLOW_CLIENT_S
+
+    async def send(self, events: bytes) -> None:
+        loop = asyncio.get_running_loop()
+        begun_at = loop.time()
+        slow = loop.call_later(self._left_s, self._too_slow)
+        try:
+            await self._send({"type": "http.response.body", "body": events, "more_body": True})
+        finally:
+            slow.cancel()
+            self._left_s = max(self._left_s - (loop.time() - begun_at), 0.0)
 
 
 class Turns:
@@ -273,8 +295,8 @@ class Turns:
         return _Running(asked, session, admission, answer, response_id, prompt_bytes, started_at, prefix)
 
     @contextlib.asynccontextmanager
-    async def _at_the_engine(self, request: Request, running: _Running) -> AsyncIterator[None]:
-        """Wait for a place at the engine, and have it while the body runs.
+    async def _at_the_engine(self, request: Request, running: _Running) -> AsyncIterator[Callable[[], None]]:
+        """Wait for a place at the engine, and have it while the body runs, or until what this yields is called.
 
         Raises:
             LineFull: too many wait already.
@@ -283,6 +305,7 @@ class Turns:
         tenant = request.known_caller().tenant
         hints = asked.agent_hints.allowed(waiting.most_priority(tenant))
         key = session.tenant_label, session.lease_label
+        model = self._services.watch.model(asked.turn.model)
         place = await waiting.enter(
             tenant,
             key,
@@ -290,12 +313,13 @@ class Turns:
             sequences=asked.choices,
             most_output_tokens=asked.max_tokens,
             hinted_output_tokens=hints.osl,
+            most_context_tokens=None if model is None else model.max_model_len,
             tier=hints.strict_priority or 0,
             priority=hints.priority or 0,
         )
-        try:
-            yield
-        finally:
+        running.reached_engine = True
+
+        def leave() -> None:
             usage = running.answer.usage
             waiting.leave(
                 place,
@@ -306,6 +330,11 @@ class Turns:
                 output_tokens=usage.completion_tokens,
                 idle_timeout_s=session.keeping.idle_timeout_after_s(stop_of(running.answer.finish_reason)),
             )
+
+        try:
+            yield leave
+        finally:
+            leave()
 
     async def _engine_body(self, running: _Running) -> bytes:
         """The only way that anything reaches the engine."""
@@ -380,9 +409,10 @@ class Turns:
         engine = self._services.engine
         engine_id = running.response_id.removeprefix(self._endpoint.id_prefix)
         async with (
-            self._at_the_engine(request, running),
+            self._at_the_engine(request, running) as leave,
             engine.batches(self._endpoint.path, body, request_id=engine_id) as batches,
         ):
+            reader = _Reader(send, leave)
             async for batch in batches:
                 events, failure = _feed(answer, batch)
                 if events:
@@ -390,7 +420,7 @@ class Turns:
                         running.first_token_s = time.perf_counter() - begun_at
                         self._services.metrics.first_token_s.observe(running.first_token_s)
                         await _begin(send)
-                    await send({"type": "http.response.body", "body": events, "more_body": True})
+                    await reader.send(events)
                 if failure is not None:
                     raise failure
 
@@ -542,11 +572,14 @@ class Turns:
         )
 
     async def _settle_unanswered(self, request: Request, running: _Running, failure: HoldfastError | None) -> None:
-        """Nothing was answered: what a client did not wait for, or asked too much for, it pays; else nothing."""
+        """Nothing was answered: what a client did not wait for, or asked too much for, it pays; else nothing.
+
+        Nor does it pay for what never came to the engine.
+        """
         self._services.metrics.unanswered()
         with contextlib.suppress(AuditUnavailable, VaultSealed):
             await self._services.audit.record(self._ended(request, running, TurnState.INTERRUPTED, failure))
-        if failure is not None and not isinstance(failure, TurnTooLong):
+        if not running.reached_engine or (failure is not None and not isinstance(failure, TurnTooLong)):
             return
         running.settled = True
         # Of a stream, what was generated has been seen: nothing. An answer in one piece may have been nearly whole.

@@ -123,9 +123,9 @@ class Session:
     _links: Sequence[bytes] = field(default=(), repr=False, compare=False)  # of the request, where they were needed
 
     def was_ended_since(self, moment: float) -> bool:
-        """Whether its client has said that it is over, at `moment` (epoch seconds) or later."""
+        """Whether it was forgotten, or its client has said that it is over, at `moment` (epoch seconds) or later."""
         over_at = self._live.over_at
-        return over_at is not None and over_at >= moment
+        return self._live.forgotten or (over_at is not None and over_at >= moment)
 
 
 class Registry(Archive):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.stub import MAX_MODEL_LEN
 from tests.e2e.api.conftest import DEADLINE_S, Served, read_answer, serving, until
 from tests.e2e.api.test_faults import SLOW, begin, read_until
 
@@ -101,3 +102,27 @@ def test_told_to_stop_it_serves_those_who_wait(tmp_path: Path) -> None:
             read_until(connection, b"[DONE]")
         assert waits.result().status == 200
         assert served.gateway.process.wait(DEADLINE_S) == 0
+
+
+@pytest.mark.timeout(120)
+def test_a_client_that_reads_slowly_does_not_keep_others_from_the_engine(tmp_path: Path) -> None:
+    more_than_buffers = '@stub {"chunks": 60000}'
+    with serving_one_at_a_time(tmp_path) as served, begin(served, more_than_buffers):
+        until(lambda: served.admin.status().running_turns == 1)
+        assert served.ask("does not wait for whom does not read").status == 200
+        assert served.admin.status().running_turns == 1
+
+
+@pytest.mark.timeout(120)
+def test_what_never_came_to_the_engine_costs_nothing(tmp_path: Path) -> None:
+    with serving_one_at_a_time(tmp_path) as served:
+        key = served.new_key(principal="impatient", tokens_per_day=MAX_MODEL_LEN + 100).secret
+        impatient = Served(served.state_dir, served.engine, served.gateway, key)
+        with full(served):
+            for stream in (False, True):
+                with begin(impatient, "leaves before its turn", stream=stream):
+                    until(lambda: waiting(served) == 1)
+                until(lambda: waiting(served) == 0)
+        until(lambda: served.admin.status().running_turns == 0)
+        assert impatient.ask(max_tokens=100).status == 200
+        assert impatient.ask(max_tokens=MAX_MODEL_LEN - 100).status == 200
