@@ -55,7 +55,7 @@ def measure() -> Figures:
     metrics, ledger = Metrics(), Ledger()
     turn = TurnOf("ses_1", "ten_1", "session", "tenant")
 
-    table = LeaseTable(20 * SESSIONS, time.monotonic)
+    table = LeaseTable(20 * SESSIONS, time.monotonic, lambda block_id: block_id)
     for number in range(SESSIONS):
         lease = Lease(f"session-{number}", f"tenant-{number % 100}", 3600.0)
         blocks = [LeasedBlock(20 * number + place, 32 * (place + 1), (number, place)) for place in range(20)]
@@ -63,17 +63,7 @@ def measure() -> Figures:
         table.finished(lease, blocks, output_tokens=100)
 
     def picture() -> bytes:
-        now_s = time.monotonic()
-        seen = picture_of(
-            table.states(),
-            block_size=32,
-            tiers=[_DEVICE],
-            most_sessions=0,
-            totals=Totals(0, 0, 0),
-            worth=lambda lease: table.policy.value(
-                session=(lease.tenant, lease.session), now=now_s, position=lease.tokens, abandoned=False
-            ),
-        )
+        seen = picture_of(table.kept(), table.largest(0), block_size=32, tiers=[_DEVICE], totals=Totals(0, 0, 0))
         return json.dumps(seen.to_wire()).encode()
 
     picture_s = median_s(picture, 30)

@@ -27,7 +27,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import Of
 from vllm.plugins import ENDPOINT_PLUGINS_GROUP, PLATFORM_PLUGINS_GROUP
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.v1.core import block_pool, kv_cache_utils
-from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -93,6 +93,9 @@ def test_a_local_build_of_the_version_is_accepted(version: str) -> None:
         (BlockPool.free_blocks, ["self", "ordered_blocks"]),
         (BlockPool.evict_blocks, ["self", "block_ids"]),
         (BlockPool.get_num_free_blocks, ["self"]),
+        (BlockHashToBlockMap.get_one_block, ["self", "key"]),
+        (KVConnectorBase_V1.shutdown, ["self"]),
+        (EngineCore.shutdown, ["self"]),
         (KVCacheManager.get_blocks, ["self", "request_id"]),
         (KVCacheManager.get_computed_blocks, ["self", "request"]),
         (KVCacheManager.reset_prefix_cache, ["self"]),
@@ -181,7 +184,7 @@ def test_a_request_has_what_is_read_of_it(engine: EngineInProcess) -> None:
     assert request.num_output_placeholders == 0
     assert request.status == RequestStatus.WAITING
     assert request.kv_transfer_params is not None
-    assert RequestStatus.RUNNING in RequestStatus
+    assert {RequestStatus.RUNNING, RequestStatus.WAITING_FOR_REMOTE_KVS} <= set(RequestStatus)
 
 
 def test_the_configuration_has_what_is_read_of_it() -> None:
@@ -205,6 +208,21 @@ def test_a_block_that_is_freed_last_is_evicted_last_and_one_that_is_not_cached_f
     assert pool.get_num_free_blocks() == 0
     pool.free_blocks(reversed(blocks))
     assert pool.free_block_queue.get_all_free_blocks() == [blocks[3], blocks[2], blocks[1], blocks[0]]
+
+
+def test_a_content_is_found_wherever_a_copy_of_it_is_until_the_last_is_evicted() -> None:
+    pool = BlockPool(num_gpu_blocks=4, enable_caching=True, hash_block_size=32)
+    content, copies = bytes(36), pool.get_new_blocks(2)
+    for block in copies:
+        pool._insert_block_hash(content, block, 32)
+    cached = pool.cached_block_hash_to_block
+    while (block := cached.get_one_block(content)) is not None:
+        assert block in copies
+        assert block.block_hash == content
+        pool.evict_blocks({block.block_id})
+        copies.remove(block)
+    assert not copies
+    assert cached.get_one_block(None) is None
 
 
 def test_only_one_pool_owns_a_block() -> None:

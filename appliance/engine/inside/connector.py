@@ -161,18 +161,13 @@ class LeaseRetention:
     def picture(self, most_sessions: int) -> KvPicture:
         """Expire what is due, and sum up what is kept."""
         self.tick()
-        table, now = self._table, self.clock()
-        kept = table.states()
-        ranked = sum(lease.blocks for lease in kept if lease.expires_in_s > 0)
+        table, kept = self._table, self._table.kept()
         return picture_of(
             kept,
+            table.largest(most_sessions),
             block_size=self._block_size,
-            tiers=self.tiers(min(ranked, table.leased_blocks)),  # what two sessions share is counted twice
-            most_sessions=most_sessions,
+            tiers=self.tiers(min(kept.blocks_with_rank, table.leased_blocks)),  # what two sessions share counts twice
             totals=Totals(table.reclaimed_blocks_total, table.expired_total, self._ignored_total),
-            worth=lambda lease: table.policy.value(
-                session=(lease.tenant, lease.session), now=now, position=lease.tokens, abandoned=False
-            ),
         )
 
     def tiers(self, leased_blocks: int) -> list[TierPicture]:
@@ -210,7 +205,14 @@ class LeaseRetention:
         self._block_size = self._pool.hash_block_size
         pool_blocks = self._pool.num_gpu_blocks - 1
         bound = int(self._lease_fraction * pool_blocks)
-        self._table = LeaseTable(bound, self.clock, self.policy, pool_blocks=pool_blocks)
+        blocks = self._pool.blocks
+        self._table = LeaseTable(
+            bound,
+            self.clock,
+            lambda block_id: blocks[block_id].block_hash,
+            self.policy,
+            pool_blocks=pool_blocks,
+        )
         _release_leases_before_reset(kv_cache_manager, self)
 
     def on_new_request(self, request: Request) -> None:

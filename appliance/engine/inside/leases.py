@@ -7,6 +7,7 @@ and counts; it touches no block pool. What it decides comes back as a `Change`, 
 Rules:
 
 - The table holds one reference for each block that it knows, however many sessions claim the block.
+- A kept block takes some bytes and no object: what it contains, the pool knows, and is asked.
 - All leases together hold at most `bound` blocks; one lease alone may hold that many, or its session's cap.
 - Who yields: what a session has diverged from is given up at once; then leases that lost their rank, then those that
   have it, the lowest worth first in both; then a tenant's guaranteed share, to other tenants; and what a request that
@@ -21,10 +22,13 @@ Rules:
 
 import heapq
 import itertools
-from bisect import insort
+import sys
+from array import array
+from bisect import bisect_right, insort
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Final, NamedTuple
 
 from appliance.engine.inside.retention import RetentionPolicy
@@ -56,19 +60,50 @@ class Change:
     forgotten: tuple[Hashable, ...] = ()
 
 
+@dataclass(slots=True)
+class TenantKeeps:
+    """How many sessions of a tenant keep something, and how much: a block that two share counts for both."""
+
+    sessions: int = 0
+    blocks: int = 0
+
+
+class Kept(NamedTuple):
+    """What all sessions keep, summed up.
+
+    Attributes:
+        tenants: by label.
+        sessions_with_rank: of all that keep something; their blocks count once for each session.
+        worths: of the sessions whose worth is known and that no request waits for, in hits a second, ascending.
+    """
+
+    tenants: Mapping[str, TenantKeeps]
+    sessions: int
+    sessions_with_rank: int
+    blocks_with_rank: int
+    worths: Sequence[float]
+
+
 _Key = tuple[str, str]  # tenant, session: no label reaches another tenant's blocks
 
 
 @dataclass(slots=True)
 class _Claim:
-    lease: Lease
-    blocks: list[LeasedBlock]
+    turn: str
+    is_strict: bool
+    ids: "array[int]"  # of its blocks, head first
+    ends: Sequence[int]  # how many tokens are cached once each is; those of blocks that it gave up follow
     finished_at: float
     deadline: float
     has_rank: bool
     version: int  # tells a claim's entries in the heap and in the order from earlier ones
     contents: tuple[Hashable, ...] = ()  # all that a strict session has left in the cache
     reason: str = ""  # why its blocks are not all there
+
+    @property
+    def tokens(self) -> int:
+        """How many of the session's tokens are cached."""
+        return self.ends[len(self.ids) - 1] if self.ids else 0
 
 
 class _Place(NamedTuple):
@@ -86,6 +121,8 @@ class LeaseTable:
     Args:
         bound: the most blocks that all leases may hold together.
         clock: seconds; monotonic.
+        content_of: what tells a block's content from others', as `LeasedBlock.content`; asked of blocks that the table
+            holds a reference on.
         policy: says what a session's KV is worth; it is told of every turn that the table is told of.
         pool_blocks: what shares and caps are fractions of; None: `bound`.
     """
@@ -94,6 +131,7 @@ class LeaseTable:
         self,
         bound: int,
         clock: Callable[[], float],
+        content_of: Callable[[int], Hashable],
         policy: RetentionPolicy | None = None,
         *,
         pool_blocks: int | None = None,
@@ -101,10 +139,13 @@ class LeaseTable:
         self._bound = bound
         self._pool_blocks = bound if pool_blocks is None else pool_blocks
         self._clock = clock
+        self._content_of = content_of
         self.policy = RetentionPolicy() if policy is None else policy
         self._claims: dict[_Key, _Claim] = {}
-        self._claims_on: dict[int, int] = {}
+        self._claims_on = array("I")  # by block
         self._held_by: Counter[str] = Counter()  # blocks, by tenant
+        self._kept_by: dict[str, TenantKeeps] = {}
+        self.leased_blocks = 0
         self._shares: dict[str, int] = {}  # blocks guaranteed, by tenant
         self._active: Counter[_Key] = Counter()  # requests that wait or run
         self._parents: dict[_Key, _Key] = {}  # of sessions with a claim or a request
@@ -118,14 +159,9 @@ class LeaseTable:
         self.reclaimed_blocks_total = 0
         self.expired_total = 0
 
-    @property
-    def leased_blocks(self) -> int:
-        """How many blocks the table holds a reference on."""
-        return len(self._claims_on)
-
     def leased_block_ids(self) -> tuple[int, ...]:
         """The blocks that the table holds a reference on."""
-        return tuple(self._claims_on)
+        return tuple(block_id for block_id, claims in enumerate(self._claims_on) if claims)
 
     # What happens to a session
 
@@ -159,11 +195,14 @@ class LeaseTable:
         reason, claim.reason = claim.reason, ""
         if prompt_hits:
             return Change(), reason
-        kept = [block for block in claim.blocks if block.end_token <= hit_tokens]
-        abandoned, claim.blocks = claim.blocks[len(kept) :], kept
+        kept = bisect_right(claim.ends, hit_tokens, 0, len(claim.ids))
+        abandoned = claim.ids[kept:]
+        left = self._left(claim, abandoned)
+        freed = self._drop(key, abandoned)
+        del claim.ids[kept:]
         if not kept:
-            del self._claims[key]
-        return Change((), tuple(self._drop(key, abandoned)), self._left(claim, abandoned)), reason
+            self._remove(key)
+        return Change((), tuple(freed), left), reason
 
     def finished(self, lease: Lease, blocks: Sequence[LeasedBlock], output_tokens: int = 0) -> Change:
         """Lease `blocks`, head first, to a session whose request has ended, however it did.
@@ -183,31 +222,38 @@ class LeaseTable:
                 self._closed.discard(key)
                 self._parents.pop(key, None)
             return Change(forgotten=tuple(block.content for block in blocks))
-        before = self._claims.pop(key, None)
-        after = list(blocks[: min(self._bound, self._part(lease.session_cap))])
-        contents = tuple(block.content for block in blocks)
-        if before is not None and _is_beginning(after, before.blocks):
-            after, contents = before.blocks, before.contents
-        taken = [block.block_id for block in after if self._claim(key, block.block_id)]
+        before = self._claims.get(key)
+        after = blocks[: min(self._bound, self._part(lease.session_cap))]
+        contents = tuple(block.content for block in blocks) if lease.strict or (before and before.contents) else ()
+        if before is not None and self._is_beginning(after, before.ids):
+            ids, ends = before.ids, before.ends
+            contents = before.contents or (tuple(map(self._content_of, ids)) if lease.strict else ())
+        else:
+            ids = array("I", [block.block_id for block in after])
+            ends = _compact([block.end_token for block in after])
+        taken = [block_id for block_id in ids if self._claim(key, block_id)]
         forgotten: list[Hashable] = []
         freed: list[int] = []
         if before is not None:
-            freed += self._drop(key, before.blocks)
+            freed += self._drop(key, before.ids)
             forgotten += set(before.contents) - set(contents)
-        if not after:
+            self._remove(key)
+        if not lease.strict:
+            contents = ()
+        if not ids:
             self._settled(key)
-            return Change(tuple(taken), tuple(freed), tuple(forgotten) + (contents if lease.strict else ()))
-        claim = _Claim(lease, after, now, 0.0, True, 0, contents if lease.strict else ())
+            return Change(tuple(taken), tuple(freed), (*forgotten, *contents))
+        claim = _Claim(lease.turn, lease.strict, ids, ends, now, 0.0, True, 0, contents)
         self._claims[key] = claim
-        if lease.strict:
-            forgotten += contents[len(after) :]
+        self._kept_by[lease.tenant].sessions += 1
+        forgotten += contents[len(ids) :]
         self._reasons.pop(key, None)
         self._shares[lease.tenant] = self._part(lease.tenant_share)
         self._set_deadline(key, claim, now + lease.idle_timeout_s)
         yielded = self._take(self._over_cap(lease), spared=key, only=lease.tenant, reason="quota")
-        also = self._take(len(self._claims_on) - self._bound, spared=key, wanted_by=lease.tenant)
+        also = self._take(self.leased_blocks - self._bound, spared=key, wanted_by=lease.tenant)
         # Nobody else may yield: the session keeps what there is room for.
-        left_over = max(len(self._claims_on) - self._bound, self._over_cap(lease))
+        left_over = max(self.leased_blocks - self._bound, self._over_cap(lease))
         self._yield(key, left_over, None, "quota", also)
         return Change(
             tuple(taken),
@@ -222,7 +268,7 @@ class LeaseTable:
             return
         self.policy.corrected(session=key, stop=end.stop, output_tokens=end.output_tokens)
         claim = self._claims.get(key)
-        if claim is not None and claim.lease.turn == end.turn and claim.has_rank:
+        if claim is not None and claim.turn == end.turn and claim.has_rank:
             self._set_deadline(key, claim, claim.finished_at + end.idle_timeout_s)
 
     def expire(self) -> Change:
@@ -234,10 +280,10 @@ class LeaseTable:
             heapq.heappop(self._deadlines)
             key, claim = due[2], self._claims[due[2]]
             self.expired_total += 1
-            if claim.lease.strict:
-                freed += self._drop(key, claim.blocks)
+            if claim.is_strict:
+                freed += self._drop(key, claim.ids)
                 forgotten += claim.contents
-                del self._claims[key]
+                self._remove(key)
                 self._gone(key, "expired")
                 continue
             claim.has_rank = False
@@ -255,9 +301,10 @@ class LeaseTable:
         freed: list[int] = []
         forgotten: list[Hashable] = []
         for key in list(self._claims):
-            claim = self._claims.pop(key)
-            freed += self._drop(key, claim.blocks)
+            claim = self._claims[key]
+            freed += self._drop(key, claim.ids)
             forgotten += claim.contents
+            self._remove(key)
             self._settled(key)
         return Change(freed=tuple(freed), forgotten=tuple(forgotten))
 
@@ -265,9 +312,9 @@ class LeaseTable:
 
     def can_yield(self, wanted_blocks: int, busy: Callable[[int], bool]) -> bool:
         """Whether so many blocks would be free if every lease yielded all it can; `busy` blocks make no room."""
-        if wanted_blocks > len(self._claims_on):
+        if wanted_blocks > self.leased_blocks:
             return False
-        free = (block_id for block_id in self._claims_on if not busy(block_id))
+        free = (block_id for block_id, claims in enumerate(self._claims_on) if claims and not busy(block_id))
         return sum(1 for _ in itertools.islice(free, max(wanted_blocks, 0))) >= wanted_blocks
 
     def reclaim(self, wanted_blocks: int, busy: Callable[[int], bool], wanted_by: str = "") -> Change:
@@ -293,18 +340,39 @@ class LeaseTable:
     def states(self) -> tuple[LeaseState, ...]:
         """Every lease as it stands, the earliest deadline first; at or below zero: it has no rank."""
         now = self._clock()
-        return tuple(
-            LeaseState(
-                session=key[1],
-                tenant=key[0],
-                blocks=len(claim.blocks),
-                tokens=claim.blocks[-1].end_token if claim.blocks else 0,
-                expires_in_s=claim.deadline - now,
-            )
-            for key, claim in sorted(self._claims.items(), key=lambda item: (item[1].deadline, item[1].finished_at))
+        in_order = sorted(self._claims.items(), key=lambda item: (item[1].deadline, item[1].finished_at))
+        return tuple(self._state(key, now) for key, _ in in_order)
+
+    def kept(self) -> Kept:
+        """What all sessions keep: counted as they come and go, but for their worth, which changes by itself."""
+        now, value = self._clock(), self.policy.value
+        with_rank = [len(claim.ids) for claim in self._claims.values() if claim.has_rank]
+        worths = [value(session=key, now=now, position=0, abandoned=False) for key in self._claims]
+        return Kept(
+            self._kept_by,
+            len(self._claims),
+            len(with_rank),
+            sum(with_rank),
+            sorted(filter(isfinite, worths)),
         )
 
+    def largest(self, most: int) -> tuple[tuple[LeaseState, float], ...]:
+        """The sessions that keep most tokens, at most so many, each with its worth in hits a second."""
+        now = self._clock()
+        keys = heapq.nlargest(most, self._claims, key=lambda key: self._claims[key].tokens)
+        return tuple((self._state(key, now), self._place(key, self._claims[key], now).worth) for key in keys)
+
     # Private
+
+    def _state(self, key: _Key, now: float) -> LeaseState:
+        claim = self._claims[key]
+        return LeaseState(
+            session=key[1],
+            tenant=key[0],
+            blocks=len(claim.ids),
+            tokens=claim.tokens,
+            expires_in_s=claim.deadline - now,
+        )
 
     def _release(self, keys: Iterable[_Key]) -> Change:
         freed: list[int] = []
@@ -313,10 +381,11 @@ class LeaseTable:
             self.policy.closed(session=key, now=self._clock())
             if key in self._active:
                 self._closed.add(key)
-            claim = self._claims.pop(key, None)
+            claim = self._claims.get(key)
             if claim is not None:
-                forgotten += claim.contents or [block.content for block in claim.blocks]
-                freed += self._drop(key, claim.blocks)
+                forgotten += claim.contents or map(self._content_of, claim.ids)
+                freed += self._drop(key, claim.ids)
+                self._remove(key)
             self._reasons.pop(key, None)
             self._settled(key)
         return Change(freed=tuple(freed), forgotten=tuple(forgotten))
@@ -364,16 +433,16 @@ class LeaseTable:
 
     def _yield(self, key: _Key, most: int, busy: Callable[[int], bool] | None, reason: str, taken: "_Taken") -> None:
         claim = self._claims[key]
-        blocks, before = claim.blocks, len(taken.freed)
-        while blocks and len(taken.freed) - before < most:
-            if busy is not None and busy(blocks[-1].block_id):
+        ids, before = claim.ids, len(taken.freed)
+        while ids and len(taken.freed) - before < most:
+            if busy is not None and busy(ids[-1]):
                 break
-            block = blocks.pop()
-            taken.freed.extend(self._drop(key, [block]))
-            taken.forgotten.extend(self._left(claim, [block]))
+            yielded = (ids.pop(),)
+            taken.forgotten.extend(self._left(claim, yielded))
+            taken.freed.extend(self._drop(key, yielded))
             claim.reason = reason or ("evicted" if claim.has_rank else "expired")
-        if not blocks:
-            del self._claims[key]
+        if not ids:
+            self._remove(key)
             self._gone(key, claim.reason)
 
     def _over_cap(self, lease: Lease) -> int:
@@ -430,14 +499,19 @@ class LeaseTable:
         worth = (
             _WANTED
             if key in self._active
-            else self.policy.value(
-                session=key, now=now, position=claim.blocks[-1].end_token if claim.blocks else 0, abandoned=False
-            )
+            else self.policy.value(session=key, now=now, position=claim.tokens, abandoned=False)
         )
         return _Place(worth, claim.finished_at, claim.version, key)
 
-    def _left(self, claim: _Claim, blocks: Sequence[LeasedBlock]) -> tuple[Hashable, ...]:
-        return tuple(block.content for block in blocks) if claim.lease.strict else ()
+    def _left(self, claim: _Claim, block_ids: Sequence[int]) -> tuple[Hashable, ...]:
+        return tuple(map(self._content_of, block_ids)) if claim.is_strict else ()
+
+    def _is_beginning(self, blocks: Sequence[LeasedBlock], of: Sequence[int]) -> bool:
+        # By content: a block that was computed once more has another id.
+        return len(blocks) <= len(of) and all(
+            block.block_id == block_id or block.content == self._content_of(block_id)
+            for block, block_id in zip(blocks, of, strict=False)
+        )
 
     def _part(self, fraction: float) -> int:
         return int(fraction * self._pool_blocks)
@@ -454,24 +528,41 @@ class LeaseTable:
             self._parents.pop(key, None)
 
     def _claim(self, key: _Key, block_id: int) -> bool:
-        claims = self._claims_on.get(block_id, 0)
+        if block_id >= len(self._claims_on):
+            self._claims_on.extend(itertools.repeat(0, block_id + 1 - len(self._claims_on)))
+        claims = self._claims_on[block_id]
         self._claims_on[block_id] = claims + 1
+        kept = self._kept_by.get(key[0])
+        if kept is None:
+            kept = self._kept_by[key[0]] = TenantKeeps()
+        kept.blocks += 1
         if not claims:
             self._held_by[key[0]] += 1
+            self.leased_blocks += 1
         return not claims
 
-    def _drop(self, key: _Key, blocks: Sequence[LeasedBlock]) -> list[int]:
+    def _drop(self, key: _Key, block_ids: Sequence[int]) -> list[int]:
         freed: list[int] = []
-        for block in reversed(blocks):
-            self._claims_on[block.block_id] -= 1
-            if not self._claims_on[block.block_id]:
-                del self._claims_on[block.block_id]
-                self._held_by[key[0]] -= 1
-                freed.append(block.block_id)
+        for block_id in reversed(block_ids):
+            self._claims_on[block_id] -= 1
+            if not self._claims_on[block_id]:
+                freed.append(block_id)
+        self._held_by[key[0]] -= len(freed)
+        self.leased_blocks -= len(freed)
+        if block_ids:
+            self._kept_by[key[0]].blocks -= len(block_ids)
         if not self._held_by[key[0]]:
             del self._held_by[key[0]]
             self._shares.pop(key[0], None)
         return freed
+
+    def _remove(self, key: _Key) -> None:
+        """Nothing is kept of a session; its blocks are dropped already."""
+        del self._claims[key]
+        kept = self._kept_by[key[0]]
+        kept.sessions -= 1
+        if not kept.sessions and not kept.blocks:
+            del self._kept_by[key[0]]
 
     def _set_deadline(self, key: _Key, claim: _Claim, deadline: float) -> None:
         claim.deadline = deadline
@@ -504,12 +595,14 @@ def _worst_last(place: _Place) -> tuple[float, float, int]:
     return (-place.worth, -place.finished_at, -place.version)
 
 
-def _is_beginning(blocks: Sequence[LeasedBlock], of: Sequence[LeasedBlock]) -> bool:
-    # By content: a block that was computed once more has another id.
-    return len(blocks) <= len(of) and all(
-        block.content == other.content for block, other in zip(blocks, of, strict=False)
-    )
+def _compact(ends: Sequence[int]) -> Sequence[int]:
+    """The same numbers in less space."""
+    if not ends:
+        return ()
+    even = range(ends[0], ends[-1] + 1, ends[0]) if ends[0] > 0 else range(0)
+    return even if len(even) == len(ends) and all(map(int.__eq__, even, ends)) else array("I", ends)
 
 
 def _key(lease: Lease) -> _Key:
-    return lease.tenant, lease.session
+    # Thousands of sessions name few tenants: each label is kept once.
+    return sys.intern(lease.tenant), lease.session

@@ -1,16 +1,16 @@
-"""Sums up what the engine keeps, whatever that is, in one look at each lease.
+"""The picture of what the engine keeps, whatever that is: as small with ten thousand sessions as with ten.
 
 Rules:
 
 - Pure, and without vLLM.
-- What it costs grows with the number of leases, what it says does not.
+- The lease table counts; here is chosen what of it is said.
 """
 
-import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from appliance.engine.inside.leases import Kept, TenantKeeps
 from appliance.engine.picture import (
     MAX_TENANTS,
     OTHER_TENANTS,
@@ -31,43 +31,29 @@ class Totals(NamedTuple):
 
 
 def picture_of(
-    leases: Sequence[LeaseState],
+    kept: Kept,
+    largest: Sequence[tuple[LeaseState, float]],
     *,
     block_size: int,
     tiers: Sequence[TierPicture],
-    most_sessions: int,
     totals: Totals,
-    worth: Callable[[LeaseState], float | None],
 ) -> KvPicture:
-    """The picture of `leases`.
+    """The picture of what is `kept`.
 
     Args:
-        worth: of a session's KV, in hits a second; infinite: a request of it waits or runs; None: not known.
+        largest: the sessions to name, each with its worth in hits a second; infinite: a request of it waits or runs.
     """
-    of_tenants: dict[str, list[int]] = {}
-    worths: list[float] = []
-    leased = 0
-    for lease in leases:
-        held = of_tenants.setdefault(lease.tenant, [0, 0])
-        held[0] += 1
-        held[1] += lease.blocks
-        leased += lease.expires_in_s > 0
-        if (known := _finite(worth(lease))) is not None:
-            worths.append(known)
-    worths.sort()
-    largest = heapq.nlargest(most_sessions, leases, key=lambda lease: lease.tokens)
+    worths = kept.worths
     return KvPicture(
         block_size=block_size,
         tiers=tuple(tiers),
-        tenants=_tenants(of_tenants),
+        tenants=_tenants(kept.tenants),
         sessions=tuple(
-            SessionPicture(
-                lease.tenant, lease.session, lease.blocks, lease.tokens, _finite(worth(lease)), lease.expires_in_s
-            )
-            for lease in largest
+            SessionPicture(lease.tenant, lease.session, lease.blocks, lease.tokens, _finite(worth), lease.expires_in_s)
+            for lease, worth in largest
         ),
-        sessions_total=len(leases),
-        leased_sessions_total=leased,
+        sessions_total=kept.sessions,
+        leased_sessions_total=kept.sessions_with_rank,
         worths_hits_per_s=(worths[0], worths[len(worths) // 2], worths[-1]) if worths else (),
         reclaimed_blocks_total=totals.reclaimed_blocks,
         expired_leases_total=totals.expired_leases,
@@ -75,14 +61,15 @@ def picture_of(
     )
 
 
-def _tenants(held: dict[str, list[int]]) -> tuple[TenantPicture, ...]:
-    ranked = sorted(held.items(), key=lambda item: -item[1][1])
-    named = tuple(TenantPicture(tenant, *counts) for tenant, counts in ranked[:MAX_TENANTS])
-    rest = [counts for _, counts in ranked[MAX_TENANTS:]]
+def _tenants(kept: Mapping[str, TenantKeeps]) -> tuple[TenantPicture, ...]:
+    ranked = sorted(kept.items(), key=lambda item: -item[1].blocks)
+    named = tuple(TenantPicture(tenant, keeps.sessions, keeps.blocks) for tenant, keeps in ranked[:MAX_TENANTS])
+    rest = [keeps for _, keeps in ranked[MAX_TENANTS:]]
     if not rest:
         return named
-    return (*named, TenantPicture(OTHER_TENANTS, sum(each[0] for each in rest), sum(each[1] for each in rest)))
+    others = TenantPicture(OTHER_TENANTS, sum(each.sessions for each in rest), sum(each.blocks for each in rest))
+    return (*named, others)
 
 
-def _finite(worth: float | None) -> float | None:
-    return worth if worth is not None and math.isfinite(worth) else None
+def _finite(worth: float) -> float | None:
+    return worth if math.isfinite(worth) else None

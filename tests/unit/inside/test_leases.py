@@ -24,6 +24,11 @@ class Clock:
         return self.now
 
 
+def table_of(bound: int, clock: Clock) -> LeaseTable:
+    """A table over a pool in which each block has a content of its own, as `chain` says it."""
+    return LeaseTable(bound, clock, lambda block_id: ("content", block_id))
+
+
 def chain(*block_ids: int) -> list[LeasedBlock]:
     """Blocks in the order of a history, each with a content of its own."""
     return [
@@ -46,26 +51,26 @@ def held(table: LeaseTable) -> dict[str, int]:
 
 
 def test_a_grant_takes_each_block_once() -> None:
-    table = LeaseTable(10, Clock())
+    table = table_of(10, Clock())
     assert table.finished(lease("a"), chain(1, 2, 3)) == Change(taken=(1, 2, 3))
     assert table.leased_blocks == 3
 
 
 def test_the_next_turn_takes_only_what_is_new() -> None:
-    table = LeaseTable(10, Clock())
+    table = table_of(10, Clock())
     table.finished(lease("a"), chain(1, 2, 3))
     assert table.finished(lease("a"), chain(1, 2, 3, 4)) == Change(taken=(4,))
 
 
 def test_a_branch_gives_back_the_rest_of_the_other_branch_tail_first() -> None:
-    table = LeaseTable(10, Clock())
+    table = table_of(10, Clock())
     table.finished(lease("a"), chain(1, 2, 3, 4))
     assert table.finished(lease("a"), chain(1, 2, 5)) == Change(taken=(5,), freed=(4, 3))
 
 
 def test_a_beginning_of_the_history_moves_the_deadline_only() -> None:
     clock = Clock()
-    table = LeaseTable(10, clock)
+    table = table_of(10, clock)
     table.finished(lease("a"), chain(1, 2, 3, 4))
     clock.now += 10
     assert table.finished(lease("a"), chain(1, 2)) == Change()
@@ -74,14 +79,14 @@ def test_a_beginning_of_the_history_moves_the_deadline_only() -> None:
 
 
 def test_a_beginning_computed_once_more_in_other_blocks_is_still_a_beginning() -> None:
-    table = LeaseTable(10, Clock())
+    table = table_of(10, Clock())
     table.finished(lease("a"), chain(1, 2, 3, 4))
     again = [*chain(1), LeasedBlock(9, 2 * BLOCK, ("content", 2))]
     assert table.finished(lease("a"), again) == Change()
 
 
 def test_a_turn_that_computed_nothing_leaves_the_lease_alone_and_starts_none() -> None:
-    table = LeaseTable(10, Clock())
+    table = table_of(10, Clock())
     table.finished(lease("a"), chain(1, 2))
     assert table.finished(lease("a"), []) == Change()
     assert table.finished(lease("b"), []) == Change()
@@ -89,7 +94,7 @@ def test_a_turn_that_computed_nothing_leaves_the_lease_alone_and_starts_none() -
 
 
 def test_a_shared_block_is_given_back_with_its_last_lease() -> None:
-    table = LeaseTable(10, Clock())
+    table = table_of(10, Clock())
     table.finished(lease("a"), chain(1, 2, 3))
     assert table.finished(lease("b"), chain(1, 2, 4)) == Change(taken=(4,))
     assert table.release(["a"]).freed == (3,)
@@ -98,7 +103,7 @@ def test_a_shared_block_is_given_back_with_its_last_lease() -> None:
 
 def test_over_the_bound_the_one_used_least_recently_of_equal_worth_yields_its_tail() -> None:
     clock = Clock()
-    table = LeaseTable(6, clock)
+    table = table_of(6, clock)
     table.finished(lease("first"), chain(1, 2, 3))
     table.finished(lease("second"), chain(4, 5, 6))
     assert table.finished(lease("new"), chain(7, 8)) == Change(taken=(7, 8), freed=(3, 2))
@@ -106,21 +111,21 @@ def test_over_the_bound_the_one_used_least_recently_of_equal_worth_yields_its_ta
 
 
 def test_one_session_may_have_the_whole_bound_and_no_more() -> None:
-    table = LeaseTable(3, Clock())
+    table = table_of(3, Clock())
     table.finished(lease("old"), chain(1, 2))
     assert table.finished(lease("new"), chain(3, 4, 5, 6)) == Change(taken=(3, 4, 5), freed=(2, 1))
     assert held(table) == {"new": 3}
 
 
 def test_a_bound_of_nothing_leases_nothing() -> None:
-    table = LeaseTable(0, Clock())
+    table = table_of(0, Clock())
     assert table.finished(lease("a"), chain(1, 2)) == Change()
     assert table.next_expiry_in_s() is None
 
 
 def test_reclaiming_takes_no_more_than_wanted_tails_first_and_without_rank_first() -> None:
     clock = Clock()
-    table = LeaseTable(10, clock)
+    table = table_of(10, clock)
     table.finished(lease("ranked", 30.0), chain(1, 2, 3))
     table.finished(lease("no rank", 5.0), chain(4, 5, 6))
     clock.now += 5
@@ -134,7 +139,7 @@ def test_reclaiming_takes_no_more_than_wanted_tails_first_and_without_rank_first
 
 
 def test_a_lease_whose_tail_is_in_use_yields_nothing() -> None:
-    table = LeaseTable(10, Clock())
+    table = table_of(10, Clock())
     table.finished(lease("in use", 5.0), chain(1, 2, 3))
     table.finished(lease("idle", 30.0), chain(4, 5, 6))
     assert table.can_yield(3, {1, 2, 3}.__contains__)
@@ -143,13 +148,13 @@ def test_a_lease_whose_tail_is_in_use_yields_nothing() -> None:
 
 
 def test_what_lies_beyond_the_part_in_use_can_be_reclaimed() -> None:
-    table = LeaseTable(10, Clock())
+    table = table_of(10, Clock())
     table.finished(lease("a"), chain(1, 2, 3, 4))
     assert table.reclaim(9, {1, 2}.__contains__) == Change(freed=(4, 3))
 
 
 def test_a_shared_block_counts_as_reclaimed_once_the_last_lease_yields_it() -> None:
-    table = LeaseTable(10, Clock())
+    table = table_of(10, Clock())
     table.finished(lease("a", 5.0), chain(1, 2))
     table.finished(lease("b", 30.0), chain(1, 2, 3))
     assert table.reclaim(1, nothing_is_busy) == Change(freed=(3,))
@@ -159,7 +164,7 @@ def test_a_shared_block_counts_as_reclaimed_once_the_last_lease_yields_it() -> N
 
 def test_a_lease_loses_its_rank_at_its_deadline_and_not_before_and_keeps_its_blocks() -> None:
     clock = Clock()
-    table = LeaseTable(10, clock)
+    table = table_of(10, clock)
     table.finished(lease("b", 15.0), chain(3, 4))
     table.finished(lease("a", 5.0), chain(1, 2))
     clock.now += 4.999
@@ -179,7 +184,7 @@ def test_a_lease_loses_its_rank_at_its_deadline_and_not_before_and_keeps_its_blo
 
 def test_a_strict_lease_gives_up_all_at_its_deadline_and_what_it_left_is_forgotten() -> None:
     clock = Clock()
-    table = LeaseTable(2, clock)
+    table = table_of(2, clock)
     strict = dataclasses.replace(lease("a"), strict=True)
     assert table.finished(strict, chain(1, 2, 3)) == Change(taken=(1, 2), forgotten=(("content", 3),))
     clock.now += 15
@@ -187,14 +192,14 @@ def test_a_strict_lease_gives_up_all_at_its_deadline_and_what_it_left_is_forgott
 
 
 def test_what_a_strict_lease_yields_is_forgotten() -> None:
-    table = LeaseTable(9, Clock())
+    table = table_of(9, Clock())
     table.finished(dataclasses.replace(lease("a"), strict=True), chain(1, 2))
     assert table.reclaim(1, nothing_is_busy) == Change(freed=(2,), forgotten=(("content", 2),))
 
 
 def test_no_time_runs_against_a_session_whose_request_waits() -> None:
     clock = Clock()
-    table = LeaseTable(10, clock)
+    table = table_of(10, clock)
     table.finished(lease("a"), chain(1))
     clock.now += 14
     table.arrived(lease("a"))
@@ -208,7 +213,7 @@ def test_no_time_runs_against_a_session_whose_request_waits() -> None:
 
 def test_whose_request_waits_yields_last_but_yields() -> None:
     clock = Clock()
-    table = LeaseTable(10, clock)
+    table = table_of(10, clock)
     table.finished(lease("waits", 5.0), chain(1, 2))
     table.finished(lease("idle", 60.0), chain(3, 4))
     clock.now += 5
@@ -219,7 +224,7 @@ def test_whose_request_waits_yields_last_but_yields() -> None:
 
 def test_the_stop_reason_that_is_told_later_decides_worth_and_rank() -> None:
     clock = Clock()
-    table = LeaseTable(10, clock)
+    table = table_of(10, clock)
     for session, blocks in (("tool", chain(1, 2)), ("done", chain(3, 4))):
         table.arrived(Lease(session, "tenant", 15.0, turn=session))
         table.finished(Lease(session, "tenant", 15.0, turn=session), blocks, 100)
@@ -233,14 +238,14 @@ def test_the_stop_reason_that_is_told_later_decides_worth_and_rank() -> None:
 
 
 def test_the_end_of_an_earlier_turn_changes_nothing() -> None:
-    table = LeaseTable(10, Clock())
+    table = table_of(10, Clock())
     table.finished(Lease("a", "tenant", 15.0, turn="second"), chain(1))
     table.turn_ended(TurnEnd("a", "tenant", "first", "tool_use", 1, 300.0))
     assert table.next_expiry_in_s() == 15.0
 
 
 def test_what_a_session_diverged_from_is_given_up_when_its_request_is_admitted() -> None:
-    table = LeaseTable(10, Clock())
+    table = table_of(10, Clock())
     table.finished(lease("a"), chain(1, 2, 3))
     table.arrived(lease("a"))
     assert table.admitted(lease("a"), BLOCK, prompt_hits=False) == (Change(freed=(3, 2)), "")
@@ -251,7 +256,7 @@ def test_what_a_session_diverged_from_is_given_up_when_its_request_is_admitted()
 @pytest.mark.parametrize("taken", [1, 3])
 def test_it_is_known_why_blocks_are_not_there_any_more(passes: float, reason: str, taken: int) -> None:
     clock = Clock()
-    table = LeaseTable(10, clock)
+    table = table_of(10, clock)
     table.finished(lease("a"), chain(1, 2, 3))
     clock.now += passes
     table.expire()
@@ -261,7 +266,7 @@ def test_it_is_known_why_blocks_are_not_there_any_more(passes: float, reason: st
 
 
 def test_a_tenant_leaves_another_its_guaranteed_share_as_long_as_it_has_blocks_of_its_own() -> None:
-    table = LeaseTable(8, Clock())
+    table = table_of(8, Clock())
     table.finished(dataclasses.replace(lease("small", tenant="small"), tenant_share=0.5), chain(1, 2, 3, 4, 5))
     table.finished(lease("big", tenant="big"), chain(11, 12, 13))
     assert table.finished(lease("more", tenant="big"), chain(21, 22, 23)).freed == (5, 13, 12)
@@ -269,14 +274,14 @@ def test_a_tenant_leaves_another_its_guaranteed_share_as_long_as_it_has_blocks_o
 
 
 def test_no_request_waits_for_a_guaranteed_share() -> None:
-    table = LeaseTable(8, Clock())
+    table = table_of(8, Clock())
     table.finished(dataclasses.replace(lease("small", tenant="small"), tenant_share=0.5), chain(1, 2, 3, 4))
     table.finished(lease("big", tenant="big"), chain(11, 12, 13, 14))
     assert table.reclaim(6, nothing_is_busy, "big").freed == (14, 13, 12, 11, 4, 3)
 
 
 def test_a_tenant_and_a_session_keep_no_more_than_their_caps() -> None:
-    table = LeaseTable(10, Clock())
+    table = table_of(10, Clock())
     capped = dataclasses.replace(lease("a"), tenant_cap=0.5, session_cap=0.3)
     assert table.finished(capped, chain(1, 2, 3, 4)) == Change(taken=(1, 2, 3))
     other = dataclasses.replace(capped, session="b")
@@ -287,7 +292,7 @@ def test_a_tenant_and_a_session_keep_no_more_than_their_caps() -> None:
 
 def test_a_parent_yields_after_others_while_its_child_runs_and_while_the_child_has_a_lease() -> None:
     clock = Clock()
-    table = LeaseTable(10, clock)
+    table = table_of(10, clock)
     child = dataclasses.replace(lease("child", 60.0), parent="parent")
     table.finished(lease("parent", 5.0), chain(1, 2))
     table.finished(lease("other", 60.0), chain(3, 4))
@@ -302,7 +307,7 @@ def test_a_parent_yields_after_others_while_its_child_runs_and_while_the_child_h
 
 
 def test_a_session_closed_while_its_request_runs_leaves_nothing_when_that_ends() -> None:
-    table = LeaseTable(10, Clock())
+    table = table_of(10, Clock())
     table.finished(lease("a"), chain(1))
     table.arrived(lease("a"))
     assert table.release(["a"]) == Change(freed=(1,), forgotten=(("content", 1),))
@@ -312,7 +317,7 @@ def test_a_session_closed_while_its_request_runs_leaves_nothing_when_that_ends()
 
 def test_ten_thousand_sessions_that_are_abandoned_hold_no_more_than_the_bound() -> None:
     clock = Clock()
-    table = LeaseTable(100, clock)
+    table = table_of(100, clock)
     for number in range(10_000):
         clock.now += 0.01
         table.arrived(lease(f"s{number}"))
@@ -325,14 +330,14 @@ def test_ten_thousand_sessions_that_are_abandoned_hold_no_more_than_the_bound() 
 
 
 def test_a_label_reaches_nothing_of_another_tenant() -> None:
-    table = LeaseTable(10, Clock())
+    table = table_of(10, Clock())
     table.finished(lease("a", tenant="one"), chain(1, 2))
     assert table.finished(lease("a", tenant="two"), chain(3)) == Change(taken=(3,))
     assert table.leased_blocks == 3
 
 
 def test_ten_thousand_turns_of_a_session_leave_a_short_list_of_deadlines() -> None:
-    table = LeaseTable(10, Clock())
+    table = table_of(10, Clock())
     for _ in range(10_000):
         table.arrived(lease("a"))
         table.finished(lease("a"), chain(1))
@@ -347,7 +352,7 @@ class TableAgainstPool(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.table = LeaseTable(self.bound, self.clock)
+        self.table = table_of(self.bound, self.clock)
         self.references: set[int] = set()
 
     def apply(self, change: Change) -> None:
@@ -410,6 +415,10 @@ class TableAgainstPool(RuleBasedStateMachine):
         assert self.table.leased_blocks == len(self.references) <= self.bound
         states = self.table.states()
         assert all(state.blocks > 0 and state.tokens == state.blocks * BLOCK for state in states)
+        kept = self.table.kept()
+        assert kept.sessions == len(states)
+        assert sum(tenant.sessions for tenant in kept.tenants.values()) == len(states)
+        assert sum(tenant.blocks for tenant in kept.tenants.values()) == sum(state.blocks for state in states)
         deadlines = [state.expires_in_s for state in states]
         assert deadlines == sorted(deadlines)
 

@@ -1,5 +1,6 @@
 """A picture of what is kept: small, strict on the wire, and true to the leases that it sums up."""
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -8,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from appliance.engine.inside.leases import LeasedBlock, LeaseTable
 from appliance.engine.inside.pictures import Totals, picture_of
+from appliance.engine.inside.retention import RetentionPolicy
 from appliance.engine.picture import (
     MAX_SESSIONS,
     MAX_TENANTS,
@@ -19,7 +22,7 @@ from appliance.engine.picture import (
     TierPicture,
     read_sessions_asked,
 )
-from appliance.engine.protocol import LeaseState, MalformedMessage
+from appliance.engine.protocol import Lease, LeaseState, MalformedMessage
 
 DEVICE = TierPicture("device", "ok", 4096, 1000, 400, 300)
 
@@ -28,16 +31,32 @@ def lease(number: int, *, tenant: str = "bank", blocks: int = 1, expires_in_s: f
     return LeaseState(f"session-{number}", tenant, blocks, 32 * blocks, expires_in_s)
 
 
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class ByName(RetentionPolicy):
+    """What the test says a session is worth."""
+
+    def __init__(self, worths: Mapping[str, float]) -> None:
+        super().__init__()
+        self.worths = worths
+
+    def value(self, *, session: Any, now: float, position: int, abandoned: bool) -> float:
+        return self.worths.get(session[1], math.inf)
+
+
 def picture(*leases: LeaseState, sessions: int = 0, worths: Mapping[str, float] | None = None) -> KvPicture:
-    known = worths or {}
-    return picture_of(
-        leases,
-        block_size=32,
-        tiers=[DEVICE],
-        most_sessions=sessions,
-        totals=Totals(7, 2, 1),
-        worth=lambda each: known.get(each.session),
-    )
+    clock, block_ids = Clock(), itertools.count()
+    table = LeaseTable(1_000_000, clock, lambda block_id: block_id, ByName(worths or {}))
+    for each in leases:
+        blocks = [LeasedBlock(next(block_ids), 32 * (place + 1), place) for place in range(each.blocks)]
+        table.finished(Lease(each.session, each.tenant, max(0.0, each.expires_in_s)), blocks)
+    table.expire()
+    return picture_of(table.kept(), table.largest(sessions), block_size=32, tiers=[DEVICE], totals=Totals(7, 2, 1))
 
 
 def test_sessions_are_counted_and_those_that_keep_most_are_named() -> None:
