@@ -50,7 +50,12 @@ class Appliance:
 
 
 def holdfast(
-    state_dir: Path, arguments: Sequence[str], *, check: bool = True, settings: Mapping[str, str] = MappingProxyType({})
+    state_dir: Path,
+    arguments: Sequence[str],
+    *,
+    check: bool = True,
+    settings: Mapping[str, str] = MappingProxyType({}),
+    timeout_s: float = READY_WITHIN_S,
 ) -> Any:
     """Run the command as a person would, and read the JSON that it prints; `settings` as the environment has them."""
     command = [str(Path(sys.executable).with_name("holdfast")), "--json", "--state-dir", str(state_dir), *arguments]
@@ -61,7 +66,7 @@ def holdfast(
         "HOLDFAST_ENGINE__KV_CACHE_BYTES": str(128 << 20),
         **settings,
     }
-    done = subprocess.run(command, capture_output=True, text=True, timeout=READY_WITHIN_S, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(arguments)} ended with {done.returncode}: {done.stdout}{done.stderr}")
     return json.loads(done.stdout)

@@ -8,12 +8,12 @@ from tests.e2e.appliance.conftest import Appliance, holdfast
 
 # The demonstration's model has 64 KiB of KV in a block of 32 tokens.
 BLOCK_BYTES = 64 << 10
-DEVICE_BLOCKS = 256
-DRAM_BLOCKS = 1024
+DEVICE_BLOCKS = 96
+DRAM_BLOCKS = 448  # the proof's prompts, and what pushes them off the device, fit in at once
 DISK_BLOCKS = 4096
 TIERS = {
     "HOLDFAST_ENGINE__KV_CACHE_BYTES": str(DEVICE_BLOCKS * BLOCK_BYTES),
-    "HOLDFAST_ENGINE__MAX_MODEL_LEN": "2048",
+    "HOLDFAST_ENGINE__MAX_MODEL_LEN": "640",
     "HOLDFAST_TIERS__DRAM_BYTES": str(DRAM_BLOCKS * BLOCK_BYTES),
     "HOLDFAST_TIERS__DISK_BYTES": str(DISK_BLOCKS * 2 * BLOCK_BYTES),
 }
