@@ -106,8 +106,8 @@ class KvWatch:
         """Look now and then, until cancelled: so it is known what tiers there are, and what was reclaimed."""
         while True:
             await self._watch.wait_ready()
-            await self.look()
-            await asyncio.sleep(_LOOK_EVERY_S)
+            seen = await self.look()
+            await asyncio.sleep(_FRESH_S if seen is None else _LOOK_EVERY_S)
 
     def _remember(self, seen: Seen) -> None:
         looks, reclaimed = self._looks, seen.picture.reclaimed_blocks_total
