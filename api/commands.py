@@ -459,6 +459,8 @@ def _status_text(seen: "types.Status") -> str:
             f"leases    {held.sessions} sessions hold {held.leased_blocks} of {held.total_blocks} blocks of "
             f"{held.block_size_tokens} tokens{expiry}"
         )
+    if seen.tiers:
+        lines.append(f"tiers     {', '.join(map(_tier, seen.tiers))}")
     if seen.engine_restarts is not None:
         isolated = "in namespaces of its own" if seen.engine_isolated else "NOT isolated"
         why = f" ({printable(seen.engine_isolation_detail)})" if seen.engine_isolation_detail else ""
@@ -467,6 +469,11 @@ def _status_text(seen: "types.Status") -> str:
     lines += ["", table(("part", "state", "detail"), [(p.name, p.state, p.detail) for p in seen.parts], empty="")]
     lines += ["", f"Seen at {moment(seen.observed_at)}, {ago(seen.observed_at)}."]
     return "\n".join(lines)
+
+
+def _tier(tier: "types.TierSeen") -> str:
+    state = "" if tier.state == "ok" else f" {tier.state.upper()}"
+    return f"{tier.tier}{state} {size_in_words(tier.used_bytes)} of {size_in_words(tier.capacity_bytes)}"
 
 
 def _turns(count: int) -> str:

@@ -51,13 +51,12 @@ class Health:
     async def _parts(self) -> dict[str, dict[str, object]]:
         services = self._services
         sealed, draining = services.vault.sealed, services.lifecycle.draining
-        watch = services.watch
         return {
             "gateway": _part(not draining, "it is stopping"),
             "vault": _part(not sealed, "it is sealed; an administrator opens it with `holdfast unseal`"),
             "audit": self._audit_part(),
             "store": _part(not (why_not := await self._store()), why_not),
-            "engine": _part(watch.ready, watch.detail if self._in_full else watch.summary),
+            "engine": self._engine_part(),
         }
 
     def _audit_part(self) -> dict[str, object]:
@@ -69,6 +68,15 @@ class Health:
             part["degraded"] = "; ".join(f"{name} takes no events: {error['cause']}" for name, error in errors)
         if exports.unreadable is not None and self._in_full:
             part["degraded"] = f"nothing is exported: {exports.unreadable['cause']}"
+        return part
+
+    def _engine_part(self) -> dict[str, object]:
+        """A tier that is out of use is told and counts for nothing: what it had is computed again."""
+        watch = self._services.watch
+        part = _part(watch.ready, watch.detail if self._in_full else watch.summary)
+        trouble = self._services.kv.trouble()
+        if watch.ready and trouble and self._in_full:
+            part["degraded"] = "; ".join(f"KV in {tier}: {why}" for tier, why in trouble.items())
         return part
 
     def _audit(self) -> str:

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from api.kv_watch import Seen
 from api.services import Services
-from appliance.engine.picture import TIER_STATES, TierPicture
+from appliance.engine.picture import TIER_STATES, CanaryPicture, DiskPicture, TierPicture
 
 _OF_TIERS: dict[str, tuple[str, Callable[[TierPicture], float]]] = {
     "holdfast_kv_tier_capacity_blocks": ("Blocks that a tier can hold.", lambda tier: tier.capacity_blocks),
@@ -100,6 +100,10 @@ class KvCollector(Collector):
             ("holdfast_kv_ignored_leases", "Malformed leases that requests carried.", picture.ignored_leases_total),
         ):
             yield CounterMetricFamily(name, help_text, value=total)
+        if picture.disk is not None:
+            yield from _disk(picture.disk)
+        if picture.canary is not None:
+            yield from _canary(picture.canary)
 
     def _tenants(self, seen: Seen) -> Iterable[Metric]:
         kept: dict[str, tuple[int, int]] = {}
@@ -115,3 +119,59 @@ class KvCollector(Collector):
             for tenant_id, counts in kept.items():
                 family.add_metric((tenant_id,), counts[place])
             yield family
+
+
+def _disk(disk: DiskPicture) -> Iterable[Metric]:
+    for name, help_text, total in (
+        ("holdfast_kv_tier_stored_blocks", "Blocks that were written to a tier.", disk.stored_blocks_total),
+        ("holdfast_kv_tier_loaded_blocks", "Blocks that were read from a tier.", disk.loaded_blocks_total),
+        ("holdfast_kv_tier_evicted_blocks", "Blocks that left a tier for others.", disk.evicted_blocks_total),
+        ("holdfast_kv_tier_expired_blocks", "Blocks that left a tier unused.", disk.expired_blocks_total),
+    ):
+        counter = CounterMetricFamily(name, help_text, labels=("tier",))
+        counter.add_metric(("disk",), total)
+        yield counter
+    for name, help_text, by_cause in (
+        (
+            "holdfast_kv_tier_not_stored_blocks",
+            "Blocks that a tier did not take, by cause. No request waited for it.",
+            disk.not_stored_total,
+        ),
+        (
+            "holdfast_kv_tier_faults",
+            "Blocks that a tier could not give back, by cause. They were computed again.",
+            disk.faults_total,
+        ),
+    ):
+        counter = CounterMetricFamily(name, help_text, labels=("tier", "cause"))
+        for cause, total in by_cause.items():
+            counter.add_metric(("disk", cause), total)
+        yield counter
+    waiting = GaugeMetricFamily("holdfast_kv_tier_waiting_bytes", "Bytes that wait to be written.", labels=("tier",))
+    waiting.add_metric(("disk",), disk.waiting_bytes)
+    yield waiting
+    if disk.last_error_age_s is not None:
+        age = GaugeMetricFamily(
+            "holdfast_kv_tier_last_error_age_seconds", "How long ago a tier's last error was.", labels=("tier",)
+        )
+        age.add_metric(("disk",), disk.last_error_age_s)
+        yield age
+
+
+def _canary(canary: CanaryPicture) -> Iterable[Metric]:
+    yield CounterMetricFamily(
+        "holdfast_kv_canary_compared_blocks",
+        "Restored blocks that were computed again to compare them.",
+        value=canary.compared_blocks_total,
+    )
+    if canary.worst_error is not None:
+        yield GaugeMetricFamily(
+            "holdfast_kv_canary_worst_error",
+            "The largest error of a restored block, as a share of the values' root mean square.",
+            value=canary.worst_error,
+        )
+    yield GaugeMetricFamily(
+        "holdfast_kv_canary_quarantined",
+        "1: a restored block was not what the model computes, and nothing is restored any more.",
+        value=float(canary.quarantined),
+    )

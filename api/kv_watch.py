@@ -32,6 +32,18 @@ class Seen(NamedTuple):
     sessions_asked: int
 
 
+def troubles(picture: KvPicture) -> dict[str, str]:
+    """What is wrong with tiers, in words, by their names. Sessions go on in any case, and are computed again."""
+    said = {}
+    for tier in picture.tiers:
+        if tier.state == "quarantined":
+            said[tier.tier] = "what came back was not what the model computes; nothing is read from it any more"
+        elif tier.state == "failed":
+            error = picture.disk.last_error if picture.disk is not None else ""
+            said[tier.tier] = f"it cannot be used now: {error or 'the log of the engine says why'}"
+    return said
+
+
 class KvWatch:
     """The newest picture of one engine.
 
@@ -53,6 +65,10 @@ class KvWatch:
     def has_more_tiers(self) -> bool:
         """Whether the engine was last seen to keep KV elsewhere than on the device too."""
         return self.seen is not None and len(self.seen.picture.tiers) > 1
+
+    def trouble(self) -> dict[str, str]:
+        """What is wrong with the tiers that were seen last, by their names."""
+        return {} if self.seen is None else troubles(self.seen.picture)
 
     async def look(self, sessions: int = 0) -> Seen | None:
         """The engine's picture, with so many sessions, `_FRESH_S` old at most; None: it cannot be had now."""
@@ -90,8 +106,8 @@ class KvWatch:
         """Look now and then, until cancelled: so it is known what tiers there are, and what was reclaimed."""
         while True:
             await self._watch.wait_ready()
-            await self.look()
-            await asyncio.sleep(_LOOK_EVERY_S)
+            seen = await self.look()
+            await asyncio.sleep(_FRESH_S if seen is None else _LOOK_EVERY_S)
 
     def _remember(self, seen: Seen) -> None:
         looks, reclaimed = self._looks, seen.picture.reclaimed_blocks_total

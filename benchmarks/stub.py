@@ -24,7 +24,17 @@ from typing import Any, ClassVar, cast
 import httptools
 import uvloop
 
-from appliance.engine.picture import KV_PATH, KvPicture, SessionPicture, TenantPicture, TierPicture
+from appliance.engine.picture import (
+    DISK_FAULTS,
+    KV_PATH,
+    NOT_STORED,
+    CanaryPicture,
+    DiskPicture,
+    KvPicture,
+    SessionPicture,
+    TenantPicture,
+    TierPicture,
+)
 from appliance.engine.protocol import (
     LEASE_FIELD,
     LeaseReport,
@@ -356,6 +366,9 @@ _KEPT = KvPicture(
     reclaimed_blocks_total=7,
     expired_leases_total=2,
     ignored_leases_total=0,
+    # Seen, though no prompt is found there: with more tiers than the device the gateway would wait for accounts.
+    disk=DiskPicture(5, 4, 3, 2, 1, dict.fromkeys(NOT_STORED, 1), dict.fromkeys(DISK_FAULTS, 2), "full", 9.0),
+    canary=CanaryPicture(12, 0.001, quarantined=False),
 )
 
 

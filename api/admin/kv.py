@@ -3,7 +3,7 @@
 from api.admin import types
 from api.kv_watch import Seen
 from api.services import Services
-from appliance.engine.picture import SessionPicture
+from appliance.engine.picture import CanaryPicture, DiskPicture, SessionPicture
 from appliance.sessions import LastTurn, Quantiles, Sums
 from appliance.sessions.ledger import served_by_tier
 
@@ -22,6 +22,8 @@ async def kv_status(services: Services, most_sessions: int) -> types.KvStatus:
         counted_since=services.lifecycle.started_at,
         block_size_tokens=None if picture is None else picture.block_size,
         tiers=[] if seen is None else _tiers(seen, sums),
+        disk=None if picture is None or picture.disk is None else _disk(picture.disk),
+        canary=None if picture is None or picture.canary is None else _canary(picture.canary),
         kept_sessions=None if picture is None else picture.sessions_total,
         leased_sessions=None if picture is None else picture.leased_sessions_total,
         worths_hits_per_s=[] if picture is None else list(picture.worths_hits_per_s),
@@ -61,6 +63,28 @@ def _tiers(seen: Seen, sums: Sums) -> list[types.KvTier]:
         )
         for tier in seen.picture.tiers
     ]
+
+
+def _disk(disk: DiskPicture) -> types.KvDisk:
+    return types.KvDisk(
+        stored_blocks_total=disk.stored_blocks_total,
+        loaded_blocks_total=disk.loaded_blocks_total,
+        evicted_blocks_total=disk.evicted_blocks_total,
+        expired_blocks_total=disk.expired_blocks_total,
+        waiting_bytes=disk.waiting_bytes,
+        not_stored_total=dict(disk.not_stored_total),
+        faults_total=dict(disk.faults_total),
+        last_error=disk.last_error or None,
+        last_error_age_s=disk.last_error_age_s,
+    )
+
+
+def _canary(canary: CanaryPicture) -> types.KvCanary:
+    return types.KvCanary(
+        compared_blocks_total=canary.compared_blocks_total,
+        worst_error=canary.worst_error,
+        quarantined=canary.quarantined,
+    )
 
 
 def _tenants(services: Services, seen: Seen | None) -> list[types.KvTenant]:

@@ -17,7 +17,18 @@ from typing import TYPE_CHECKING
 import click
 
 from api.admin.session_commands import CAUSES_IN_WORDS
-from appliance.cli import Console, Group, ago, api_key_option, in_words, moment, pass_console, size_in_words, table
+from appliance.cli import (
+    Console,
+    Group,
+    ago,
+    api_key_option,
+    in_words,
+    moment,
+    pass_console,
+    printable,
+    size_in_words,
+    table,
+)
 
 if TYPE_CHECKING:
     from api.admin import types
@@ -122,7 +133,9 @@ def _tiers_table(status: "types.KvStatus") -> str:
             tier.state,
             f"{tier.capacity_blocks} blocks, {size_in_words(tier.capacity_bytes)}",
             f"{tier.used_blocks} ({_share(tier.used_blocks, tier.capacity_blocks)})",
-            f"{tier.leased_blocks} ({_share(tier.leased_blocks, tier.capacity_blocks)})",
+            f"{tier.leased_blocks} ({_share(tier.leased_blocks, tier.capacity_blocks)})"
+            if tier.tier == "device"
+            else "-",
             f"{tier.free_blocks} ({_share(tier.free_blocks, tier.capacity_blocks)})",
             f"{tier.found_tokens} tokens ({_share(tier.found_tokens, status.prompt_tokens)})",
         )
@@ -144,7 +157,47 @@ def _kept_lines(status: "types.KvStatus") -> list[str]:
     reclaimed += f"; {status.expired_leases_total} leases ran out"
     if status.ignored_leases_total:
         reclaimed += f"; {status.ignored_leases_total} malformed leases were ignored"
-    return [kept, reclaimed]
+    return [kept, reclaimed, *_disk_lines(status.disk), *_canary_lines(status.canary)]
+
+
+def _disk_lines(disk: "types.KvDisk | None") -> list[str]:
+    if disk is None:
+        return []
+    left = f"{disk.evicted_blocks_total} evicted, {disk.expired_blocks_total} expired"
+    moved = f"{disk.stored_blocks_total} blocks written, {disk.loaded_blocks_total} read, {left}"
+    lines = [f"On the disk: {moved}; {size_in_words(disk.waiting_bytes)} wait to be written"]
+    not_stored = {cause: count for cause, count in disk.not_stored_total.items() if count}
+    faults = {cause: count for cause, count in disk.faults_total.items() if count}
+    if not_stored:
+        lines.append(f"Not written: {', '.join(f'{n} blocks, {_IN_WORDS[why]}' for why, n in not_stored.items())}")
+    if faults:
+        lines.append(f"Could not be read: {', '.join(f'{n} blocks, {_IN_WORDS[why]}' for why, n in faults.items())}")
+    if disk.last_error is not None and disk.last_error_age_s is not None:
+        lines.append(f"Last error of the disk: {printable(disk.last_error)}, {in_words(disk.last_error_age_s)} before")
+    return lines
+
+
+_IN_WORDS = {
+    "slow": "the disk is too slow",
+    "error": "the disk has an error",
+    "no_key": "there is no key for them",
+    "too_large": "there is no room",
+    "off": "the tier is off",
+    "damaged": "damaged",
+    "lost": "their file is gone",
+}
+
+
+def _canary_lines(canary: "types.KvCanary | None") -> list[str]:
+    if canary is None:
+        return []
+    if not canary.compared_blocks_total and not canary.quarantined:
+        return ["Restored against computed: nothing was compared yet"]
+    worst = "no number" if canary.worst_error is None else f"{100 * canary.worst_error:.2g} %"
+    verdict = "DIFFERS: nothing is restored any more" if canary.quarantined else "agrees"
+    return [
+        f"Restored against computed: {verdict}; {canary.compared_blocks_total} blocks compared, largest error {worst}"
+    ]
 
 
 def _found_lines(status: "types.KvStatus") -> list[str]:

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from sqlalchemy import func, select
 
 from api.admin import types
+from api.kv_watch import troubles
 from api.roots import read_seal
 from api.services import Services
 from appliance.audit.witnessing import largest_witnessed
@@ -45,8 +46,10 @@ async def observe(services: Services) -> types.Status:
     """Look at every part now."""
     now = services.now()
     seal = _seal_kind(services)
-    vault, audit, engine = _vault(services, seal), await _audit(services), _engine(services)
+    vault, audit = _vault(services, seal), await _audit(services)
     store, sessions = await _store(services, now)
+    tiers = await _tiers(services)
+    engine = _engine(services, tiers)
     process = services.engine_process
     models = services.watch.models
     return types.Status(
@@ -66,6 +69,7 @@ async def observe(services: Services) -> types.Status:
         engine_isolated=None if process is None else process.isolated,
         engine_isolation_detail=None if process is None else process.isolation_detail or None,
         leases=await _leases(services),
+        tiers=tiers,
         sessions=sessions,
         versions=versions(services.engine_process),
         state_dir=str(services.settings.state_dir),
@@ -164,7 +168,10 @@ def _store_detail(services: Services) -> str:
     return f"SQLite, {size / _MIB:.1f} MiB; {free / _GIB:.1f} GiB free on its disk"
 
 
-def _engine(services: Services) -> types.Part:
+def _engine(services: Services, tiers: list[types.TierSeen]) -> types.Part:
+    wrong = "; ".join(f"KV in {tier.tier}: {tier.detail}" for tier in tiers if tier.detail)
+    if services.watch.ready and wrong:
+        return types.Part(name="engine", state="degraded", detail=f"{wrong}; {services.watch.detail}")
     if services.watch.ready:
         return types.Part(name="engine", state="ready", detail=services.watch.detail)
     process = services.engine_process
@@ -177,6 +184,25 @@ def versions(process: EngineProcess | None) -> dict[str, str]:
     known = {"holdfast": version("holdfast"), "python": platform.python_version()}
     engine = None if process is None else engine_version(process.spec.python)
     return known | ({} if engine is None else {"vllm": engine})
+
+
+async def _tiers(services: Services) -> list[types.TierSeen]:
+    seen = await services.kv.look()
+    if seen is None:
+        return []
+    wrong = troubles(seen.picture)
+    return [
+        types.TierSeen.model_validate(
+            {
+                "tier": tier.tier,
+                "state": tier.state,
+                "capacity_bytes": tier.capacity_blocks * tier.block_bytes,
+                "used_bytes": tier.used_blocks * tier.block_bytes,
+                "detail": wrong.get(tier.tier, ""),
+            }
+        )
+        for tier in seen.picture.tiers
+    ]
 
 
 async def _leases(services: Services) -> types.Leases | None:

@@ -58,6 +58,16 @@ class Leases(Wire):
     reclaimed_blocks_total: int
 
 
+class TierSeen(Wire):
+    """One tier of the engine, as it was seen last. `detail` says what is wrong with it; empty: nothing is."""
+
+    tier: Literal["device", "dram", "disk"]
+    state: Literal["ok", "quarantined", "failed"]
+    capacity_bytes: int
+    used_bytes: int
+    detail: str
+
+
 class SessionCounts(Wire):
     """How many sessions are kept, and how many of them had a turn within the last hour."""
 
@@ -84,6 +94,7 @@ class Status(Wire):
     engine_isolated: bool | None
     engine_isolation_detail: str | None
     leases: Leases | None
+    tiers: list[TierSeen]
     sessions: SessionCounts | None
     versions: dict[str, str]
     state_dir: str
@@ -335,6 +346,31 @@ class KvTier(Wire):
     found_share: float | None
 
 
+class KvDisk(Wire):
+    """What became of blocks on the disk since the engine began: of those that were not written (`not_stored_total`) and
+    those that could not be read (`faults_total`) the cause, and what went wrong last, `last_error_age_s` ago."""
+
+    stored_blocks_total: int
+    loaded_blocks_total: int
+    evicted_blocks_total: int
+    expired_blocks_total: int
+    waiting_bytes: int
+    not_stored_total: dict[str, int]
+    faults_total: dict[str, int]
+    last_error: str | None
+    last_error_age_s: float | None
+
+
+class KvCanary(Wire):
+    """Whether what came back from a tier was what the model computes: how many blocks were computed again to tell, and
+    the largest error, as a share of the values' root mean square; None: it was no number. `quarantined`: it was too
+    large, and nothing is restored any more."""
+
+    compared_blocks_total: int
+    worst_error: float | None
+    quarantined: bool
+
+
 class FirstTokens(Wire):
     """Times to the first token of the newest streamed turns, in seconds; the oldest of them ended at `since`."""
 
@@ -390,7 +426,8 @@ class KvSession(Wire):
 class KvStatus(Wire):
     """What the engine keeps, at `observed_at`, as it was seen `age_s` before; what came of it since `counted_since`.
 
-    `tiers` is empty when the engine could not be asked. `sessions` are those that keep most; `kept_sessions` counts
+    `tiers` is empty when the engine could not be asked. `disk` and `canary` are None where there is no such tier.
+    `sessions` are those that keep most; `kept_sessions` counts
     all. `found_tokens` names tiers, and "unknown" for what was found it is not known where. `repeated_tokens` of all
     prompts' tokens had been in the turn before. `reclaimed_blocks_per_s` is over `reclaimed_over_s` seconds.
     """
@@ -400,6 +437,8 @@ class KvStatus(Wire):
     counted_since: float
     block_size_tokens: int | None
     tiers: list[KvTier]
+    disk: KvDisk | None
+    canary: KvCanary | None
     kept_sessions: int | None
     leased_sessions: int | None
     worths_hits_per_s: list[float]

@@ -8,24 +8,31 @@ Rules:
 - What comes over the wire is checked field by field, as `protocol` does.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Final, Self
 
-from appliance.engine.protocol import MalformedMessage, _count, _label, _number, _record
+from appliance.engine.protocol import MalformedMessage, _count, _flag, _label, _number, _record
 
 KV_PATH: Final = "/holdfast/kv"
 TIERS: Final = ("device", "dram", "disk")
 TIER_STATES: Final = ("ok", "quarantined", "failed")
 MAX_SESSIONS: Final = 1000
 MAX_TENANTS: Final = 64
+DISK_FAULTS: Final = ("damaged", "lost", "error", "no_key")
+NOT_STORED: Final = ("slow", "error", "no_key", "too_large", "off")
+_LAST_ERROR = re.compile(r"[ -~]{0,200}")
 OTHER_TENANTS: Final = "other"
 """The label of all tenants beyond the `MAX_TENANTS` that keep most, together."""
 
 
 @dataclass(frozen=True, slots=True)
 class TierPicture:
-    """One tier. Blocks are all of one size, `block_bytes`; `leased_blocks` are those of sessions whose lease runs."""
+    """One tier. Blocks are all of one size, `block_bytes`.
+
+    `leased_blocks` are those of sessions whose lease runs. A lease is of the device: the other tiers have none.
+    """
 
     tier: str
     state: str
@@ -52,6 +59,81 @@ class TierPicture:
             capacity_blocks=_count(record, "capacity_blocks"),
             used_blocks=_count(record, "used_blocks"),
             leased_blocks=_count(record, "leased_blocks"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DiskPicture:
+    """What became of blocks on the disk since the engine began.
+
+    Attributes:
+        waiting_bytes: that are to be written.
+        not_stored_total: blocks that were not written, by each cause of `NOT_STORED`.
+        faults_total: blocks that could not be read, by each cause of `DISK_FAULTS`. They were computed again.
+        last_error: what went wrong last, in words; empty: nothing did.
+        last_error_age_s: how long ago.
+    """
+
+    stored_blocks_total: int
+    loaded_blocks_total: int
+    evicted_blocks_total: int
+    expired_blocks_total: int
+    waiting_bytes: int
+    not_stored_total: Mapping[str, int]
+    faults_total: Mapping[str, int]
+    last_error: str
+    last_error_age_s: float | None
+
+    @classmethod
+    def from_wire(cls, value: object) -> Self:
+        """Read what `KvPicture.to_wire` wrote.
+
+        Raises:
+            MalformedMessage: when a field is missing, unknown or of another type.
+        """
+        record = _record(value, cls)
+        error, age_s = record["last_error"], record["last_error_age_s"]
+        if not isinstance(error, str) or not _LAST_ERROR.fullmatch(error):
+            raise MalformedMessage("last_error: at most 200 printable characters")
+        return cls(
+            stored_blocks_total=_count(record, "stored_blocks_total"),
+            loaded_blocks_total=_count(record, "loaded_blocks_total"),
+            evicted_blocks_total=_count(record, "evicted_blocks_total"),
+            expired_blocks_total=_count(record, "expired_blocks_total"),
+            waiting_bytes=_count(record, "waiting_bytes"),
+            not_stored_total=_by_cause(record["not_stored_total"], NOT_STORED),
+            faults_total=_by_cause(record["faults_total"], DISK_FAULTS),
+            last_error=error,
+            last_error_age_s=None if age_s is None else _number(record, "last_error_age_s", 0.0),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryPicture:
+    """Whether what came back from a tier was what the model computes.
+
+    Attributes:
+        compared_blocks_total: of restored blocks, how many were computed again.
+        worst_error: the largest root mean square of a difference, as a share of the values'; None: it is no number.
+        quarantined: one was too large: nothing is restored any more.
+    """
+
+    compared_blocks_total: int
+    worst_error: float | None
+    quarantined: bool
+
+    @classmethod
+    def from_wire(cls, value: object) -> Self:
+        """Read what `KvPicture.to_wire` wrote.
+
+        Raises:
+            MalformedMessage: when a field is missing, unknown or of another type.
+        """
+        record = _record(value, cls)
+        return cls(
+            compared_blocks_total=_count(record, "compared_blocks_total"),
+            worst_error=None if record["worst_error"] is None else _number(record, "worst_error", 0.0),
+            quarantined=_flag(record, "quarantined"),
         )
 
 
@@ -119,6 +201,8 @@ class KvPicture:
         sessions: those that keep most, as many as were asked for.
         sessions_total: all that keep something on the device; of them `leased_sessions_total` have a lease that runs.
         worths_hits_per_s: the lowest, the middle and the highest of all that are known; empty: none is.
+        disk: None: there is no tier on disk.
+        canary: None: there is no tier that anything is restored from.
     """
 
     block_size: int  # tokens
@@ -131,6 +215,8 @@ class KvPicture:
     reclaimed_blocks_total: int
     expired_leases_total: int
     ignored_leases_total: int
+    disk: DiskPicture | None = None
+    canary: CanaryPicture | None = None
 
     def to_wire(self) -> dict[str, object]:
         """The picture as JSON has it."""
@@ -156,6 +242,8 @@ class KvPicture:
             reclaimed_blocks_total=_count(record, "reclaimed_blocks_total"),
             expired_leases_total=_count(record, "expired_leases_total"),
             ignored_leases_total=_count(record, "ignored_leases_total"),
+            disk=None if record["disk"] is None else DiskPicture.from_wire(record["disk"]),
+            canary=None if record["canary"] is None else CanaryPicture.from_wire(record["canary"]),
         )
 
 
@@ -170,6 +258,12 @@ def read_sessions_asked(given: str | None) -> int:
     if not (given.isascii() and given.isdigit()) or int(given[:9]) > MAX_SESSIONS:
         raise MalformedMessage(f"sessions: a whole number from 0 to {MAX_SESSIONS}")
     return int(given)
+
+
+def _by_cause(value: object, causes: Sequence[str]) -> dict[str, int]:
+    if not isinstance(value, Mapping) or set(value) != set(causes):
+        raise MalformedMessage(f"counts of {', '.join(causes)} and of nothing else")
+    return {cause: _count(value, cause) for cause in causes}
 
 
 def _values(value: object, at_most: int) -> Sequence[object]:

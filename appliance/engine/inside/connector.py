@@ -18,12 +18,13 @@ Rules:
 
 import contextlib
 import itertools
+import math
 import mmap
 import os
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,13 @@ from appliance.engine.inside.chunks import ChunkOrder, Owner, Worth
 from appliance.engine.inside.disk.channel import KeyAsker
 from appliance.engine.inside.disk.files import Owner as DiskOwner
 from appliance.engine.inside.disk.fingerprint import fingerprint
-from appliance.engine.inside.disk.store import DiskStore, Piece, Presence
+from appliance.engine.inside.disk.store import DiskStatus, DiskStore, Piece, Presence
 from appliance.engine.inside.leases import Change, LeasedBlock, LeaseTable
 from appliance.engine.inside.lessons import Lessons
-from appliance.engine.inside.pictures import Totals, picture_of
+from appliance.engine.inside.pictures import Totals, disk_picture, picture_of
 from appliance.engine.inside.range_salt import BlockSalt, salt_of_block, shared_prefix
 from appliance.engine.inside.retention import RetentionPolicy
-from appliance.engine.picture import KvPicture, TierPicture
+from appliance.engine.picture import CanaryPicture, KvPicture, TierPicture
 from appliance.engine.protocol import (
     LEASE_FIELD,
     LEASE_FRACTION_FIELD,
@@ -629,6 +630,21 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
             return LookupResult.MISS
         return super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
 
+    def disk(self) -> DiskStatus | None:
+        """How the tier on disk stands; None: there is none."""
+        return next((tier.store.status() for tier in self.secondary_tiers if isinstance(tier, DiskTier)), None)
+
+    def pictures(self) -> Iterator[TierPicture]:
+        """The tiers behind the device."""
+        primary, disk = self.primary_tier, self.disk()
+        restoring = "quarantined" if self.quarantined else "ok"
+        chunk_bytes = primary._mmap_region.base_tensor.nbytes // primary._num_chunks
+        used = primary._num_chunks - primary._get_num_free_chunks()
+        yield TierPicture("dram", restoring, chunk_bytes, primary._num_chunks, used, 0)
+        if disk is not None:
+            state = restoring if disk.on and not disk.paused else "failed"
+            yield TierPicture("disk", state, disk.chunk_bytes, disk.capacity_bytes // disk.chunk_bytes, disk.chunks, 0)
+
     def row(self, key: bytes) -> torch.Tensor | None:
         """The bytes of a chunk in DRAM that is there whole, as int8."""
         chunk, primary = self._chunks.get(key), self.primary_tier
@@ -899,6 +915,21 @@ class TieredRetention(LeaseRetention):
                     self.policy.closed(session=owner, now=self.clock())
             self._tiers.release(labels)
         return report
+
+    def tiers(self, leased_blocks: int) -> list[TierPicture]:
+        return [*super().tiers(leased_blocks), *self._tiers.pictures()]
+
+    def picture(self, most_sessions: int) -> KvPicture:
+        canary, disk = self._canary, self._tiers.disk()
+        return replace(
+            super().picture(most_sessions),
+            disk=None if disk is None else disk_picture(disk),
+            canary=CanaryPicture(
+                canary.compared_total,
+                canary.worst if math.isfinite(canary.worst) else None,
+                self._tiers.quarantined,
+            ),
+        )
 
     def _asked_lease(self, request: Request) -> Lease | None:
         lease = super()._asked_lease(request)

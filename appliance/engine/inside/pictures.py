@@ -10,10 +10,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from appliance.engine.inside.disk.store import DiskStatus
 from appliance.engine.inside.leases import Kept, TenantKeeps
 from appliance.engine.picture import (
+    DISK_FAULTS,
     MAX_TENANTS,
+    NOT_STORED,
     OTHER_TENANTS,
+    DiskPicture,
     KvPicture,
     SessionPicture,
     TenantPicture,
@@ -58,6 +62,21 @@ def picture_of(
         reclaimed_blocks_total=totals.reclaimed_blocks,
         expired_leases_total=totals.expired_leases,
         ignored_leases_total=totals.ignored_leases,
+    )
+
+
+def disk_picture(status: DiskStatus) -> DiskPicture:
+    """What became of blocks on the disk, every cause with its count."""
+    return DiskPicture(
+        stored_blocks_total=status.stored_chunks,
+        loaded_blocks_total=status.loaded_chunks,
+        evicted_blocks_total=status.evicted_chunks,
+        expired_blocks_total=status.expired_chunks,
+        waiting_bytes=status.waiting_bytes,
+        not_stored_total={cause: status.not_stored.get(cause, 0) for cause in NOT_STORED},
+        faults_total={cause: status.faults.get(cause, 0) for cause in DISK_FAULTS},
+        last_error=status.last_error,
+        last_error_age_s=status.last_error_age_s,
     )
 
 

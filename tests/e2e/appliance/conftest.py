@@ -5,9 +5,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import openai
@@ -48,16 +49,24 @@ class Appliance:
         return b"".join(path.read_bytes() for path in sorted(self.state_dir.glob("holdfast.db*")))
 
 
-def holdfast(state_dir: Path, arguments: Sequence[str], *, check: bool = True) -> Any:
-    """Run the command as a person would, and read the JSON that it prints."""
+def holdfast(
+    state_dir: Path,
+    arguments: Sequence[str],
+    *,
+    check: bool = True,
+    settings: Mapping[str, str] = MappingProxyType({}),
+    timeout_s: float = READY_WITHIN_S,
+) -> Any:
+    """Run the command as a person would, and read the JSON that it prints; `settings` as the environment has them."""
     command = [str(Path(sys.executable).with_name("holdfast")), "--json", "--state-dir", str(state_dir), *arguments]
     environment = {
         **os.environ,
         "HOLDFAST_GATEWAY__PORT": "0",
         "HOLDFAST_SESSIONS__IDLE_TIMEOUT_S": str(IDLE_TIMEOUT_S),
         "HOLDFAST_ENGINE__KV_CACHE_BYTES": str(128 << 20),
+        **settings,
     }
-    done = subprocess.run(command, capture_output=True, text=True, timeout=READY_WITHIN_S, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(arguments)} ended with {done.returncode}: {done.stdout}{done.stderr}")
     return json.loads(done.stdout)

@@ -4,9 +4,9 @@ import asyncio
 from dataclasses import replace
 from types import SimpleNamespace
 
-from api.kv_watch import KvWatch
+from api.kv_watch import KvWatch, troubles
 from appliance.engine.client import EngineUnavailable
-from appliance.engine.picture import KvPicture, TierPicture
+from appliance.engine.picture import DISK_FAULTS, NOT_STORED, DiskPicture, KvPicture, TierPicture
 
 PICTURE = KvPicture(32, (TierPicture("device", "ok", 1, 9, 3, 2),), (), (), 0, 0, (), 0, 0, 0)
 
@@ -86,3 +86,16 @@ async def test_more_tiers_are_known_when_they_were_seen() -> None:
     engine.picture = replace(PICTURE, tiers=(*PICTURE.tiers, TierPicture("dram", "ok", 1, 9, 3, 2)))
     await kv.look()
     assert kv.has_more_tiers
+
+
+async def test_a_tier_that_is_out_of_use_is_named_with_what_went_wrong() -> None:
+    kv, engine, _, _ = watching()
+    assert kv.trouble() == {}
+    none: dict[str, int] = dict.fromkeys(NOT_STORED, 0)
+    disk = DiskPicture(0, 0, 0, 0, 0, none, dict.fromkeys(DISK_FAULTS, 0), "No space left on device (ENOSPC)", 0.5)
+    dram, on_disk = TierPicture("dram", "quarantined", 1, 9, 3, 0), TierPicture("disk", "failed", 1, 9, 3, 0)
+    engine.picture = replace(PICTURE, tiers=(*PICTURE.tiers, dram, on_disk), disk=disk)
+    await kv.look()
+    assert list(kv.trouble()) == ["dram", "disk"]
+    assert "ENOSPC" in kv.trouble()["disk"]
+    assert troubles(PICTURE) == {}

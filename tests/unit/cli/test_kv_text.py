@@ -50,6 +50,8 @@ STATUS = types.KvStatus(
     counted_since=1_800_000_000.0,
     block_size_tokens=32,
     tiers=[TIER],
+    disk=None,
+    canary=None,
     kept_sessions=2,
     leased_sessions=1,
     worths_hits_per_s=[0.001, 0.02, 0.5],
@@ -120,3 +122,40 @@ def test_a_lease_that_ran_out_and_a_session_that_is_not_known_say_so() -> None:
     )
     assert "over" in line
     assert "in use" in line
+
+
+DISK = types.KvDisk(
+    stored_blocks_total=50,
+    loaded_blocks_total=20,
+    evicted_blocks_total=3,
+    expired_blocks_total=2,
+    waiting_bytes=3 << 20,
+    not_stored_total={"slow": 4, "off": 0},
+    faults_total={"damaged": 1, "lost": 0},
+    last_error="Input/output error (EIO)",
+    last_error_age_s=61.0,
+)
+
+
+def test_what_went_wrong_on_the_disk_is_told_with_its_cause_and_age() -> None:
+    lines = status_text(STATUS.model_copy(update={"disk": DISK})).splitlines()
+    for line in (
+        "On the disk: 50 blocks written, 20 read, 3 evicted, 2 expired; 3.0 MiB wait to be written",
+        "Not written: 4 blocks, the disk is too slow",
+        "Could not be read: 1 blocks, damaged",
+        "Last error of the disk: Input/output error (EIO), 1 min 1 s before",
+    ):
+        assert line in lines
+
+
+def test_what_came_back_wrong_is_told_aloud() -> None:
+    def line(canary: types.KvCanary) -> str:
+        text = status_text(STATUS.model_copy(update={"canary": canary}))
+        return next(line for line in text.splitlines() if line.startswith("Restored against computed"))
+
+    good = types.KvCanary(compared_blocks_total=32, worst_error=0.0021, quarantined=False)
+    assert line(good).endswith("agrees; 32 blocks compared, largest error 0.21 %")
+    bad = types.KvCanary(compared_blocks_total=33, worst_error=None, quarantined=True)
+    assert "DIFFERS: nothing is restored any more" in line(bad)
+    none = types.KvCanary(compared_blocks_total=0, worst_error=0.0, quarantined=False)
+    assert line(none).endswith("nothing was compared yet")

@@ -13,9 +13,13 @@ from appliance.engine.inside.leases import LeasedBlock, LeaseTable
 from appliance.engine.inside.pictures import Totals, picture_of
 from appliance.engine.inside.retention import RetentionPolicy
 from appliance.engine.picture import (
+    DISK_FAULTS,
     MAX_SESSIONS,
     MAX_TENANTS,
+    NOT_STORED,
     OTHER_TENANTS,
+    CanaryPicture,
+    DiskPicture,
     KvPicture,
     SessionPicture,
     TenantPicture,
@@ -97,11 +101,23 @@ WHOLE = KvPicture(
     reclaimed_blocks_total=4,
     expired_leases_total=5,
     ignored_leases_total=6,
+    disk=DiskPicture(
+        stored_blocks_total=7,
+        loaded_blocks_total=8,
+        evicted_blocks_total=9,
+        expired_blocks_total=10,
+        waiting_bytes=11,
+        not_stored_total=dict.fromkeys(NOT_STORED, 1),
+        faults_total=dict.fromkeys(DISK_FAULTS, 2),
+        last_error="Input/output error (EIO)",
+        last_error_age_s=0.5,
+    ),
+    canary=CanaryPicture(12, 0.001, quarantined=False),
 )
 
 
 def test_a_picture_is_read_as_it_was_written() -> None:
-    for each in (WHOLE, replace(WHOLE, worths_hits_per_s=(), sessions=(), tenants=())):
+    for each in (WHOLE, replace(WHOLE, worths_hits_per_s=(), sessions=(), tenants=(), disk=None, canary=None)):
         assert KvPicture.from_wire(json.loads(json.dumps(each.to_wire()))) == each
 
 
@@ -120,6 +136,12 @@ def test_a_picture_is_read_as_it_was_written() -> None:
         (("sessions",), "none"),
         (("worths_hits_per_s",), [0.1, math.nan, 0.1]),
         (("more",), 1),
+        (("disk", "last_error"), "two\nlines"),
+        (("disk", "last_error"), "x" * 201),
+        (("disk", "faults_total"), {"damaged": 1}),
+        (("disk", "not_stored_total", "slow"), -1),
+        (("canary", "quarantined"), 0),
+        (("canary", "worst_error"), math.nan),
     ],
 )
 def test_what_is_no_picture_is_refused(where: tuple[Any, ...], value: object) -> None:

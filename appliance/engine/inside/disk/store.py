@@ -77,11 +77,14 @@ class DiskStatus:
         last_error: what went wrong last, in words; empty: nothing did.
         last_error_age_s: how long ago.
         on: whether the folder can be used at all.
+        paused: nothing is written for a while after an error.
     """
 
     on: bool
+    paused: bool
     chunks: int
     sessions: int
+    chunk_bytes: int  # on the disk, with what tells it from others
     bytes: int
     capacity_bytes: int
     waiting_bytes: int
@@ -240,8 +243,10 @@ class DiskStore:
         with self._lock:
             return DiskStatus(
                 on=self._files is not None,
+                paused=self._now() < self._paused_until,
                 chunks=len(self._index),
                 sessions=self._index.sessions,
+                chunk_bytes=self._file_bytes,
                 bytes=len(self._index) * self._file_bytes,
                 capacity_bytes=self._capacity_bytes,
                 waiting_bytes=len(self._writes) * self._chunk_bytes,

@@ -353,9 +353,11 @@ def test_a_disk_that_takes_nothing_is_left_alone_for_a_while(
     status = tier.store.status()
     assert status.not_stored == {"error": 2}
     assert errno.errorcode[number] in status.last_error
+    assert status.paused
     monkeypatch.setattr("appliance.engine.inside.disk.files.os.write", real)
     clock.now += 1.5
     assert tier.write(ANA, [3]).whole
+    assert not tier.store.status().paused
     assert tier.read(ANA, [1, 2, 3]) == [3]
     assert len(tier.files()) == 1
 
