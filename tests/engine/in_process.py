@@ -88,7 +88,10 @@ class EngineInProcess:
         transfer: object = None,
         **lease: Any,
     ) -> str:
-        """Queue a request; it is greedy without a `seed`. `transfer` stands in for the `kv_transfer_params` that `session` would give it."""
+        """Queue a request, greedy without a `seed`.
+
+        `transfer` stands in for the `kv_transfer_params` that `session` would give it.
+        """
         name = f"request-{next(self._names)}"
         if session is not None:
             transfer = lease_params(Lease(session, tenant, idle_timeout_s, **lease))
