@@ -1,8 +1,8 @@
 """How much a JSON schema may ask of the engine, which makes a grammar of it.
 
 The engine compiles grammars one after the other on a small machine, and gives none of them up: one that takes minutes
-holds up every other client's, and a regular expression that is nested deep enough ends vLLM's front end. So what is
-compiled is bounded here.
+holds up every other client's. Where it follows a schema, or a regular expression in one, too deep, its stack ends and
+vLLM's front end with it. So what is compiled is bounded here.
 
 Rules:
 
@@ -24,6 +24,9 @@ MOST_PATTERN_CHARACTERS: Final = 512  # of one regular expression
 MOST_COUNTED_PROPERTIES: Final = 2_500  # an object's properties times how many of them it must or may have
 MOST_COUNT: Final = (1 << 31) - 1
 
+# Half of where it was first seen to end: 40 definitions of 50 arrays in one another, each referring to the next.
+MOST_DEPTH: Final = 1_000  # levels, of the deepest schema, times the number of what schemas refer to
+
 _CHOICES = ("enum", "anyOf", "oneOf", "allOf", "prefixItems")
 _PROPERTY_COUNTS = ("minProperties", "maxProperties")
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", *_PROPERTY_COUNTS)
@@ -35,23 +38,28 @@ def check_schemas(param: str, schemas: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         RequestError: names `param`, the bound and what there is.
     """
-    values = choices = characters = 0
-    left: list[Any] = list(schemas)
+    values = choices = characters = deepest = 0
+    referred_to: set[str] = set()
+    left: list[tuple[Any, int]] = [(schema, 1) for schema in schemas]
     while left:
-        value = left.pop()
+        value, depth = left.pop()
         values += 1
+        deepest = max(deepest, depth)
         if isinstance(value, dict):
             _check_object(param, value)
             characters += sum(map(len, value))
             choices += sum(len(value[name]) for name in _CHOICES if isinstance(value.get(name), list))
-            left.extend(value.values())
+            if isinstance(reference := value.get("$ref"), str):
+                referred_to.add(reference)
+            left.extend((within, depth + 1) for within in value.values())
         elif isinstance(value, list):
-            left.extend(value)
+            left.extend((within, depth + 1) for within in value)
         elif isinstance(value, str):
             characters += len(value)
     _bound(param, "values", values, MOST_VALUES)
     _bound(param, "choices (enum, anyOf and the like)", choices, MOST_CHOICES)
     _bound(param, "characters of names and texts", characters, MOST_CHARACTERS)
+    _bound(param, "levels times what it refers to", deepest * len(referred_to), MOST_DEPTH)
 
 
 def _check_object(param: str, value: Mapping[str, Any]) -> None:

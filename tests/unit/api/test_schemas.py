@@ -32,7 +32,20 @@ def tool(schema: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", "parameters": schema, **fields}}
 
 
+def chain(links: int, arrays: int) -> dict[str, Any]:
+    """Definitions of so many arrays in one another, each referring to the next."""
+    definitions: dict[str, Any] = {f"d{links}": {"type": "integer"}}
+    for number in range(links):
+        nested: dict[str, Any] = {"$ref": f"#/$defs/d{number + 1}"}
+        for _ in range(arrays):
+            nested = {"type": "array", "items": nested}
+        definitions[f"d{number}"] = nested
+    return {"$ref": "#/$defs/d0", "$defs": definitions}
+
+
 TOO_MUCH = [
+    pytest.param(chain(40, 50), id="references that end vLLM's front end"),
+    pytest.param(chain(1000, 1), id="many references that may end it"),
     pytest.param({"enum": list(range(MOST_CHOICES + 1))}, id="choices"),
     pytest.param({"allOf": [{"anyOf": [{}] * (MOST_CHOICES // 2)}] * 3}, id="choices of choices"),
     pytest.param(of_a(pattern="(" * 100_000 + "a" + ")" * 100_000), id="a pattern that ends vLLM's front end"),
@@ -88,6 +101,8 @@ def test_what_a_request_has_the_engine_compile_is_counted_together() -> None:
         {"properties": {f"p{number}": {"type": "string"} for number in range(5000)}, "minProperties": 0},
         {"type": "object", "maxProperties": 1000},
         {"$ref": "#"},
+        chain(100, 5),
+        chain(15, 50),
         {},
     ],
 )
