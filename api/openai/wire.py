@@ -22,6 +22,7 @@ from pydantic_core import from_json
 from api.openai.agent_hints import AgentHints, read_agent_hints
 from api.openai.errors import MalformedBody, RequestError
 from api.openai.fields import CHAT, COMPLETION, Fields
+from api.openai.schemas import check_schemas
 from appliance.sessions import Message, SessionHints, Turn, TurnKind
 
 MAX_CHOICES: Final = 8
@@ -122,6 +123,7 @@ def read_chat(body: bytes | bytearray, hints: "HintsReader", *, max_messages: in
         raise _invalid("top_logprobs", "it needs logprobs to be true")
     if "tool_choice" in passed and passed["tool_choice"] != "none" and "tools" not in passed:
         raise _invalid("tool_choice", "it needs tools")
+    check_schemas("tools", _compiled_parameters(passed.get("tools", ()), passed.get("tool_choice")))
     max_tokens = passed.get("max_completion_tokens", passed.get("max_tokens"))
     return _asked(request, TurnKind.CHAT, passed, messages, None, max_tokens, hints, dropped)
 
@@ -469,6 +471,13 @@ def _tool_choice(param: str, value: Any, dropped: Dropped) -> str | dict[str, An
     return {"type": "function", "function": {"name": function["name"]}}
 
 
+def _compiled_parameters(tools: Sequence[dict[str, Any]], tool_choice: Any) -> list[dict[str, Any]]:
+    """The schemas that the engine holds the answer to; those of other tools are only shown to the model."""
+    forced = tool_choice not in (None, "none", "auto")
+    functions = [tool["function"] for tool in tools]
+    return [it["parameters"] for it in functions if "parameters" in it and (forced or it.get("strict"))]
+
+
 _SCHEMA_TYPES: Mapping[str, type] = {"name": str, "description": str, "schema": dict, "strict": bool}
 
 
@@ -495,6 +504,7 @@ def _response_format(param: str, value: Any, dropped: Dropped) -> dict[str, Any]
             kept[name] = given
     if not isinstance(kept.get("name"), str):
         raise _invalid(f"{param}.json_schema.name", "it must be a text")
+    check_schemas(f"{param}.json_schema.schema", [kept["schema"]])
     return {"type": kind, "json_schema": kept}
 
 

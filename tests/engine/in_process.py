@@ -84,10 +84,14 @@ class EngineInProcess:
         tenant: str = "tenant",
         idle_timeout_s: float = 15.0,
         max_tokens: int = 1,
+        seed: int | None = None,
         transfer: object = None,
         **lease: Any,
     ) -> str:
-        """Queue a request; `transfer` stands in for the `kv_transfer_params` that `session` would give it."""
+        """Queue a request, greedy without a `seed`.
+
+        `transfer` stands in for the `kv_transfer_params` that `session` would give it.
+        """
         name = f"request-{next(self._names)}"
         if session is not None:
             transfer = lease_params(Lease(session, tenant, idle_timeout_s, **lease))
@@ -95,7 +99,8 @@ class EngineInProcess:
             name,
             {"prompt_token_ids": list(prompt), "cache_salt": salt},
             SamplingParams(
-                temperature=0,
+                temperature=0 if seed is None else 1,
+                seed=seed,
                 max_tokens=max_tokens,
                 ignore_eos=True,
                 extra_args=None if transfer is None else {"kv_transfer_params": transfer},

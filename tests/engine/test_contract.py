@@ -42,6 +42,8 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 from vllm.v1.request import Request, RequestStatus
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from appliance.engine import plugin
 from appliance.engine.inside.connector import (
@@ -260,6 +262,20 @@ def test_what_goes_into_a_hash_is_asked_of_one_function_in_the_modules_that_we_p
     assert asked.__module__ == StateConnector.__module__
     plugin.register()
     assert kv_cache_utils.generate_block_hash_extra_keys is asked
+
+
+def test_a_cpus_runner_draws_in_the_two_parts_of_a_step_that_we_keep_generators_from(engine: EngineInProcess) -> None:
+    runner = engine.core.model_executor.driver_worker.worker.model_runner
+    assert type(runner) is CPUModelRunner
+    assert runner.input_batch._make_sampling_metadata().generators is runner.input_batch.generators
+    assert runner.discard_request_mask.np.dtype == bool
+    source = inspect.getsource(GPUModelRunner)
+    assert "gen.set_offset(gen.get_offset() - 4)" in source, "vLLM puts seeds back otherwise: is our mend still needed?"
+    assert source.count("input_batch.generators") == 1
+    for part in ("_sample", "_bookkeeping_sync"):
+        assert source.count(f"self.{part}(") == 1
+        assert getattr(CPUModelRunner, part).__module__ == GPUModelRunner.__module__
+        assert getattr(CPUModelRunner, part).__wrapped__ is getattr(GPUModelRunner, part)
 
 
 def test_the_endpoint_plugin_is_what_vllm_expects() -> None:

@@ -17,6 +17,7 @@ Rules:
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import mmap
@@ -39,6 +40,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.core import block_pool, kv_cache_utils
 from vllm.v1.core.block_pool import BlockPool
@@ -102,6 +104,7 @@ _TICK_METHOD = "holdfast_lease_tick"
 _KV_METHOD = "holdfast_kv_picture"
 _TURNS_METHOD = "holdfast_turns_ended"
 _RANGE_SALTED = "holdfast_range_salted"
+_DRAWS_WHAT_COUNTS = "holdfast_draws_what_counts"
 
 _CANARY = ("holdfast", "canary")  # a tenant's label is longer
 
@@ -125,6 +128,8 @@ class LeaseRetention:
         self._step_tokens: int = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
         self._whole_prompt_must_fit: bool = scheduler.scheduler_reserve_full_isl
         self._max_model_len: int = vllm_config.model_config.max_model_len
+        if role == KVConnectorRole.WORKER:
+            _draw_only_for_tokens_that_count()
         groups = kv_cache_config.kv_cache_groups
         self._block_bytes = max(group.kv_cache_spec.page_size_bytes * len(group.layer_names) for group in groups)
         self._ignored_total = 0
@@ -1179,6 +1184,38 @@ def _shared_prefix_of(request: Request) -> Any:
         found = shared_prefix(request.kv_transfer_params, request.cache_salt, request.prompt_token_ids)
         request.holdfast_shared_prefix = found
         return found
+
+
+def _draw_only_for_tokens_that_count() -> None:
+    """On a CPU, have a request's seed drawn from only where its token is kept. Safe to call more than once.
+
+    vLLM samples for every request of a step, for one whose prompt goes on in the next step too. It discards that token,
+    and then puts the request's generator back by its offset, which a CPU's generator does not have: the engine ends.
+    So such a request's generator is kept from the step.
+    """
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner  # which the front end's process never imports
+
+    if hasattr(CPUModelRunner, _DRAWS_WHAT_COUNTS):
+        return
+
+    def with_those_that_count(part: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(part)
+        def of_a_step(self: CPUModelRunner, *arguments: Any, **named: Any) -> Any:
+            generators = self.input_batch.generators
+            discarded = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0].tolist()
+            kept_back = {index: generators.pop(index) for index in discarded if index in generators}
+            try:
+                return part(self, *arguments, **named)
+            finally:
+                generators.update(kept_back)
+
+        return of_a_step
+
+    CPUModelRunner._sample = with_those_that_count(CPUModelRunner._sample)
+    CPUModelRunner._bookkeeping_sync = with_those_that_count(CPUModelRunner._bookkeeping_sync)
+    setattr(CPUModelRunner, _DRAWS_WHAT_COUNTS, True)
 
 
 def _release_leases_before_reset(kv_cache_manager: KVCacheManager, connector: LeaseRetention) -> None:
