@@ -467,6 +467,9 @@ def _status_text(seen: "types.Status") -> str:
         lines.append(f"engine    {isolated}{why}, started again {seen.engine_restarts} times")
     lines.append(f"versions  {', '.join(f'{name} {number}' for name, number in seen.versions.items())}")
     lines += ["", table(("part", "state", "detail"), [(p.name, p.state, p.detail) for p in seen.parts], empty="")]
+    if seen.settings_of_nobody:
+        lines += ["", "These settings apply to nobody, for no tenant has the name (`holdfast tenant list`):"]
+        lines += [f"  {printable(setting)}" for setting in seen.settings_of_nobody]
     lines += ["", f"Seen at {moment(seen.observed_at)}, {ago(seen.observed_at)}."]
     return "\n".join(lines)
 

@@ -21,7 +21,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -47,12 +47,13 @@ from api.openai.errors import Draining
 from api.retaining import keep_retention
 from api.roots import open_root, read_seal
 from api.services import Lifecycle, Services
+from api.tenant_names import tell_settings_of_nobody
 from api.tier_keys import key_of
 from api.turn_ends import TurnEnds
 from api.waiting import WaitingRoom
 from appliance.audit import AuditUnavailable, Event, NodeAudit
 from appliance.audit.configuration import digest, effective
-from appliance.audit.events import ENGINE_LOST, ENGINE_READY, GATEWAY_STARTED, GATEWAY_STOPPED, SYSTEM
+from appliance.audit.events import ENGINE_LOST, ENGINE_READY, GATEWAY_STARTED, GATEWAY_STOPPED, SYSTEM, TENANT_REMOVED
 from appliance.audit.siem.exports import Exports
 from appliance.engine.client import EngineClient
 from appliance.engine.launcher import SOCKET_NAME, EngineFailed, EngineProcess, EngineSpec, engine_python
@@ -129,13 +130,15 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
     async with asyncio.TaskGroup() as tasks:
         await services.audit.start()
         services.exports.start()
+        removed: list[str] = []
         with contextlib.suppress(HoldfastError):  # the next proof, or the next start, does it
-            await services.throwaways.remove_all()  # which a proof left that was cut off
-        tasks.create_task(_record_start(services))
+            removed = await services.throwaways.remove_all()  # which a proof left that was cut off
+        tasks.create_task(_record_start(services, removed))
         recording = tasks.create_task(_record_engine(services))
         marking = tasks.create_task(keep_marks(services))
         retaining = tasks.create_task(keep_retention(services))
         comparing = tasks.create_task(tell_configuration(services))
+        naming = tasks.create_task(tell_settings_of_nobody(services))
         watch = tasks.create_task(services.watch.run())
         looking = tasks.create_task(services.kv.run())
         erasing = tasks.create_task(services.sessions.finish_erasures())
@@ -164,6 +167,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         marking.cancel()
         retaining.cancel()
         comparing.cancel()
+        naming.cancel()
         if services.engine_process is not None:
             await services.engine_process.stop()
         for server in servers:
@@ -176,11 +180,17 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         await services.audit.stop()
 
 
-async def _record_start(services: Services) -> None:
-    """That the gateway begins. Where that cannot be recorded it begins and admits nothing: health says why."""
+async def _record_start(services: Services, removed: Sequence[str]) -> None:
+    """That the gateway begins. Where that cannot be recorded it begins and admits nothing: health says why.
+
+    Args:
+        removed: tenants of a proof that was cut off.
+    """
     try:
         details = {"pid": str(os.getpid()), "settings": digest(effective(services.settings))}
-        await services.audit.record(Event(GATEWAY_STARTED, SYSTEM, details=details), privileged=True)
+        events = [Event(GATEWAY_STARTED, SYSTEM, details=details)]
+        events += [Event(TENANT_REMOVED, SYSTEM, tenant_id=each, target=("tenant", each)) for each in removed]
+        await services.audit.record(*events, privileged=True)
         if not services.vault.sealed:
             await services.audit.sign()
     except HoldfastError as error:

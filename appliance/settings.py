@@ -10,6 +10,7 @@ Rules:
 """
 
 import ipaddress
+import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -186,6 +187,20 @@ class Settings(_Section):
     sessions: SessionSettings = Field(default_factory=lambda: SessionSettings.model_validate({}))
     admission: AdmissionSettings = Field(default_factory=lambda: AdmissionSettings.model_validate({}))
     audit: AuditSettings = Field(default_factory=lambda: AuditSettings.model_validate({}))
+
+    @property
+    def tenant_names(self) -> Mapping[str, str]:
+        """The tenants' names that settings go by: by the setting, as `holdfast.toml` writes it."""
+        by_name: Mapping[str, Mapping[str, object]] = {
+            "sessions.tenants": self.sessions.tenants,
+            "admission.weight_by_tenant": self.admission.weight_by_tenant,
+            "admission.most_priority_by_tenant": self.admission.most_priority_by_tenant,
+        }
+        return {
+            f"{setting}.{json.dumps(name, ensure_ascii=False)}": name
+            for setting, names in by_name.items()
+            for name in names
+        }
 
 
 def default_state_dir(environment: Mapping[str, str]) -> Path:

@@ -65,11 +65,18 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is examined: this machine, for the appliance in `state_dir`. `settings` is None when they cannot be read."""
+    """What is examined: this machine, for the appliance in `state_dir`.
+
+    Attributes:
+        settings: None when they cannot be read.
+        settings_of_nobody: what the appliance that runs here says of settings that go by a tenant's name; None: none
+            runs, or it cannot tell.
+    """
 
     state_dir: Path
     settings: Settings | None
     settings_error: HoldfastError | None = None
+    settings_of_nobody: Sequence[str] | None = None
 
 
 def examine(subject: Subject) -> Iterator[Finding]:
@@ -135,6 +142,31 @@ def check_settings(subject: Subject) -> Finding:
         error = subject.settings_error
         return Finding("settings", Verdict.FAIL, error.message, error.cause, error.remedy)
     return Finding("settings", Verdict.PASS, str(subject.state_dir / "holdfast.toml"))
+
+
+def check_tenant_names(subject: Subject) -> Finding:
+    """Whether tenants exist that settings go by the names of: whoever's name is mistyped is kept as everybody is."""
+    named = {} if subject.settings is None else subject.settings.tenant_names
+    if subject.settings_of_nobody:
+        return Finding(
+            "tenant names",
+            Verdict.WARN,
+            f"applies to nobody: {', '.join(subject.settings_of_nobody)}",
+            "no tenant has that name, so what was meant for it is not in force",
+            "`holdfast tenant list` names the tenants: correct holdfast.toml and start again, or make the tenant",
+        )
+    if subject.settings is None or (named and subject.settings_of_nobody is None):
+        return Finding(
+            "tenant names",
+            Verdict.UNKNOWN,
+            "whether settings name tenants that do not exist is not known",
+            "tenants' names are encrypted, and no unsealed appliance runs here to read them"
+            if named
+            else "the settings cannot be read",
+            "Run it again while the appliance is up and unsealed" if named else "See the check of the settings",
+        )
+    found = f"{len(named)} settings go by a tenant's name, and each is known" if named else "no setting goes by one"
+    return Finding("tenant names", Verdict.PASS, found)
 
 
 def check_state_dir(subject: Subject) -> Finding:
@@ -494,6 +526,7 @@ CHECKS: Sequence[tuple[str, Callable[[Subject], Finding]]] = (
     ("python", check_python),
     ("packages", check_packages),
     ("settings", check_settings),
+    ("tenant names", check_tenant_names),
     ("state directory", check_state_dir),
     ("key file", check_key_file),
     ("disk space", check_disk),

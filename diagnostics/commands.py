@@ -9,6 +9,7 @@ from appliance.errors import HoldfastError
 from appliance.settings import Settings
 from diagnostics.checks import Finding, Subject, Verdict, examine
 
+_DEADLINE_S = 5.0
 _COLOURS: Mapping[Verdict, str] = {
     Verdict.PASS: "green",
     Verdict.WARN: "yellow",
@@ -44,7 +45,14 @@ def _subject(console: Console) -> Subject:
         settings = console.settings()
     except HoldfastError as error:
         problem = error
-    return Subject(console.state_dir, settings, problem)
+    return Subject(console.state_dir, settings, problem, _settings_of_nobody(console))
+
+
+def _settings_of_nobody(console: Console) -> list[str] | None:
+    try:
+        return console.admin(deadline_s=_DEADLINE_S).status().settings_of_nobody
+    except HoldfastError:
+        return None
 
 
 def _lines(finding: Finding) -> str:

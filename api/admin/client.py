@@ -110,6 +110,10 @@ class AdminClient:
         """The tenants that the caller may know of."""
         return self._call(types.Tenants, "GET", "/v1/tenants")
 
+    def tenant(self, tenant_id: str) -> types.Tenant:
+        """One of them."""
+        return self._call(types.Tenant, "GET", f"/v1/tenants/{_quote(tenant_id)}")
+
     def change_tenant(
         self,
         tenant_id: str,

@@ -60,6 +60,7 @@ from appliance.audit.events import (
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import ApiKey, Isolation, Permission, Role, Scopes, Tenant
 from appliance.sessions import EXPLAINED_TURNS, Explanation, SessionSummary, Transcript
+from appliance.sessions.keeping import keeping
 from appliance.vault import VaultSealed
 
 MAX_BODY_BYTES = 64 << 10
@@ -94,6 +95,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("POST", "/v1/vault/seal"): Rule(_MASTERS, appliance_wide=True, while_sealed=True),
     ("GET", "/v1/tenants"): Rule(_PEOPLE),
     ("POST", "/v1/tenants"): Rule(_ADMINS, appliance_wide=True),
+    ("GET", "/v1/tenants/{tenant_id}"): Rule(_PEOPLE),
     ("POST", "/v1/tenants/{tenant_id}"): Rule(_ADMINS),
     ("GET", "/v1/keys"): Rule(_PEOPLE),
     ("POST", "/v1/keys"): Rule(_ADMINS),
@@ -292,7 +294,14 @@ async def _seal(services: ServicesOf, asker: AskerOf) -> types.VaultState:
 async def _tenants(services: ServicesOf, asker: AskerOf) -> types.Tenants:
     own = asker.named.tenant
     tenants = [own] if own is not None else await services.identity.tenants()
-    return types.Tenants(tenants=[_tenant_view(tenant) for tenant in tenants])
+    return types.Tenants(tenants=[_tenant_view(services, tenant) for tenant in tenants])
+
+
+async def _tenant(tenant_id: str, services: ServicesOf, asker: AskerOf) -> types.Tenant:
+    tenant = await chosen_tenant(services, asker.named, tenant_id)
+    if tenant is None:
+        raise unknown("tenant", tenant_id, "tenant list")
+    return _tenant_view(services, tenant)
 
 
 async def _create_tenant(new: types.NewTenant, services: ServicesOf, asker: AskerOf) -> types.Tenant:
@@ -301,7 +310,7 @@ async def _create_tenant(new: types.NewTenant, services: ServicesOf, asker: Aske
     )
     details = {"isolation": tenant.isolation.value}
     await asker.did(TENANT_CREATED, ("tenant", tenant.tenant_id), tenant_id=tenant.tenant_id, details=details)
-    return _tenant_view(tenant)
+    return _tenant_view(services, tenant)
 
 
 async def _change_tenant(
@@ -325,7 +334,7 @@ async def _change_tenant(
         changed = await services.identity.choose_isolation(tenant, Isolation(chosen.isolation))
         details = {"setting": "isolation", "old": tenant.isolation.value, "new": changed.isolation.value}
         await asker.did(TENANT_CHANGED, ("tenant", tenant_id), tenant_id=tenant_id, details=details)
-    return _tenant_view(changed)
+    return _tenant_view(services, changed)
 
 
 def _on_off(chosen: bool) -> str:
@@ -443,6 +452,7 @@ _ENDPOINTS: Endpoints = {
     ("POST", "/v1/vault/seal"): (_seal, types.VaultState),
     ("GET", "/v1/tenants"): (_tenants, types.Tenants),
     ("POST", "/v1/tenants"): (_create_tenant, types.Tenant),
+    ("GET", "/v1/tenants/{tenant_id}"): (_tenant, types.Tenant),
     ("POST", "/v1/tenants/{tenant_id}"): (_change_tenant, types.Tenant),
     ("GET", "/v1/keys"): (_keys, types.Keys),
     ("POST", "/v1/keys"): (_create_key, types.CreatedKey),
@@ -473,7 +483,10 @@ async def _only_tenant(services: Services) -> Tenant:
     return tenants[0]
 
 
-def _tenant_view(tenant: Tenant) -> types.Tenant:
+def _tenant_view(services: Services, tenant: Tenant) -> types.Tenant:
+    models = services.watch.models
+    model = models[0].id if models else None
+    kept = keeping(services.settings.sessions, tenant, model or "")
     return types.Tenant(
         tenant_id=tenant.tenant_id,
         name=tenant.name,
@@ -481,6 +494,15 @@ def _tenant_view(tenant: Tenant) -> types.Tenant:
         isolation=tenant.isolation.value,
         audit_digests=tenant.audit_digests,
         takes_out_harness_lines=tenant.takes_out_harness_lines,
+        keeping=types.TenantKeeping(
+            model=model,
+            retention="strict" if kept.strict else "soft",
+            idle_timeout_s=kept.idle_timeout_s,
+            idle_timeout_after_tool_use_s=kept.idle_timeout_after_tool_use_s,
+            device_share=kept.tenant_share,
+            device_cap=kept.tenant_cap,
+            session_device_cap=kept.session_cap,
+        ),
         created_at=tenant.created_at,
     )
 

@@ -19,6 +19,7 @@ from api.admin import types
 from api.kv_watch import troubles
 from api.roots import read_seal
 from api.services import Services
+from api.tenant_names import settings_of_nobody
 from appliance.audit.witnessing import largest_witnessed
 from appliance.engine.launcher import EngineProcess, EngineState
 from appliance.errors import HoldfastError
@@ -73,7 +74,16 @@ async def observe(services: Services) -> types.Status:
         sessions=sessions,
         versions=versions(services.engine_process),
         state_dir=str(services.settings.state_dir),
+        settings_of_nobody=await _settings_of_nobody(services),
     )
+
+
+async def _settings_of_nobody(services: Services) -> list[str] | None:
+    try:
+        async with asyncio.timeout(_DEADLINE_S):
+            return await settings_of_nobody(services)
+    except (HoldfastError, TimeoutError):
+        return None
 
 
 def _seal_kind(services: Services) -> str:

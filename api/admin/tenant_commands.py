@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from appliance.cli import Console, Group, ago, api_key_option, in_words, moment, pass_console, table
+from appliance.cli import Console, Group, ago, api_key_option, in_words, moment, pass_console, printable, table
 
 if TYPE_CHECKING:
     from api.admin import types
@@ -127,13 +127,13 @@ def set_isolation(console: Console, name: str, mode: "types.IsolationMode", api_
 @tenant.command("list")
 @pass_console
 def list_tenants(console: Console) -> None:
-    """List tenants."""
+    """List tenants, and how long what of their sessions is kept."""
     listed = console.admin().tenants()
     rows = [
         (
             each.name,
             each.tenant_id,
-            "default" if each.idle_timeout_s is None else in_words(each.idle_timeout_s),
+            _kept_in_short(each.keeping),
             each.isolation,
             "on" if each.audit_digests else "off",
             "taken out" if each.takes_out_harness_lines else "kept",
@@ -144,11 +144,22 @@ def list_tenants(console: Console) -> None:
     console.result(
         listed,
         table(
-            ("name", "id", "idle timeout", "isolation", "audit digests", "harness lines", "created (UTC)"),
+            ("name", "id", "kept", "isolation", "audit digests", "harness lines", "created (UTC)"),
             rows,
             empty="There are no tenants.",
         ),
     )
+
+
+@tenant.command("show")
+@click.argument("name")
+@api_key_option
+@pass_console
+def show_tenant(console: Console, name: str, api_key_fd: int | None) -> None:
+    """Show what is in force for a tenant; NAME may be its id."""
+    admin = console.admin(api_key_fd=api_key_fd)
+    shown = admin.tenant(_tenant_id(admin, name))
+    console.result(shown, _tenant_text(shown))
 
 
 @click.group(cls=Group)
@@ -251,6 +262,39 @@ def revoke_key(console: Console, key_id: str) -> None:
     """Revoke an API key; it holds for the very next request."""
     revoked = console.admin().revoke_key(key_id)
     console.result(revoked, f"Revoked {revoked.key_id}; requests with it are refused from now on.")
+
+
+def _tenant_text(shown: "types.Tenant") -> str:
+    kept = shown.keeping
+    strict = kept.retention == "strict"
+    idle = f"{in_words(kept.idle_timeout_s)}, and {in_words(kept.idle_timeout_after_tool_use_s)} after a tool call"
+    device = (
+        f"others leave it {kept.device_share:.0%}; its idle sessions hold {kept.device_cap:.0%} together at most, "
+        f"one of them {kept.session_device_cap:.0%}"
+    )
+    of_model = "no model is served now" if kept.model is None else f"with {printable(kept.model)}"
+    lines = [
+        f"{printable(shown.name)} ({shown.tenant_id}), made {moment(shown.created_at)}",
+        "",
+        f"retention      {'strict: everything is dropped at the idle timeout' if strict else 'soft'}",
+        f"idle timeout   {idle} ({of_model})",
+        f"on the device  {device}",
+        f"isolation      {shown.isolation}: {_IN_WORDS[shown.isolation]}",
+        f"audit digests  {'on' if shown.audit_digests else 'off'}",
+        f"harness lines  {'taken out' if shown.takes_out_harness_lines else 'kept'}",
+    ]
+    return "\n".join(lines)
+
+
+def _kept_in_short(kept: "types.TenantKeeping") -> str:
+    """`soft 15 s, 2 min after tools; share 10%`: what everybody has is left out of shares and caps."""
+    parts = [
+        f"{kept.retention} {in_words(kept.idle_timeout_s)}, {in_words(kept.idle_timeout_after_tool_use_s)} after tools",
+        f"share {kept.device_share:.0%}" if kept.device_share else "",
+        f"cap {kept.device_cap:.0%}" if kept.device_cap < 1 else "",
+        f"a session's cap {kept.session_device_cap:.0%}" if kept.session_device_cap < 1 else "",
+    ]
+    return "; ".join(part for part in parts if part)
 
 
 def _tenant_id(admin: "AdminClient", name: str) -> str:

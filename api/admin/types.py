@@ -76,7 +76,11 @@ class SessionCounts(Wire):
 
 
 class Status(Wire):
-    """The appliance at one moment, `observed_at`."""
+    """The appliance at one moment, `observed_at`.
+
+    `settings_of_nobody`: settings that go by the name of a tenant which does not exist; None: tenants' names cannot be
+    read now.
+    """
 
     ready: bool
     endpoint: str
@@ -98,6 +102,7 @@ class Status(Wire):
     sessions: SessionCounts | None
     versions: dict[str, str]
     state_dir: str
+    settings_of_nobody: list[str] | None
 
     @property
     def vault_sealed(self) -> bool:
@@ -139,8 +144,25 @@ class TenantChoices(Wire):
     isolation: IsolationMode | None = None
 
 
+class TenantKeeping(Wire):
+    """What is kept of a tenant's sessions with `model`, by all settings together. Shares and caps: of the device.
+
+    `retention`: strict drops everything at the idle timeout. `device_share` is what others' idle sessions leave to it,
+    `device_cap` the most that its idle sessions hold together, `session_device_cap` the most that one of them holds.
+    `model` None: no model is served now, so that none's own settings count.
+    """
+
+    model: str | None
+    retention: Literal["soft", "strict"]
+    idle_timeout_s: float
+    idle_timeout_after_tool_use_s: float
+    device_share: float
+    device_cap: float
+    session_device_cap: float
+
+
 class Tenant(Wire):
-    """One tenant."""
+    """One tenant. `idle_timeout_s`: what was chosen when it was made; `keeping`: what is in force."""
 
     tenant_id: str
     name: str
@@ -148,6 +170,7 @@ class Tenant(Wire):
     isolation: IsolationMode
     audit_digests: bool
     takes_out_harness_lines: bool
+    keeping: TenantKeeping
     created_at: float
 
 

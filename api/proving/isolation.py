@@ -29,6 +29,9 @@ from api.proving.asking import TIERS, Asker, Said
 from api.proving.expectations import REACH, Bounds, Pair, bounds
 from api.proving.statistics import mann_whitney_p, shift
 from api.services import Services
+from api.trail import actor_of
+from appliance.audit import Event
+from appliance.audit.events import KEY_CREATED, TENANT_CREATED, TENANT_REMOVED, EventClass
 from appliance.audit.reading import LogReader
 from appliance.audit.search import Query, search
 from appliance.errors import Fault, HoldfastError
@@ -163,7 +166,7 @@ class _Proof:
         probe = _made_up(8)
         per_word = len(await self._rendered(_Text(probe, probe))) / 16
         self._words = max(1, int(blocks * self._block_size / 2 / per_word))
-        await services.throwaways.remove_all()
+        await self._remove_all()
 
     async def remove(self) -> None:
         services = self._services
@@ -174,15 +177,28 @@ class _Proof:
         for tenant_id in {party.tenant.tenant_id for party in self._parties}:
             known = await services.sessions.summaries(self._administrator, tenant_id=tenant_id, limit=1000)
             labels += [each.lease_label for each in known]
-        await services.throwaways.remove_all()
+        await self._remove_all()
         if labels:
             await release(services, labels)
+
+    async def _remove_all(self) -> None:
+        removed = await self._services.throwaways.remove_all()
+        if removed:
+            await self._record(*(self._event(TENANT_REMOVED, ("tenant", each), each) for each in removed))
+
+    async def _record(self, *events: Event) -> None:
+        await self._services.audit.record(*events, privileged=True)
+
+    def _event(self, kind: EventClass, target: tuple[str, str], tenant_id: str) -> Event:
+        """Something that is done because the administrator asked for a proof."""
+        return Event(kind, actor_of(self._administrator), tenant_id=tenant_id, target=target)
 
     async def _tenant(self, mode: Isolation, *, idle_timeout_s: float | None = None) -> Tenant:
         name = f"proof {secrets.token_hex(8)}"
         create = self._services.identity.create_tenant
         tenant = await create(name, isolation=mode, idle_timeout_s=idle_timeout_s)
         await self._services.throwaways.mark(tenant.tenant_id)
+        await self._record(self._event(TENANT_CREATED, ("tenant", tenant.tenant_id), tenant.tenant_id))
         return tenant
 
     async def _party(self, tenant: Tenant, principal: Principal | None = None) -> _Party:
@@ -190,6 +206,7 @@ class _Proof:
         if principal is None:
             principal = await identity.create_principal(tenant, f"proof {secrets.token_hex(4)}", Role.CLIENT)
         key, secret = await identity.create_key(principal, Scopes())
+        await self._record(self._event(KEY_CREATED, ("key", key.key_id), tenant.tenant_id))
         host = self._services.settings.gateway.allowed_hosts[0]
         party = _Party(tenant, Caller(principal, tenant, key), Asker(self._app, host, secret, self._model), secret)
         self._parties.append(party)

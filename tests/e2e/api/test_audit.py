@@ -127,6 +127,7 @@ def test_a_flood_of_unauthenticated_requests_leaves_a_few_entries(own: Served) -
     assert verify_log(own.state_dir / "audit", key).size <= before + 5
 
 
+@pytest.mark.timeout(300)  # the 4 MiB that the journal takes ahead fill up first: 2,500 turns
 def test_a_log_that_cannot_be_written_stops_admission_and_says_why(own: Served) -> None:
     assert own.ask("hello").status == 200
     limit = os.path.getsize(own.state_dir / "audit/journal")  # noqa: PTH202

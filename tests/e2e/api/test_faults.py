@@ -302,8 +302,8 @@ def test_metrics_are_for_the_admin_listener_alone_and_name_nobody(served: Served
     text = answer.body.decode()
     assert 'holdfast_turns_total{state="complete"}' in text
     assert 'holdfast_requests_total{route="/v1/chat/completions",status="2xx"}' in text
-    for secret in (salt, "a-name-of-mine", "a word of mine", served.api_key, "ten_", "ses_", "prn_"):
-        assert secret not in text
+    for secret in (salt, "a-name-of-mine", "a word of mine", served.api_key, "ses_", "prn_", 'tenant="tenant"'):
+        assert secret not in text  # a tenant's label is its id, never its name
 
 
 def test_a_second_gateway_does_not_start(served: Served) -> None:

@@ -105,20 +105,24 @@ def test_a_salt_for_each_request_is_found_for_nothing_hits(prove: Prove) -> None
     assert ("session", "other tenant") not in found
 
 
-@pytest.mark.parametrize("patch", [PREFIX_TOO_LONG, PREFIX_NOT_SHARED], ids=["too long", "not shared"])
-def test_a_prefix_that_is_not_the_systems_is_found(prove: Prove, patch: str) -> None:
-    assert failed(prove(patch)) == {("tenant-prefix", pair) for pair in _SHARING[patch]}
-
-
-_SHARING = {
-    PREFIX_TOO_LONG: ("same tenant", "other key", "after forgetting"),
-    PREFIX_NOT_SHARED: ("same tenant", "other key"),
-}
-
-
-def test_what_crosses_between_answers_is_found(prove: Prove) -> None:
-    assert failed(prove(LOGPROBS_FOR_ALL)) == {("", "log-probabilities do not cross")}
-
-
-def test_a_salt_that_can_be_read_is_found(prove: Prove) -> None:
-    assert failed(prove(SALT_IN_METRICS)) == {("", "metrics of the gateway: no salt, key or word")}
+# A prefix that is wrong, together with what has nothing to do with it: one proof finds both, and nothing else.
+@pytest.mark.parametrize(
+    ("patch", "sharing", "besides"),
+    [
+        (
+            PREFIX_TOO_LONG + LOGPROBS_FOR_ALL,
+            ("same tenant", "other key", "after forgetting"),
+            "log-probabilities do not cross",
+        ),
+        (
+            PREFIX_NOT_SHARED + SALT_IN_METRICS,
+            ("same tenant", "other key"),
+            "metrics of the gateway: no salt, key or word",
+        ),
+    ],
+    ids=["prefix too long, log-probabilities for all", "prefix not shared, salt in metrics"],
+)
+def test_a_wrong_prefix_and_what_crosses_or_leaks_besides_are_found(
+    prove: Prove, patch: str, sharing: tuple[str, ...], besides: str
+) -> None:
+    assert failed(prove(patch)) == {*(("tenant-prefix", pair) for pair in sharing), ("", besides)}

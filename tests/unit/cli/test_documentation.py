@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import click
+import pytest
+from pydantic import BaseModel
 
 from appliance import cli
+from appliance.settings import AdmissionSettings, SessionSettings, TenantRetention, TierSettings
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "cli.md"
 EVERYWHERE = {"--help", "--json", "--state-dir"}
@@ -41,3 +44,25 @@ def test_every_exit_status_is_documented() -> None:
     assert documented.keys() == {0, cli.EXIT_CHECK_FAILED, cli.EXIT_INTERRUPTED, *cli.EXIT_STATUS.values()}
     for fault, status in cli.EXIT_STATUS.items():
         assert fault.value in documented[status]
+
+
+@pytest.mark.parametrize(
+    ("section", "page"),
+    [
+        (SessionSettings(), "kv.md"),
+        (TenantRetention(), "kv.md"),
+        (TierSettings.model_validate({}), "kv.md"),
+        (AdmissionSettings.model_validate({}), "api.md"),
+    ],
+)
+def test_every_setting_of_what_is_kept_and_who_waits_is_documented_with_its_default(
+    section: BaseModel, page: str
+) -> None:
+    lines = (DOCUMENT.parent / page).read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("| `")]
+    for name, default in section.model_dump().items():
+        documented = {cells[3] for cells in rows if f"`{name}`" in cells[1]}
+        assert documented, name
+        if isinstance(default, int | float | str):
+            said = f"{default:.0f}" if isinstance(default, float) else str(default)
+            assert said in {each.partition(":")[0] for each in documented}, (name, documented)

@@ -136,6 +136,7 @@ def test_the_settings_file_holds_every_setting_with_its_default(tmp_path: Path) 
         "vault": {"seal": "passphrase"},
         "store": {},
         "engine": {},
+        "tiers": {},
         "sessions": {},
         "admission": {},
         "audit": {},

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,15 @@ def test_doctor_works_with_settings_that_cannot_be_read(appliance_dir: Path) -> 
     finding = next(check for check in json.loads(outcome.stdout)["checks"] if check["check"] == "settings")
     assert finding["verdict"] == "FAIL"
     assert "prot" in finding["found"]
+
+
+def test_settings_of_tenants_that_do_not_exist_are_warned_of_and_what_cannot_be_told_is_unknown(
+    appliance_dir: Path,
+) -> None:
+    named = subject(appliance_dir, sessions={"tenants": {"tresury": {"retention": "strict"}}})
+    assert checks.check_tenant_names(subject(appliance_dir)).verdict is Verdict.PASS
+    assert checks.check_tenant_names(named).verdict is Verdict.UNKNOWN
+    assert checks.check_tenant_names(replace(named, settings_of_nobody=())).verdict is Verdict.PASS
+    finding = checks.check_tenant_names(replace(named, settings_of_nobody=('sessions.tenants."tresury"',)))
+    assert finding.verdict is Verdict.WARN
+    assert 'sessions.tenants."tresury"' in finding.found

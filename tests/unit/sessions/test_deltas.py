@@ -26,11 +26,13 @@ def tip_of(number: int, ids: "array[int]", parameters: bytes = b"{}") -> Tip:
     return Tip(number, (), parameters, Ran("model", ids, len(ids), 0, 0.0, 0.0, NOTHING_KNOWN))
 
 
-_message = st.builds(lambda role, text: {"role": role, "content": text}, st.sampled_from(["user", "tool"]), st.text())
-_ids = st.lists(st.integers(0, 2**32 - 1), max_size=40)
+_message = st.builds(
+    lambda role, text: {"role": role, "content": text}, st.sampled_from(["user", "tool"]), st.text(max_size=20)
+)
+_ids = st.lists(st.integers(0, 2**32 - 1), max_size=20)
 
 
-@given(st.lists(st.tuples(st.lists(_message, max_size=6), _ids, _ids, st.booleans(), st.booleans()), max_size=6))
+@given(st.lists(st.tuples(st.lists(_message, max_size=3), _ids, _ids, st.booleans(), st.booleans()), max_size=6))
 def test_every_turn_reads_back_whole_whatever_it_shared(
     turns: list[tuple[list[dict[str, str]], list[int], list[int], bool, bool]],
 ) -> None:

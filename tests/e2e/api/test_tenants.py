@@ -1,0 +1,154 @@
+"""What is set for a tenant is in force, shown and recorded; what is set for one that does not exist is told."""
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from api.admin.client import Refused
+from api.roots import open_root
+from appliance.cli import holdfast
+from appliance.identity import Identity
+from appliance.sessions import Throwaways
+from appliance.store import DatabaseKeys, Store
+from appliance.vault import Vault
+from benchmarks.running import make_appliance, running_gateway, running_stub
+from tests.e2e.api.conftest import Served, serving, until
+
+TOML = """
+[sessions.tenants."tenant"]
+retention = "strict"
+idle_timeout_s = 7
+device_share = 0.25
+device_cap = 0.5
+
+[sessions.tenants."tresury"]
+retention = "strict"
+
+[admission.weight_by_tenant]
+tresury = 2.0
+"""
+OF_NOBODY = ['sessions.tenants."tresury"', 'admission.weight_by_tenant."tresury"']
+
+
+@contextlib.contextmanager
+def _started(place: Path, **environment: str) -> Iterator[Served]:
+    state_dir, engine = place / "state", place / "engine.sock"
+    with running_stub(engine), running_gateway(state_dir, engine, environment=environment) as gateway:
+        yield Served(state_dir, engine, gateway, (state_dir / "api-key").read_text().strip())
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Where an appliance is."""
+    make_appliance(tmp_path / "state")
+    return tmp_path
+
+
+def _leave_a_throwaway(state_dir: Path) -> str:
+    """What a proof leaves whose gateway was killed; the id of its tenant."""
+    store = Store.open(f"sqlite:///{state_dir / 'holdfast.db'}")
+    vault = Vault(DatabaseKeys(store))
+    vault.open(open_root(state_dir, b""))
+
+    async def leave() -> str:
+        tenant = await Identity(store, vault).create_tenant("proof 0123")
+        await Throwaways(store, vault).mark(tenant.tenant_id)
+        return tenant.tenant_id
+
+    try:
+        return asyncio.run(leave())
+    finally:
+        store.close()
+
+
+def _told(served: Served, *arguments: str) -> str:
+    said = CliRunner().invoke(holdfast, ["--state-dir", str(served.state_dir), *arguments], catch_exceptions=False)
+    return said.output
+
+
+def _records(served: Served, action: str) -> list[dict[str, Any]]:
+    entries = served.admin.audit_entries(limit=1000, action=action).entries[::-1]
+    return [entry.record for entry in entries if entry.record is not None]
+
+
+def test_a_name_that_no_tenant_has_is_told_wherever_an_operator_looks_until_there_is_one(place: Path) -> None:
+    (place / "state" / "holdfast.toml").write_text(TOML)
+    with _started(place) as served:
+        assert served.admin.status().settings_of_nobody == OF_NOBODY
+        assert OF_NOBODY[0] in _told(served, "status")
+        checks = {each["check"]: each for each in json.loads(_told(served, "--json", "doctor"))["checks"]}
+        assert checks["tenant names"]["verdict"] == "WARN"
+        assert OF_NOBODY[0] in checks["tenant names"]["found"]
+        log = served.state_dir / "log" / "gateway.log"
+        until(lambda: all(f"{setting} applies to nobody" in log.read_text() for setting in OF_NOBODY))
+        served.admin.create_tenant("tresury")
+        assert served.admin.status().settings_of_nobody == []
+        assert "tresury" not in _told(served, "status")
+
+
+def test_what_is_kept_of_a_tenants_sessions_is_shown(place: Path) -> None:
+    (place / "state" / "holdfast.toml").write_text(TOML)
+    with _started(place) as served:
+        served.admin.create_tenant("other", idle_timeout_s=40.0)
+        kept = {each.name: each.keeping for each in served.admin.tenants().tenants}
+        assert kept["tenant"].model == "stub"
+        assert (kept["tenant"].retention, kept["tenant"].idle_timeout_s) == ("strict", 7.0)
+        assert (kept["tenant"].device_share, kept["tenant"].device_cap) == (0.25, 0.5)
+        assert (kept["other"].retention, kept["other"].idle_timeout_s) == ("soft", 40.0)
+        assert kept["other"].idle_timeout_after_tool_use_s == 40.0
+        listed = _told(served, "tenant", "list")
+        assert "strict 7 s" in listed
+        assert "soft 40 s" in listed
+        shown = _told(served, "tenant", "show", "tenant")
+        assert "strict: everything is dropped at the idle timeout" in shown
+        assert "others leave it 25%" in shown
+        with pytest.raises(Refused, match="there is no tenant"):
+            served.admin.tenant("nobody")
+
+
+def test_a_choice_of_isolation_is_recorded_with_who_chose_it_and_what_it_was_before(place: Path) -> None:
+    with _started(place) as served:
+        _told(served, "tenant", "isolation", "tenant", "tenant-prefix")
+        (record,) = _records(served, "tenant.changed")
+        (tenant,) = served.admin.tenants().tenants
+        assert tenant.isolation == "tenant-prefix"
+        assert record["target"] == {"kind": "tenant", "id": tenant.tenant_id}
+        assert record["details"] == {"setting": "isolation", "old": "session", "new": "tenant-prefix"}
+        assert record["actor"]["role"] == "admin"
+        key = served.new_key()
+        with pytest.raises(Refused, match="may not"):
+            type(served.admin)(served.state_dir, api_key=key.secret).change_tenant(tenant.tenant_id, isolation="tenant")
+        assert served.admin.tenants().tenants == [tenant]
+        assert len(_records(served, "tenant.changed")) == 1
+        assert _records(served, "admin.refused")
+
+
+def test_nothing_is_proved_while_turns_run_and_that_is_recorded(tmp_path: Path) -> None:
+    with serving(tmp_path, environment={"HOLDFAST_ENGINE__MAX_NUM_SEQS": "2"}) as served:
+        asking = threading.Thread(target=served.ask, args=('@stub {"first_pause_s": 2}',))
+        asking.start()
+        until(lambda: served.admin.status().running_turns == 1)
+        with pytest.raises(Refused) as refused:
+            served.admin.prove_isolation(rounds=8)
+        asking.join()
+        assert refused.value.record()["code"] == "too_busy_to_prove"
+        assert "1 turns run" in refused.value.cause
+        (record,) = _records(served, "isolation.proved")
+        assert (record["outcome"], record["reason"]) == ("failure", "too_busy_to_prove")
+        assert [each.name for each in served.admin.tenants().tenants] == ["tenant"]
+
+
+def test_what_a_proof_left_that_was_killed_is_removed_at_the_next_start_and_recorded(place: Path) -> None:
+    tenant_id = _leave_a_throwaway(place / "state")
+    with _started(place) as served:
+        assert [each.name for each in served.admin.tenants().tenants] == ["tenant"]
+        (record,) = _records(served, "tenant.removed")
+        assert record["target"] == {"kind": "tenant", "id": tenant_id}
+        assert record["actor"]["kind"] == "system"
