@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.v1.core.block_pool import BlockPool
 
 from appliance.engine.inside.connector import StateConnector, TieredStateConnector
@@ -50,6 +51,8 @@ class EngineInProcess:
     def __init__(self, model: Path, *, dram_bytes: int = 0, disk: Mapping[str, object] | None = None) -> None:
         self.clock = Clock()
         (TieredStateConnector if dram_bytes else StateConnector).clock = staticmethod(self.clock)
+        # A process of vLLM's has one worker, which finds its connector here: each engine has its own.
+        kv_transfer_state._KV_CONNECTOR_AGENT = None
         self._llm = LLM(
             model=str(model),
             block_size=BLOCK,
@@ -62,6 +65,7 @@ class EngineInProcess:
             seed=0,
             kv_transfer_config=connector_config(BOUND / POOL, None, dram_bytes, disk),
         )
+        self._workers_connector = kv_transfer_state._KV_CONNECTOR_AGENT
         self._front = self._llm.llm_engine
         self.core: Any = self._front.engine_core.engine_core
         self.scheduler: Any = self.core.scheduler
@@ -168,7 +172,8 @@ class EngineInProcess:
         return len(self.scheduler.running)
 
     def start_anew(self) -> None:
-        """Empty the prefix cache and the counters."""
+        """Empty the prefix cache and the counters; from now on it is this engine that runs."""
+        kv_transfer_state._KV_CONNECTOR_AGENT = self._workers_connector
         assert self.core.reset_prefix_cache()
         self.answers.clear()
         self.preemptions = self.steps = 0
@@ -193,6 +198,7 @@ class EngineInProcess:
 
     def close(self) -> None:
         """Shut the engine down."""
+        kv_transfer_state._KV_CONNECTOR_AGENT = self._workers_connector
         self.core.shutdown()
 
     def _count_preemption(self, *arguments: Any, **named: Any) -> None:

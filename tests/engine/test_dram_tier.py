@@ -17,9 +17,12 @@ CHUNKS = 100
 CHUNK_BYTES = 2 * 2 * 64 * 2 * BLOCK  # layers, keys and values, hidden size, bfloat16, tokens
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tiered(tiny_model: Path) -> Iterator[EngineInProcess]:
-    """An engine whose DRAM holds two and a half times what its device does."""
+    """An engine whose DRAM holds two and a half times what its device does.
+
+    It is closed with the last one: an engine that is shut down takes vLLM's process groups with it.
+    """
     engine = EngineInProcess(tiny_model, dram_bytes=CHUNKS * CHUNK_BYTES)
     yield engine
     engine.close()
