@@ -302,8 +302,11 @@ def test_metrics_are_for_the_admin_listener_alone_and_name_nobody(served: Served
     text = answer.body.decode()
     assert 'holdfast_turns_total{state="complete"}' in text
     assert 'holdfast_requests_total{route="/v1/chat/completions",status="2xx"}' in text
-    for secret in (salt, "a-name-of-mine", "a word of mine", served.api_key, "ses_", "prn_", 'tenant="tenant"'):
-        assert secret not in text  # a tenant's label is its id, never its name
+    session = served.newest_session()
+    for secret in (salt, "a-name-of-mine", "a word of mine", served.api_key, session.session_id, session.principal_id):
+        assert secret not in text
+    assert f'tenant="{session.tenant_id}"' in text
+    assert 'tenant="tenant"' not in text, "a tenant's label is its id, never its name"
 
 
 def test_a_second_gateway_does_not_start(served: Served) -> None:

@@ -221,12 +221,11 @@ def test_what_was_found_on_the_engine_is_told(served: Served) -> None:
 
 
 def computed(served: Served, cause: str) -> float:
-    """What is counted on the admin listener of prompt tokens that were computed for `cause`."""
+    """What is counted on the admin listener of prompt tokens that were computed for `cause`, for all tenants."""
     with AdminClient(served.state_dir)._answer("GET", "/metrics") as answer:
         text = answer.read().decode()
-    begin = f'holdfast_computed_prompt_tokens_total{{cause="{cause}"}} '
-    (line,) = [line for line in text.splitlines() if line.startswith(begin)]
-    return float(line.removeprefix(begin))
+    begin = f'holdfast_computed_prompt_tokens_total{{cause="{cause}",'
+    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(begin))
 
 
 def test_what_was_computed_is_counted_by_cause(served: Served) -> None:

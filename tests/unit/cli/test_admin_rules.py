@@ -300,6 +300,14 @@ async def test_what_is_denied_is_recorded_and_a_key_that_does_not_hold_is_counte
     assert (counted.kind.action, counted.reason) == ("key.refused", "test_key_refused")
 
 
+async def test_one_proof_runs_at_a_time() -> None:
+    services: Any = gateway()
+    app = admin_app(services)
+    async with app.state.proving:
+        status, answer = await call(app, ("POST", "/v1/prove/isolation"), key="admin@appliance", body=[b"{}"])
+    assert (status, json.loads(answer)["error"]["code"]) == (409, "proof_running")
+
+
 def test_everything_but_a_look_at_the_status_leaves_a_record() -> None:
     """What is not recorded when it is asked for is recorded by its own route; the four statuses are not."""
     assert {route[1] for route, rule in RULES.items() if not rule.recorded} == {
