@@ -231,7 +231,7 @@ seal = "{seal}"             # how this appliance was made; changing it here chan
 [tiers]
 # dram_bytes = 0            # of this machine's memory, for KV that does not fit on the device; taken at the start
 # disk_bytes = 0            # of encrypted files, for KV that does not fit there either
-# disk_dir = ""             # in the state directory by default
+# disk_dir = ""             # in the state directory by default; elsewhere, in a folder holdfast-kv in there
 # disk_ttl_s = 43200.0      # how long a file is kept that nobody asks for
 
 [sessions]

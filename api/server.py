@@ -62,7 +62,7 @@ from appliance.engine.tier_keys import KeyChannel
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Identity, Quotas
 from appliance.sessions import Sessions, Throwaways
-from appliance.settings import Settings
+from appliance.settings import TIER_DIR, Settings
 from appliance.store import DatabaseKeys, Store
 from appliance.vault import Vault, seal_kind
 from appliance.vault.process import forbid_core_dumps, plaintext_swap_devices, swap_warning
@@ -371,7 +371,7 @@ def _engine_spec(settings: Settings) -> EngineSpec:
         hidden_dir=settings.state_dir,
         tool_call_parser=parser,
         tiers=settings.tiers,
-        disk_dir=settings.state_dir / "tier",
+        disk_dir=settings.state_dir / TIER_DIR,
     )
 
 

@@ -9,7 +9,9 @@ from appliance.vault import KeyMissing
 
 
 def key_of(sessions: Sessions) -> Callable[[str, str], Awaitable[bytes]]:
-    """Answers for `KeyChannel`. A session without a key was forgotten; a sealed vault has none for the moment."""
+    """Answers for `KeyChannel`. A session without a key was forgotten. None for the moment: the vault is sealed, or
+    the label is not among those that are remembered.
+    """
 
     async def key(tenant_label: str, session_label: str) -> bytes:
         try:

@@ -23,6 +23,7 @@ from appliance.errors import Fault, HoldfastError
 
 ENVIRONMENT_PREFIX = "HOLDFAST_"
 SIX_MONTHS_DAYS = 183
+TIER_DIR = "tier"  # of the state directory: where the tier on disk lies unless told otherwise
 _GIB = 1 << 30
 
 
@@ -187,6 +188,22 @@ class Settings(_Section):
     sessions: SessionSettings = Field(default_factory=lambda: SessionSettings.model_validate({}))
     admission: AdmissionSettings = Field(default_factory=lambda: AdmissionSettings.model_validate({}))
     audit: AuditSettings = Field(default_factory=lambda: AuditSettings.model_validate({}))
+
+    @model_validator(mode="after")
+    def _tier_beside_everything_else(self) -> Self:
+        """The engine writes in the tier's folder, and takes files away there: nothing else may lie in it."""
+        if self.tiers.disk_dir is None:
+            return self
+        tier, state = self.tiers.disk_dir.resolve(), self.state_dir.resolve()
+        if tier.is_relative_to(state) and not tier.is_relative_to(state / TIER_DIR):
+            raise ValueError(f"tiers.disk_dir is {tier}: of the state directory, only {state / TIER_DIR} is the tier's")
+        others = {"the state directory": state}
+        if self.engine.model is not None:
+            others["the model"] = self.engine.model.resolve()
+        for name, place in others.items():
+            if place.is_relative_to(tier):
+                raise ValueError(f"tiers.disk_dir is {tier}, with {name} in it ({place}): name a folder of its own")
+        return self
 
     @property
     def tenant_names(self) -> Mapping[str, str]:

@@ -43,6 +43,7 @@ SOCKET_NAME = "engine.sock"
 NO_TIERS = TierSettings.model_validate({})
 _LOGGING_NAME = "logging.json"
 _LESSONS_NAME = "lessons.json"
+_DISK_NAME = "holdfast-kv"
 
 _LOG_BYTES = 8 << 20  # then it is turned over once
 _TAIL_LINES = 200
@@ -135,8 +136,11 @@ class EngineSpec:
     ) -> "EngineSpec":
         """The engine that `settings` describe, with the interpreter and the model that were found for it.
 
-        `disk_dir` is where the tier on disk lies where `tiers` do not say.
+        `disk_dir` is where the tier on disk lies where `tiers` do not say. In a folder that they name it has one of
+        its own: whatever else is there is not the tier's, and the engine does not see it.
         """
+        if tiers.disk_dir is not None:
+            disk_dir = tiers.disk_dir.absolute() / _DISK_NAME
         device = device_of(python)
         installed = python.parent.parent  # what is worked out once is worked out for this environment, and goes with it
         return cls(
@@ -155,7 +159,7 @@ class EngineSpec:
             lease_fraction=settings.lease_fraction,
             dram_bytes=tiers.dram_bytes,
             disk_bytes=tiers.disk_bytes,
-            disk_dir=(tiers.disk_dir or disk_dir) if tiers.disk_bytes else None,
+            disk_dir=disk_dir if tiers.disk_bytes else None,
             disk_ttl_s=tiers.disk_ttl_s,
             tool_call_parser=tool_call_parser,
             cpu_threads=compute_threads() if device == "cpu" else None,
@@ -668,7 +672,8 @@ def _furnish(spec: EngineSpec) -> None:
     if spec.disk_dir is not None:
         with contextlib.suppress(OSError):  # the tier is off then, and says why
             spec.disk_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            spec.disk_dir.chmod(0o700)
+            if not spec.disk_dir.is_symlink():
+                spec.disk_dir.chmod(0o700)
     configuration = spec.run_dir / _LOGGING_NAME
     configuration.touch(mode=0o600)
     configuration.write_text(json.dumps(logging_config()))

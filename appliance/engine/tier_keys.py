@@ -7,6 +7,7 @@ Rules:
   descriptor's number stands in the engine's environment, and that is no secret.
 - The gateway gives a key to who the kernel says is a process of the engine's, and of this user (unix(7), SO_PASSCRED).
 - One packet a question, one an answer, which repeats what was asked. Without an answer there is no key.
+- Sealing is the last word: no answer that was under way follows it, and who cannot be told loses the channel.
 """
 
 import asyncio
@@ -135,17 +136,24 @@ class KeyChannel:
 
     def close(self) -> None:
         """Answer nobody any more."""
-        for task in self._answering:
-            task.cancel()
+        self._answer_no_more()
         if self._socket is not None:
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
             self._socket = None
 
     def sealed(self) -> None:
-        """Have the engine forget every key."""
-        if self._socket is not None:
-            self._send(self._socket, _SEALED)
+        """Have the engine forget every key, and answer nothing that it asked before.
+
+        An engine that cannot be told forgets them with the channel, and gets no key until it is started again.
+        """
+        self._answer_no_more()
+        if self._socket is not None and not self._send(self._socket, _SEALED):
+            self.close()
+
+    def _answer_no_more(self) -> None:
+        for task in self._answering:
+            task.cancel()
 
     def _receive(self, ours: socket.socket) -> None:
         try:
@@ -182,8 +190,10 @@ class KeyChannel:
             answer = _NONE
         self._send(ours, answer + asked)
 
-    def _send(self, ours: socket.socket, packet: bytes) -> None:
+    def _send(self, ours: socket.socket, packet: bytes) -> bool:
         try:
             ours.send(packet)
         except OSError:  # the engine has ended, or does not read: without an answer there is no key
             self.refused_total += 1
+            return False
+        return True

@@ -68,6 +68,13 @@ class SessionForgotten(HoldfastError):
     fault: ClassVar[Fault] = Fault.CONFLICT
 
 
+class LabelNotKnown(HoldfastError):
+    """Which session the engine means cannot be said now: it may well be there."""
+
+    code: ClassVar[str] = "session_label_not_known"
+    fault: ClassVar[Fault] = Fault.UNAVAILABLE
+
+
 @dataclass(eq=False, slots=True)
 class _Live:
     """A session in memory, shared by its turns that run at once."""
@@ -432,15 +439,23 @@ class Registry(Archive):
         """The key of what the engine's tiers hold of a session, by the names that the engine knows.
 
         Raises:
-            UnknownSession, KeyMissing: there is no such session, or it was forgotten.
+            UnknownSession, KeyMissing: there is no such session, or it was forgotten: what tiers hold of it may go.
+            LabelNotKnown: it is not among the sessions that are remembered, and not all were looked through now.
             VaultSealed: the vault is sealed.
         """
         label = (tenant_label, lease_label)
+        were_all_read = False
         if label not in self._by_label:
-            async with self._reading_labels:  # who asks meanwhile must not be told that it is not there
-                await self._read_labels()
+            async with self._reading_labels:  # who asks meanwhile finds what was read
+                were_all_read = await self._read_labels()
         if label not in self._by_label:
-            raise unknown_session("of that label")
+            if were_all_read:
+                raise unknown_session("of that label")
+            raise LabelNotKnown(
+                "no session of that label is remembered",
+                cause="the sessions were looked through a moment ago, or there are more than can be remembered",
+                remedy="Ask again later; the session's next turn makes it known",
+            )
         tenant_id, session_id = self._by_label[label]
         live = self._live.get(session_id)
         if live is not None and live.forgotten:
@@ -449,25 +464,25 @@ class Registry(Archive):
             self._vault.pending_session_key(tenant_id, session_id)
         return await asyncio.to_thread(self._vault.tier_key, session_id)
 
-    async def _read_labels(self) -> None:
-        """After a start: the labels of the sessions that were used last."""
+    async def _read_labels(self) -> bool:
+        """After a start: the labels of the sessions that were used last; whether all that are stored were read now."""
         read_at = time.monotonic()
         if self._labels_read_at is not None and read_at - self._labels_read_at < _LABELS_AGAIN_S:
-            return
+            return False
         self._labels_read_at = read_at
         sessions = tables.sessions
+        most = _KNOWN_LABELS // 2
         query = (
-            select(sessions.c.tenant_id, sessions.c.session_id)
-            .order_by(sessions.c.last_used_at.desc())
-            .limit(_KNOWN_LABELS // 2)
+            select(sessions.c.tenant_id, sessions.c.session_id).order_by(sessions.c.last_used_at.desc()).limit(most + 1)
         )
         rows = await self._store.read(lambda db: db.execute(query).all())
 
         def labelled() -> list[tuple[tuple[str, str], tuple[str, str]]]:
-            return [((self._tenant_label(row[0]), self.lease_label(*row)), (row[0], row[1])) for row in rows]
+            return [((self._tenant_label(row[0]), self.lease_label(*row)), (row[0], row[1])) for row in rows[:most]]
 
         for label, named in await asyncio.to_thread(labelled):
             self._by_label.setdefault(label, named)
+        return len(rows) <= most
 
     def _note_label(self, label: tuple[str, str], named: tuple[str, str]) -> None:
         self._by_label[label] = named

@@ -1,5 +1,6 @@
 """Settings: where they come from, and which of them go together."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,39 @@ def test_beyond_loopback_there_is_tls_or_nothing(host: str) -> None:
 def test_a_certificate_and_its_key_go_together(host: str, name: str) -> None:
     with pytest.raises(SettingsError, match="go together"):
         gateway(host=host, **{name: TLS[name]})
+
+
+@pytest.mark.parametrize(
+    ("disk_dir", "why"),
+    [
+        ("state", "only .*/state/tier is the tier's"),
+        ("state/audit", "only .*/state/tier is the tier's"),
+        ("state/run/engine", "only .*/state/tier is the tier's"),
+        ("state/tier/../audit", "only .*/state/tier is the tier's"),
+        ("link-to-state", "only .*/state/tier is the tier's"),
+        (".", "with the state directory in it"),
+        ("models", "with the model in it"),
+        ("models/harbour", "with the model in it"),
+    ],
+)
+def test_the_tier_is_not_put_where_something_else_of_the_appliances_lies(
+    tmp_path: Path, disk_dir: str, why: str
+) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "link-to-state").symlink_to(tmp_path / "state")
+    with pytest.raises(SettingsError, match="cannot be used") as refused:
+        _tier(tmp_path, tmp_path / disk_dir)
+    assert re.search(why, refused.value.cause)
+
+
+@pytest.mark.parametrize("disk_dir", ["nvme", "state/tier", "state/tier/kv", "models/tier", "state-2"])
+def test_a_folder_of_its_own_is_the_tiers(tmp_path: Path, disk_dir: str) -> None:
+    assert _tier(tmp_path, tmp_path / disk_dir).tiers.disk_dir == tmp_path / disk_dir
+
+
+def _tier(folder: Path, disk_dir: Path) -> Settings:
+    tree = {"tiers": {"disk_dir": str(disk_dir)}, "engine": {"model": str(folder / "models" / "harbour")}}
+    return load_settings(tree, environment={}, state_dir=folder / "state")
 
 
 def audit(**values: Any) -> Settings:

@@ -9,7 +9,7 @@ import pytest
 
 from appliance.engine import launcher
 from appliance.engine.launcher import EngineSpec, command_line, device_of, environment, too_much_dram
-from appliance.settings import EngineSettings
+from appliance.settings import EngineSettings, TierSettings
 
 SPEC = EngineSpec(
     python=Path("/engine/bin/python"),
@@ -154,6 +154,23 @@ def test_the_tier_on_disk_lies_in_its_folder_behind_dram() -> None:
     line = command_line(replace(SPEC, dram_bytes=1 << 30, disk_bytes=1 << 33, disk_dir=Path("/nvme/tier")))
     (disk,) = json.loads(option(line, "--kv-transfer-config"))["kv_connector_extra_config"]["secondary_tiers"]
     assert (disk["type"], disk["root_dir"], disk["capacity_bytes"]) == ("DiskTier", "/nvme/tier", 1 << 33)
+
+
+def test_in_a_folder_that_the_settings_name_the_tier_has_one_of_its_own(tmp_path: Path) -> None:
+    def spec(**tiers: object) -> EngineSpec:
+        return EngineSpec.from_settings(
+            EngineSettings.model_validate({}),
+            python=tmp_path / "bin" / "python",
+            model=tmp_path / "model",
+            run_dir=tmp_path / "run",
+            log_path=tmp_path / "log",
+            tiers=TierSettings.model_validate({"dram_bytes": 1, "disk_bytes": 1, **tiers}),
+            disk_dir=tmp_path / "tier",
+        )
+
+    assert spec().disk_dir == tmp_path / "tier"
+    assert spec(disk_dir="/nvme").disk_dir == Path("/nvme/holdfast-kv")
+    assert spec(disk_dir="/nvme", disk_bytes=0).disk_dir is None
 
 
 @pytest.mark.parametrize(("dram_gib", "fits"), [(0, True), (8, True), (9, False), (13, False)])

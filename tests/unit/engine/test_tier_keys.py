@@ -1,6 +1,7 @@
 """Keys of tiers: who gets one, what becomes of a question, and that they reach vLLM's core in its cage."""
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
@@ -104,6 +105,51 @@ def test_a_vault_that_is_sealed_takes_the_keys_out_of_the_engine(channel: KeyCha
         await _until(lambda: len(asker.keys) == 0)
         asker.close()
         channel.close()
+
+    asyncio.run(main())
+
+
+def test_a_key_that_was_had_before_the_vault_was_sealed_is_not_answered_after_it() -> None:
+    async def main() -> None:
+        asked, had = asyncio.Event(), asyncio.get_running_loop().create_future()
+
+        async def key_of(tenant: str, session: str) -> bytes:
+            asked.set()
+            key: bytes = await had
+            return key
+
+        channel = KeyChannel(key_of)
+        theirs = channel.open(lambda _: True)
+        theirs.setblocking(False)
+        theirs.send(question(*ANA))
+        await asked.wait()
+        had.set_result(KEY)  # the answer is due, and its task has not run yet
+        channel.sealed()
+        await _until(lambda: not channel._answering)
+        packet = theirs.recv(100)
+        assert packet
+        assert read_answer(packet) is None
+        with pytest.raises(BlockingIOError):
+            theirs.recv(100)
+        theirs.close()
+        channel.close()
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_cannot_be_told_that_the_vault_is_sealed_loses_the_channel(channel: KeyChannel) -> None:
+    async def main() -> None:
+        theirs = channel.open(lambda _: True)
+        ours = channel._socket
+        assert ours is not None
+        with contextlib.suppress(BlockingIOError):
+            while True:  # it reads nothing
+                ours.send(b"K" + KEY + question(*ANA))
+        channel.sealed()
+        asker = KeyAsker(theirs)  # what lies there still is read, and then forgotten
+        await _until(lambda: asker._socket is None)
+        assert len(asker.keys) == 0
+        assert asker.keys.look(ANA) is NoKey.REFUSED
 
     asyncio.run(main())
 

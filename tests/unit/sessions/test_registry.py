@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, insert, select, update
 
+from api.tier_keys import key_of
+from appliance.engine.tier_keys import SessionGone
 from appliance.identity import Caller, Isolation, Permission, Principal, Role, Scopes, Tenant
 from appliance.identity.types import ApiKey
 from appliance.sessions import (
@@ -31,6 +33,7 @@ from appliance.sessions import (
     misses,
 )
 from appliance.sessions.misses import Divergence
+from appliance.sessions.registry import LabelNotKnown
 from appliance.settings import SessionSettings
 from appliance.store import Change, DatabaseKeys, Store, StoreConflict, StoreUnavailable, key_changes, tables
 from appliance.vault import Binding, KeyMissing, KeyPurpose, KeyRecord, RootKey, TamperedValue, Vault, VaultSealed
@@ -797,6 +800,39 @@ async def test_a_session_that_was_forgotten_has_no_tiers_key(world: World) -> No
     for sessions in (world.sessions, world.reopened()):
         with pytest.raises((UnknownSession, KeyMissing)):
             await sessions.tier_key(session.tenant_label, session.lease_label)
+
+
+async def test_a_session_that_is_merely_not_remembered_is_not_called_gone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.sessions.registry._KNOWN_LABELS", 4)  # half of it is looked through
+    said = [await say(world.sessions, caller(), chat(HELLO, client_id=f"s{n}"), "Hi", f"r{n}") for n in range(3)]
+    anew = world.reopened()
+    answers = [
+        await asyncio.gather(key_of(anew)(one.tenant_label, one.lease_label), return_exceptions=True) for one in said
+    ]
+    kinds = sorted(type(answer).__name__ for (answer,) in answers)
+    assert kinds == ["LabelNotKnown", "bytes", "bytes"]
+
+
+async def test_who_asks_for_a_label_again_at_once_is_not_told_that_it_is_gone(world: World) -> None:
+    answer = key_of(world.reopened())
+    with pytest.raises(SessionGone):
+        await answer("of-nobody", "and-nothing")  # everything was looked through
+    elsewhere = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    with pytest.raises(LabelNotKnown):
+        await answer(elsewhere.tenant_label, elsewhere.lease_label)
+
+
+async def test_a_vault_that_was_sealed_when_the_engine_asked_makes_no_session_gone(world: World) -> None:
+    session = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    answer = key_of(world.reopened())
+    world.vault.seal()
+    with pytest.raises(VaultSealed):
+        await answer(session.tenant_label, session.lease_label)
+    world.vault.open(RootKey(b"r" * 32))
+    with pytest.raises(LabelNotKnown):
+        await answer(session.tenant_label, session.lease_label)
 
 
 async def test_no_tenants_key_comes_by_another_tenants_label(world: World) -> None:

@@ -9,6 +9,7 @@ associated data: format, layout, owner, key and position, in plaintext.
 
 Rules:
 
+- Only what has a name of our own form is removed, and no link is followed.
 - 0600 in 0700. Nothing of a chunk is ever written in plaintext, not even to a file that is not complete.
 - A file has its name when it is complete, and is never changed. What has another name is of a write that was broken
   off. Nothing is synced: after a power cut files may be missing or torn, and a torn one does not open.
@@ -38,6 +39,8 @@ _MAGIC: Final = b"holdfast-kv-1\n"
 _NAME = re.compile(r"(?P<key>(?:[0-9a-f]{2}){1,64})-(?P<position>[0-9a-f]{8})-(?P<copy>[0-9a-f]{8})")
 _OWNER = re.compile(r"(?P<tenant>[A-Za-z0-9_.-]{1,64})~(?P<session>[A-Za-z0-9_.-]{1,64})")
 _PART_SUFFIX: Final = ".part"
+_PART = re.compile(_NAME.pattern + re.escape(_PART_SUFFIX))
+_LAYOUT = re.compile(r"[0-9a-f]{32}")
 _UNALIGNED = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
@@ -66,7 +69,7 @@ class Found(NamedTuple):
 
 
 class FolderRefused(OSError):
-    """The folder cannot be this tier's: another engine has it, or another user."""
+    """The folder cannot be this tier's: another engine has it, or another user, or it is a link."""
 
 
 class ChunkFiles:
@@ -78,7 +81,7 @@ class ChunkFiles:
         chunk_bytes: the size of every chunk.
 
     Raises:
-        FolderRefused: another engine uses it, or it is another user's.
+        FolderRefused: another engine uses it, or it is another user's or a link.
         OSError: it cannot be made or written.
     """
 
@@ -89,7 +92,9 @@ class ChunkFiles:
         self._root = root
         self._layout = root / fingerprint.hex()[:32]
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = root.stat()
+        found = root.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            raise _is_a_link(root)
         if found.st_uid != os.geteuid():
             raise FolderRefused(errno.EPERM, "the folder is another user's", str(root))
         if stat.S_IMODE(found.st_mode) != 0o700:
@@ -98,6 +103,8 @@ class ChunkFiles:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._layout.mkdir(mode=0o700, exist_ok=True)
+            if self._layout.is_symlink():
+                raise _is_a_link(self._layout)
             self._direct = self._is_aligned() and self._takes_direct()
         except BaseException as error:
             os.close(self._lock)
@@ -208,7 +215,8 @@ class ChunkFiles:
                 for file in os.scandir(folder):
                     read = _NAME.fullmatch(file.name)
                     if read is None:
-                        Path(file.path).unlink(missing_ok=True)
+                        if _PART.fullmatch(file.name):
+                            Path(file.path).unlink(missing_ok=True)
                         continue
                     key, position, copy = bytes.fromhex(read["key"]), int(read["position"], 16), read["copy"]
                     names.append(ChunkName(owner, key, position, bytes.fromhex(copy)))
@@ -217,7 +225,7 @@ class ChunkFiles:
     def remove_foreign(self) -> None:
         """Remove what another model or layout has left: nobody can use it. Blocks."""
         for folder in _folders(self._root):
-            if folder != self._layout:
+            if folder != self._layout and _LAYOUT.fullmatch(folder.name):
                 shutil.rmtree(folder, ignore_errors=True)
 
     # Private
@@ -260,6 +268,10 @@ class ChunkFiles:
         finally:
             path.unlink(missing_ok=True)
         return True
+
+
+def _is_a_link(path: Path) -> FolderRefused:
+    return FolderRefused(errno.ELOOP, "the tier's folder is a link: name the folder that it leads to", str(path))
 
 
 def _folders(parent: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from tests.unit.inside.disk.tier import (
     CHUNK_BYTES,
     EVE,
     FILE_BYTES,
+    FINGERPRINT,
     Gateway,
     Tier,
     chunk_key,
@@ -160,8 +161,45 @@ def test_another_models_chunks_are_not_found_and_go(make: Make) -> None:
     make().write(ANA, [1])
     tier = make(fingerprint=b"g" * 32)
     assert tier.store.find(chunk_key(ANA, 1), "acme") is Presence.ABSENT
-    until(lambda: not tier.files())
+    until(lambda: not (tier.root / FINGERPRINT.hex()[:32]).exists())
+    assert not tier.files()
     assert tier.write(ANA, [1]).whole
+
+
+def test_what_is_not_the_tiers_stays_where_it_is(make: Make, tmp_path: Path) -> None:
+    others = [
+        tmp_path / "tier" / "models" / "harbour" / "weights",
+        tmp_path / "tier" / ("A" * 32) / "file",
+        tmp_path / "tier" / ("a" * 33) / "file",
+        tmp_path / "tier" / FINGERPRINT.hex()[:32] / "acme~ana" / "notes",
+        tmp_path / "tier" / FINGERPRINT.hex()[:32] / "notes" / "file",
+        tmp_path / "elsewhere" / "file",
+    ]
+    for other in others:
+        other.parent.mkdir(parents=True)
+        other.write_text("somebody's")
+    link = tmp_path / "tier" / ("b" * 32)
+    link.symlink_to(tmp_path / "elsewhere")
+    foreign = tmp_path / "tier" / ("c" * 32)
+    foreign.mkdir()
+    (foreign / "link").symlink_to(tmp_path / "elsewhere")
+    tier = make()
+    tier.write(ANA, [1])
+    until(lambda: not foreign.exists())
+    assert [other.read_text() for other in others] == ["somebody's"] * len(others)
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize("linked", ["tier", f"tier/{FINGERPRINT.hex()[:32]}"])
+def test_a_link_is_not_taken_for_the_tiers_folder(make: Make, tmp_path: Path, linked: str) -> None:
+    (tmp_path / "elsewhere").mkdir(mode=0o755)
+    (tmp_path / linked).parent.mkdir(exist_ok=True)
+    (tmp_path / linked).symlink_to(tmp_path / "elsewhere")
+    tier = make()
+    assert "link" in tier.store.status().last_error
+    assert not tier.write(ANA, [1]).whole
+    assert stat.S_IMODE((tmp_path / "elsewhere").stat().st_mode) == 0o755
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_another_models_file_under_this_ones_name_does_not_open(make: Make) -> None:
@@ -171,8 +209,9 @@ def test_another_models_file_under_this_ones_name_does_not_open(make: Make) -> N
     kept = old.read_bytes()
     second = make(fingerprint=b"g" * 32)
     second.write(ANA, [1])
-    until(lambda: len(second.files()) == 1)
-    second.files()[0].write_bytes(kept)
+    until(lambda: not old.parent.parent.exists())
+    (new,) = second.files()
+    new.write_bytes(kept)
     assert second.read(ANA, [1]) == []
 
 
