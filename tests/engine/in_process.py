@@ -48,7 +48,9 @@ class Answer:
 class EngineInProcess:
     """See the module. `preemptions` counts requests thrown off the device since `start_anew`."""
 
-    def __init__(self, model: Path, *, dram_bytes: int = 0, disk: Mapping[str, object] | None = None) -> None:
+    def __init__(
+        self, model: Path, *, dram_bytes: int = 0, disk: Mapping[str, object] | None = None, pool: int = POOL
+    ) -> None:
         self.clock = Clock()
         (TieredStateConnector if dram_bytes else StateConnector).clock = staticmethod(self.clock)
         # A process of vLLM's has one worker, which finds its connector here: each engine has its own.
@@ -56,14 +58,14 @@ class EngineInProcess:
         self._llm = LLM(
             model=str(model),
             block_size=BLOCK,
-            num_gpu_blocks_override=POOL + 1,
+            num_gpu_blocks_override=pool + 1,
             max_model_len=MAX_MODEL_LEN,
             max_num_batched_tokens=STEP_TOKENS,
             max_num_seqs=8,
             enforce_eager=True,
             dtype="bfloat16",
             seed=0,
-            kv_transfer_config=connector_config(BOUND / POOL, None, dram_bytes, disk),
+            kv_transfer_config=connector_config(BOUND / pool, None, dram_bytes, disk),
         )
         self._workers_connector = kv_transfer_state._KV_CONNECTOR_AGENT
         self._front = self._llm.llm_engine

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from appliance.engine.inside.canary import MOST_AGE_S
 from appliance.engine.inside.connector import TieredStateConnector
 from appliance.engine.protocol import Lease, TurnAccount, TurnEnd, lease_params
 from tests.engine.in_process import BLOCK, POOL, Answer, EngineInProcess, words
@@ -216,6 +217,40 @@ def test_a_block_that_comes_back_otherwise_quarantines_the_tiers(engine: EngineI
         assert answer.token_ids == cold.token_ids
     finally:
         connector(engine)._canary.quarantined = connector(engine)._tiers.quarantined = False
+
+
+def test_a_canary_goes_with_the_session_that_it_is_of(engine: EngineInProcess) -> None:
+    engine.clock.advance(3600)
+    turn(engine, 1, "a")
+    push_off_the_device(engine)
+    engine.clock.advance(3600)
+    turn(engine, 1, "a")
+    canary = connector(engine)._canary
+    compared = canary.compared_total
+    engine.tick()
+    engine.core.step_fn()  # it is being computed
+    assert canary.places()
+    engine.report(release=["a"])
+    assert not canary.places()
+    settle(engine)
+    assert canary.compared_total == compared
+    assert ("holdfast", "canary") not in connector(engine)._tiers._chunks.order.sessions()
+
+
+def test_a_canary_that_is_never_computed_is_let_go(engine: EngineInProcess) -> None:
+    engine.clock.advance(3600)
+    turn(engine, 1, "a")
+    push_off_the_device(engine)
+    engine.report(release=[f"filler-{seed}" for seed in range(50, 55)])
+    engine.clock.advance(3600)
+    turn(engine, 1, "a")
+    canary = connector(engine)._canary
+    due_in_s = connector(engine).tick()
+    assert due_in_s is not None
+    assert 0 < due_in_s <= MOST_AGE_S
+    engine.clock.advance(MOST_AGE_S)
+    connector(engine).tick()
+    assert canary.take() is None
 
 
 @pytest.mark.timeout(400)

@@ -16,8 +16,11 @@ _LAYERS = 2
 _HEAD = 32
 
 
-def write_tiny_model(folder: Path) -> Path:
-    """Write the model's configuration, weights and tokenizer into `folder`."""
+def write_tiny_model(folder: Path, *, window_tokens: int = 0) -> Path:
+    """Write the model's configuration, weights and tokenizer into `folder`.
+
+    With `window_tokens` the first layer sees so many tokens only, and vLLM keeps the KV of the two apart.
+    """
     configuration = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -37,6 +40,8 @@ def write_tiny_model(folder: Path) -> Path:
         "bos_token_id": None,
         "eos_token_id": None,
     }
+    if window_tokens:
+        configuration |= {"sliding_window": window_tokens, "layer_types": ["sliding_attention", "full_attention"]}
     (folder / "config.json").write_text(json.dumps(configuration))
     save_file(_weights(), folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer = Tokenizer(WordLevel({f"t{number}": number for number in range(VOCABULARY)}, unk_token="t0"))

@@ -10,17 +10,27 @@ Rules:
   docs/decisions/0015 has the measurements.
 - One at a time, of so many tokens at most, not more often than every `interval_s`, and only when nobody else wants
   anything computed.
+- A block is known by its group and its end: where layers keep their KV in several ways, several end at one token.
+- A sample is its session's: it goes when the session is released, and when it is `MOST_AGE_S` old in any case.
 - After one mismatch nothing is restored any more. Only a new start of the engine ends that.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 MOST_TOKENS: Final = 512
 INTERVAL_S: Final = 300.0
+MOST_AGE_S: Final = 300.0
 TOLERANCE: Final = 0.05
+
+
+class Place(NamedTuple):
+    """Where a block is in a prompt: which of the model's groups of layers, and the token that it ends at."""
+
+    group: int
+    end_token: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +38,14 @@ class Sample:
     """The beginning of a prompt that was restored.
 
     Attributes:
+        owner: whose prompt it is: tenant, session.
         tokens: the prompt up to the end of the last block of `restored`.
-        restored: the token at which each block ends, and its bytes as they came back.
+        restored: where each block is, and its bytes as they came back.
     """
 
+    owner: tuple[str, str]
     tokens: tuple[int, ...]
-    restored: tuple[tuple[int, bytes], ...]
+    restored: tuple[tuple[Place, bytes], ...]
 
 
 class Canary:
@@ -52,7 +64,7 @@ class Canary:
     def __init__(self, clock: Callable[[], float], interval_s: float = INTERVAL_S) -> None:
         self._clock = clock
         self._interval_s = interval_s
-        self._next_at = -math.inf
+        self._next_at = self._noted_at = -math.inf
         self._waiting: Sample | None = None
         self._running: Sample | None = None
         self.compared_total = 0
@@ -61,35 +73,59 @@ class Canary:
 
     def is_due(self) -> bool:
         """Whether the next restored prompt is to be noted."""
-        return self._waiting is None and not self.quarantined and self._clock() >= self._next_at
+        idle = self._waiting is None and self._running is None
+        return idle and not self.quarantined and self._clock() >= self._next_at
 
     def note(self, sample: Sample) -> None:
         """Take a sample up, to be computed when there is nothing else to do."""
         self._waiting = sample
-        self._next_at = self._clock() + self._interval_s
+        self._noted_at = self._clock()
+        self._next_at = self._noted_at + self._interval_s
 
     def take(self) -> Sample | None:
-        """The sample that is to be computed now. One that was taken before and never judged is given up."""
+        """The sample that is to be computed now."""
+        if self._waiting is None:
+            return None
         self._running, self._waiting = self._waiting, None
         return self._running
 
-    def ends(self) -> tuple[int, ...]:
-        """The tokens at which the blocks end that are to be computed before there can be a verdict."""
-        return () if self._running is None else tuple(end_token for end_token, _ in self._running.restored)
+    def released(self, sessions: Collection[str]) -> bool:
+        """Sessions with these labels are over; whether their sample went, and what is computed of it must go."""
+        sample = self._waiting or self._running
+        return sample is not None and sample.owner[1] in sessions and self._drop()
 
-    def judge(self, error_of: Callable[[int, bytes], float | None]) -> bool:
+    def expire(self) -> bool:
+        """Drop what is too old; whether it was, and what is computed of it must go."""
+        due_in_s = self.next_expiry_in_s()
+        return due_in_s is not None and due_in_s <= 0 and self._drop()
+
+    def next_expiry_in_s(self) -> float | None:
+        """Seconds until the sample is too old; None: there is none."""
+        if self._waiting is None and self._running is None:
+            return None
+        return self._noted_at + MOST_AGE_S - self._clock()
+
+    def _drop(self) -> bool:
+        self._waiting = self._running = None
+        return True
+
+    def places(self) -> tuple[Place, ...]:
+        """The blocks that are to be computed before there can be a verdict."""
+        return () if self._running is None else tuple(place for place, _ in self._running.restored)
+
+    def judge(self, error_of: Callable[[Place, bytes], float | None]) -> bool:
         """Compare the sample that was taken.
 
         Args:
-            error_of: of the block that ends at a token and its bytes as they came back: the root mean square of the
-                difference to what was computed, as a share of that of the values; None: it was not computed.
+            error_of: of the block at a place and its bytes as they came back: the root mean square of the difference to
+                what was computed, as a share of that of the values; None: it was not computed.
 
         Returns:
             Whether nothing differed by more than rounding does, now or before.
         """
         sample, self._running = self._running, None
-        for end_token, restored in sample.restored if sample is not None else ():
-            error = error_of(end_token, restored)
+        for place, restored in sample.restored if sample is not None else ():
+            error = error_of(place, restored)
             if error is None:
                 continue
             self.compared_total += 1

@@ -48,6 +48,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 from vllm.v1.kv_offload.base import (
     CanonicalKVCaches,
     GPULoadStoreSpec,
@@ -59,6 +60,7 @@ from vllm.v1.kv_offload.base import (
     RequestOffloadingContext,
     ScheduleEndContext,
     TransferResult,
+    get_offload_group_idx,
 )
 from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm.v1.kv_offload.cpu.policies.base import CachePolicy, ChunkStatus
@@ -71,7 +73,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import Request, RequestStatus
 
 from appliance.engine.inside.accounts import Accounts
-from appliance.engine.inside.canary import MOST_TOKENS, Canary, Sample
+from appliance.engine.inside.canary import MOST_TOKENS, Canary, Place, Sample
 from appliance.engine.inside.chunks import ChunkOrder, Owner, Worth
 from appliance.engine.inside.disk.channel import KeyAsker
 from appliance.engine.inside.disk.files import Owner as DiskOwner
@@ -902,6 +904,8 @@ class TieredRetention(LeaseRetention):
         super().__init__(vllm_config, role, kv_cache_config)
         self._canary = Canary(self.clock)
         self._dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, vllm_config.model_config)
+        groups = enumerate(kv_cache_config.kv_cache_groups)
+        self._comparable = frozenset(number for number, group in groups if self._fills_its_chunks(group))
         if role == KVConnectorRole.SCHEDULER:
             self._tiers.order_by(self.policy.value, self.clock)
             self._tiers.on_stored = self._compare
@@ -914,12 +918,20 @@ class TieredRetention(LeaseRetention):
     def report(self, release: Iterable[str] = ()) -> LeaseReport:
         labels = frozenset(release)
         report = super().report(labels)
+        if self._canary.released(labels):
+            self._tiers.release(frozenset({_CANARY[1]}))
         if labels:
             for owner in self._tiers.sessions():
                 if owner[1] in labels:
                     self.policy.closed(session=owner, now=self.clock())
             self._tiers.release(labels)
         return report
+
+    def tick(self) -> float | None:
+        if self._canary.expire():
+            self._tiers.release(frozenset({_CANARY[1]}))
+        due = [due_in_s for due_in_s in (super().tick(), self._canary.next_expiry_in_s()) if due_in_s is not None]
+        return min(due, default=None)
 
     def tiers(self, leased_blocks: int) -> list[TierPicture]:
         return [*super().tiers(leased_blocks), *self._tiers.pictures()]
@@ -982,27 +994,51 @@ class TieredRetention(LeaseRetention):
         """Keep what comes back for the beginning of a prompt of plain tokens, as it comes back."""
         if request.lora_request is not None or request.mm_features or request.prompt_token_ids is None:
             return
+        lease = self._leases_asked[request.request_id]
         status = self.connector_scheduler._req_status[request.request_id]  # type: ignore[attr-defined]
+        if status.req_context.get_state(_Released) is not None:
+            return
         most = min(MOST_TOKENS, len(request.prompt_token_ids) // self._block_size * self._block_size)
         restored = [
-            (end_token, row.numpy().tobytes())
+            (Place(group, end_token), row.numpy().tobytes())
             for _, end_token, key in status.load_key_ranges
-            if end_token <= most and (row := self._tiers.row(key)) is not None
+            if (group := get_offload_group_idx(key)) in self._comparable
+            and end_token <= most
+            and (row := self._tiers.row(key)) is not None
         ]
         if restored:
             self._block_hasher = request._block_hasher
-            self._canary.note(Sample(tuple(request.prompt_token_ids[: restored[-1][0]]), tuple(restored)))
+            tokens = request.prompt_token_ids[: max(place.end_token for place, _ in restored)]
+            self._canary.note(Sample(_key(lease), tuple(tokens), tuple(restored)))
+
+    def _fills_its_chunks(self, group: Any) -> bool:
+        """Whether a group's chunks are the KV of its tokens, of one type, and nothing beside.
+
+        What a sliding window or a recurrent state leaves for a token depends on the way to it; and where the groups
+        differ in size, the end of a smaller one's chunk is what the memory held before.
+        """
+        spec = group.kv_cache_spec
+        return (
+            type(spec) in (FullAttentionSpec, MLAAttentionSpec)
+            and spec.dtype == self._dtype
+            and spec.page_size_padded is None
+            and spec.page_size_bytes * len(group.layer_names) == self._block_bytes
+        )
 
     def _compare(self, context: ReqContext) -> None:
         """The canary's KV is in DRAM: compare it."""
         if _owner(context) != _CANARY:
             return
-        ends = {context.get_offload_key_position(key): key for key in self._tiers._chunks.order.keys_of(_CANARY)}
-        if any((key := ends.get(end)) is None or self._tiers.row(key) is None for end in self._canary.ends()):
+        keys = {
+            Place(get_offload_group_idx(key), context.get_offload_key_position(key) or 0): key
+            for key in self._tiers._chunks.order.keys_of(_CANARY)
+        }
+        places = self._canary.places()
+        if any((key := keys.get(place)) is None or self._tiers.row(key) is None for place in places):
             return  # it is stored step by step
 
-        def error_of(end_token: int, restored: bytes) -> float | None:
-            key = ends.get(end_token)
+        def error_of(place: Place, restored: bytes) -> float | None:
+            key = keys.get(place)
             computed = None if key is None else self._tiers.row(key)
             if computed is None:
                 return None
