@@ -625,7 +625,10 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
     def lookup(self, key: bytes, req_context: ReqContext, *, exclude_tier_idx: int | None = None) -> LookupResult:
         if self.quarantined:
             return LookupResult.MISS
-        return super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
+        found = super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
+        if found is LookupResult.HIT_PENDING and not self._disk_answers():
+            return LookupResult.MISS  # its room stays taken until the disk lets go of it
+        return found
 
     def row(self, key: bytes) -> torch.Tensor | None:
         """The bytes of a chunk in DRAM that is there whole, as int8."""
@@ -657,6 +660,9 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
     def reset_cache(self) -> None:
         super().reset_cache()
         self._doomed.clear()
+
+    def _disk_answers(self) -> bool:
+        return all(tier.store.answers() for tier in self.secondary_tiers if isinstance(tier, DiskTier))
 
     def _drop_doomed(self) -> None:
         if not self._doomed:
