@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from vllm.v1.kv_offload.base import ReqContext, make_offload_key
 
-from appliance.engine.protocol import disk_tier
+from appliance.engine.protocol import Lease, disk_tier, lease_params
 from appliance.engine.tier_keys import KEY_SOCKET
 from tests.engine.in_process import BLOCK, EngineInProcess, words
 from tests.engine.test_disk_tier import Gateway
@@ -101,3 +102,25 @@ def test_nobody_waits_for_a_disk_that_does_not_answer(engine: EngineInProcess, f
     run(engine)
     assert store(engine).answers()
     assert all(chunk.is_ready for chunk in chunks.values())
+
+
+def test_a_chunk_is_booked_to_the_session_that_computed_it(engine: EngineInProcess) -> None:
+    manager = tiers(engine)
+    primary, order = manager.primary_tier, manager._chunks.order
+    ana, eve = (ReqContext(name, lease_params(Lease(name, "tenant", 5.0))) for name in ("ana", "eve"))
+    keys = {"ana": make_offload_key(b"k" * 32, 0), "eve": make_offload_key(b"j" * 32, 0)}
+    for context in (ana, eve):
+        context.set_offload_key_position(keys[context.req_id], BLOCK)
+        primary.on_new_request(context)
+        manager.on_new_request(context)
+    manager.prepare_store([keys["ana"]], ana)
+    primary.complete_store([keys["ana"]], ana, False)  # it was damaged on the disk
+    manager.prepare_store([keys["eve"]], eve)
+    manager.prepare_store([keys["ana"]], ana)
+    assert order.keys_of(("tenant", "ana")) == (keys["ana"],)
+    assert order.keys_of(("tenant", "eve")) == (keys["eve"],)
+    for context in (ana, eve):
+        primary.complete_store([keys[context.req_id]], context, False)
+        state = manager._req_state[context.req_id]
+        state.pending_primary_stores = 0
+        manager.on_request_finished(context)
