@@ -114,6 +114,20 @@ def test_a_released_session_leaves_dram_at_once_and_is_overwritten(engine: Engin
     assert account.dram_tokens == 0
 
 
+def test_what_a_released_session_diverged_from_is_overwritten_too(engine: EngineInProcess) -> None:
+    turn(engine, 1, "a")
+    policy = connector(engine)._tiers._chunks
+    rows = [policy._chunks[key].chunk_id for key in policy.order.keys_of(("tenant", "a"))]
+    other = words(1, 4 * BLOCK) + words(2, 10 * BLOCK)
+    engine.turn(other, transfer=lease_params(Lease("a", "tenant", 0.0)), max_tokens=2)
+    settle(engine)
+    assert len(policy.order) > in_dram(engine, "a")
+    engine.report(release=["a"])
+    assert len(policy.order) == 0
+    memory = connector(engine)._tiers.primary_tier.get_kv_memoryview()
+    assert not any(any(memory[row, byte] for byte in range(0, CHUNK_BYTES, 512)) for row in rows)
+
+
 def test_a_session_closed_while_it_runs_leaves_nothing_in_dram(engine: EngineInProcess) -> None:
     transfer = lease_params(Lease("a", "tenant", 0.0))
     engine.submit(words(1, 10 * BLOCK), transfer=transfer, max_tokens=BLOCK)

@@ -8,6 +8,7 @@ Rules:
 - What a session diverged from goes first, and what nobody owns any more; then the session of the lowest worth, as
   `RetentionPolicy` reckons it; each from its tail on. A head without its tail is worth something, a tail without its
   head nothing.
+- What a session diverged from is released with it, unless another session has it.
 - A chunk that several sessions share stays as long as one of them is worth it.
 - A chunk that is being copied does not leave: only what is `free` is picked.
 - Worths are reckoned for all sessions at once and hold for a while, longer the more sessions there are, so that the
@@ -35,6 +36,7 @@ class Worth(Protocol):
 class _Chunk(NamedTuple):
     end_token: int
     owners: set[Owner]
+    left_by: set[Owner]  # who diverged from it
 
 
 class ChunkOrder:
@@ -51,6 +53,7 @@ class ChunkOrder:
         self._chunks: dict[bytes, _Chunk] = {}
         self._free: set[bytes] = set()
         self._of: dict[Owner, dict[bytes, None]] = {}
+        self._abandoned: dict[Owner, set[bytes]] = {}
         self._orphans: dict[bytes, None] = {}  # nobody asks for them: they go first
         self._ranked: list[Owner] = []  # the lowest worth first
         self._order_ends_at = 0.0
@@ -63,7 +66,7 @@ class ChunkOrder:
 
     def add(self, key: bytes, end_token: int, owner: Owner | None) -> None:
         """A chunk came in; it is not free until `freed`."""
-        self._chunks[key] = _Chunk(end_token, set())
+        self._chunks[key] = _Chunk(end_token, set(), set())
         if owner is None:
             self._orphans[key] = None
         else:
@@ -84,6 +87,8 @@ class ChunkOrder:
             return
         for owner in chunk.owners:
             self._leave(key, owner)
+        for owner in chunk.left_by:
+            self._forget_abandoned(key, owner)
         self._orphans.pop(key, None)
         self._free.discard(key)
 
@@ -92,6 +97,7 @@ class ChunkOrder:
         self._chunks.clear()
         self._free.clear()
         self._of.clear()
+        self._abandoned.clear()
         self._orphans.clear()
         self._ranked.clear()
 
@@ -111,10 +117,12 @@ class ChunkOrder:
         if any(self._chunks[key].end_token <= reached for key in beside):
             for key in beside:
                 self._chunks[key].owners.discard(owner)
+                self._chunks[key].left_by.add(owner)
+                self._abandoned.setdefault(owner, set()).add(key)
                 self._leave(key, owner)
 
     def released(self, owners: Iterable[Owner]) -> tuple[bytes, ...]:
-        """The sessions are over; the chunks that nobody else owns."""
+        """The sessions are over; the chunks they had or diverged from, and nobody else owns."""
         alone: list[bytes] = []
         for owner in owners:
             for key in tuple(self._of.get(owner, ())):
@@ -123,11 +131,16 @@ class ChunkOrder:
                 self._leave(key, owner)
                 if not chunk.owners:
                     alone.append(key)
+            for key in self._abandoned.pop(owner, ()):
+                chunk = self._chunks[key]
+                chunk.left_by.discard(owner)
+                if not chunk.owners:
+                    alone.append(key)
         return tuple(alone)
 
     def sessions(self) -> tuple[Owner, ...]:
-        """Who owns something."""
-        return tuple(self._of)
+        """Who owns something, or diverged from something that is still here."""
+        return tuple(self._of | self._abandoned)
 
     def keys_of(self, owner: Owner) -> tuple[bytes, ...]:
         """The chunks that a session has, shared ones too."""
@@ -175,7 +188,11 @@ class ChunkOrder:
             yield from (key for _, key in sorted(going, reverse=True))
 
     def _own(self, key: bytes, owner: Owner) -> None:
-        self._chunks[key].owners.add(owner)
+        chunk = self._chunks[key]
+        chunk.owners.add(owner)
+        if owner in chunk.left_by:
+            chunk.left_by.discard(owner)
+            self._forget_abandoned(key, owner)
         self._of.setdefault(owner, {})[key] = None
         self._orphans.pop(key, None)
 
@@ -188,6 +205,12 @@ class ChunkOrder:
         chunk = self._chunks.get(key)
         if chunk is not None and not chunk.owners:
             self._orphans[key] = None
+
+    def _forget_abandoned(self, key: bytes, owner: Owner) -> None:
+        abandoned = self._abandoned[owner]
+        abandoned.discard(key)
+        if not abandoned:
+            del self._abandoned[owner]
 
     def _lowest_first(self) -> Iterator[Owner]:
         now = self._clock()

@@ -539,19 +539,15 @@ class SessionChunks(CachePolicy):  # type: ignore[misc]
     def __init__(self, cache_capacity: int) -> None:
         super().__init__(cache_capacity)
         self._chunks: dict[bytes, ChunkStatus] = {}
-        self._storing: ReqContext | None = None
+        self.storing: ReqContext | None = None  # for whom the manager inserts: it does not say
         self.order: ChunkOrder
 
     def get(self, key: bytes) -> ChunkStatus | None:
         return self._chunks.get(key)
 
-    def on_store_miss(self, keys: Iterable[bytes], req_context: ReqContext) -> None:  # noqa: ARG002
-        # The manager inserts what is missing right after this call, and says of whom only here.
-        self._storing = req_context
-
     def insert(self, key: bytes, chunk: ChunkStatus) -> None:
         self._chunks[key] = chunk
-        context = self._storing
+        context = self.storing
         end_token = 0 if context is None else context.get_offload_key_position(key) or 0
         self.order.add(key, end_token, None if context is None else _owner(context))
         if chunk.ref_cnt == 0:
@@ -635,7 +631,11 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
     def lookup(self, key: bytes, req_context: ReqContext, *, exclude_tier_idx: int | None = None) -> LookupResult:
         if self.quarantined:
             return LookupResult.MISS
-        return super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
+        self._chunks.storing = req_context
+        found = super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
+        if found is LookupResult.HIT_PENDING and not self._disk_answers():
+            return LookupResult.MISS  # its room stays taken until the disk lets go of it
+        return found
 
     def disk(self) -> DiskStatus | None:
         """How the tier on disk stands; None: there is none."""
@@ -649,7 +649,7 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         used = primary._num_chunks - primary._get_num_free_chunks()
         yield TierPicture("dram", restoring, chunk_bytes, primary._num_chunks, used, 0)
         if disk is not None:
-            state = restoring if disk.on and not disk.paused else "failed"
+            state = restoring if disk.on and disk.answers and not disk.paused else "failed"
             yield TierPicture("disk", state, disk.chunk_bytes, disk.capacity_bytes // disk.chunk_bytes, disk.chunks, 0)
 
     def row(self, key: bytes) -> torch.Tensor | None:
@@ -662,6 +662,7 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
     def prepare_store(self, keys: Collection[bytes], req_context: ReqContext) -> PrepareStoreOutput | None:
         if not _is_stored(req_context):
             return PrepareStoreOutput(keys_to_store=[], store_spec=CPULoadStoreSpec([]), evicted_keys=[])
+        self._chunks.storing = req_context
         return super().prepare_store(keys, req_context)
 
     def complete_store(self, keys: Collection[bytes], req_context: ReqContext, success: bool = True) -> None:
@@ -682,6 +683,9 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
     def reset_cache(self) -> None:
         super().reset_cache()
         self._doomed.clear()
+
+    def _disk_answers(self) -> bool:
+        return all(tier.store.answers() for tier in self.secondary_tiers if isinstance(tier, DiskTier))
 
     def _drop_doomed(self) -> None:
         if not self._doomed:

@@ -97,6 +97,45 @@ def test_a_release_names_what_nobody_else_owns(order: ChunkOrder) -> None:
     assert order.sessions() == (CHILD,)
 
 
+def diverged(order: ChunkOrder) -> None:
+    """A session that left two chunks of four behind."""
+    stored(order, A, "a", 4)
+    for key in (b"new2", b"new3"):
+        order.add(key, 0, A)
+        order.freed(key)
+    order.used(A, {b"a0": 32, b"a1": 64, b"new2": 96, b"new3": 128})
+
+
+def test_a_release_names_what_the_session_diverged_from(order: ChunkOrder) -> None:
+    diverged(order)
+    order.used(CHILD, {b"a0": 32, b"a1": 64, b"a2": 96})
+    assert set(order.released([A])) == {b"a3", b"new2", b"new3"}
+    assert order.sessions() == (CHILD,)
+    assert order.released([A]) == ()
+
+
+def test_a_session_that_has_nothing_but_what_it_diverged_from_can_be_released(order: ChunkOrder) -> None:
+    stored(order, A, "a", 2)
+    order.used(A, {b"never-came": 128})
+    assert order.chunks_of(A) == 0
+    assert order.sessions() == (A,)
+    assert set(order.released([A])) == {b"a0", b"a1"}
+
+
+def test_what_a_session_came_back_to_is_its_own_again(sessions: Sessions, order: ChunkOrder) -> None:
+    diverged(order)
+    order.used(A, {b"a0": 32, b"a1": 64, b"a2": 96, b"a3": 128})
+    assert set(order.keys_of(A)) == {b"a0", b"a1", b"a2", b"a3"}
+    assert set(order.released([A])) == {b"a0", b"a1", b"a2", b"a3", b"new2", b"new3"}
+
+
+def test_what_left_is_not_released_again(order: ChunkOrder) -> None:
+    diverged(order)
+    assert set(order.pick(2, ()) or ()) == {b"a2", b"a3"}
+    assert set(order.released([A])) == {b"a0", b"a1", b"new2", b"new3"}
+    assert order.sessions() == ()
+
+
 def test_ten_thousand_sessions_are_ranked_once_for_many_picks(sessions: Sessions, order: ChunkOrder) -> None:
     for number in range(10_000):
         stored(order, ("t", str(number)), f"{number}-", 1)

@@ -6,6 +6,8 @@ Rules:
   counted with its cause, and named in `status`.
 - The engine's thread never waits for a disk or for the gateway. What waits to be written is bounded in bytes and in
   time, because it holds room in the tier above: what is too much is dropped.
+- A disk that does not answer has nothing: while a read takes too long, nothing is found. What it reads to stays in use
+  until it returns.
 - Reading never waits behind writing: each has its own threads. One thread at a time encrypts or decrypts, so that the
   tier takes no more than one core.
 - What was read is used when it opened as the very chunk that was asked for. A file that does not open is removed.
@@ -38,6 +40,9 @@ _STALE_S: Final = 2.0  # a chunk that waited for so long to be written holds its
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0  # in which nothing is written after an error
 _HOUSEKEEPING_S: Final = 60.0
 _STOP_S: Final = 5.0
+_ANSWER_S: Final = 2.0  # a disk that takes longer for one read does not answer
+_SLOWEST_READ_BYTES_S: Final = 64 << 20  # computing again is no slower
+_NO_ANSWER: Final = "the disk does not answer"
 
 
 class Presence(Enum):
@@ -78,6 +83,7 @@ class DiskStatus:
         last_error_age_s: how long ago.
         on: whether the folder can be used at all.
         paused: nothing is written for a while after an error.
+        answers: whether the disk does what is asked of it; see `DiskStore.answers`.
     """
 
     on: bool
@@ -96,6 +102,7 @@ class DiskStatus:
     faults: dict[str, int]
     last_error: str
     last_error_age_s: float | None
+    answers: bool
 
 
 @dataclass(slots=True)
@@ -176,7 +183,9 @@ class DiskStore:
         self._removals: deque[ChunkName] = deque()
         self._foreign = True
         self._finished: deque[Done] = deque()
-        self._open_jobs = 0
+        self._open_jobs = self._pieces_over = 0
+        self._reading: dict[int, float] = {}  # since when each thread does
+        self._reads_due_at = now()
         self._stopping = False
         self._stored = self._loaded = self._evicted = self._expired = 0
         self._not_stored: Counter[str] = Counter()
@@ -205,6 +214,8 @@ class DiskStore:
     def find(self, key: bytes, tenant: str) -> Presence:
         """Whether a tenant can have the chunk of that key."""
         with self._lock:
+            if not self._answers():
+                return Presence.ABSENT
             held = self._index.holder(key)
             if held is None or held.owner.tenant != tenant:
                 return Presence.ABSENT
@@ -218,6 +229,11 @@ class DiskStore:
                 self._faults["no_key"] += 1
             return Presence.ABSENT
         return Presence.HERE
+
+    def answers(self) -> bool:
+        """Whether what is read comes in time: nobody should wait for a disk that hangs, or is slower than computing."""
+        with self._lock:
+            return self._answers()
 
     def keys_of(self, owner: Owner) -> tuple[bytes, ...]:
         """The keys of a session's chunks, head first: for who wants them in memory before they are asked for."""
@@ -241,6 +257,8 @@ class DiskStore:
     def status(self) -> DiskStatus:
         """How the tier stands."""
         with self._lock:
+            answers = self._answers()
+            error, error_at = (self._error, self._error_at) if answers else (_NO_ANSWER, self._now())
             return DiskStatus(
                 on=self._files is not None,
                 paused=self._now() < self._paused_until,
@@ -256,8 +274,9 @@ class DiskStore:
                 expired_chunks=self._expired,
                 not_stored=dict(self._not_stored),
                 faults=dict(self._faults),
-                last_error=self._error,
-                last_error_age_s=self._now() - self._error_at if self._error else None,
+                last_error=error,
+                last_error_age_s=self._now() - error_at if error else None,
+                answers=answers,
             )
 
     # Moving
@@ -304,6 +323,7 @@ class DiskStore:
                 self._index.used(held.owner, self._now())
                 name = ChunkName(held.owner, piece.key, place.position, place.copy)
                 self._reads.append(_Task(job, held, name, piece.data))
+            self._reads_due_at = max(self._reads_due_at, job.started) + job.moved_bytes / _SLOWEST_READ_BYTES_S
             if not pieces:
                 self._job_over(job)
             self._to_read.notify_all()
@@ -331,9 +351,16 @@ class DiskStore:
                 self.drop(owner)
 
     def drain(self) -> None:
-        """Return when every job is over. Blocks."""
+        """Return when every job is over. Blocks, for as long as something moves.
+
+        Raises:
+            TimeoutError: a disk does not answer; see `close`.
+        """
         with self._lock:
-            self._idle.wait_for(lambda: not self._open_jobs)
+            while self._open_jobs:
+                over = self._pieces_over
+                if not self._idle.wait_for(lambda: not self._open_jobs, _STOP_S) and over == self._pieces_over:
+                    raise TimeoutError(_NO_ANSWER)
 
     def close(self) -> None:
         """Stop. What waits is not done, what runs is finished. Blocks, at most some seconds.
@@ -353,7 +380,7 @@ class DiskStore:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         if any(thread.is_alive() for thread in self._threads):
-            raise TimeoutError("the disk of a KV tier does not answer")
+            raise TimeoutError(_NO_ANSWER)
         self._keys.drop_all()
         if self._files is not None:
             self._files.close()
@@ -458,6 +485,9 @@ class DiskStore:
         cipher = self._plain or self._keys.wait(task.name.owner)
         if cipher is None:
             return "no_key"
+        thread = threading.get_ident()
+        with self._lock:
+            self._reading[thread] = self._now()
         try:
             files.read(task.name, buffer)
             with self._encrypting:
@@ -470,9 +500,18 @@ class DiskStore:
             with self._lock:
                 self._failed(error)
             return "lost" if error.errno == errno.ENOENT else "error"
+        finally:
+            with self._lock:
+                del self._reading[thread]
         return ""
 
     # Private. Whoever calls one of these holds the lock.
+
+    def _answers(self) -> bool:
+        late = self._now() - _ANSWER_S
+        if any(since < late for since in self._reading.values()):
+            return False
+        return not (self._reads or self._reading) or self._reads_due_at >= late
 
     def _take_up(self, files: ChunkFiles) -> None:
         """Find again what an engine before left."""
@@ -510,6 +549,7 @@ class DiskStore:
 
     def _piece_over(self, job: _Job, key: bytes, *, done: bool) -> None:
         job.left -= 1
+        self._pieces_over += 1
         if done:
             job.keys.append(key)
         else:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from appliance.engine.inside.disk.files import Owner
-from appliance.engine.inside.disk.store import DiskStore, Presence
+from appliance.engine.inside.disk.files import ChunkFiles, Owner
+from appliance.engine.inside.disk.store import DiskStore, Piece, Presence
 from tests.unit.inside.disk.tier import (
     ANA,
     BEN,
@@ -458,6 +458,63 @@ def test_a_disk_that_does_not_answer_at_all_keeps_the_memory_from_being_given_ba
     with pytest.raises(TimeoutError):
         tier.store.close()
     slow.go_on.set()
+
+
+def test_a_disk_that_does_not_answer_a_read_has_nothing_until_it_does(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.engine.inside.disk.store._STOP_S", 0.05)
+    passed_s = [0.0]
+    tier = make(now=lambda: passed_s[0])
+    tier.write(ANA, [1])
+    tier.write(BEN, [1])
+    slow = _Slow(monkeypatch, "readv")
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    tier.store.load(99, "acme", [Piece(chunk_key(ANA, 1), 1, buffer)])
+    slow.reached.wait(10)
+    assert tier.store.find(chunk_key(BEN, 1), "acme") is Presence.HERE
+    passed_s[0] += 2.5
+    assert tier.store.find(chunk_key(BEN, 1), "acme") is Presence.ABSENT
+    status = tier.store.status()
+    assert not status.answers
+    assert status.last_error == "the disk does not answer"
+    with pytest.raises(TimeoutError):
+        tier.store.drain()
+    slow.go_on.set()
+    assert tier.wait(99).whole
+    assert tier.store.find(chunk_key(BEN, 1), "acme") is Presence.HERE
+    assert tier.store.status().answers
+
+
+def test_a_disk_that_reads_more_slowly_than_is_of_use_does_not_answer(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.engine.inside.disk.store._SLOWEST_READ_BYTES_S", CHUNK_BYTES)  # one a second
+    monkeypatch.setattr("appliance.engine.inside.disk.store._READERS", 1)
+    passed_s = [0.0]
+    tier = make(now=lambda: passed_s[0])
+    tier.write(ANA, range(5))
+    begun, go_on = threading.Semaphore(0), threading.Semaphore(0)
+    read = ChunkFiles.read
+
+    def one_by_one(*arguments: Any) -> None:
+        begun.release()
+        assert go_on.acquire(timeout=20)
+        read(*arguments)
+
+    monkeypatch.setattr(ChunkFiles, "read", one_by_one)
+    passed_s[0] = 100.0
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    tier.store.load(99, "acme", [Piece(chunk_key(ANA, number), number, buffer) for number in range(5)])
+    answers = []
+    for _ in range(5):
+        assert begun.acquire(timeout=20)
+        passed_s[0] += 1.9
+        answers.append(tier.store.answers())
+        go_on.release()
+    assert answers == [True, True, True, False, False]
+    assert tier.wait(99).whole
+    assert tier.store.answers()
 
 
 def test_two_engines_do_not_share_a_folder(make: Make) -> None:
