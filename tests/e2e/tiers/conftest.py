@@ -9,7 +9,7 @@ from tests.e2e.appliance.conftest import Appliance, holdfast
 # The demonstration's model has 64 KiB of KV in a block of 32 tokens.
 BLOCK_BYTES = 64 << 10
 DEVICE_BLOCKS = 96
-DRAM_BLOCKS = 448  # the proof's prompts, and what pushes them off the device, fit in at once
+DRAM_BLOCKS = 640  # the proof's prompts, and what pushes them off the device, fit in at once
 DISK_BLOCKS = 4096
 TIERS = {
     "HOLDFAST_ENGINE__KV_CACHE_BYTES": str(DEVICE_BLOCKS * BLOCK_BYTES),
