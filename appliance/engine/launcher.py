@@ -241,6 +241,9 @@ def environment(spec: EngineSpec, base: Mapping[str, str]) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",
         **PLUGIN_ENVIRONMENT,
     }
+    if spec.eager:
+        # vLLM compiles parts of its sampler even so, when they are first asked for: that held up everybody for 24 s.
+        chosen["TORCH_COMPILE_DISABLE"] = "1"
     if spec.device == "cpu":
         chosen["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if spec.cpu_threads is not None:

@@ -198,3 +198,8 @@ def test_the_tier_on_disk_is_named_with_its_bounds_and_stays_visible_in_the_cage
     kept = [value for name, value in pairwise(line) if name == "--keep"]
     assert "/state/tiers" in kept
     assert option(line, "--key-fd") == "9"
+
+
+def test_an_eager_engine_compiles_nothing_while_somebody_waits() -> None:
+    assert environment(replace(SPEC, eager=True), {})["TORCH_COMPILE_DISABLE"] == "1"
+    assert "TORCH_COMPILE_DISABLE" not in environment(replace(SPEC, eager=False), {})
