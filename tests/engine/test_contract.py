@@ -122,6 +122,7 @@ def test_a_local_build_of_the_version_is_accepted(version: str) -> None:
         (TieringOffloadingManager.prepare_store, ["self", "keys", "req_context"]),
         (TieringOffloadingManager.complete_store, ["self", "keys", "req_context", "success"]),
         (TieringOffloadingManager.complete_load, ["self", "keys", "req_context"]),
+        (TieringOffloadingManager.on_request_finished, ["self", "req_context", "exclude_tier_idx"]),
         (TieringOffloadingManager.on_schedule_end, ["self", "context"]),
         (CPUOffloadingManager._free_chunk, ["self", "chunk"]),
         (CachePolicy.insert, ["self", "key", "chunk"]),

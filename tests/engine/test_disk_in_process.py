@@ -124,3 +124,25 @@ def test_a_chunk_is_booked_to_the_session_that_computed_it(engine: EngineInProce
         state = manager._req_state[context.req_id]
         state.pending_primary_stores = 0
         manager.on_request_finished(context)
+
+
+def test_sessions_that_come_back_together_to_too_small_a_dram_do_not_push_each_other_out(
+    engine: EngineInProcess,
+) -> None:
+    prompts = {session: stored(engine, 10 + seed, session, 10) for seed, session in enumerate(("a", "b", "c", "d"))}
+    loaded = store(engine).status().loaded_chunks
+    names = [engine.submit(prompt, session=session, max_tokens=2) for session, prompt in prompts.items()]
+    run(engine)
+    cached = [engine.answers[name].cached_tokens or 0 for name in names]
+    assert sum(cached) >= (CHUNKS - 4) * BLOCK
+    assert store(engine).status().loaded_chunks - loaded <= len(prompts) * 10  # each chunk is read once at most
+
+
+def test_of_a_session_larger_than_dram_the_head_comes_back(engine: EngineInProcess) -> None:
+    prompt = stored(engine, 30, "long", 30)
+    assert store(engine).status().chunks >= CHUNKS
+    loaded = store(engine).status().loaded_chunks
+    name = engine.submit(prompt, session="long", max_tokens=2)
+    run(engine)
+    assert engine.answers[name].cached_tokens == CHUNKS * BLOCK
+    assert store(engine).status().loaded_chunks - loaded == CHUNKS

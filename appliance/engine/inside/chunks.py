@@ -10,13 +10,15 @@ Rules:
   head nothing.
 - What a session diverged from is released with it, unless another session has it.
 - A chunk that several sessions share stays as long as one of them is worth it.
-- A chunk that is being copied does not leave: only what is `free` is picked.
+- A chunk that is being copied does not leave: only what is `free` is picked. Nor does one that a request waits for: two
+  that come back at once would push each other out for ever.
 - Worths are reckoned for all sessions at once and hold for a while, longer the more sessions there are, so that the
   reckoning costs a bounded share of the time.
 - The clock and the worth are passed in.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Final, NamedTuple, Protocol
 
@@ -54,6 +56,8 @@ class ChunkOrder:
         self._free: set[bytes] = set()
         self._of: dict[Owner, dict[bytes, None]] = {}
         self._abandoned: dict[Owner, set[bytes]] = {}
+        self._awaited_by: dict[str, set[bytes]] = {}
+        self._awaited: Counter[bytes] = Counter()
         self._orphans: dict[bytes, None] = {}  # nobody asks for them: they go first
         self._ranked: list[Owner] = []  # the lowest worth first
         self._order_ends_at = 0.0
@@ -80,6 +84,21 @@ class ChunkOrder:
         """Something copies from the chunk."""
         self._free.discard(key)
 
+    def await_for(self, request: str, key: bytes) -> None:
+        """A request that is not admitted yet will load the chunk."""
+        keys = self._awaited_by.setdefault(request, set())
+        if key not in keys:
+            keys.add(key)
+            self._awaited[key] += 1
+
+    def waits_no_more(self, request: str) -> None:
+        """The request was admitted, or is over."""
+        keys = self._awaited_by.pop(request, ())
+        self._awaited.subtract(keys)
+        for key in keys:
+            if not self._awaited[key]:
+                del self._awaited[key]
+
     def discard(self, key: bytes) -> None:
         """The chunk is gone."""
         chunk = self._chunks.pop(key, None)
@@ -98,6 +117,8 @@ class ChunkOrder:
         self._free.clear()
         self._of.clear()
         self._abandoned.clear()
+        self._awaited_by.clear()
+        self._awaited.clear()
         self._orphans.clear()
         self._ranked.clear()
 
@@ -175,7 +196,7 @@ class ChunkOrder:
 
     def _leaving(self, spared: Collection[bytes]) -> Iterator[bytes]:
         """Every chunk that may leave, in the order in which they do."""
-        yield from (key for key in self._orphans if key in self._free and key not in spared)
+        yield from (key for key in self._orphans if self._may_leave(key, spared))
         passed: set[Owner] = set()
         for owner in self._lowest_first():
             passed.add(owner)
@@ -183,9 +204,12 @@ class ChunkOrder:
             going = [
                 (chunk.end_token, key)
                 for key in self._of.get(owner, ())
-                if key in self._free and key not in spared and (chunk := self._chunks[key]).owners <= passed
+                if self._may_leave(key, spared) and (chunk := self._chunks[key]).owners <= passed
             ]
             yield from (key for _, key in sorted(going, reverse=True))
+
+    def _may_leave(self, key: bytes, spared: Collection[bytes]) -> bool:
+        return key in self._free and key not in spared and key not in self._awaited
 
     def _own(self, key: bytes, owner: Owner) -> None:
         chunk = self._chunks[key]

@@ -635,7 +635,17 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         found = super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
         if found is LookupResult.HIT_PENDING and not self._disk_answers():
             return LookupResult.MISS  # its room stays taken until the disk lets go of it
+        if found in (LookupResult.HIT, LookupResult.HIT_PENDING):
+            self._chunks.order.await_for(req_context.req_id, key)
         return found
+
+    def admitted(self, request_id: str) -> None:
+        """A request has what it waited for, or goes without."""
+        self._chunks.order.waits_no_more(request_id)
+
+    def on_request_finished(self, req_context: ReqContext, *, exclude_tier_idx: int | None = None) -> None:
+        self._chunks.order.waits_no_more(req_context.req_id)
+        super().on_request_finished(req_context, exclude_tier_idx=exclude_tier_idx)
 
     def disk(self) -> DiskStatus | None:
         """How the tier on disk stands; None: there is none."""
@@ -930,6 +940,10 @@ class TieredRetention(LeaseRetention):
                     self.policy.closed(session=owner, now=self.clock())
             self._tiers.release(labels)
         return report
+
+    def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        self._tiers.admitted(request.request_id)
 
     def tick(self) -> float | None:
         if self._canary.expire():

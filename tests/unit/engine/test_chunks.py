@@ -136,6 +136,22 @@ def test_what_left_is_not_released_again(order: ChunkOrder) -> None:
     assert order.sessions() == ()
 
 
+def test_what_a_request_waits_for_stays_until_it_waits_no_more(order: ChunkOrder) -> None:
+    stored(order, A, "a", 3)
+    for request in ("one", "two"):
+        order.await_for(request, b"a0")
+        order.await_for(request, b"a0")
+    order.await_for("one", b"a1")
+    assert order.pick(2, ()) is None
+    assert order.pick(1, ()) == (b"a2",)
+    order.waits_no_more("one")
+    assert order.pick(2, ()) is None
+    assert order.pick(1, ()) == (b"a1",)
+    order.waits_no_more("two")
+    order.waits_no_more("two")
+    assert order.pick(1, ()) == (b"a0",)
+
+
 def test_ten_thousand_sessions_are_ranked_once_for_many_picks(sessions: Sessions, order: ChunkOrder) -> None:
     for number in range(10_000):
         stored(order, ("t", str(number)), f"{number}-", 1)
