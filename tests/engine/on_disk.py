@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from appliance.engine.inside.disk.store import DiskStatus
-from appliance.engine.protocol import Lease, disk_tier, lease_params
+from appliance.engine.protocol import Lease, TurnEnd, disk_tier, lease_params
 from tests.engine.in_process import EngineInProcess
 
 DRAM_BYTES = 4 << 20
@@ -35,9 +35,11 @@ def main(model: Path, folder: Path) -> None:
 
 
 def _turn(engine: EngineInProcess, order: dict[str, Any]) -> dict[str, Any]:
-    lease = Lease(session=order["session"], tenant="acme", idle_timeout_s=60.0)
+    lease = Lease(session=order["session"], tenant="acme", idle_timeout_s=60.0, turn=f"turn-{engine.steps}")
     answer = engine.turn(order["prompt"], salt=order["salt"], transfer=lease_params(lease), max_tokens=8)
-    return {"cached": answer.cached_tokens, "token_ids": answer.token_ids}
+    account = engine.ended(TurnEnd(lease.session, lease.tenant, lease.turn, "other", 8, 60.0))
+    assert account is not None
+    return {"cached": answer.cached_tokens, "token_ids": answer.token_ids, "reason": account.reason}
 
 
 def _settled(engine: EngineInProcess, folder: Path) -> dict[str, Any]:

@@ -145,6 +145,7 @@ def test_a_session_that_was_forgotten_meanwhile_and_a_file_that_was_changed_are_
     second = Engine(tiny_model, folder, gateway)
     again = {session: second.turn(PROMPT, session=session, salt=session) for session in ("ana", "ben")}
     assert [again[session]["cached"] for session in ("ana", "ben")] == [0, 0]
+    assert [again[session]["reason"] for session in ("ana", "ben")] == ["", "tier_fault"]
     assert {session: again[session]["token_ids"] for session in again} == {
         session: cold[session]["token_ids"] for session in cold
     }

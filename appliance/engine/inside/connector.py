@@ -251,7 +251,8 @@ class LeaseRetention:
             change, reason = self._table.admitted(lease, hit_tokens, whole)
             self._apply(change)
             tier_tokens = self._tier_tokens(request, num_external_tokens)
-            self._accounts.admitted(lease, hit_tokens, *tier_tokens, "" if whole else self._why_missed(reason))
+            reason = self._why_missed(lease, reason)
+            self._accounts.admitted(lease, hit_tokens, *tier_tokens, "" if whole else reason)
 
     def has_pending_block_frees(self) -> bool:
         # Called when a running request found no block, before it or another one is preempted.
@@ -300,7 +301,7 @@ class LeaseRetention:
         """End every lease."""
         self._apply(self._table.release_all())
 
-    def _why_missed(self, reason: str) -> str:
+    def _why_missed(self, lease: Lease, reason: str) -> str:  # noqa: ARG002
         """Why a session's blocks were not all there, given why they left the device."""
         return reason
 
@@ -627,6 +628,11 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         order = self._chunks.order
         self._doomed.update(order.released([owner for owner in order.sessions() if owner[1] in sessions]))
         self._drop_doomed()
+
+    def take_fault(self, session: Owner) -> bool:
+        """Whether a chunk of the session's could not be read from the disk since this was asked last."""
+        disks = [tier.store for tier in self.secondary_tiers if isinstance(tier, DiskTier)]
+        return any(disk.take_fault(DiskOwner(*session)) for disk in disks)
 
     def lookup(self, key: bytes, req_context: ReqContext, *, exclude_tier_idx: int | None = None) -> LookupResult:
         if self.quarantined:
@@ -981,8 +987,9 @@ class TieredRetention(LeaseRetention):
         dram_tokens = sources.get(CacheHitSource.HOST, 0)
         return dram_tokens, sum(sources.values()) - dram_tokens
 
-    def _why_missed(self, reason: str) -> str:
-        return "tier_fault" if self._tiers.quarantined else reason
+    def _why_missed(self, lease: Lease, reason: str) -> str:
+        faulty = self._tiers.take_fault(_key(lease))
+        return "tier_fault" if faulty or self._tiers.quarantined else reason
 
     # Restored equals recomputed.
 

@@ -190,6 +190,7 @@ class DiskStore:
         self._stored = self._loaded = self._evicted = self._expired = 0
         self._not_stored: Counter[str] = Counter()
         self._faults: Counter[str] = Counter()
+        self._faulty: set[Owner] = set()  # whose chunk could not be read, and nobody was told yet
         self._error, self._error_at = "", now()
         self._pause_s, self._paused_until = _FIRST_PAUSE_S, now()
         self._files: ChunkFiles | None = None
@@ -226,7 +227,7 @@ class DiskStore:
             return Presence.ASK_AGAIN
         if found is NoKey.REFUSED:
             with self._lock:
-                self._faults["no_key"] += 1
+                self._faulted(held, "no_key")
             return Presence.ABSENT
         return Presence.HERE
 
@@ -335,17 +336,25 @@ class DiskStore:
             self._finished.clear()
             return done
 
+    def take_fault(self, owner: Owner) -> bool:
+        """Whether a chunk of the session's could not be read since this was asked last."""
+        with self._lock:
+            faulty = owner in self._faulty
+            self._faulty.discard(owner)
+            return faulty
+
     def drop(self, owner: Owner) -> None:
         """A session is over, or forgotten: nothing of it is found from now on, and its key and files go."""
         self._keys.drop(owner)
         with self._lock:
             self._removals.extend(self._index.drop(owner))
+            self._faulty.discard(owner)
             self._to_write.notify_all()
 
     def drop_labelled(self, sessions: Collection[str]) -> None:
         """As `drop`, of every session that has one of these labels."""
         with self._lock:
-            owners = set(self._index.owners())
+            owners = self._faulty.union(self._index.owners())
         for owner in owners.union(self._keys.owners()):
             if owner.session in sessions:
                 self.drop(owner)
@@ -471,7 +480,7 @@ class DiskStore:
             with self._lock:
                 task.held.loading -= 1
                 if cause:
-                    self._faults[cause] += 1
+                    self._faulted(task.held, cause)
                 if cause and cause != "no_key" and self._index.remove(task.name):
                     self._removals.append(task.name)
                     self._to_write.notify_all()
@@ -542,6 +551,11 @@ class DiskStore:
             return "error"
         waiting = len(self._writes)
         return "slow" if waiting and (waiting + chunks) * self._chunk_bytes > _MAX_WAITING_BYTES else ""
+
+    def _faulted(self, held: Held, cause: str) -> None:
+        self._faults[cause] += 1
+        if not held.gone:
+            self._faulty.add(held.owner)
 
     def _failed(self, error: OSError) -> None:
         self._error = f"{error.strerror or type(error).__name__} ({errno.errorcode.get(error.errno or 0, 'unknown')})"

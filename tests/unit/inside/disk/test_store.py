@@ -130,6 +130,30 @@ def test_a_file_that_has_gone_is_a_miss(make: Make) -> None:
     assert tier.store.status().faults == {"lost": 1}
 
 
+@pytest.mark.parametrize("fault", ["damaged", "lost", "no_key"])
+def test_whose_chunk_could_not_be_read_is_told_once(make: Make, fault: str) -> None:
+    make().write(ANA, [1])
+    gateway = Gateway()
+    gateway.without = {ANA} if fault == "no_key" else set()
+    tier = make(gateway=gateway)
+    tier.write(EVE, [1])
+    if fault == "damaged":
+        _flip(next(tier.root.rglob("acme~ana/*")), 2000)
+    if fault == "lost":
+        next(tier.root.rglob("acme~ana/*")).unlink()
+    assert not tier.store.take_fault(ANA)
+    tier.read(ANA, [1])
+    tier.read(EVE, [1])
+    assert tier.store.status().faults.keys() == {fault}
+    assert not tier.store.take_fault(EVE)
+    assert tier.store.take_fault(ANA)
+    assert not tier.store.take_fault(ANA)
+    if fault == "no_key":
+        tier.read(ANA, [1])
+        tier.store.drop_labelled({ANA.session})
+        assert not tier.store.take_fault(ANA)
+
+
 def test_files_that_were_swapped_do_not_open(make: Make) -> None:
     tier = make()
     tier.write(ANA, [1, 2])
