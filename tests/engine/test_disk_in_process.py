@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.v1.kv_offload.base import ReqContext, make_offload_key
 
 from appliance.engine.protocol import Lease, disk_tier, lease_params
@@ -26,10 +27,12 @@ def on_disk(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     gateway = Gateway()
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv(KEY_SOCKET, str(gateway.open()))
+        # The workers of a process share one connector, that of its first engine: here it has to be this one's.
+        environment.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", None)
         disk = disk_tier(str(folder), 64 << 20, 3600.0)
         engine = EngineInProcess(tiny_model, dram_bytes=CHUNKS * CHUNK_BYTES, disk=disk)
-    yield engine, folder
-    engine.close()
+        yield engine, folder
+        engine.close()
     gateway.close()
 
 
@@ -63,7 +66,7 @@ def run(engine: EngineInProcess) -> None:
     while engine._front.has_unfinished_requests():
         assert time.monotonic() < deadline, "a request waits for ever"
         engine.step()
-    while tiers(engine).has_pending_work():
+    while engine.scheduler.has_requests() or tiers(engine).has_pending_work():
         assert time.monotonic() < deadline, "a copy is never over"
         engine.core.step_fn()
 
