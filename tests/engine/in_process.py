@@ -69,9 +69,10 @@ class EngineInProcess:
         )
         self._workers_connector = kv_transfer_state._KV_CONNECTOR_AGENT
         self._front = self._llm.llm_engine
-        self.core: Any = self._front.engine_core.engine_core
+        self._core = self._front.engine_core.engine_core
         self.scheduler: Any = self.core.scheduler
         self.connector: StateConnector | TieredStateConnector = self.scheduler.get_kv_connector()
+        self.connector.clock = self.clock
         self.pool: BlockPool = self.scheduler.kv_cache_manager.block_pool
         self.answers: dict[str, Answer] = {}
         self.preemptions = 0
@@ -80,6 +81,12 @@ class EngineInProcess:
         self._names = itertools.count()
         self._preempt = self.scheduler._preempt_request
         self.scheduler._preempt_request = self._count_preemption
+
+    @property
+    def core(self) -> Any:
+        """vLLM's EngineCore. From now on it is this engine that runs, whichever else is in the process."""
+        kv_transfer_state._KV_CONNECTOR_AGENT = self._workers_connector
+        return self._core
 
     def submit(
         self,
@@ -121,6 +128,7 @@ class EngineInProcess:
             if not self._front.has_unfinished_requests():
                 return
             self.steps += 1
+            kv_transfer_state._KV_CONNECTOR_AGENT = self._workers_connector
             for output in self._front.step():
                 self.answers[output.request_id] = Answer(
                     output.num_cached_tokens, list(output.outputs[0].token_ids), output.outputs[0].finish_reason
@@ -174,8 +182,7 @@ class EngineInProcess:
         return len(self.scheduler.running)
 
     def start_anew(self) -> None:
-        """Empty the prefix cache and the counters; from now on it is this engine that runs."""
-        kv_transfer_state._KV_CONNECTOR_AGENT = self._workers_connector
+        """Empty the prefix cache and the counters."""
         assert self.core.reset_prefix_cache()
         self.answers.clear()
         self.preemptions = self.steps = 0
@@ -199,8 +206,7 @@ class EngineInProcess:
         assert sorted(free) == [block.block_id for block in self.pool.blocks if not block.ref_cnt and not block.is_null]
 
     def close(self) -> None:
-        """Shut the engine down."""
-        kv_transfer_state._KV_CONNECTOR_AGENT = self._workers_connector
+        """Shut the engine down, and what all engines of the process share: only when no test needs another one."""
         self.core.shutdown()
 
     def _count_preemption(self, *arguments: Any, **named: Any) -> None:

@@ -18,7 +18,7 @@ CHUNKS = 100
 CHUNK_BYTES = 2 * 2 * 64 * 2 * BLOCK  # layers, keys and values, hidden size, bfloat16, tokens
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiered(tiny_model: Path) -> Iterator[EngineInProcess]:
     """An engine whose DRAM holds two and a half times what its device does.
 

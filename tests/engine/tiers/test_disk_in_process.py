@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.v1.kv_offload.base import ReqContext, make_offload_key
 
 from appliance.engine.protocol import Lease, disk_tier, lease_params
 from appliance.engine.tier_keys import KEY_SOCKET
 from tests.engine.in_process import BLOCK, EngineInProcess, words
-from tests.engine.test_disk_tier import Gateway
+from tests.engine.tiers.test_disk_tier import Gateway
 
 CHUNKS = 24
 CHUNK_BYTES = 2 * 2 * 64 * 2 * BLOCK  # layers, keys and values, hidden size, bfloat16, tokens
@@ -27,8 +26,6 @@ def on_disk(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     gateway = Gateway()
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv(KEY_SOCKET, str(gateway.open()))
-        # The workers of a process share one connector, that of its first engine: here it has to be this one's.
-        environment.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", None)
         disk = disk_tier(str(folder), 64 << 20, 3600.0)
         engine = EngineInProcess(tiny_model, dram_bytes=CHUNKS * CHUNK_BYTES, disk=disk)
         yield engine, folder
