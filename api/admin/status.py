@@ -223,9 +223,10 @@ async def _leases(services: Services) -> types.Leases | None:
             report = await services.engine.leases()
     except (HoldfastError, TimeoutError):
         return None
+    running = [lease for lease in report.leases if lease.expires_in_s > 0]
     return types.Leases(
-        sessions=len(report.leases),
-        leased_blocks=report.leased_blocks,
+        sessions=len(running),
+        leased_blocks=min(sum(lease.blocks for lease in running), report.leased_blocks),  # some are shared
         free_blocks=report.free_blocks,
         total_blocks=report.total_blocks,
         block_size_tokens=report.block_size,

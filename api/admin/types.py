@@ -46,7 +46,8 @@ class Part(Wire):
 
 
 class Leases(Wire):
-    """What the engine keeps on the device for sessions that are due to go on, at the moment of the status."""
+    """What the engine keeps on the device for sessions whose lease runs, at the moment of the status. What it keeps
+    beyond that, until the room is wanted, is neither free nor leased: `KvStatus` has it."""
 
     sessions: int
     leased_blocks: int
