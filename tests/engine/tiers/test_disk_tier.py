@@ -26,7 +26,7 @@ class Engine:
 
     def __init__(self, model: Path, folder: Path, keys: "Gateway") -> None:
         theirs = keys.open()
-        command = [sys.executable, "-m", "tests.engine.on_disk", str(model), str(folder)]
+        command = [sys.executable, "-m", "tests.engine.tiers.on_disk", str(model), str(folder)]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
