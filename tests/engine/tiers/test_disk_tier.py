@@ -35,7 +35,7 @@ class Engine:
             bufsize=1,
             pass_fds=[theirs],
             env={**os.environ, KEY_SOCKET: str(theirs)},
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[3],
         )
         os.close(theirs)
         assert self._told()["ready"]
