@@ -568,7 +568,9 @@ async def test_a_turn_that_ends_after_its_session_was_forgotten_is_not_written(w
     turn = chat(HELLO, client_id="job-7")
     await say(world.sessions, caller(), turn, "Hello.")
     running = await world.sessions.resolve(caller(), turn)
+    assert not running.was_ended_since(0.0)
     await world.sessions.forget(caller(), running.session_id)
+    assert running.was_ended_since(0.0), "what the engine computes for it meanwhile is let go of when it ends"
     with pytest.raises(SessionForgotten):
         await world.sessions.record(running, turn, outcome("late"))
     assert await world.sessions.summaries(caller()) == []
