@@ -72,6 +72,8 @@ def test_a_quarantine_is_seen_in_every_tier_that_is_restored_from(engine: Engine
             "disk": "quarantined",
         }
         assert picture(engine).canary is not None
-        assert picture(engine).canary.quarantined  # type: ignore[union-attr]
+        canary = picture(engine).canary
+        assert canary is not None
+        assert canary.quarantined
     finally:
         connector._tiers.quarantined = False
