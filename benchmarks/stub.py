@@ -13,6 +13,7 @@ Rules:
 """
 
 import asyncio
+import functools
 import json
 import os
 import sys
@@ -252,16 +253,33 @@ def _words(plan: Plan) -> list[str]:
     return [f" word{number}" for number in range(plan.chunks)] if plan.text is None else [plan.text]
 
 
-def _prompt_ids(request: dict[str, Any]) -> list[int]:
+def _prompt_tokens(request: dict[str, Any]) -> int:
     prompt = request.get("prompt")
     if isinstance(prompt, list):
-        return prompt
-    said = prompt if prompt is not None else "".join(str(message.get("content")) for message in request["messages"])
-    return list(range(len(said) // CHARS_PER_TOKEN))
+        return len(prompt)
+    if prompt is not None:
+        return len(prompt) // CHARS_PER_TOKEN
+    return sum(len(str(message.get("content"))) for message in request["messages"]) // CHARS_PER_TOKEN
+
+
+def _prompt_ids(request: dict[str, Any]) -> list[int]:
+    prompt = request.get("prompt")
+    return prompt if isinstance(prompt, list) else list(range(_prompt_tokens(request)))
+
+
+@functools.lru_cache(1024)
+def _counted_ids(tokens: int) -> str:
+    """As many ids, as JSON: an engine has its own at hand, and making them must not count as the gateway's doing."""
+    return _compact(list(range(tokens)))
+
+
+def _prompt_ids_as_json(request: dict[str, Any]) -> str:
+    prompt = request.get("prompt")
+    return _compact(prompt) if isinstance(prompt, list) else _counted_ids(_prompt_tokens(request))
 
 
 def _usage(request: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    prompt, completion = len(_prompt_ids(request)), len(_words(plan)) + 1
+    prompt, completion = _prompt_tokens(request), len(_words(plan)) + 1
     return {
         "prompt_tokens": prompt,
         "total_tokens": prompt + completion,
@@ -312,7 +330,7 @@ def _events(request: dict[str, Any], plan: Plan, answer_id: str) -> Iterator[byt
     head = f'data: {{"id":"{answer_id}","object":"{name}","created":1700000000,"model":{json.dumps(request["model"])}'
     words = _words(plan)
     indices = range(request.get("n", 1))
-    tail = _compact(_prompt_ids(request)) if ids else ""
+    tail = _prompt_ids_as_json(request) if ids else ""
     if chat:
         first = f',"prompt_token_ids":{tail},"prompt_text":null' if ids else ""
         delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
@@ -376,7 +394,7 @@ def _lease(leases: dict[tuple[str, str], int], request: dict[str, Any]) -> None:
     asked = (request.get("kv_transfer_params") or {}).get(LEASE_FIELD)
     if asked is not None:
         leases.pop((asked["tenant"], asked["session"]), None)
-        leases[asked["tenant"], asked["session"]] = len(_prompt_ids(request))
+        leases[asked["tenant"], asked["session"]] = _prompt_tokens(request)
         if len(leases) > _KEPT_LEASES:
             del leases[next(iter(leases))]
 

@@ -3,7 +3,9 @@
 Rules:
 
 - A request enters its key's quota before its body is read. Before the engine is asked: its tokens are reserved, the
-  session is known, and the admission is in the audit log.
+  session is known, and the admission is on its way into the audit log. Before a word of an answer leaves, or of a
+  refusal by the engine, it is on the disk. Where it cannot be written the engine's work is cancelled and the request
+  refused; while the log is known to fail the engine is not asked.
 - The answer goes to the client as it comes, save its end: the chunk with the last `finish_reason`, the usage and
   `[DONE]` are held back until request, answer and token ids are durable, and the audit log has how it ended. A client
   that saw any of them will find its transcript. Where one of the two fails, an error event takes their place.
@@ -100,6 +102,7 @@ class _Running:
     prompt_bytes: int
     started_at: float
     prefix: Prefix | None = None
+    recorded: "asyncio.Future[bytes] | None" = None
     broken_off_by: HoldfastError | None = None
     client_gone: bool = False
     settled: bool = False
@@ -113,6 +116,24 @@ class _Running:
             return
         self.broken_off_by, self.client_gone = why, why is None
         self._limit.reschedule(asyncio.get_running_loop().time())
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether its admission is on the disk."""
+        recorded = self.recorded
+        return recorded is not None and recorded.done() and not recorded.cancelled() and recorded.exception() is None
+
+    async def until_recorded(self) -> None:
+        """Return when its admission is on the disk.
+
+        Raises:
+            AuditUnavailable: it will not be.
+        """
+        if self.recorded is None:
+            raise RuntimeError("a turn was begun that nobody recorded")
+        if not self.recorded.done():
+            await asyncio.wait((self.recorded,))  # which leaves it alone when this is cancelled
+        self.recorded.result()
 
     @contextlib.asynccontextmanager
     async def until(self, timeout_s: float) -> AsyncIterator[None]:
@@ -195,14 +216,15 @@ class Turns:
                 prompt_digest=await self._prompt_digest(request, asked, body_bytes),
             )
             also = [trail.session_ended(request, session_id=session_id)] if ends else []
-            # The engine's body is made while the disk works: in this order, for `gather` begins with the first.
-            _, body = await asyncio.gather(services.audit.record(admitted, *also), self._engine_body(running))
+            running.recorded = services.audit.begin(admitted, *also)
             watcher = asyncio.get_running_loop().create_task(_watch(receive, running))
             try:
-                await (self._stream if asked.stream else self._whole)(request, running, body, send)
+                await (self._stream if asked.stream else self._whole)(
+                    request, running, self._engine_body(running), send
+                )
             finally:
                 watcher.cancel()
-                if ends:
+                if ends and running.is_recorded:
                     services.sessions.end_with_turn(running.session)
                 if running.session.was_ended_since(running.started_at):
                     await release(services, [running.session.lease_label])
@@ -300,7 +322,10 @@ class Turns:
 
         Raises:
             LineFull: too many wait already.
+            AuditUnavailable: its admission cannot be recorded.
         """
+        if running.recorded is None or running.recorded.done() or self._services.audit.error is not None:
+            await running.until_recorded()
         waiting, asked, session = self._services.waiting, running.asked, running.session
         tenant = request.known_caller().tenant
         hints = asked.agent_hints.allowed(waiting.most_priority(tenant))
@@ -336,7 +361,7 @@ class Turns:
         finally:
             leave()
 
-    async def _engine_body(self, running: _Running) -> bytes:
+    def _engine_body(self, running: _Running) -> bytes:
         """The only way that anything reaches the engine."""
         asked, session = running.asked, running.session
         shared = None
@@ -412,17 +437,22 @@ class Turns:
             self._at_the_engine(request, running) as leave,
             engine.batches(self._endpoint.path, body, request_id=engine_id) as batches,
         ):
+            await running.until_recorded()
             reader = _Reader(send, leave)
             async for batch in batches:
-                events, failure = _feed(answer, batch)
-                if events:
-                    if not request.began:
-                        running.first_token_s = time.perf_counter() - begun_at
-                        self._services.metrics.first_token_s.observe(running.first_token_s)
-                        await _begin(send)
-                    await reader.send(events)
-                if failure is not None:
-                    raise failure
+                # Who waits for the first event does not wait for those to be read that came with it.
+                for together in (batch,) if request.began or len(batch) == 1 else (batch[:1], batch[1:]):
+                    events, failure = _feed(answer, together)
+                    if events:
+                        if not request.began:
+                            running.first_token_s = time.perf_counter() - begun_at
+                            self._services.metrics.first_token_s.observe(running.first_token_s)
+                            await _begin(send)
+                        await reader.send(events)
+                    if failure is not None:
+                        raise failure
+                    if together is not batch:
+                        await asyncio.sleep(0)  # what was written leaves when the loop comes round
 
     # Whole
 
@@ -437,6 +467,7 @@ class Turns:
                     request_id=engine_id,
                     deadline_s=self._settings.request_timeout_s,
                 )
+                await running.until_recorded()
                 running.answer.take_whole(answered[1])
         except HoldfastError as error:
             failure = error
@@ -480,9 +511,9 @@ class Turns:
         session_id = running.session.session_id
         served = await self._served(running, told)
         # The record first: it is on its way to the disk while the turn is encrypted.
-        recorded, stored = await asyncio.gather(
-            services.audit.record(self._ended(request, running, state, failure)),
-            services.sessions.record(
+        recorded = services.audit.begin(self._ended(request, running, state, failure))
+        try:
+            stored = await services.sessions.record(
                 running.session,
                 running.asked.turn,
                 outcome,
@@ -491,31 +522,24 @@ class Turns:
                 template=services.template,
                 served=served,
                 last=ends_session(request.headers),
-            ),
-            return_exceptions=True,
-        )
-        if isinstance(stored, HoldfastError):
+            )
+        except HoldfastError as error:
             with contextlib.suppress(AuditUnavailable, VaultSealed):
-                await services.audit.record(trail.not_kept(request, session_id=session_id, error=stored))
-        if isinstance(stored, BaseException):
-            raise stored
-        if isinstance(recorded, BaseException):
-            raise recorded
+                await services.audit.record(trail.not_kept(request, session_id=session_id, error=error))
+            with contextlib.suppress(AuditUnavailable):
+                await recorded
+            raise
+        await recorded
         self._note(running, state, stored, time.perf_counter() - begun_at, outcome)
         return stored
 
     async def _served(self, running: _Running, told: "asyncio.Future[TurnAccount | None]") -> Served | None:
-        """From where the engine had what it found of the prompt; None: that is not certain.
-
-        The engine's account is waited for only where it can tell what the gateway cannot know: of more tiers than the
-        device, or of a cap that the session met.
-        """
-        usage, keeping = running.answer.usage, running.session.keeping
-        if usage.cached_tokens is None or self._services.engine_life is None:
+        """From where the engine had what it found of the prompt; None: that is not certain."""
+        cached_tokens = running.answer.usage.cached_tokens
+        if cached_tokens is None or self._services.engine_life is None:
             return None
-        if not self._services.kv.has_more_tiers and min(keeping.tenant_cap, keeping.session_cap) >= 1.0:
-            account = told.result() if told.done() else None
-            return Served(usage.cached_tokens, 0, 0, "" if account is None else account.reason)
+        if not _wants_account(self._services, running):
+            return Served(cached_tokens, 0, 0)
         done, _ = await asyncio.wait([told], timeout=_ACCOUNT_WITHIN_S)
         account = told.result() if done else None
         if account is None:
@@ -551,7 +575,7 @@ class Turns:
             answer.usage.completion_tokens,
             session.keeping.idle_timeout_after_s(stop),
         )
-        return self._services.turn_ends.tell(end)
+        return self._services.turn_ends.tell(end, at_once=_wants_account(self._services, running))
 
     def _ended(self, request: Request, running: _Running, state: TurnState, failure: HoldfastError | None) -> Event:
         usage = running.answer.usage
@@ -575,7 +599,11 @@ class Turns:
         """Nothing was answered: what a client did not wait for, or asked too much for, it pays; else nothing.
 
         Nor does it pay for what never came to the engine.
+
+        Raises:
+            AuditUnavailable: the admission was not recorded: no other refusal may be told.
         """
+        await running.until_recorded()
         self._services.metrics.unanswered()
         with contextlib.suppress(AuditUnavailable, VaultSealed):
             await self._services.audit.record(self._ended(request, running, TurnState.INTERRUPTED, failure))
@@ -595,6 +623,12 @@ class Turns:
         if isinstance(error, EngineRejected):
             return _refusal(error, running.session)
         return error
+
+
+def _wants_account(services: Services, running: _Running) -> bool:
+    """Whether the engine knows more of where a prompt was found: it has more tiers, or a cap that may have been met."""
+    keeping = running.session.keeping
+    return services.kv.has_more_tiers or min(keeping.tenant_cap, keeping.session_cap) < 1.0
 
 
 def _as_tenant_allows(request: Request, asked: Asked) -> Asked:

@@ -95,6 +95,12 @@ class NodeAudit:
         """
         return await self._recorder.record(*events, privileged=privileged)
 
+    def begin(self, *events: Event) -> "asyncio.Future[bytes]":
+        """As `record`, for who has something else to do meanwhile: the future is done when they are on the disk, and
+        raises what `record` would.
+        """
+        return self._recorder.begin(*events)
+
     def count(self, event: Event) -> None:
         """Note something that anybody can cause without a key; recorded once a minute, with how often it was."""
         self._recorder.count(event)

@@ -170,9 +170,21 @@ class Recorder:
             AuditUnavailable: says which file and why.
             VaultSealed: an event of a tenant's, and there is no key to seal it with.
         """
+        return int(protocol.SEQUENCE.unpack(await self.begin(*events, privileged=privileged))[0])
+
+    def begin(self, *events: Event, privileged: bool = False) -> "asyncio.Future[bytes]":
+        """As `record`, for who has something else to do meanwhile: the events are on their way when this returns.
+
+        The future is done when they are on the disk, and its result is the last one's sequence, packed; what `record`
+        raises is the future's. Cancelled, they are written all the same.
+        """
         kind = protocol.APPEND_PRIVILEGED if privileged else protocol.APPEND
-        answer = await self._ask(kind, protocol.pack_drafts([self._sealed(event) for event in events]))
-        return int(protocol.SEQUENCE.unpack(answer)[0])
+        try:
+            return self._ask(kind, protocol.pack_drafts([self._sealed(event) for event in events]))
+        except HoldfastError as error:
+            failed: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+            failed.set_exception(error)
+            return failed
 
     def count(self, event: Event) -> None:
         """Note something that anybody can cause: `tell_counted` records it, once for all that are alike."""

@@ -122,7 +122,8 @@ class Lease:
 
     def to_wire(self) -> dict[str, object]:
         """The value of `kv_transfer_params[LEASE_FIELD]`."""
-        return asdict(self)
+        shared = None if self.shared is None else asdict(self.shared)
+        return {**{name: getattr(self, name) for name in self.__slots__}, "shared": shared}
 
     @classmethod
     def from_wire(cls, value: object) -> Self:
@@ -165,7 +166,7 @@ class TurnEnd:
 
     def to_wire(self) -> dict[str, object]:
         """The message as JSON has it."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in self.__slots__}
 
     @classmethod
     def from_wire(cls, value: object) -> Self:

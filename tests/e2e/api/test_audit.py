@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import queue
 import resource
 import signal
 import threading
@@ -148,6 +149,20 @@ def test_a_log_that_cannot_be_written_stops_admission_and_says_why(own: Served) 
     assert str(own.state_dir / "audit/journal") in state.detail
     own.admin.create_tenant("made on a full disk")
     assert "tenant.created" in _actions(own, tenant="system")
+
+
+def test_the_engine_may_begin_but_nothing_is_answered_before_the_admission_is_on_the_disk(own: Served) -> None:
+    assert own.ask("hello").status == 200
+    seen, answers = own.engine_seen()["requests"], queue.SimpleQueue[int]()
+    os.kill(_appender(own), signal.SIGSTOP)
+    asking = threading.Thread(target=lambda: answers.put(own.ask("hello").status))
+    asking.start()
+    until(lambda: own.engine_seen()["requests"] > seen)
+    with pytest.raises(queue.Empty):
+        answers.get(timeout=0.2)
+    os.kill(_appender(own), signal.SIGCONT)
+    asking.join()
+    assert answers.get() == 200
 
 
 def test_an_appender_that_is_killed_costs_no_turn_and_no_record(own: Served) -> None:

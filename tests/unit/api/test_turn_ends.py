@@ -40,12 +40,31 @@ def ends_of(engine: Engine, now: Sequence[float] = (0.0,)) -> TurnEnds:
 async def test_what_ends_while_a_message_is_under_way_travels_together() -> None:
     engine = Engine()
     ends = ends_of(engine)
-    accounts = [ends.tell(end("a"))]
+    accounts = [ends.tell(end("a"), at_once=True)]
     await engine.asked.wait()
-    accounts += [ends.tell(end("b")), ends.tell(end("c"))]
+    accounts += [ends.tell(end("b"), at_once=True), ends.tell(end("c"), at_once=True)]
     engine.answer.set()
     assert [await account for account in accounts] == [TurnAccount(turn, 32) for turn in "abc"]
     assert engine.told == [["a"], ["b", "c"]]
+
+
+async def test_what_nobody_waits_for_is_told_a_moment_later_together() -> None:
+    engine = Engine()
+    ends = ends_of(engine)
+    accounts = [ends.tell(end(turn), at_once=False) for turn in "abc"]
+    engine.answer.set()
+    assert [await account for account in accounts] == [TurnAccount(turn, 32) for turn in "abc"]
+    assert engine.told == [["a", "b", "c"]]
+
+
+async def test_what_somebody_waits_for_takes_those_along_that_nobody_waits_for() -> None:
+    engine = Engine()
+    ends = ends_of(engine)
+    engine.answer.set()
+    waited_for = [ends.tell(end("a"), at_once=False), ends.tell(end("b"), at_once=True)]
+    assert [await account for account in waited_for] == [TurnAccount(turn, 32) for turn in "ab"]
+    assert engine.told == [["a", "b"]]
+    assert await ends.tell(end("c"), at_once=False) == TurnAccount("c", 32)
 
 
 @pytest.mark.parametrize("failure", [EngineUnavailable("gone", cause="c", remedy="r"), EngineRejected(404, b"")])
@@ -53,7 +72,7 @@ async def test_an_engine_that_fails_costs_the_account_and_nothing_else(failure: 
     engine = Engine()
     engine.failure = failure
     engine.answer.set()
-    assert await ends_of(engine).tell(end("a")) is None
+    assert await ends_of(engine).tell(end("a"), at_once=True) is None
 
 
 async def test_an_engine_that_does_not_know_the_path_is_left_alone_for_a_while() -> None:
@@ -61,17 +80,17 @@ async def test_an_engine_that_does_not_know_the_path_is_left_alone_for_a_while()
     ends = ends_of(engine, now)
     engine.failure = EngineRejected(404, b"")
     engine.answer.set()
-    assert await ends.tell(end("a")) is None
-    assert await ends.tell(end("b")) is None
+    assert await ends.tell(end("a"), at_once=True) is None
+    assert await ends.tell(end("b"), at_once=True) is None
     assert engine.told == [["a"]]
     now[0], engine.failure = 61.0, None
-    assert await ends.tell(end("c")) == TurnAccount("c", 32)
+    assert await ends.tell(end("c"), at_once=True) == TurnAccount("c", 32)
 
 
 async def test_nobody_waits_for_ever_when_the_gateway_stops() -> None:
     engine = Engine()
     ends = ends_of(engine)
-    accounts = [ends.tell(end("a")), ends.tell(end("b"))]
+    accounts = [ends.tell(end("a"), at_once=True), ends.tell(end("b"), at_once=True)]
     await engine.asked.wait()
     await ends.close()
     assert [await account for account in accounts] == [None, None]
