@@ -406,6 +406,8 @@ class Turns:
                     raise _unfinished()
         except HoldfastError as error:
             failure = error
+        if running.first_token_s is not None:
+            self._services.metrics.first_token_s.observe(running.first_token_s)
         failure = failure or running.broken_off_by
         if not request.began and not answer.begun:
             await self._settle_unanswered(request, running, failure)
@@ -446,7 +448,6 @@ class Turns:
                     if events:
                         if not request.began:
                             running.first_token_s = time.perf_counter() - begun_at
-                            self._services.metrics.first_token_s.observe(running.first_token_s)
                             await _begin(send)
                         await reader.send(events)
                     if failure is not None:

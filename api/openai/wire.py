@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from api.openai.agent_hints import AgentHints, read_agent_hints
 from api.openai.errors import MalformedBody, RequestError
@@ -26,7 +26,7 @@ from api.openai.schemas import check_schemas
 from appliance.sessions import Message, SessionHints, Turn, TurnKind
 
 MAX_CHOICES: Final = 8
-_MAX_KEY = 256  # characters
+_MAX_MODEL_NAME = 256  # characters
 _MAX_TOOLS = 512
 _MAX_TOOL_CALLS = 256
 _MAX_PARTS = 1024
@@ -168,7 +168,7 @@ def _asked(
             if name != "include_usage":
                 dropped.add(f"stream_options.{name}")
     model = request.get("model")
-    if not isinstance(model, str) or not 0 < len(model) <= _MAX_KEY:
+    if not isinstance(model, str) or not 0 < len(model) <= _MAX_MODEL_NAME:
         raise _invalid("model", "it must be the name of a model; GET /v1/models lists them")
     parameters = passed if prompt is None else {**passed, "prompt": prompt}
     return Asked(
@@ -190,7 +190,10 @@ def _asked(
 def _object(body: bytes | bytearray) -> dict[str, Any]:
     try:
         request = from_json(bytes(body), allow_inf_nan=False)
-        json.loads(body, object_pairs_hook=_refuse_duplicates)  # which from_json lets pass
+        # Duplicates, which from_json lets pass. Each has a colon that what was read has not, and where nothing is
+        # written as \u003a a text has as many here as there: equal counts spare reading it all a second time.
+        if b"\\u" in body or body.count(b":") != to_json(request).count(b":"):
+            json.loads(body, object_pairs_hook=_refuse_duplicates)
     except (ValueError, RecursionError) as error:
         raise MalformedBody(
             "the body cannot be read",
@@ -208,8 +211,6 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
     names = {name for name, _ in pairs}
     if len(names) != len(pairs):
         raise ValueError("a key appears twice in one object")
-    if any(len(name) > _MAX_KEY for name in names):
-        raise ValueError(f"a key is longer than {_MAX_KEY} characters")
 
 
 def _passed(
@@ -452,8 +453,8 @@ def _tool(param: str, tool: Any, dropped: Dropped) -> dict[str, Any]:
             if not isinstance(given, wanted):
                 raise _invalid(f"{param}.function.{name}", f"it must be of the type {wanted.__name__}")
             function[name] = given
-    if not 0 < len(function.get("name", "")) <= _MAX_KEY:
-        raise _invalid(f"{param}.function.name", f"it must have 1 to {_MAX_KEY} characters")
+    if not 0 < len(function.get("name", "")) <= _MAX_MODEL_NAME:
+        raise _invalid(f"{param}.function.name", f"it must have 1 to {_MAX_MODEL_NAME} characters")
     return {"type": "function", "function": function}
 
 

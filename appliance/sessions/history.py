@@ -8,15 +8,15 @@ Rules:
 - The key is the tenant's and the principal starts the chain, so that a link means nothing to anybody else.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pydantic_core import to_json
 
 from appliance.sessions.turn import Message
 
-LinkMac = Callable[[bytes, bytes], bytes]
-"""Keyed hash of (previous link, canonical message) -> 32 bytes."""
+LinkChain = Callable[[bytes, Iterable[bytes]], list[bytes]]
+"""Keyed hashes of (first link, canonical messages), each of the link before it and a message; 32 bytes a message."""
 
 
 def canonical_message(message: Message) -> bytes:
@@ -32,15 +32,11 @@ def canonical_message(message: Message) -> bytes:
 
 
 def history_links(
-    mac: LinkMac, principal_id: str, messages: Sequence[Message], known: Sequence[bytes] = ()
+    chain: LinkChain, principal_id: str, messages: Sequence[Message], known: Sequence[bytes] = ()
 ) -> list[bytes]:
     """The link after each message, in order; one of 32 bytes a message. `known`: those of the first messages."""
-    link = known[-1] if known else principal_id.encode()
-    links = list(known)
-    for message in messages[len(known) :]:
-        link = mac(link, canonical_message(message))
-        links.append(link)
-    return links
+    first = known[-1] if known else principal_id.encode()
+    return [*known, *chain(first, map(canonical_message, messages[len(known) :]))]
 
 
 def answered_positions(messages: Sequence[Message]) -> list[int]:

@@ -27,6 +27,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 from pydantic_core import to_json
@@ -92,6 +93,8 @@ class _Live:
     forgotten: bool = False
     last_used_at: float = 0.0  # when its latest turn ended, by the wall clock
     over_at: float | None = None  # when its client said last that it is over
+    label: tuple[str, str] | None = None  # what the engine calls its tenant and itself
+    salt: tuple[int, str] | None = None  # its epoch, and its own salt in that
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     __weakref__: Any = field(init=False, repr=False)
 
@@ -397,30 +400,24 @@ class Registry(Archive):
         return live
 
     def _session(self, caller: Caller, model: str, live: _Live, links: Sequence[bytes]) -> Session:
-        mac = self._vault.mac
         tenant_id = live.tenant_id
-        own_salt = mac(
-            tenant_id,
-            KeyPurpose.SALT,
-            "cache-salt",
-            live.principal_id.encode(),
-            live.tree_id.encode(),
-            str(live.epoch).encode(),
-        ).hex()
         isolation, cache_epoch = Isolation.SESSION, 0
         if caller.tenant is not None:
             isolation, cache_epoch = caller.tenant.isolation, caller.tenant.cache_epoch
-        shared_salt = mac(
-            tenant_id, KeyPurpose.SALT, "shared-salt", isolation.value.encode(), str(cache_epoch).encode()
-        ).hex()
-        label = (self._tenant_label(tenant_id), self.lease_label(tenant_id, live.session_id))
+        shared_salt = None
+        if isolation is not Isolation.SESSION:
+            said = isolation.value.encode(), str(cache_epoch).encode()
+            shared_salt = self._vault.mac(tenant_id, KeyPurpose.SALT, "shared-salt", *said).hex()
+        if live.label is None:
+            live.label = self._tenant_label(tenant_id), self.lease_label(tenant_id, live.session_id)
+        label = live.label
         self._note_label(label, (tenant_id, live.session_id))
         return Session(
             session_id=live.session_id,
             tenant_id=tenant_id,
             principal_id=live.principal_id,
             visible_id=live.client_id or live.session_id,
-            salt=shared_salt if isolation is Isolation.TENANT else own_salt,
+            salt=shared_salt if shared_salt is not None and isolation is Isolation.TENANT else self._own_salt(live),
             shared_salt=shared_salt if isolation is Isolation.TENANT_PREFIX else None,
             lease_label=label[1],
             tenant_label=label[0],
@@ -434,6 +431,12 @@ class Registry(Archive):
             _epoch=live.epoch + cache_epoch,  # neither ever falls: where the sum is the same, both are
             _links=links,
         )
+
+    def _own_salt(self, live: _Live) -> str:
+        if live.salt is None or live.salt[0] != live.epoch:
+            said = live.principal_id.encode(), live.tree_id.encode(), str(live.epoch).encode()
+            live.salt = live.epoch, self._vault.mac(live.tenant_id, KeyPurpose.SALT, "cache-salt", *said).hex()
+        return live.salt[1]
 
     async def tier_key(self, tenant_label: str, lease_label: str) -> bytes:
         """The key of what the engine's tiers hold of a session, by the names that the engine knows.
@@ -668,9 +671,8 @@ class Registry(Archive):
     def _links(
         self, tenant_id: str, principal_id: str, messages: Sequence[Message], known: Sequence[bytes] = ()
     ) -> list[bytes]:
-        vault_mac = self._vault.mac
         return history_links(
-            lambda link, message: vault_mac(tenant_id, KeyPurpose.LOOKUP, "history", link, message),
+            partial(self._vault.mac_chain, tenant_id, KeyPurpose.LOOKUP, "history"),
             principal_id,
             messages,
             known,

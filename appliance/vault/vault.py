@@ -25,7 +25,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from cryptography.exceptions import InvalidTag
@@ -282,6 +282,24 @@ class Vault:
             digest = _keyed_hash(self._key_of(scope, purpose), label)
         digest.update(b"".join(map(length_prefixed, parts)))
         return digest.digest()
+
+    def mac_chain(
+        self, scope: str, purpose: KeyPurpose, label: str, first: bytes, parts: Iterable[bytes]
+    ) -> list[bytes]:
+        """`mac` of `first` and the first part, then of each hash and the part after it; one of 32 bytes a part.
+
+        Raises:
+            VaultSealed, KeyMissing: the key is not to be had.
+        """
+        with self._lock:
+            keyed = _keyed_hash(self._key_of(scope, purpose), label)
+        links = []
+        for part in parts:
+            digest = keyed.copy()
+            digest.update(length_prefixed(first) + length_prefixed(part))
+            first = digest.digest()
+            links.append(first)
+        return links
 
     def tier_key(self, session_id: str) -> bytes:
         """The key of what tiers hold of a session, 32 bytes: it opens that and nothing else (HKDF, RFC 5869).

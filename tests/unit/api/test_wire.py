@@ -135,3 +135,27 @@ def test_whatever_bytes_are_sent_they_are_a_request_or_an_error_that_says_what_t
 def test_what_is_not_strict_json_is_malformed(body: bytes) -> None:
     with pytest.raises(MalformedBody):
         read_completion(body, lambda _: SessionHints())
+
+
+_PLAIN = '"model": "m", "messages": [{"role": "user", "content": "hello"}]'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{%s, "seed": 1, "seed": 1}',
+        '{%s, "user":"a:b" ,"user" : "a:b"}',
+        '{%s, "user": "\\u003a\\u003a", "metadata": {"a": 1, "a": 1}}',
+        '{%s, "us\\u0065r": "a", "user": "b"}',
+    ],
+)
+def test_a_key_that_comes_twice_is_refused_whatever_hides_it(body: str) -> None:
+    with pytest.raises(MalformedBody):
+        read_chat((body % _PLAIN).encode(), lambda _: SessionHints(), max_messages=10)
+
+
+@pytest.mark.parametrize("said", [r"a: b", r"\"a\": {\"b\": 1}", r":", r"\u003a", r"\u0022:", r"\\\":", r"\n:"])
+def test_colons_in_a_text_are_no_keys(said: str) -> None:
+    body = '{"model": "m" , "messages" :[{"role":"user", "content" : "' + said + '"}]}'
+    (message,) = read_chat(body.encode(), lambda _: SessionHints(), max_messages=10).turn.messages
+    assert message["content"] == json.loads(body)["messages"][0]["content"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+from collections.abc import Iterable
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,8 +10,12 @@ from hypothesis import strategies as st
 from appliance.sessions.history import answered_positions, canonical_message, history_links, shared_length
 
 
-def _mac(link: bytes, message: bytes) -> bytes:
-    return hmac.digest(b"key", link + hashlib.sha256(message).digest(), "sha256")
+def _chain(link: bytes, messages: Iterable[bytes]) -> list[bytes]:
+    links = []
+    for message in messages:
+        link = hmac.digest(b"key", link + hashlib.sha256(message).digest(), "sha256")
+        links.append(link)
+    return links
 
 
 def test_what_clients_change_when_they_send_an_answer_back_does_not_change_its_link() -> None:
@@ -44,13 +49,13 @@ def test_the_same_words_of_another_role_are_another_message() -> None:
 
 def test_another_principals_same_history_has_no_link_in_common() -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert not set(history_links(_mac, "prn_1", messages)) & set(history_links(_mac, "prn_2", messages))
+    assert not set(history_links(_chain, "prn_1", messages)) & set(history_links(_chain, "prn_2", messages))
 
 
 def test_a_chain_goes_on_from_the_links_that_are_known_of_it() -> None:
     messages = [{"role": "user", "content": text} for text in ("a", "b", "c")]
-    whole = history_links(_mac, "prn_1", messages)
-    assert [history_links(_mac, "prn_1", messages, whole[:known]) for known in range(4)] == [whole] * 4
+    whole = history_links(_chain, "prn_1", messages)
+    assert [history_links(_chain, "prn_1", messages, whole[:known]) for known in range(4)] == [whole] * 4
 
 
 def test_answers_are_looked_for_from_the_end() -> None:
@@ -66,5 +71,7 @@ def test_shared_length_is_the_length_of_the_common_beginning(left: list[str], ri
     expected = 0
     while expected < min(len(left), len(right)) and left[expected] == right[expected]:
         expected += 1
-    links = [history_links(_mac, "p", [{"role": "user", "content": text} for text in texts]) for texts in (left, right)]
+    links = [
+        history_links(_chain, "p", [{"role": "user", "content": text} for text in texts]) for texts in (left, right)
+    ]
     assert shared_length(*links) == expected

@@ -121,6 +121,8 @@ def test_a_keyed_hash_is_hmac_under_the_first_block_of_hkdf() -> None:
     message = b"\x00\x00\x00\x02ab" + b"\x00\x00\x00\x00"
     expected = hmac.digest(subkey, message, "sha256")
     assert vault.mac("system", KeyPurpose.LOOKUP, "label", b"ab", b"") == expected
+    second = vault.mac("system", KeyPurpose.LOOKUP, "label", expected, b"c")
+    assert vault.mac_chain("system", KeyPurpose.LOOKUP, "label", b"ab", [b"", b"c"]) == [expected, second]
 
 
 def test_subkeys_are_derived_as_rfc_5869_derives_them() -> None:
