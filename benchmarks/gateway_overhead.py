@@ -8,6 +8,9 @@ Reported: milliseconds to the first byte of the stream and to its end at a fixed
 connections in a closed loop, and the processor time of one; the median of three starts of the gateway, from its
 spawning to a connection that it accepted; its resident memory after all that. `--check` leaves with 1 when a figure
 misses what the project promises.
+
+The bounds in milliseconds are on the first byte, as figures of proxies are. The end waits for transcript and audit
+record to be on the disk, which no proxy does: it is told, and has no bound.
 """
 
 import argparse
@@ -136,8 +139,6 @@ def promises_met(
     return {
         f"added to the first byte, median <= {ADDED_MEDIAN_MS:g} ms": added["first_p50_ms"] <= ADDED_MEDIAN_MS,
         f"added to the first byte, p99 <= {ADDED_P99_MS:g} ms": added["first_p99_ms"] <= ADDED_P99_MS,
-        f"added to the durable end, median <= {ADDED_MEDIAN_MS:g} ms": added["end_p50_ms"] <= ADDED_MEDIAN_MS,
-        f"added to the durable end, p99 <= {ADDED_P99_MS:g} ms": added["end_p99_ms"] <= ADDED_P99_MS,
         f"requests/s >= {SHARE_OF_BARE:.0%} of the bare proxy's": share >= SHARE_OF_BARE,
         f"start to accepting connections < {START_S:g} s": start_s < START_S,
         f"resident memory < {RESIDENT_BYTES / 1e6:g} MB": resident_bytes < RESIDENT_BYTES,
