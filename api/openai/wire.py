@@ -26,7 +26,7 @@ from api.openai.schemas import check_schemas
 from appliance.sessions import Message, SessionHints, Turn, TurnKind
 
 MAX_CHOICES: Final = 8
-_MAX_MODEL_NAME = 256  # characters
+_MAX_NAME = 256  # characters
 _MAX_TOOLS = 512
 _MAX_TOOL_CALLS = 256
 _MAX_PARTS = 1024
@@ -168,7 +168,7 @@ def _asked(
             if name != "include_usage":
                 dropped.add(f"stream_options.{name}")
     model = request.get("model")
-    if not isinstance(model, str) or not 0 < len(model) <= _MAX_MODEL_NAME:
+    if not isinstance(model, str) or not 0 < len(model) <= _MAX_NAME:
         raise _invalid("model", "it must be the name of a model; GET /v1/models lists them")
     parameters = passed if prompt is None else {**passed, "prompt": prompt}
     return Asked(
@@ -203,6 +203,12 @@ def _object(body: bytes | bytearray) -> dict[str, Any]:
     if not isinstance(request, dict):
         raise MalformedBody(
             "the body cannot be read", cause="it is JSON but no object", remedy="Send one JSON object in UTF-8"
+        )
+    if any(len(name) > _MAX_NAME for name in request):
+        raise MalformedBody(
+            "the body cannot be read",
+            cause=f"the name of a field is longer than {_MAX_NAME} characters",
+            remedy="Send the fields of the OpenAI API",
         )
     return request
 
@@ -453,8 +459,8 @@ def _tool(param: str, tool: Any, dropped: Dropped) -> dict[str, Any]:
             if not isinstance(given, wanted):
                 raise _invalid(f"{param}.function.{name}", f"it must be of the type {wanted.__name__}")
             function[name] = given
-    if not 0 < len(function.get("name", "")) <= _MAX_MODEL_NAME:
-        raise _invalid(f"{param}.function.name", f"it must have 1 to {_MAX_MODEL_NAME} characters")
+    if not 0 < len(function.get("name", "")) <= _MAX_NAME:
+        raise _invalid(f"{param}.function.name", f"it must have 1 to {_MAX_NAME} characters")
     return {"type": "function", "function": function}
 
 
