@@ -9,7 +9,7 @@ import logging
 
 from api.services import Services
 from appliance.audit.events import OLDER_COPY, STORE_MARKED, SYSTEM, Event, Outcome
-from appliance.audit.marks import Marks, found, last_mark_of_log, marks_of_store, remember
+from appliance.audit.marks import DESTINATIONS, Marks, found, last_mark_of_log, marks_of_store, remember
 from appliance.audit.reading import LogReader
 from appliance.errors import HoldfastError
 
@@ -18,7 +18,10 @@ _LOG = logging.getLogger("holdfast.audit")
 
 
 async def keep_marks(services: Services) -> None:
-    """Compare log and database once the vault is open, then mark both every minute. Runs until cancelled."""
+    """Compare log and database once the vault is open, then mark both. Runs until cancelled.
+
+    Every minute, and when the SIEM's destinations have changed: a mark names their version.
+    """
     await services.audit.opened.wait()
     last = 0
     while True:
@@ -26,7 +29,9 @@ async def keep_marks(services: Services) -> None:
             if last == 0:
                 last = await _compare(services)
             last = await mark(services, last)
-        await asyncio.sleep(_EVERY_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_EVERY_S):
+                await services.exports.changed.wait()
 
 
 async def mark(services: Services, last: int) -> int:
@@ -37,7 +42,11 @@ async def mark(services: Services, last: int) -> int:
     """
     number = last + 1
     await remember(services.store, Marks(meant=number, made=last))
-    await services.audit.record(Event(STORE_MARKED, SYSTEM, counts={"mark": number}))
+    services.exports.changed.clear()
+    counts = {"mark": number}
+    if (version := services.exports.version) is not None:
+        counts[DESTINATIONS] = version
+    await services.audit.record(Event(STORE_MARKED, SYSTEM, counts=counts))
     await remember(services.store, Marks(meant=number, made=number))
     return number
 

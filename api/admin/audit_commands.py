@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from appliance.audit.proof import verify_proof
 from appliance.audit.reading import LogReader
 from appliance.audit.siem.batches import PUBLIC_KEY as BATCHES_KEY
 from appliance.audit.siem.batches import verify_batches
+from appliance.audit.siem.known import Known
 from appliance.audit.siem.verify_export import ExportVerified, verify_export
 from appliance.audit.signing import PUBLIC_KEY
 from appliance.audit.verify import Removed, Verified, verify_log
@@ -254,6 +256,13 @@ def digest(console: Console, tenant: str, of: str, api_key_fd: int | None) -> No
     type=click.IntRange(0),
     help="The first entry that must be there, and be proved; by default the first that is there.",
 )
+@click.option(
+    "--known",
+    "known_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Go on from what the check before wrote here, and write it anew where everything holds: for a receiver that "
+    "moves away what it has checked. Made if it is not there.",
+)
 @click.option("--allow-withheld", is_flag=True, help="Entries that came without their record are no reason to fail.")
 @pass_console
 def check_export(
@@ -263,6 +272,7 @@ def check_export(
     checkpoint: Path | None,
     batch_key: str | None,
     asked_from: int | None,
+    known_file: Path | None,
     allow_withheld: bool,
 ) -> int:
     """At the receiver of events: check that none was altered, dropped or added on the way.
@@ -271,20 +281,32 @@ def check_export(
     something is wrong, is not proved, or came without its record. What is behind the last checkpoint is not proved
     yet, and no reason for that.
     """
+    key = _vkey(key_text)
     note = None if checkpoint is None else decode_note(checkpoint.read_bytes())
+    known = None if known_file is None else Known.load(known_file, key.name)
+    if known is not None and asked_from is not None:
+        raise click.UsageError(f"--from is for the first check: {known_file} says where this one goes on")
+    taken = {} if known is None else known.batches
     if file.is_dir():
-        batches = verify_batches(file, _vkey(batch_key or str(file / BATCHES_KEY)))
-        found = verify_export(batches.lines(), _vkey(key_text), checkpoint=note, asked_from=asked_from)
+        batches = verify_batches(file, _vkey(batch_key or str(file / BATCHES_KEY)), known=taken)
+        found = verify_export(batches.lines(), key, checkpoint=note, asked_from=asked_from, known=known)
         series = ", ".join(f"{name}: {first} to {last}" for name, (first, last) in batches.numbers.items())
         console.say(f"{len(batches.paths)} batches hold ({series}).")
+        taken = batches.taken
     else:
         with file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
-            found = verify_export(lines, _vkey(key_text), checkpoint=note, asked_from=asked_from)
+            found = verify_export(lines, key, checkpoint=note, asked_from=asked_from, known=known)
     shortcomings = found.shortcomings(allow_withheld=allow_withheld)
-    console.result(found.record() | {"shortcomings": shortcomings}, _export_text(found))
+    if known_file is not None and found.goes_on is None:
+        shortcomings.append("these are parts of a log, and nothing from which another check could go on")
+    console.result(found.record() | {"shortcomings": shortcomings}, _export_text(found, known=known is not None))
     for shortcoming in shortcomings:
         console.say(f"Not as it should be: {shortcoming}.")
-    return EXIT_STATUS[Fault.CONFLICT] if shortcomings else 0
+    if shortcomings:
+        return EXIT_STATUS[Fault.CONFLICT]
+    if known_file is not None and found.goes_on is not None:
+        replace(found.goes_on, batches=taken).save(known_file)
+    return 0
 
 
 # Destinations
@@ -595,9 +617,11 @@ def _removed_words(removed: Removed) -> str:
     return words
 
 
-def _export_text(found: ExportVerified) -> str:
+def _export_text(found: ExportVerified, *, known: bool) -> str:
     proved = " and ".join(f"{start} to {end - 1}" for start, end in found.proved)
     lines = [f"{found.origin}: entries {proved} are proved, by {found.checkpoints} checkpoints."]
+    if not found.proved:
+        lines = [f"{found.origin}: no more is proved than was known before."]
     for start, end in found.unproved():
         asked = "" if end > found.asked_from else ", and were not asked for"
         lines.append(f"  entries {start} to {end - 1} came and are NOT PROVED{asked}")
@@ -605,7 +629,7 @@ def _export_text(found: ExportVerified) -> str:
     if more := found.unusable_count - len(found.unusable):
         lines.append(f"  {more} checkpoints more could not be used")
     if found.first:
-        lines.append(f"  what is before entry {found.first} is not here")
+        lines.append(f"  what is before entry {found.first} is {'known' if known else 'not here'}")
     if behind := found.end - found.proved_to:
         lines.append(f"  the last {behind} that came are not proved yet: the next checkpoint will")
     if found.repeated:
@@ -616,6 +640,8 @@ def _export_text(found: ExportVerified) -> str:
     if found.withheld:
         named = ", ".join(f"{sequence} ({why})" for sequence, why in found.withheld_named.items())
         lines.append(f"  {found.withheld} came without their record; why is only what the sender claims: {named}")
+    if found.uncomparable:
+        lines.append(f"  {found.uncomparable} came again from before what is known of them, and are NOT COMPARED")
     if found.tests:
         lines.append(f"  {found.tests} events say that they are a test")
     return "\n".join(lines)

@@ -58,7 +58,12 @@ LOG_RECOVERED: Final = EventClass(
     1, "log.recovered", "A start cut off the end of the log that was not whole.", Scope.SYSTEM, (6002, 99)
 )
 STORE_MARKED: Final = EventClass(
-    2, "store.marked", "The database and the log took note of each other; `mark` only grows.", Scope.SYSTEM, (6002, 99)
+    2,
+    "store.marked",
+    "The database and the log took note of each other; `mark` only grows, as does `destinations`, the version of the "
+    "SIEM's.",
+    Scope.SYSTEM,
+    (6002, 99),
 )
 OLDER_COPY: Final = EventClass(
     3, "older_copy.found", "The log or the database had been put back to an older copy.", Scope.SYSTEM, (6002, 99)

@@ -6,6 +6,7 @@ Rules:
   database says that the log has it. However a run ends in between, the next start is not alarmed.
 - The log is older than the database when it lacks a mark that the database says it has; the database is older than the
   log when the log has a mark that the database never meant to make.
+- A mark names the version of the SIEM's destinations, too: a file of them that is put back to an older copy is found.
 - What was found is told once, as an event, and goes on: putting a backup back is an administrator's right, and this is
   how everybody else learns of it.
 """
@@ -15,12 +16,12 @@ from typing import Final, NamedTuple
 
 from sqlalchemy import Connection, delete, insert, select
 
-from appliance.audit.entry import AuditKeys
+from appliance.audit.entry import EntryKeys, open_record
 from appliance.audit.events import STORE_MARKED
 from appliance.audit.reading import LogReader
-from appliance.audit.search import look_at
 from appliance.store import Store, tables
 
+DESTINATIONS: Final = "destinations"  # what a mark calls their version
 _NAME: Final = "audit-mark"
 MOST_LOOKED_AT: Final = 100_000
 
@@ -54,20 +55,29 @@ async def remember(store: Store, marks: Marks) -> None:
     await store.transact(write)
 
 
-def last_mark_of_log(log: LogReader, keys: AuditKeys) -> int | None:
+def last_mark_of_log(log: LogReader, keys: EntryKeys) -> int | None:
     """The last mark in the log; 0: there is none in it; None: it is too far back, or was removed. Blocks.
 
     Raises:
         LogUnreadable, EntryInvalid: the log's files do not do.
         HoldfastError: the vault is sealed.
     """
+    return _last_of_log(log, keys, "mark")
+
+
+def version_of_destinations(log: LogReader, keys: EntryKeys) -> int:
+    """What the last mark says that knew which destinations there were; 0: none that can be found. Raises as above."""
+    return _last_of_log(log, keys, DESTINATIONS) or 0
+
+
+def _last_of_log(log: LogReader, keys: EntryKeys, count: str) -> int | None:
     for looked_at, (entry, sealed) in enumerate(log.backwards(log.size)):
         if looked_at >= MOST_LOOKED_AT:
             return None
         if entry.event_class == STORE_MARKED.number:
-            record = look_at(entry, sealed, keys).record
-            if record is not None:
-                return int(record["counts"]["mark"])
+            counts = open_record(entry, sealed, keys).record["counts"]
+            if count in counts:
+                return int(counts[count])
     return 0 if log.oldest == 0 else None
 
 

@@ -119,6 +119,13 @@ class Manifest(NamedTuple):
         return made
 
 
+class Taken(NamedTuple):
+    """The last batch of a series that a receiver has: its number, and its manifest's digest."""
+
+    number: int
+    digest: str
+
+
 @dataclass(slots=True)
 class Batches:
     """What a folder holds, every batch of it checked.
@@ -126,10 +133,12 @@ class Batches:
     Attributes:
         paths: the batches, series by series, in their order.
         numbers: the first and the last number of each series.
+        taken: the last of each, with what was known from before.
     """
 
     paths: list[Path] = field(default_factory=list)
     numbers: dict[str, tuple[int, int]] = field(default_factory=dict)
+    taken: dict[str, Taken] = field(default_factory=dict)
 
     def lines(self) -> Iterator[str]:
         """The events, without the ends of their lines. Reads the files again."""
@@ -139,12 +148,12 @@ class Batches:
                     yield line.removesuffix("\n")
 
 
-def verify_batches(folder: Path, key: VerifierKey, *, known: Mapping[str, int] | None = None) -> Batches:
+def verify_batches(folder: Path, key: VerifierKey, *, known: Mapping[str, Taken] | None = None) -> Batches:
     """Check the batches in a folder. Blocks.
 
     Args:
         key: the destination's, from elsewhere.
-        known: the last number of each series that was taken before: what it names must go on from there.
+        known: the last of each series that was taken before: what it names must go on from there.
 
     Raises:
         BatchInvalid: names the file, and what is wrong with it.
@@ -154,11 +163,12 @@ def verify_batches(folder: Path, key: VerifierKey, *, known: Mapping[str, int] |
     for name in sorted(names):
         manifest = _checked(folder, name, key)
         manifests.setdefault(manifest.series, []).append(manifest)
-    found = Batches()
+    found = Batches(taken=dict(known or {}))
     for series, ordered in manifests.items():
-        _in_order(ordered, (known or {}).get(series))
+        _in_order(ordered, found.taken.get(series))
         found.paths += [folder / f"{manifest.name}{BATCH}" for manifest in ordered]
         found.numbers[series] = (ordered[0].number, ordered[-1].number)
+        found.taken[series] = Taken(ordered[-1].number, ordered[-1].digest)
     if not found.paths:
         raise _invalid(str(folder), "there is no batch in it")
     return found
@@ -184,19 +194,20 @@ def _checked(folder: Path, name: str, key: VerifierKey) -> Manifest:
     return manifest
 
 
-def _in_order(manifests: list[Manifest], taken: int | None) -> None:
-    before: Manifest | None = None
+def _in_order(manifests: list[Manifest], taken: Taken | None) -> None:
+    before = taken
     for manifest in manifests:
-        if taken is not None and manifest.number <= taken:
-            raise _invalid(manifest.name, f"it was brought again: everything up to number {taken} was taken before")
-        expected = before.number + 1 if before else taken + 1 if taken is not None else manifest.number
+        if taken is not None and manifest.number <= taken.number:
+            cause = f"it was brought again: everything up to number {taken.number} was taken before"
+            raise _invalid(manifest.name, cause)
+        expected = manifest.number if before is None else before.number + 1
         if manifest.number != expected:
             raise _invalid(f"batch-{manifest.series}-{expected:012d}", f"it is missing: {manifest.name} follows")
         if (before is not None and manifest.previous != before.digest) or (
             (manifest.number == 1) != (manifest.previous == NO_PREVIOUS)
         ):
             raise _invalid(manifest.name, "it does not follow from the batch before it")
-        before = manifest
+        before = Taken(manifest.number, manifest.digest)
 
 
 def _hashed(path: Path) -> tuple[int, str]:

@@ -7,7 +7,9 @@ Rules:
   nothing else. One that ends is started again, one that hangs is killed. Where there is no destination there is none.
 - Where the file cannot be read it is not known who needs what: nothing is shipped, changed or removed from the log
   until somebody has put the file right, which is seen by itself.
-- What is in the file was saved here: its keyed hash says so (`saved`). It can be read once the vault is open.
+- What is in the file was saved here: its keyed hash says so (`saved`). It is what was saved last: the log's newest mark
+  says which version that is (`audit.marks`). Both can be read once the vault is open. A file that is gone is no empty
+  list, until somebody adds a destination again.
 - No destination names a file of the appliance's own state: what it holds is not for a receiver. Whether one leads there
   by a link is looked at again whenever an exporter is told of it.
 """
@@ -21,13 +23,15 @@ import socket
 import sys
 import time
 from asyncio.subprocess import Process
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Final
 
 from appliance.audit import protocol
 from appliance.audit.entry import AuditKeys
+from appliance.audit.marks import version_of_destinations
+from appliance.audit.reading import LogReader
 from appliance.audit.siem import link
 from appliance.audit.siem.cursor import Cursor, Position
 from appliance.audit.siem.destinations import (
@@ -40,7 +44,7 @@ from appliance.audit.siem.destinations import (
 )
 from appliance.audit.siem.exporter import secrets_for, view_of
 from appliance.audit.siem.files import read_in_time
-from appliance.audit.siem.saved import CURSOR_SUFFIX, SavedTampered, load, save
+from appliance.audit.siem.saved import CURSOR_SUFFIX, Saved, SavedTampered, load, save
 from appliance.audit.siem.shipper import View
 from appliance.audit.siem.transport import ExportUnusable
 from appliance.audit.signing import public_key
@@ -79,6 +83,12 @@ class DestinationsUnreadable(HoldfastError, OSError):
     fault: ClassVar[Fault] = Fault.ENVIRONMENT
 
 
+class DestinationsGone(DestinationsUnreadable):
+    """There were destinations, and nothing is left of them."""
+
+    code: ClassVar[str] = "audit_exports_gone"
+
+
 class Exports:
     """The destinations of the log in `directory`.
 
@@ -87,6 +97,9 @@ class Exports:
         size: how many entries the appender has answered for.
         keys: open records; may raise `VaultSealed`.
         longest_silence_s: an exporter that says nothing for so long is killed.
+
+    Attributes:
+        changed: set when there is another `version`; whoever marks the log clears it.
     """
 
     def __init__(
@@ -105,6 +118,8 @@ class Exports:
         self._keys = keys
         self._longest_silence_s = longest_silence_s
         self._destinations: dict[str, Destination] = {}
+        self._version: int | None = None  # of what was saved last, once that is known
+        self.changed = asyncio.Event()
         self._unread: DestinationsUnreadable | None = None  # why it is not known which there are
         self._error: ErrorRecord | None = None  # why there is no exporter
         self._views: dict[str, View] = {}
@@ -113,7 +128,7 @@ class Exports:
         self._process: Process | None = None
         self._wanted = asyncio.Event()
         self._connected = asyncio.Event()
-        self._running: asyncio.Task[None] | None = None
+        self._running: list[asyncio.Task[None]] = []
         self._changing = asyncio.Lock()
 
     # What there is
@@ -131,7 +146,22 @@ class Exports:
             DestinationsUnreadable: it is not known which there are.
         """
         self._refuse_unread()
+        if self._version is None:
+            raise DestinationsUnreadable(
+                "it is not known yet which destinations the audit log has",
+                cause=f"{self._directory} cannot be read, or the vault is sealed",
+                remedy="`holdfast unseal`; `holdfast audit status` says what is in the log's way",
+            )
         return min((self.view(name).delivered for name in self._destinations), default=None)
+
+    @property
+    def version(self) -> int | None:
+        """Of what was saved last; None: it is not known yet."""
+        return self._version
+
+    @property
+    def _is_known(self) -> bool:
+        return self._version is not None and self._unread is None
 
     @property
     def pid(self) -> int | None:
@@ -189,7 +219,7 @@ class Exports:
             ExportUnreachable, ExportUnusable: it was not taken; says why.
             ExporterLost: there is no exporter to try it.
         """
-        self._refuse_unread()
+        self._refuse_unread(unless_gone=True)
         await read_in_time(_STOP_S, self._refuse_own_files, checked(destination), Path.resolve)
         await (await self._exporter()).ask(link.TRY_OUT, json.dumps(destination.record()).encode())
 
@@ -208,7 +238,7 @@ class Exports:
             Otherwise as `try_out`.
         """
         async with self._changing:
-            self._refuse_unread()
+            self._refuse_unread(unless_gone=True)
             if destination.name in self._destinations:
                 raise DestinationExists(
                     "there is a destination of that name",
@@ -241,15 +271,17 @@ class Exports:
                 self._cursor(name).unlink()
 
     async def _change(self, destinations: dict[str, Destination], begin: tuple[str, int] | None = None) -> None:
+        version = self._version or 0
         try:
             if begin is not None:
                 # The file first: a cursor without one tells of a file that was taken away.
-                await asyncio.to_thread(self._save, list(self._destinations.values()))
+                await asyncio.to_thread(self._save, list(self._destinations.values()), version)
                 await asyncio.to_thread(self._begin, *begin)
-            await asyncio.to_thread(self._save, list(destinations.values()))
+            await asyncio.to_thread(self._save, list(destinations.values()), version + 1)
         except OSError as error:
             raise _unreadable(self._folder / _SAVED, error) from None
-        self._destinations = destinations
+        self._take_up(version + 1, destinations.values())
+        self.changed.set()
         if self._link is not None:
             # One that has just ended is told by whoever starts it again.
             with contextlib.suppress(link.ExporterLost):
@@ -259,17 +291,51 @@ class Exports:
         origin = public_key(self._directory).name
         Cursor(self._cursor(name), origin).save(Position(first, first))
 
-    def _save(self, destinations: Sequence[Destination]) -> None:
-        save(self._folder / _SAVED, destinations, self._keys)
+    def _save(self, destinations: Sequence[Destination], version: int) -> None:
+        save(self._folder / _SAVED, destinations, version, self._keys)
 
-    def _load(self) -> dict[str, Destination]:
+    def _read(self) -> tuple[int | None, list[Destination]]:
+        """What is saved, if it was saved last. Where nothing is, and the log cannot tell yet, it has no version.
+
+        Blocks.
+
+        Raises:
+            DestinationsUnreadable: it is not known, or not believed.
+        """
+        path = self._folder / _SAVED
+        found = self._load()
+        try:
+            last = version_of_destinations(LogReader(self._directory), self._keys)
+        except HoldfastError as error:
+            if not found.version:
+                return None, []
+            raise DestinationsUnreadable(
+                "it is not known which destinations of the audit log were saved last",
+                cause=f"{error.message}: {error.cause}",
+                remedy=error.remedy,
+            ) from None
+        self._version = max(last, found.version)
+        if last and not found.version:
+            raise DestinationsGone(
+                "the destinations of the audit log are gone",
+                cause=f"version {last} of {path} was saved here, and nothing is there",
+                remedy="Put the folder back from a copy, or add them again: `holdfast audit export add`",
+            )
+        if found.version < last:
+            raise DestinationsUnreadable(
+                "the destinations of the audit log are an older copy",
+                cause=f"{path} is of version {found.version}, and {last} was saved here",
+                remedy="Put the newest back, or move the folder away and add them again: `holdfast audit export add`",
+            )
+        return self._version, found.destinations
+
+    def _load(self) -> Saved:
         """What is saved. Reads a file."""
         path = self._folder / _SAVED
         try:
             found = load(path, self._keys)
-            for each in found:
+            for each in found.destinations:
                 self._refuse_own_files(each, Path.absolute)  # resolving could hang on a dead mount
-            return {each.name: each for each in found}
         except OSError as error:
             raise _unreadable(path, error) from None
         except VaultSealed:
@@ -287,10 +353,12 @@ class Exports:
                 cause=f"{path}: {told}",
                 remedy="Move the folder away and add them again: `holdfast audit export add`",
             ) from None
+        return found
 
-    def _refuse_unread(self) -> None:
-        if self._unread is not None:
-            raise DestinationsUnreadable(self._unread.message, cause=self._unread.cause, remedy=self._unread.remedy)
+    def _refuse_unread(self, *, unless_gone: bool = False) -> None:
+        unread = self._unread
+        if unread is not None and not (unless_gone and isinstance(unread, DestinationsGone)):
+            raise DestinationsUnreadable(unread.message, cause=unread.cause, remedy=unread.remedy)
 
     def _refuse_own_files(self, destination: Destination, where: Callable[[Path], Path]) -> None:
         for path in destination.files:
@@ -307,18 +375,35 @@ class Exports:
     # The exporter
 
     def start(self) -> None:
-        """Begin to ship, if there is where to. Reads a file; what is wrong with it is told in `unreadable`."""
+        """Begin to ship, if there is where to. Reads files; what is wrong with them is told in `unreadable`."""
         try:
-            self._take_up(self._load())
+            self._take_up(*self._read())
         except DestinationsUnreadable as error:
             self._unread = error
             _LOG.error("%s", error)
-        self._running = asyncio.create_task(self._run())
+        self._running = [asyncio.create_task(self._run()), asyncio.create_task(self._read_again())]
 
-    def _take_up(self, destinations: dict[str, Destination]) -> None:
-        self._destinations, self._unread = destinations, None
-        if destinations:
+    def _take_up(self, version: int | None, destinations: Iterable[Destination]) -> None:
+        self._version, self._unread = version, None
+        self._destinations = {each.name: each for each in destinations}
+        if self._destinations:
             self._wanted.set()
+
+    async def _read_again(self) -> None:
+        """Until it is known what is saved, and somebody has put it right."""
+        while not self._is_known:
+            await asyncio.sleep(_PAUSE_S)
+            async with self._changing:
+                if self._is_known:
+                    break
+                try:
+                    self._take_up(*await asyncio.to_thread(self._read))
+                except DestinationsUnreadable as error:
+                    self._unread = error
+                else:
+                    if self._link is not None:
+                        with contextlib.suppress(link.ExporterLost):
+                            await self._tell(self._link)
 
     async def stop(self, size: int | None = None) -> None:
         """End it; destinations that are connected get a moment for what is not sent yet of the log's `size`."""
@@ -326,9 +411,9 @@ class Exports:
             with contextlib.suppress(HoldfastError, TimeoutError):
                 async with asyncio.timeout(_STOP_S):
                     await self._link.ask(link.STOP, protocol.SEQUENCE.pack(size or 0))
-        if self._running is not None:
-            self._running.cancel()
-            await asyncio.gather(self._running, return_exceptions=True)
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
 
     async def _exporter(self) -> link.Link:
         """The link with the exporter, which is started if there is none."""
@@ -346,10 +431,6 @@ class Exports:
 
     async def _run(self) -> None:
         """Have an exporter, from when one is wanted, until cancelled."""
-        while self._unread is not None:  # until somebody has put it right
-            await asyncio.sleep(_PAUSE_S)
-            with contextlib.suppress(DestinationsUnreadable):
-                self._take_up(await asyncio.to_thread(self._load))
         await self._wanted.wait()
         pause_s = _PAUSE_S
         while True:

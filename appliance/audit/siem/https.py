@@ -6,12 +6,15 @@ Rules:
   shown where the destination names one.
 - Every request has a deadline, from finding the receiver to the last byte of its answer. An answer is read up to
   `MAX_ANSWER_BYTES`. Nothing is unpacked, no cookie is kept, no redirect followed, no proxy of the environment used.
+- A connection on which packets are dropped is ended with its client: nothing is left that waits for a peer's goodbye.
 - A secret is read from a file that nobody but its owner may read, is sent to the receiver alone, and is in no error.
 - What a receiver says is shown to people as printable ASCII, cut.
 """
 
+import contextlib
 import json
 import os
+import socket
 import ssl
 import stat
 from collections.abc import Mapping
@@ -64,8 +67,11 @@ class Client:
     def __init__(self, receiver: Receiver, context: ssl.SSLContext, headers: Mapping[str, str], deadline_s: float):
         self.receiver = receiver
         self._deadline_s = deadline_s
+        self._sockets: list[socket.socket] = []
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(ssl=context, limit=2, keepalive_timeout=_IDLE_S),
+            connector=aiohttp.TCPConnector(
+                ssl=context, limit=2, keepalive_timeout=_IDLE_S, socket_factory=self._new_socket
+            ),
             headers={"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "holdfast", **headers},
             timeout=aiohttp.ClientTimeout(total=deadline_s),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -106,6 +112,16 @@ class Client:
     async def close(self) -> None:
         """End it."""
         await self._session.close()
+        # TLS waits for the other side's goodbye, for half a minute: not behind who closes this.
+        for each in self._sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def _new_socket(self, address: aiohttp.AddrInfoType) -> socket.socket:
+        family, kind, protocol, *_ = address
+        made = socket.socket(family, kind, protocol)
+        self._sockets = [*(each for each in self._sockets if each.fileno() != -1), made]
+        return made
 
     async def _bounded(self, response: aiohttp.ClientResponse) -> bytes:
         body = bytearray()

@@ -205,10 +205,13 @@ class Connection:
         """Until the connection ends; why it did."""
         try:
             while True:
+                waits = asyncio.timeout(self._deadline_s / 4)
                 try:
-                    async with asyncio.timeout(self._deadline_s / 4):
+                    async with waits:
                         frame = await self._frames.next()
                 except TimeoutError:
+                    if not waits.expired():  # the kernel's own, which gave the peer up
+                        raise
                     self._see_that_it_answers()
                     continue
                 if frame.number == 0:

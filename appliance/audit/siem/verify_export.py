@@ -11,6 +11,8 @@ What an export proves, and by what:
 - What is behind the last checkpoint is proved by none yet, which is normal. What is before it and in no stretch is not
   proved: that is a shortcoming, and so is a checkpoint that could not be used. A tail that is missing together with its
   checkpoints is found with a checkpoint from elsewhere.
+- What is known from the check before (`known`) takes the place of what came before: the entries go on from there, and
+  none at the seam is left unproved. One that comes again is compared as far back as leaves are known.
 - A record that is withheld is missing, and why is no more than a claim: the entry does not show it, and whoever could
   change events on the way can take out a record. What the entry shows to be untrue is refused: what was in plaintext,
   and what is under the system's key, is never shredded.
@@ -30,11 +32,13 @@ from appliance.audit.events import CATALOGUE, Scope
 from appliance.audit.notes import Checkpoint, VerifierKey, open_checkpoint
 from appliance.audit.siem.destinations import FORMATS
 from appliance.audit.siem.formats import Carried, CheckpointEvent, Disclosed, Withheld
+from appliance.audit.siem.known import KEPT, Known
 from appliance.audit.tree import Frontier, cover, leaf_hash
 from appliance.errors import Fault, HoldfastError
 
 MAX_LINE: Final = 4 << 20  # characters
 _MOST_NAMED: Final = 20
+_MOST_UNPROVED: Final = 1 << 16  # entries: so many checkpoints do not stay away
 _GIVEN: Final = "the given checkpoint"
 
 
@@ -61,6 +65,8 @@ class ExportVerified:
         withheld: entries that only came without their record.
         withheld_named: the first of them, with why, as the sender says.
         tests: events that say that they are a test.
+        uncomparable: entries that came again from before what is known of their leaves.
+        goes_on: what is known now; None: nothing from which the next check could go on.
     """
 
     origin: str
@@ -76,16 +82,18 @@ class ExportVerified:
     withheld: int = 0
     withheld_named: dict[int, str] = field(default_factory=dict)
     tests: int = 0
+    uncomparable: int = 0
+    goes_on: Known | None = None
 
     @property
     def proved_from(self) -> int:
         """The first entry that is proved."""
-        return self.proved[0][0]
+        return self.proved[0][0] if self.proved else self.first
 
     @property
     def proved_to(self) -> int:
         """One more than the last entry that is proved."""
-        return self.proved[-1][1]
+        return self.proved[-1][1] if self.proved else self.first
 
     def unproved(self) -> list[tuple[int, int]]:
         """The stretches that are there and not proved, but for what is behind the last checkpoint."""
@@ -102,12 +110,16 @@ class ExportVerified:
         found += [told for told in self.unusable if told.startswith(_GIVEN)]
         if self.withheld and not allow_withheld:
             found.append(f"{self.withheld} entries came without their record")
+        if self.uncomparable:
+            found.append(f"{self.uncomparable} entries came again from before what is known of them")
+        if self.goes_on is not None and self.end - self.proved_to > _MOST_UNPROVED:
+            found.append(f"{self.end - self.proved_to} entries came and no checkpoint for them")
         return found
 
     def record(self) -> dict[str, Any]:
         """For programs."""
-        known = {name: getattr(self, name) for name in self.__slots__}
-        return known | {"proved_from": self.proved_from, "proved_to": self.proved_to}
+        told = {name: getattr(self, name) for name in self.__slots__ if name != "goes_on"}
+        return told | {"proved_from": self.proved_from, "proved_to": self.proved_to}
 
 
 class _Stretch(NamedTuple):
@@ -121,16 +133,27 @@ class _Stretch(NamedTuple):
 
 @dataclass(slots=True)
 class _Arrived:
-    """The entries by their sequence: their leaves, and why records are withheld of those that came without only."""
+    """The entries by their sequence: their leaves, and why records are withheld of those that came without only.
 
+    Attributes:
+        begin: what is before this entry is known from before, but for its leaves.
+    """
+
+    begin: int = 0
     leaves: dict[int, bytes] = field(default_factory=dict)
     withheld: dict[int, set[Withheld]] = field(default_factory=dict)
     stripped: set[int] = field(default_factory=set)
     repeated: int = 0
+    uncomparable: int = 0
 
 
 def verify_export(
-    lines: Iterable[str], key: VerifierKey, *, checkpoint: str | None = None, asked_from: int | None = None
+    lines: Iterable[str],
+    key: VerifierKey,
+    *,
+    checkpoint: str | None = None,
+    asked_from: int | None = None,
+    known: Known | None = None,
 ) -> ExportVerified:
     """Check what a receiver wrote: an event a line, in any of our formats, alone or behind a header of the receiver's.
 
@@ -139,6 +162,7 @@ def verify_export(
     Args:
         checkpoint: a signed one from elsewhere: what arrived must reach it, and follow from it.
         asked_from: the first entry that must be there; None: what arrived begins where it does.
+        known: from the check before: what arrived goes on from there.
 
     Raises:
         ExportDiffers: names the line or the entry, and what is wrong with it.
@@ -148,6 +172,9 @@ def verify_export(
     found = ExportVerified(key.name)
     arrived = _Arrived()
     leaves = arrived.leaves
+    if known is not None:
+        arrived.begin = known.first
+        leaves.update(enumerate(known.leaves, known.first))
     stretches: dict[tuple[int, int], _Stretch] = {}
     excerpts: dict[tuple[int, int], tuple[CheckpointEvent, Checkpoint]] = {}
     roots = {} if told is None else {told.size: told.root}
@@ -174,25 +201,31 @@ def verify_export(
             raise _differs(
                 f"line {number}{_whose(line, key.name)} does not hold", f"{error.message}: {error.cause}"
             ) from error
-    if not leaves:
+    if not leaves and known is None:
         raise _differs("there is nothing to check", "no line holds an entry of the log")
-    found.first, found.end = min(leaves), max(leaves) + 1
+    begin = min(leaves, default=0) if known is None else known.first
+    found.first = begin if known is None else known.edge.size
+    found.end = max(leaves) + 1 if leaves else found.first
     found.asked_from = found.first if asked_from is None else asked_from
-    if not found.first <= found.asked_from < found.end:
+    if asked_from is not None and not found.first <= asked_from < found.end:
         raise _differs(
             f"entry {asked_from} is missing", f"it was asked for, and entries {found.first} to {found.end - 1} arrived"
         )
-    if len(leaves) != found.end - found.first:
-        missing = next(each for each in range(found.first, found.end) if each not in leaves)
+    if len(leaves) != found.end - begin:
+        missing = next(each for each in range(begin, found.end) if each not in leaves)
         raise _differs(
             f"entry {missing} is missing",
-            f"entries {found.first} to {found.end - 1} arrived without {found.end - found.first - len(leaves)} of them",
+            f"entries {begin} to {found.end - 1} arrived without {found.end - begin - len(leaves)} of them",
         )
     _prove_excerpts(leaves, excerpts, found)
-    _prove(leaves, list(stretches.values()), told, found)
-    if not found.proved:
+    edge = _prove(leaves, list(stretches.values()), told, found, known)
+    if not found.proved and known is None:
         raise _nothing_proves(found, bool(stretches))
     found.repeated, found.stripped, found.withheld = arrived.repeated, len(arrived.stripped), len(arrived.withheld)
+    found.uncomparable = arrived.uncomparable
+    if edge is not None:
+        kept = range(max(begin, edge.size - KEPT), found.end)
+        found.goes_on = Known(key.name, edge, kept.start, tuple(leaves[sequence] for sequence in kept))
     for sequence, whys in sorted(arrived.withheld.items())[:_MOST_NAMED]:
         found.withheld_named[sequence] = ", ".join(sorted(whys))
     return found
@@ -222,13 +255,30 @@ def _prove_excerpts(
         _add(found, start, end)
 
 
-def _prove(leaves: dict[int, bytes], stretches: list[_Stretch], told: Checkpoint | None, found: ExportVerified) -> None:
-    """Compute every signed root from the leaves, from the first stretch on that is whole."""
-    whole = sorted(each[:3] for each in stretches if each.start >= found.first)
-    start, peaks = (0, ()) if found.first == 0 else (whole[0][0], whole[0][2]) if whole else (found.end, None)
+def _prove(
+    leaves: dict[int, bytes],
+    stretches: list[_Stretch],
+    told: Checkpoint | None,
+    found: ExportVerified,
+    known: Known | None,
+) -> Frontier | None:
+    """Compute every signed root from the leaves, from what is known on, or from the first stretch on that is whole.
+
+    The edge of what is proved; None: there was nothing to begin with.
+    """
+    start: int
+    peaks: tuple[bytes, ...] | None
+    if known is not None:
+        start, peaks = known.edge.size, known.edge.peaks
+        stretches = [each for each in stretches if each.size >= start]  # those before are known
+    elif found.first == 0:
+        start, peaks = 0, ()
+    else:
+        whole = sorted(each[:3] for each in stretches if each.start >= found.first)
+        start, peaks = (whole[0][0], whole[0][2]) if whole else (found.end, None)
     roots: dict[int, tuple[Checkpoint, str]] = {}
     for each in sorted(stretches):
-        if peaks is None or each.size <= start:
+        if peaks is None or each.size < start or (each.size == start and known is None):
             _unusable(found, f"the checkpoint of entries {each.start} to {each.size - 1}", each.start)
         else:
             roots[each.size] = (each.signed, f"the checkpoint of {each.size} entries that arrived")
@@ -240,7 +290,7 @@ def _prove(leaves: dict[int, bytes], stretches: list[_Stretch], told: Checkpoint
         else:
             roots.setdefault(told.size, (told, f"{_GIVEN} of {told.size} entries"))
     if peaks is None:
-        return
+        return None
     edge = Frontier(start, peaks)
     proved_to = start
     for size in sorted(roots):
@@ -260,6 +310,7 @@ def _prove(leaves: dict[int, bytes], stretches: list[_Stretch], told: Checkpoint
         proved_to = size
     if proved_to > start:
         _add(found, start, proved_to)
+    return edge
 
 
 def _add(found: ExportVerified, start: int, end: int) -> None:
@@ -302,6 +353,9 @@ def _take(carried: Disclosed, arrived: _Arrived) -> None:
             f"the record of entry {sequence} was taken out",
             "it is said to be shredded, and it was under no tenant's key: nothing shreds it",
         )
+    if sequence < arrived.begin:
+        arrived.uncomparable += 1
+        return
     known = sequence in arrived.leaves
     if known and arrived.leaves[sequence] != leaf:
         raise _differs(f"entry {sequence} came twice", "and the two differ")

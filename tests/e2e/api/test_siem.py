@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import urllib.request
@@ -184,3 +185,33 @@ def test_destinations_that_cannot_be_read_are_told_wherever_one_looks(tmp_path: 
         assert saved.read_text() == "{"
         saved.unlink()
         until(lambda: _holdfast(state_dir, "audit", "export", "list")[0] == 0)
+
+
+def test_destinations_that_were_put_back_to_an_older_copy_are_refused(tmp_path: Path, pki: Pki) -> None:
+    state_dir, engine = tmp_path / "state", tmp_path / "engine.sock"
+    make_appliance(state_dir)
+    folder, copy = state_dir / "siem", tmp_path / "copy"
+    with running_stub(engine), running_rsyslog(tmp_path / "receiver", pki) as receiver:
+        with running_gateway(state_dir, engine) as gateway:
+            assert _add(state_dir, "soc", receiver, pki)[0] == 0
+            shutil.copytree(folder, copy)
+            assert _holdfast(state_dir, "audit", "export", "remove", "soc")[0] == 0
+            until(lambda: _marked_version(AdminClient(state_dir)) == 2)
+            gateway.end()
+        shutil.rmtree(folder)
+        shutil.copytree(copy, folder)
+        came = len(receiver.received)
+        with running_gateway(state_dir, engine):
+            admin = AdminClient(state_dir)
+            audit = next(part for part in admin.status().parts if part.name == "audit")
+            assert (audit.state, "is of version 1, and 2 was saved here" in audit.detail) == ("degraded", True)
+            shutil.rmtree(folder)
+            until(lambda: "nothing is there" in _holdfast(state_dir, "audit", "export", "list")[1].get("cause", ""))
+            assert len(receiver.received) == came
+            assert _add(state_dir, "again", receiver, pki)[0] == 0
+            assert _holdfast(state_dir, "audit", "export", "list")[1]["destinations"][0]["name"] == "again"
+
+
+def _marked_version(admin: AdminClient) -> int:
+    (newest,) = admin.audit_entries(action="store.marked", limit=1).entries
+    return int((newest.record or {})["counts"]["destinations"])

@@ -208,7 +208,17 @@ def _failed(status: int, type_: str, reason: str) -> web.Response:
 @contextlib.asynccontextmanager
 async def serving(server: Hec | Elastic, pki: Pki, *, port: int = 0) -> AsyncIterator[int]:
     """A receiver over TLS, which asks for no certificate; its port."""
-    runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=0.1)
+    transports: set[asyncio.Transport | None] = set()
+
+    @web.middleware
+    async def noting(request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
+        transports.add(request.transport)
+        answer: web.StreamResponse = await handler(request)
+        return answer
+
+    application = server.application()
+    application.middlewares.append(noting)
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     try:
         port = port or free_port()
@@ -216,6 +226,9 @@ async def serving(server: Hec | Elastic, pki: Pki, *, port: int = 0) -> AsyncIte
         yield port
     finally:
         await runner.cleanup()
+        for transport in transports:  # of a client that cannot be reached, TLS would wait for a goodbye
+            if transport is not None:
+                transport.abort()
 
 
 @contextlib.asynccontextmanager

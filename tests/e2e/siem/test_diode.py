@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 
 from appliance.audit.notes import NoteInvalid, SigningKey, VerifierKey, sign_note
-from appliance.audit.siem.batches import BatchInvalid, Manifest, verify_batches
+from appliance.audit.siem.batches import BatchInvalid, Manifest, Taken, verify_batches
 from appliance.audit.siem.diode import DiodeFiles, Limits
 from appliance.audit.siem.leef import Leef
 from appliance.audit.siem.shipper import try_out
@@ -82,6 +82,10 @@ async def test_a_folder_is_verified_by_the_command(tmp_path: Path) -> None:
     outcome = CliRunner().invoke(holdfast, [*command, "--batch-key", str(public_key(tmp_path))])
     assert outcome.exit_code == 0, outcome.output
     assert "entries 0 to 599 are proved" in outcome.output
+    known = [*command, "--known", str(tmp_path / "known")]
+    assert CliRunner().invoke(holdfast, known).exit_code == 0
+    outcome = CliRunner().invoke(holdfast, known)  # the same batches once more
+    assert (outcome.exit_code, "brought again" in outcome.output) == (6, True)
     _altered([path for path in visible(tmp_path) if path.suffix == ".log"])
     outcome = CliRunner().invoke(holdfast, command)
     assert outcome.exit_code != 0
@@ -217,16 +221,21 @@ async def test_what_was_done_to_a_batch_is_found(
 async def test_a_batch_that_is_brought_again_is_found(tmp_path: Path) -> None:
     paths = await batches_of(tmp_path, 4)
     key = public_key(tmp_path)
-    [(series, (first, last))] = verify_batches(tmp_path / "out", key).numbers.items()
-    assert (first, last) == (1, 4)
+    found = verify_batches(tmp_path / "out", key)
+    [(series, last)] = found.taken.items()
+    assert found.numbers == {series: (1, last.number)} == {series: (1, 4)}
+    second = Manifest.parse(paths[1].with_suffix(".manifest").read_text().partition("\n\n")[0] + "\n")
+    known = {series: Taken(2, second.digest)}
     with pytest.raises(BatchInvalid, match="brought again"):
-        verify_batches(tmp_path / "out", key, known={series: 4})
+        verify_batches(tmp_path / "out", key, known=found.taken)
     for path in paths[:2]:
         path.unlink()
         path.with_suffix(".manifest").unlink()
-    assert verify_batches(tmp_path / "out", key, known={series: 2}).numbers == {series: (3, 4)}
+    assert verify_batches(tmp_path / "out", key, known=known).numbers == {series: (3, 4)}
     with pytest.raises(BatchInvalid, match="000000000002 does not hold: it is missing"):
-        verify_batches(tmp_path / "out", key, known={series: 1})
+        verify_batches(tmp_path / "out", key, known={series: Taken(1, second.previous)})
+    with pytest.raises(BatchInvalid, match="000000000003 does not hold: it does not follow from the batch before it"):
+        verify_batches(tmp_path / "out", key, known={series: Taken(2, last.digest)})
     with pytest.raises(BatchInvalid, match="there is no batch"):
         verify_batches(tmp_path, key)
 

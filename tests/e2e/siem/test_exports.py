@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -12,13 +13,15 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from appliance.audit.entry import seal
+from appliance.audit.events import STORE_MARKED, SYSTEM, Event
 from appliance.audit.siem.destinations import Destination
 from appliance.audit.siem.exports import DestinationsUnreadable, Exports
 from appliance.audit.siem.files import read_in_time
 from appliance.audit.siem.saved import save
 from appliance.audit.siem.transport import ExportUnusable
 from tests.e2e.siem.shipping import until
-from tests.unit.audit.making import KEY, Keys, make_log
+from tests.unit.audit.making import KEY, Keys, make_log, open_log, sign
 
 pytestmark = pytest.mark.anyio
 ENTRIES = 300
@@ -48,6 +51,16 @@ class Node:
 
     def exports(self, *, longest_silence_s: float = 30.0) -> Exports:
         return Exports(self.state, self.state / "audit", size=_size, keys=Keys(), longest_silence_s=longest_silence_s)
+
+    def mark(self, version: int) -> None:
+        """What the gateway notes in the log when the destinations have changed."""
+        marked = Event(STORE_MARKED, SYSTEM, counts={"mark": 1, "destinations": version}).record({})
+        log = open_log(self.state / "audit")
+        log.append(
+            [seal(STORE_MARKED.number, marked, keys=Keys(), scope="system", actor="", session="", random=bytes(32))]
+        )
+        log.publish(sign)
+        log.close()
 
     def diode(self, name: str) -> Destination:
         (self.folder / name).mkdir(exist_ok=True)
@@ -147,7 +160,7 @@ async def test_where_the_destinations_cannot_be_read_nothing_is_changed_until_th
     saved.parent.mkdir(mode=0o700)
     own = node.diode("soc")._replace(private_key=node.state / "audit" / "key")
     if content == "own":
-        save(saved, [own], Keys())
+        save(saved, [own], 1, Keys())
     elif content == "unsealed":
         saved.write_text(json.dumps({"destinations": [node.diode("soc").record()]}))
     else:
@@ -165,7 +178,7 @@ async def test_where_the_destinations_cannot_be_read_nothing_is_changed_until_th
             with pytest.raises(DestinationsUnreadable):
                 await change
         assert saved.read_text() == content
-        save(saved, [node.diode("soc")], Keys())
+        save(saved, [node.diode("soc")], 1, Keys())
         await until(lambda: exports.unreadable is None)
         assert (exports.names, exports.needed_from()) == (["soc"], 0)
         await until(lambda: exports.view("soc").delivered == ENTRIES)
@@ -193,5 +206,74 @@ async def test_a_file_that_has_become_a_link_to_the_appliances_own_is_not_read(n
         error = exports.view("soc").error
         assert error is not None
         assert (error["code"], exports.view("soc").connected) == ("audit_export_invalid", False)
+    finally:
+        await exports.stop(ENTRIES)
+
+
+async def _changed_three_times(node: Node) -> Path:
+    """The folder with what is saved: soc and other were added, soc removed; a copy of it from before that is beside."""
+    exports = node.exports()
+    exports.start()
+    await exports.add(node.diode("soc"))
+    await exports.add(node.diode("other"))
+    shutil.copytree(node.state / "siem", node.state / "before")
+    assert exports.changed.is_set()
+    await exports.remove("soc")
+    assert exports.version == 3
+    await exports.stop(ENTRIES)
+    node.mark(3)
+    return node.state / "siem"
+
+
+async def test_an_older_copy_of_the_destinations_is_refused(node: Node) -> None:
+    folder = await _changed_three_times(node)
+    shutil.move(folder, node.state / "newest")
+    shutil.copytree(node.state / "before", folder)
+    exports = node.exports()
+    exports.start()
+    try:
+        assert exports.unreadable is not None
+        assert "of version 2, and 3 was saved here" in exports.unreadable["cause"]
+        for change in (exports.add(node.diode("new")), exports.remove("soc")):
+            with pytest.raises(DestinationsUnreadable):
+                await change
+        assert exports.version == 3  # what the log is told must not go back
+        shutil.rmtree(folder)
+        shutil.move(node.state / "newest", folder)
+        await until(lambda: exports.unreadable is None)
+        assert (exports.names, exports.version) == (["other"], 3)
+        await until(lambda: exports.view("other").delivered > 0)
+    finally:
+        await exports.stop(ENTRIES)
+
+
+async def test_destinations_that_are_gone_are_missed_until_one_is_added(node: Node) -> None:
+    shutil.rmtree(await _changed_three_times(node))
+    exports = node.exports()
+    exports.start()
+    try:
+        assert exports.unreadable is not None
+        assert exports.unreadable["code"] == "audit_exports_gone"
+        with pytest.raises(DestinationsUnreadable, match="are gone"):
+            exports.needed_from()
+        await exports.add(node.diode("new"))
+        assert (exports.unreadable, exports.names, exports.version) == (None, ["new"], 4)
+        await until(lambda: exports.view("new").delivered == ENTRIES)
+    finally:
+        await exports.stop(ENTRIES)
+
+
+async def test_where_nothing_is_saved_the_log_is_asked_once_it_can_be_read(node: Node) -> None:
+    """Before that nothing is in the way, but nothing may be removed from the log either."""
+    shutil.move(node.state / "audit", node.state / "log")
+    exports = node.exports()
+    exports.start()
+    try:
+        assert (exports.unreadable, exports.version, exports.views()) == (None, None, [])
+        with pytest.raises(DestinationsUnreadable, match="not known yet"):
+            exports.needed_from()
+        shutil.move(node.state / "log", node.state / "audit")
+        await until(lambda: exports.version == 0)
+        assert exports.needed_from() is None
     finally:
         await exports.stop(ENTRIES)

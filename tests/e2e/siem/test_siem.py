@@ -2,13 +2,11 @@
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
 import signal
 import socket
 import ssl
-import struct
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -32,7 +30,6 @@ from tests.rsyslog import Pki, Receiver, Rsyslog, running_rsyslog
 from tests.syslog_ng import SyslogNg
 from tests.unit.audit.making import KEY, Keys, event
 
-_SO_ATTACH_FILTER = 26  # asm-generic/socket.h
 pytestmark = pytest.mark.anyio
 EVENTS = 20_000
 DEADLINE_S = 30.0
@@ -263,41 +260,6 @@ async def test_a_receiver_that_never_reads_is_given_up(tmp_path: Path) -> None:
         for writer in held:
             writer.transport.abort()
         await asyncio.sleep(0)
-
-
-async def test_packets_dropped_on_a_living_connection_delay_export_and_nothing_else(tmp_path: Path) -> None:
-    async with _node(tmp_path) as node:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(node.pki.folder / "server.pem", node.pki.folder / "server.key")
-        taken: list[asyncio.StreamWriter] = []
-
-        async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            taken.append(writer)
-            with contextlib.suppress(OSError):
-                while await reader.read(1 << 16):
-                    pass
-
-        server = await asyncio.start_server(take, "127.0.0.1", 0, ssl=context)
-        port = server.sockets[0].getsockname()[1]
-        async with _shipping(node.shipper(node.transport(port, deadline_s=1.0))) as shipper:
-            await _until(lambda: shipper.view().sent == 1)
-            _drop_packets(taken[0])
-            await node.record(100)
-            await _until(lambda: shipper.view().error is not None)
-            assert (shipper.view().connected, shipper.view().delivered) == (False, 0)
-            await node.record(100, first=20_000)
-            await _until(lambda: len(taken) > 1 and shipper.view().sent == 201)
-        server.close()
-        for writer in taken:
-            writer.transport.abort()
-        await asyncio.sleep(0)
-
-
-def _drop_packets(writer: asyncio.StreamWriter) -> None:
-    """Have the kernel drop what comes for a connection, before TCP sees it: nothing is acknowledged any more."""
-    program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF_RET: keep 0 bytes
-    attach = struct.pack("HP", 1, ctypes.addressof(program))
-    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, attach)
 
 
 async def test_a_receiver_that_stands_still_costs_no_memory_and_holds_up_nobody(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from glob import glob
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,7 +52,8 @@ def _settled(engine: EngineInProcess, folder: Path) -> dict[str, Any]:
         assert time.monotonic() < deadline
         engine.core.step_fn()
     status = tier.store.status()
-    while len(paths := list(folder.rglob("*~*/*"))) != status.chunks:  # what was dropped goes a moment later
+    # What was dropped goes a moment later, and `glob` passes over a folder that goes meanwhile.
+    while len(paths := [Path(name) for name in glob(f"{folder}/**/*~*/*", recursive=True)]) != status.chunks:  # noqa: PTH207
         assert time.monotonic() < deadline
         time.sleep(0.001)
     files = b"".join(path.read_bytes() for path in paths)

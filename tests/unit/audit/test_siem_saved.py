@@ -23,15 +23,15 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_what_was_saved_is_read_again(path: Path) -> None:
-    assert load(path, Keys()) == []
-    for saved in ([ONE, OTHER], [OTHER], []):
-        save(path, saved, Keys())
-        assert load(path, Keys()) == saved
+    assert load(path, Keys()) == (0, [])
+    for version, saved in enumerate(([ONE, OTHER], [OTHER], []), 1):
+        save(path, saved, version, Keys())
+        assert load(path, Keys()) == (version, saved)
 
 
 @pytest.mark.parametrize("name", list(ONE.record()))
 def test_a_field_that_was_changed_outside_is_found(path: Path, name: str) -> None:
-    save(path, [ONE], Keys())
+    save(path, [ONE], 1, Keys())
     said = json.loads(path.read_text())
     said["destinations"][0][name] = f"{said['destinations'][0][name]}x"
     path.write_text(json.dumps(said))
@@ -45,6 +45,8 @@ def test_a_field_that_was_changed_outside_is_found(path: Path, name: str) -> Non
         lambda said: said["destinations"].append(OTHER.record()),
         lambda said: said["destinations"].clear(),
         lambda said: said["destinations"][0].update(more=1),
+        lambda said: said.update(version=2),
+        lambda said: said.pop("version"),
         lambda said: said.update(tag="00" * 32),
         lambda said: said.update(key="00" * 16),
         lambda said: said.pop("tag"),
@@ -52,7 +54,7 @@ def test_a_field_that_was_changed_outside_is_found(path: Path, name: str) -> Non
     ],
 )
 def test_whatever_else_is_changed_is_found(path: Path, damage: Any) -> None:
-    save(path, [ONE], Keys())
+    save(path, [ONE], 1, Keys())
     said = json.loads(path.read_text())
     damage(said)
     path.write_text(json.dumps(said))
@@ -61,7 +63,7 @@ def test_whatever_else_is_changed_is_found(path: Path, damage: Any) -> None:
 
 
 def test_a_file_that_was_taken_away_is_missed(path: Path) -> None:
-    save(path, [ONE], Keys())
+    save(path, [ONE], 1, Keys())
     path.with_name(f"soc{CURSOR_SUFFIX}").write_text("{}")
     path.unlink()
     with pytest.raises(SavedTampered, match="is gone"):
@@ -73,8 +75,8 @@ def test_only_the_vault_that_saved_them_reads_them_and_only_while_it_is_open(pat
     vault = Vault(keys)
     vault.open(RootKey(b"r" * 32))
     keys.add(vault.new_system_keys())
-    save(path, [ONE], vault)
-    assert load(path, vault) == [ONE]
+    save(path, [ONE], 1, vault)
+    assert load(path, vault) == (1, [ONE])
     vault.seal()
     with pytest.raises(VaultSealed):
         load(path, vault)

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,11 @@ class Tier:
 
     def files(self) -> list[Path]:
         """The files of chunks."""
-        return sorted(path for path in self.root.rglob("*~*/*") if path.is_file())
+        return sorted(path for path in self.found("*~*/*") if path.is_file())
+
+    def found(self, pattern: str) -> list[Path]:
+        """What is below the root; a folder that goes meanwhile is passed over, where `Path.rglob` would raise."""
+        return [Path(name) for name in glob(f"{self.root}/**/{pattern}", recursive=True, include_hidden=True)]  # noqa: PTH207
 
     def settle(self) -> None:
         """Return when no file is there that the store does not know of."""
