@@ -638,8 +638,7 @@ def _denied(cause: str) -> AdminDenied:
 
 async def _answer_error(_: Request, error: Exception) -> JSONResponse:
     told = _as_holdfast_error(error)
-    body = types.ErrorBody(**told.record(), fault=told.fault.value)
-    return JSONResponse({"error": body.model_dump()}, status_code=status_of(told))
+    return JSONResponse({"error": types.ErrorBody.of(told).model_dump()}, status_code=status_of(told))
 
 
 def _as_holdfast_error(error: Exception) -> HoldfastError:

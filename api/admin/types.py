@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from appliance.errors import HoldfastError
+
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 
@@ -29,6 +31,11 @@ class ErrorBody(Wire):
     cause: str
     remedy: str
     fault: str
+
+    @classmethod
+    def of(cls, error: HoldfastError) -> "ErrorBody":
+        """What is told of an error."""
+        return cls(**error.record(), fault=error.fault.value)
 
 
 # Status
