@@ -289,11 +289,13 @@ class TranscriptTurn(Wire):
 
 
 class Transcript(Wire):
-    """A session and everything said in it."""
+    """A session and what was said in it: the newest of the turns asked for, in order; truncated: there are some before
+    them."""
 
     session: Session
     client_id: str | None
     turns: list[TranscriptTurn]
+    truncated: bool
 
 
 class Divergence(Wire):
