@@ -31,7 +31,7 @@ _LOOP = """\
 from openai import OpenAI
 client = OpenAI(base_url="{endpoint}", api_key="{api_key}")
 messages = []
-for line in ("Hello! My name is Anna.", "What is two plus three?", "What is my name?"):
+for line in ("Hello! My name is Anna.", "What is 2 plus 3?", "What is the capital of France?", "What is my name?"):
     messages.append({{"role": "user", "content": line}})
     answer = client.chat.completions.create(model="{model}", messages=messages, temperature=0)
     messages.append(answer.choices[0].message)

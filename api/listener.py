@@ -27,7 +27,7 @@ _HEADER_DEADLINE_S = 15.0
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """What the data listener speaks.
+    """What the data listener speaks, and what the admin listener's protocol is made of.
 
     Attributes:
         max_header_bytes: of the request line and all headers together, and of what comes between pieces of a body and
@@ -135,6 +135,11 @@ class BoundedProtocol(HttpToolsProtocol):
             )
         )
 
+    @staticmethod
+    def content_of(error: HoldfastError, request_id: str) -> bytes:
+        """A refusal's body, in the shape of the listener's other errors."""
+        return error_object(error, request_id)
+
     def _await_headers(self) -> None:
         self._in_headers, self._bytes_without_body = True, 0
         self._header_timer = self.loop.call_later(_HEADER_DEADLINE_S, self._headers_late)
@@ -173,7 +178,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
             return
         request_id = os.urandom(16).hex()
-        content = error_object(error, request_id)
+        content = self.content_of(error, request_id)
         self.transport.write(
             STATUS_LINE[status_of(error)]
             + b"content-type: application/json\r\nconnection: close\r\n"
@@ -191,7 +196,9 @@ class BoundedProtocol(HttpToolsProtocol):
         return self.cycle.response_complete
 
 
-def bounded_by(max_header_bytes: int, unread_timeout_s: float) -> type[BoundedProtocol]:
-    """`BoundedProtocol` with its own bounds: uvicorn makes protocols itself, from a class."""
+def bounded_by(
+    max_header_bytes: int, unread_timeout_s: float, protocol: type[BoundedProtocol] = BoundedProtocol
+) -> type[BoundedProtocol]:
+    """`protocol` with bounds of its own: uvicorn makes protocols itself, from a class."""
     bounds = {"max_header_bytes": max_header_bytes, "unread_timeout_s": unread_timeout_s}
-    return type("BoundedProtocol", (BoundedProtocol,), bounds)
+    return type(protocol.__name__, (protocol,), bounds)

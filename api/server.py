@@ -76,6 +76,7 @@ _INTERRUPTED_S = 5.0  # for broken-off turns to be committed and told
 _LOOK_EVERY_S = 0.02
 _CLOSING_S = 2  # for connections to be closed
 _IDLE_CONNECTION_S = 30
+_ADMIN_UNREAD_S = 120.0  # an answer to the admin socket may lie unread: a backup goes to a disk that may be slow
 _LOG = logging.getLogger("holdfast.gateway")
 
 
@@ -125,7 +126,10 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
             certificate=gateway.tls_certificate,
             private_key=gateway.tls_private_key,
         ),
-        _Server(_with_health_and_metrics(services), PeerCredentialsProtocol),
+        _Server(
+            _with_health_and_metrics(services),
+            bounded_by(gateway.max_header_bytes, _ADMIN_UNREAD_S, PeerCredentialsProtocol),
+        ),
     ]
     async with asyncio.TaskGroup() as tasks:
         await services.audit.start()

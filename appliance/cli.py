@@ -10,6 +10,7 @@ Rules:
 - No core dump holds what a command held: that is forbidden before a command is looked for.
 - A secret comes over a file descriptor or is asked for on the terminal: never in an argument, never in the environment.
 - The commands are clients of the admin API. Only `init`, `up`, `restore` and `doctor` open files themselves.
+- A command that is suggested can be pasted as it stands: it names this program and this appliance.
 - Text from elsewhere (a model's, a tenant's) reaches the terminal without its control characters.
 """
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from api.admin.client import AdminClient
     from appliance.settings import Settings
 
+COMMAND = "holdfast"
 ENTRY_POINT_GROUP = "holdfast.commands"
 
 # In the order of `--help`: the order in which a newcomer meets them.
@@ -163,9 +165,17 @@ class Console:
 
     def suggest(self, words: str) -> str:
         """The command to type for `words`, on the same appliance as this one."""
+        return f"{self._as_typed()}{words}"
+
+    def _as_typed(self) -> str:
+        """How a command for this appliance begins, up to its first word."""
         named = self._hinted_state_dir
         where = f"--state-dir {shlex.quote(str(named))} " if named is not None else ""
-        return f"holdfast {where}{words}"
+        return f"{_own_name()} {where}"
+
+    def _made_typable(self, remedy: str) -> str:
+        """A remedy whose commands, which know of no appliance, speak of this one."""
+        return re.sub(f"`{COMMAND} (?!--state-dir )", lambda _: f"`{self._as_typed()}", remedy)
 
     # Speaking
 
@@ -185,7 +195,7 @@ class Console:
         click.echo(click.style(f"Error: {printable(error.message)}", fg="red", bold=True), err=True)
         if error.cause:
             click.echo(f"  Why:  {printable(error.cause)}", err=True)
-        click.echo(f"  Next: {printable(error.remedy)}", err=True)
+        click.echo(f"  Next: {printable(self._made_typable(error.remedy))}", err=True)
         click.echo(f"  Code: {error.code}", err=True)
 
     # Asking
@@ -387,7 +397,7 @@ class _Root(click.Group):
         words = list(sys.argv[1:] if args is None else args)
         console = Console(as_json="--json" in _before_double_dash(words))
         extra.update(standalone_mode=False, obj=console)
-        extra.setdefault("prog_name", "holdfast")
+        extra.setdefault("prog_name", COMMAND)
         sys.exit(_run(console, lambda: super(_Root, self).main(words, *rest, **extra)))
 
 
@@ -511,6 +521,19 @@ def _read_secret(descriptor: int, option: str) -> bytearray:
             remedy=f"Write the secret to the descriptor that {option} names, then close it",
         )
     return secret
+
+
+def _own_name() -> str:
+    """What to type to run this program again: its name where the shell finds it, else its path."""
+    from shutil import which
+
+    called = Path(sys.argv[0])
+    if called.name != COMMAND or not called.is_file():
+        return COMMAND  # started as something else: by a test, or with `python -c`
+    found = which(COMMAND)
+    if found is not None and called.samefile(found):
+        return COMMAND
+    return shlex.quote(str(called))
 
 
 def _json_text(value: object) -> str:

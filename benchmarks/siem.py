@@ -41,6 +41,7 @@ from benchmarks.load import percentile
 from tests.rsyslog import Pki, Rsyslog, running_rsyslog
 
 EVENTS_PER_S: Final = 5000
+KEPT_UP: Final = 0.98  # of that: the clock of who appends is no better
 LAG_S: Final = 1.0
 ADDED_P99_MS: Final = 1.0
 _EVERY_S: Final = 0.01
@@ -226,7 +227,7 @@ def promises_met(figures: dict[str, float]) -> dict[str, bool]:
 
 
 def _promises(figures: dict[str, float]) -> Iterator[tuple[str, bool]]:
-    kept_up = figures["appended_per_s"] >= 0.98 * EVENTS_PER_S and figures["lag_most_s"] <= LAG_S
+    kept_up = figures["appended_per_s"] >= KEPT_UP * EVENTS_PER_S and figures["lag_most_s"] <= LAG_S
     yield f"keeps up with {EVENTS_PER_S:,} events/s, never {LAG_S:g} s behind", kept_up
     yield f"the last line is written within {LAG_S:g} s", figures["last_line_after_s"] <= LAG_S
     yield f"catches up faster than {EVENTS_PER_S:,} events/s", figures["caught_up_per_s"] > EVENTS_PER_S

@@ -37,14 +37,13 @@ from typing import Any, Final
 from appliance.engine.demo.random_model import SHAPE, write_random_model
 from appliance.engine.protocol import PLUGIN_ENVIRONMENT, Lease, connector_arguments, disk_tier, lease_params
 from appliance.engine.tier_keys import KEY_BYTES, KEY_SOCKET
+from benchmarks.engine_bars import FEWER_TOKENS, SOONER
 
 BLOCK: Final = 32  # tokens
 BLOCK_BYTES: Final = SHAPE.layers * 2 * SHAPE.key_value_heads * SHAPE.head_size * 2 * BLOCK
 START_TOKENS: Final = 2048  # an agent's first prompt
 STEP_TOKENS: Final = 256  # by how much a prompt is longer than the one before
 LEASE_FRACTION: Final = 0.9
-FEWER_TOKENS = 7.0  # times, against vanilla
-SOONER = 3.0
 READY_TIMEOUT_S = 300.0
 REQUEST_TIMEOUT_S = 120.0
 

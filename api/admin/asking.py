@@ -3,10 +3,11 @@
 Rule: what an asker did is in the audit log, under the asker's id, before the answer is given.
 """
 
+import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from fastapi import Depends, Request
 
@@ -21,6 +22,7 @@ from appliance.vault import VaultSealed
 
 Endpoints = Mapping[tuple[str, str], tuple[Callable[..., Awaitable[Any]], type[types.Wire] | None]]
 """Method and path, to what answers and the schema of the answer."""
+_Answer = TypeVar("_Answer")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,6 +97,13 @@ class NoSuchThing(HoldfastError, LookupError):
     fault: ClassVar[Fault] = Fault.MISSING
 
 
+class AskerGone(HoldfastError):
+    """Who asked hung up before there was an answer. Nobody reads this."""
+
+    code: ClassVar[str] = "asker_gone"
+    fault: ClassVar[Fault] = Fault.CALLER
+
+
 async def chosen_tenant(services: Services, caller: Caller, named: str | None) -> Tenant | None:
     """The tenant that a request speaks of; None: all of them. Another tenant's is as unknown as one that never was."""
     if named is None:
@@ -108,6 +117,29 @@ async def chosen_tenant(services: Services, caller: Caller, named: str | None) -
     if caller.tenant is not None and caller.tenant.tenant_id != tenant.tenant_id:
         raise unknown("tenant", named, "tenant list")
     return tenant
+
+
+async def while_there(request: Request, answering: Coroutine[Any, Any, _Answer]) -> _Answer:
+    """What `answering` returns; when who asked hangs up before, it is cancelled.
+
+    Raises:
+        AskerGone: who asked hung up.
+    """
+    work = asyncio.create_task(answering)
+    hanging_up = asyncio.create_task(_hung_up(request))
+    try:
+        await asyncio.wait((work, hanging_up), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise AskerGone("who asked is gone", cause="the connection was closed", remedy="Ask again")
+        return work.result()
+    finally:
+        work.cancel()
+        hanging_up.cancel()
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def with_first(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:

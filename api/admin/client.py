@@ -167,9 +167,10 @@ class AdminClient:
         """What may be known of one session without reading it."""
         return self._call(types.Session, "GET", f"/v1/sessions/{_quote(session_id)}")
 
-    def transcript(self, session_id: str) -> types.Transcript:
-        """Everything said in a session."""
-        return self._call(types.Transcript, "GET", f"/v1/sessions/{_quote(session_id)}/transcript")
+    def transcript(self, session_id: str, *, before: int | None = None, limit: int | None = None) -> types.Transcript:
+        """What was said in a session, in its newest turns, or the newest before one; at most `limit`."""
+        query = {"before": before, "limit": limit}
+        return self._call(types.Transcript, "GET", f"/v1/sessions/{_quote(session_id)}/transcript", query=query)
 
     def why(self, session_id: str, *, limit: int | None = None) -> types.Explanation:
         """Why a session's prompts had to be computed, in its newest turns, at most `limit`."""

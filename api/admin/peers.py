@@ -5,13 +5,18 @@ Rules:
 - The uid comes from SO_PEERCRED: it is the peer's at the moment it connected, and cannot be forged.
 - The pid comes with it. It is not who asks, but tells the engine, which runs as the same user, from people.
 - A connection whose peer cannot be told has no uid, and is nobody.
+- What comes before and around a request is bounded as on the data listener.
 """
 
 import asyncio
 import socket
 import struct
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from pydantic_core import to_json
+
+from api.admin import types
+from api.listener import BoundedProtocol
+from appliance.errors import HoldfastError
 
 _UCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _PREFIX = "uid="
@@ -23,7 +28,7 @@ def peer_of(connection: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
-class PeerCredentialsProtocol(HttpToolsProtocol):
+class PeerCredentialsProtocol(BoundedProtocol):
     """HTTP over a Unix socket whose scope says who called: `scope["client"] = ("uid=1000", pid)`."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -34,6 +39,11 @@ class PeerCredentialsProtocol(HttpToolsProtocol):
         if connection is not None and connection.family == socket.AF_UNIX:
             pid, uid = peer_of(connection)
             self.client = (f"{_PREFIX}{uid}", pid)
+
+    @staticmethod
+    def content_of(error: HoldfastError, request_id: str) -> bytes:  # noqa: ARG004  (the admin API's errors have none)
+        """A refusal's body, in the admin API's shape."""
+        return to_json({"error": types.ErrorBody.of(error).model_dump()})
 
 
 def uid_of(client: tuple[str, int] | None) -> int | None:

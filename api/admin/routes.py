@@ -30,7 +30,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.admin import audit_routes, prove_routes, status, types
-from api.admin.asking import Asker, AskerOf, Endpoints, ServicesOf, chosen_tenant, unknown, with_first
+from api.admin.asking import Asker, AskerOf, Endpoints, ServicesOf, chosen_tenant, unknown, while_there, with_first
 from api.admin.kv import kv_status
 from api.admin.peers import pid_of, uid_of
 from api.backups import stream_backup
@@ -59,7 +59,7 @@ from appliance.audit.events import (
 )
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import ApiKey, Isolation, Permission, Role, Scopes, Tenant
-from appliance.sessions import EXPLAINED_TURNS, Explanation, SessionSummary, Transcript
+from appliance.sessions import EXPLAINED_TURNS, NO_TURN, TRANSCRIPT_TURNS, Explanation, SessionSummary, Transcript
 from appliance.sessions.keeping import keeping
 from appliance.vault import VaultSealed
 
@@ -395,9 +395,17 @@ async def _session(session_id: str, services: ServicesOf, asker: AskerOf) -> typ
     return _session_view(await services.sessions.summary(asker.named, session_id))
 
 
-async def _transcript(session_id: str, services: ServicesOf, asker: AskerOf) -> types.Transcript:
+async def _transcript(
+    session_id: str,
+    services: ServicesOf,
+    asker: AskerOf,
+    request: Request,
+    before: Annotated[int | None, Query(ge=1, le=NO_TURN)] = None,
+    limit: Annotated[int, Query(ge=1, le=TRANSCRIPT_TURNS)] = TRANSCRIPT_TURNS,
+) -> types.Transcript:
     try:
-        transcript = await services.sessions.transcript(asker.named, session_id)
+        reading = services.sessions.transcript(asker.named, session_id, before=before, limit=limit)
+        transcript = await while_there(request, reading)
     except HoldfastError as error:
         await asker.did(TRANSCRIPT_READ, ("session", session_id), outcome=Outcome.REFUSED, reason=error.code)
         raise
@@ -409,9 +417,11 @@ async def _why(
     session_id: str,
     services: ServicesOf,
     asker: AskerOf,
+    request: Request,
     limit: Annotated[int, Query(ge=1, le=EXPLAINED_TURNS)] = EXPLAINED_TURNS,
 ) -> types.Explanation:
-    return _explanation_view(await services.sessions.explanation(asker.named, session_id, limit=limit))
+    explaining = services.sessions.explanation(asker.named, session_id, limit=limit)
+    return _explanation_view(await while_there(request, explaining))
 
 
 async def _forget(session_id: str, services: ServicesOf, asker: AskerOf) -> types.Forgotten:
@@ -626,6 +636,7 @@ def _transcript_view(transcript: Transcript) -> types.Transcript:
             )
             for turn in transcript.turns
         ],
+        truncated=transcript.truncated,
     )
 
 
@@ -638,8 +649,7 @@ def _denied(cause: str) -> AdminDenied:
 
 async def _answer_error(_: Request, error: Exception) -> JSONResponse:
     told = _as_holdfast_error(error)
-    body = types.ErrorBody(**told.record(), fault=told.fault.value)
-    return JSONResponse({"error": body.model_dump()}, status_code=status_of(told))
+    return JSONResponse({"error": types.ErrorBody.of(told).model_dump()}, status_code=status_of(told))
 
 
 def _as_holdfast_error(error: Exception) -> HoldfastError:

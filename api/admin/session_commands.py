@@ -65,16 +65,23 @@ def list_sessions(console: Console, tenant_name: str | None, limit: int, api_key
 
 @session.command("show")
 @click.argument("session_id")
+@click.option(
+    "--limit", type=click.IntRange(1, 1000), default=1000, show_default=True, help="At most so many turns, the newest."
+)
+@click.option("--before", type=click.IntRange(1), metavar="TURN", help="Only turns before this one.")
 @api_key_option
 @pass_console
-def show_session(console: Console, session_id: str, api_key_fd: int | None) -> None:
+def show_session(console: Console, session_id: str, limit: int, before: int | None, api_key_fd: int | None) -> None:
     """Decrypt and print what was said in a session.
 
     The local administrator needs the permission transcript:read (`holdfast init --grant transcript:read`); a client's
     key reads its own sessions, and others' with that scope.
     """
-    transcript = console.admin(api_key_fd=api_key_fd, deadline_s=120).transcript(session_id)
+    transcript = console.admin(api_key_fd=api_key_fd, deadline_s=120).transcript(session_id, before=before, limit=limit)
     console.result(transcript, _transcript_text(transcript))
+    if transcript.truncated:
+        first = transcript.turns[0].number
+        console.say(f"There are more: `{console.suggest(f'session show {session_id} --before {first}')}`.")
 
 
 @session.command("why")

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from appliance.errors import HoldfastError
+
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 
@@ -29,6 +31,11 @@ class ErrorBody(Wire):
     cause: str
     remedy: str
     fault: str
+
+    @classmethod
+    def of(cls, error: HoldfastError) -> "ErrorBody":
+        """What is told of an error."""
+        return cls(**error.record(), fault=error.fault.value)
 
 
 # Status
@@ -282,11 +289,13 @@ class TranscriptTurn(Wire):
 
 
 class Transcript(Wire):
-    """A session and everything said in it."""
+    """A session and what was said in it: the newest of the turns asked for, in order; truncated: there are some before
+    them."""
 
     session: Session
     client_id: str | None
     turns: list[TranscriptTurn]
+    truncated: bool
 
 
 class Divergence(Wire):

@@ -195,9 +195,9 @@ class _Proof:
 
     async def _tenant(self, mode: Isolation, *, idle_timeout_s: float | None = None) -> Tenant:
         name = f"proof {secrets.token_hex(8)}"
-        create = self._services.identity.create_tenant
-        tenant = await create(name, isolation=mode, idle_timeout_s=idle_timeout_s)
-        await self._services.throwaways.mark(tenant.tenant_id)
+        tenant = await self._services.throwaways.create_tenant(
+            self._services.identity, name, isolation=mode, idle_timeout_s=idle_timeout_s
+        )
         await self._record(self._event(TENANT_CREATED, ("tenant", tenant.tenant_id), tenant.tenant_id))
         return tenant
 

@@ -17,7 +17,7 @@ import json
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from sqlalchemy import Connection, Table, insert, select, update
@@ -125,9 +125,17 @@ class Identity:
     # Tenants
 
     async def create_tenant(
-        self, name: str, *, idle_timeout_s: float | None = None, isolation: Isolation = Isolation.SESSION
+        self,
+        name: str,
+        *,
+        idle_timeout_s: float | None = None,
+        isolation: Isolation = Isolation.SESSION,
+        also: Callable[[str], Sequence[Change]] = lambda _: (),
     ) -> Tenant:
         """A new tenant with keys of its own.
+
+        Args:
+            also: what the same transaction changes besides, given the tenant's id.
 
         Raises:
             NameTaken: there is one of that name.
@@ -147,8 +155,7 @@ class Identity:
             "harness_lines": None,
         }
         sealed = self._rows.seal(tables.tenants, row, scope=tenant.tenant_id, purpose=KeyPurpose.RECORDS)
-
-        changes = [*key_changes(records), Change(_INSERT_TENANT, sealed)]
+        changes = [*key_changes(records), Change(_INSERT_TENANT, sealed), *also(tenant.tenant_id)]
         await self._add(changes, f"a tenant named {name!r}", "holdfast tenant list")
         return tenant
 

@@ -2,6 +2,8 @@
 
 from appliance.sessions.archive import (
     EXPLAINED_TURNS,
+    NO_TURN,
+    TRANSCRIPT_TURNS,
     Archive,
     Explanation,
     SessionSummary,
@@ -20,6 +22,8 @@ from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn
 
 __all__ = [
     "EXPLAINED_TURNS",
+    "NO_TURN",
+    "TRANSCRIPT_TURNS",
     "Account",
     "Archive",
     "Cause",

@@ -9,6 +9,7 @@ Rules:
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -33,6 +34,9 @@ from appliance.store import RowCipher, Store, tables
 from appliance.vault import KeyPurpose, Vault
 
 EXPLAINED_TURNS = 1000  # at most, in one answer
+TRANSCRIPT_TURNS = 1000  # at most, in one answer
+TRANSCRIPT_TOKENS = 1_000_000  # prompts and answers together, at most, in one answer of more than one turn
+NO_TURN = 1 << 31  # more than a turn's number can be
 _TURNS_AT_A_TIME = 100  # are read before whoever waits for the interpreter, or wants it to stop, is looked after
 
 
@@ -93,11 +97,17 @@ class TranscriptTurn:
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """A session and everything said in it."""
+    """A session and what was said in it.
+
+    Attributes:
+        turns: the newest ones of those asked for, in order.
+        truncated: there were turns before them.
+    """
 
     session: SessionSummary
     client_id: str | None
     turns: list[TranscriptTurn]
+    truncated: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +124,25 @@ class Explanation:
     turns: list[ExplainedTurn]
     findings: list[Finding]
     truncated: bool
+
+
+@dataclass(slots=True)
+class _Reading:
+    """A transcript in the making, fed with the turns of a session in order.
+
+    Attributes:
+        limit: so many turns are wanted.
+        first: the number of the first that may be one of them.
+        number: of the turn that was read last.
+        tokens: of the turns that are kept.
+    """
+
+    limit: int
+    first: int
+    number: int = 0
+    tokens: int = 0
+    reader: Reader = field(default_factory=Reader)
+    turns: deque[TranscriptTurn] = field(default_factory=deque)
 
 
 @dataclass(slots=True)
@@ -170,8 +199,14 @@ class Archive:
         """
         return self._summary(await self.visible_row(caller, session_id))
 
-    async def transcript(self, caller: Caller, session_id: str) -> Transcript:
-        """Everything said in a session.
+    async def transcript(
+        self, caller: Caller, session_id: str, *, before: int | None = None, limit: int = TRANSCRIPT_TURNS
+    ) -> Transcript:
+        """What was said in a session.
+
+        Args:
+            before: only turns of a smaller number.
+            limit: so many turns at most, the newest; fewer where they have more than `TRANSCRIPT_TOKENS`.
 
         Raises:
             UnknownSession: there is none, or it is not this caller's to know of.
@@ -185,10 +220,15 @@ class Archive:
                 cause="it belongs to another principal, and reading it needs the scope transcript:read",
                 remedy="Ask an administrator for a key with that scope",
             )
-        turns = tables.turns
-        query = select(turns).where(turns.c.session_id == session_id).order_by(turns.c.number)
-        rows = await self._store.read(lambda db: db.execute(query).mappings().all())
-        return await asyncio.to_thread(self._read_transcript, row, rows)
+        # Where none is named all that the store has is read: a turn that was moved here from elsewhere does not open.
+        last = (NO_TURN if before is None else before) - 1
+        reading = _Reading(limit, first=max(1, min(last, row["turns"]) - limit + 1))
+        while rows := await self._turns_between(session_id, reading.number, last):
+            await asyncio.to_thread(self._read_turns, reading, rows)
+        client_id = self._rows.open(tables.sessions, row)["client_id"]
+        turns = list(reading.turns)
+        truncated = bool(turns) and turns[0].number > 1
+        return Transcript(self._summary(row), text_or_none(client_id) or None, turns, truncated)
 
     async def explanation(self, caller: Caller, session_id: str, *, limit: int = EXPLAINED_TURNS) -> Explanation:
         """Why the session's prompts had to be computed, turn by turn, and what could be done about it.
@@ -235,16 +275,24 @@ class Archive:
         self._rows.open(tables.sessions, row)
         return row
 
-    def _read_transcript(self, row: RowMapping, rows: Sequence[RowMapping]) -> Transcript:
-        reader = Reader()
-        turns = []
+    def _read_turns(self, reading: _Reading, rows: Sequence[RowMapping]) -> None:
+        """Go on with `rows`."""
         for stored in rows:
             opened = self._rows.open(tables.turns, stored)
+            reading.number = number = stored["number"]
             answer = from_json(_bytes(opened["response"]))
-            read = reader.add(stored["number"], _bytes(opened["request"]), answer, _bytes(opened["token_ids"]))
-            turns.append(
+            request, token_ids = _bytes(opened["request"]), _bytes(opened["token_ids"])
+            if number < reading.first:
+                reading.reader.skip(number, request, answer, token_ids)
+                continue
+            read = reading.reader.add(number, request, answer, token_ids)
+            reading.tokens += len(read.token_ids)
+            while reading.turns and (reading.tokens > TRANSCRIPT_TOKENS or len(reading.turns) == reading.limit):
+                dropped = reading.turns.popleft()
+                reading.tokens -= len(dropped.prompt_token_ids) + len(dropped.completion_token_ids)
+            reading.turns.append(
                 TranscriptTurn(
-                    number=stored["number"],
+                    number=number,
                     response_id=stored["response_id"],
                     model=stored["model"],
                     state=TurnState(stored["state"]),
@@ -261,8 +309,6 @@ class Archive:
                     ended_at=stored["ended_at"],
                 )
             )
-        client_id = self._rows.open(tables.sessions, row)["client_id"]
-        return Transcript(self._summary(row), text_or_none(client_id) or None, turns)
 
     def _explain(self, explaining: _Explaining, rows: Sequence[RowMapping]) -> None:
         """Go on with `rows`."""

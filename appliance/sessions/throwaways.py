@@ -2,8 +2,8 @@
 
 Rules:
 
-- A tenant is marked in the database before anything is asked in its name. Removing goes by the marks, so that a gateway
-  that was killed removes at its next start what it left.
+- A tenant is marked in the database by the transaction that makes it. Removing goes by the marks, so that a gateway
+  that was killed, whenever it was, removes at its next start what it left.
 - What goes: its rows in every table, and its sessions' keys. What stays is the key that its records in the audit log
   are under, and the one that wraps that: the log stays readable.
 - Their keys' rows are erased from the files with the next deletion that is: nothing was said under them but made-up
@@ -12,10 +12,12 @@ Rules:
 
 from sqlalchemy import Connection, delete, insert, select
 
-from appliance.store import Store, tables
+from appliance.identity import Identity, Isolation, Tenant
+from appliance.store import Change, Store, tables
 from appliance.vault import KeyPurpose, Vault
 
 _MARK = "throwaway/"  # in the table `meta`, before the tenant's id
+_INSERT_MARK = insert(tables.meta)
 _KEPT_KEYS = (KeyPurpose.AUDIT.value, KeyPurpose.WRAPPING.value)
 
 
@@ -26,10 +28,20 @@ class Throwaways:
         self._store = store
         self._vault = vault
 
-    async def mark(self, tenant_id: str) -> None:
-        """Have a tenant removed by the next `remove_all`, be it after a restart."""
-        row = insert(tables.meta).values(name=_MARK + tenant_id, value="")
-        await self._store.transact(lambda db: db.execute(row))
+    async def create_tenant(
+        self, identity: Identity, name: str, *, idle_timeout_s: float | None = None, isolation: Isolation
+    ) -> Tenant:
+        """A tenant that the next `remove_all` removes, be it after a restart.
+
+        Raises:
+            NameTaken: there is one of that name.
+        """
+        return await identity.create_tenant(
+            name,
+            idle_timeout_s=idle_timeout_s,
+            isolation=isolation,
+            also=lambda tenant_id: [Change(_INSERT_MARK, {"name": _MARK + tenant_id, "value": ""})],
+        )
 
     async def remove_all(self) -> list[str]:
         """Remove every tenant that is marked; their ids. Needs no key."""

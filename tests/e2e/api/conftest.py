@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from api.admin import types
-from api.admin.client import AdminClient
+from api.admin.client import ADMIN_SOCKET, AdminClient
 from benchmarks.running import Running, make_appliance, running_gateway, running_stub
 from benchmarks.stub import MODEL
 
@@ -82,6 +82,13 @@ class Served:
     def connect(self) -> socket.socket:
         """A connection to the data listener."""
         return socket.create_connection(("127.0.0.1", self.gateway.port), timeout=DEADLINE_S)
+
+    def connect_admin(self) -> socket.socket:
+        """A connection to the admin listener."""
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(DEADLINE_S)
+        connection.connect(str(self.state_dir / ADMIN_SOCKET))
+        return connection
 
     def send(
         self,

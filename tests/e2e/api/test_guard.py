@@ -4,9 +4,13 @@ import contextlib
 import itertools
 import json
 import re
+import socket
+from collections.abc import Callable
 
 import pytest
 
+from api.admin.client import AdminClient, Refused
+from appliance.errors import Fault
 from benchmarks.stub import MODEL
 from tests.e2e.api.conftest import Served, read_answer
 
@@ -239,15 +243,24 @@ TRAILERS = {
 }
 
 
+LISTENERS = {
+    "data": ("/v1/completions", Served.connect),
+    "admin": ("/v1/tenants", Served.connect_admin),
+}
+
+
+@pytest.mark.parametrize(("route", "connect"), LISTENERS.values(), ids=LISTENERS)
 @pytest.mark.parametrize("trailers", TRAILERS.values(), ids=TRAILERS)
-def test_trailers_of_a_request_that_is_still_read_have_a_bound(served: Served, trailers: bytes) -> None:
+def test_trailers_of_a_request_that_is_still_read_have_a_bound(
+    served: Served, trailers: bytes, route: str, connect: Callable[[Served], socket.socket]
+) -> None:
     head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        f"POST {route} HTTP/1.1\r\nHost: localhost\r\n"
         f"Authorization: Bearer {served.api_key}\r\nTransfer-Encoding: chunked\r\n\r\n"
     )
     sent, highest = 0, served.gateway.rss_bytes
     before = highest
-    with served.connect() as connection:
+    with connect(served) as connection:
         connection.sendall(head.encode() + b"1\r\n{\r\n0\r\nX: ")
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             while sent < 64 << 20:
@@ -268,6 +281,14 @@ def test_trailers_that_are_too_long_are_told_so(served: Served) -> None:
         connection.sendall(b"0\r\nX: " + b"x" * 66_000)
         answer = read_answer(connection)
     assert (answer.status, answer.code) == (431, "headers_too_large")
+
+
+def test_headers_of_the_admin_socket_have_a_bound_and_its_client_is_told_so(served: Served) -> None:
+    admin = AdminClient(served.state_dir, api_key="x" * 70_000)
+    with pytest.raises(Refused) as refused:
+        admin.tenants()
+    assert (refused.value.code, refused.value.fault) == ("headers_too_large", Fault.CALLER)
+    assert "gateway.max_header_bytes" in refused.value.cause
 
 
 def test_trailers_within_the_bound_are_dropped(served: Served) -> None:

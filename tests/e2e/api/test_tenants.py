@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from api.admin.client import Refused
 from api.roots import open_root
 from appliance.cli import holdfast
-from appliance.identity import Identity
+from appliance.identity import Identity, Isolation
 from appliance.sessions import Throwaways
 from appliance.store import DatabaseKeys, Store
 from appliance.vault import Vault
@@ -58,8 +58,8 @@ def _leave_a_throwaway(state_dir: Path) -> str:
     vault.open(open_root(state_dir, b""))
 
     async def leave() -> str:
-        tenant = await Identity(store, vault).create_tenant("proof 0123")
-        await Throwaways(store, vault).mark(tenant.tenant_id)
+        throwaways = Throwaways(store, vault)
+        tenant = await throwaways.create_tenant(Identity(store, vault), "proof 0123", isolation=Isolation.SESSION)
         return tenant.tenant_id
 
     try:

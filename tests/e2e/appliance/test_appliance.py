@@ -4,6 +4,8 @@ import http.client
 import json
 import os
 import signal
+import subprocess
+import sys
 import urllib.parse
 from pathlib import Path
 from typing import cast
@@ -12,6 +14,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessage, ChatCompletionMessageParam, ChatCompletionToolUnionParam
 
+from api.demonstration import pastes
 from tests.e2e.appliance.conftest import IDLE_TIMEOUT_S, Appliance
 
 BLOCK = 32
@@ -43,6 +46,15 @@ def test_an_unmodified_client_is_stateful_and_only_new_tokens_are_prefilled(appl
         known = usage.prompt_tokens
         text = answer.choices[0].message.content
         messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "Thank you. What is my name?"}]
+
+
+def test_the_agent_loop_that_the_demonstration_gives_to_paste_is_answered_rightly(appliance: Appliance) -> None:
+    loop = pastes(appliance.endpoint, appliance.api_key, _model(appliance)).partition("An agent loop:\n\n")[2]
+    done = subprocess.run([sys.executable, "-c", loop], capture_output=True, text=True, timeout=120, check=True)
+    said, found = zip(*(line.split(" | found again: ") for line in done.stdout.splitlines()), strict=True)
+    assert "Anna" in said[0]
+    assert said[1:] == ("2 plus 3 is 5.", "The capital of France is Paris.", "Your name is Anna.")
+    assert int(found[-1].split()[0]) >= 2 * BLOCK, "it shows that state is kept"
 
 
 def test_an_agent_keeps_a_name_calls_a_tool_and_uses_its_result(appliance: Appliance) -> None:

@@ -178,6 +178,33 @@ def test_what_is_suggested_speaks_of_the_same_appliance(tried: Callable[..., Res
     assert outcome.stderr == "holdfast --state-dir '/my state' unseal\n"
 
 
+def test_what_an_error_suggests_speaks_of_the_same_appliance(tried: Callable[..., Result]) -> None:
+    def fail(console: Console) -> None:
+        remedy = f"`holdfast status` tells, `{console.suggest('down')}` stops it; `make run` begins again"
+        raise Broken("it broke", cause="", remedy=remedy)
+
+    outcome = tried(fail, "--state-dir", "/my")
+    assert "`holdfast --state-dir /my status` tells, `holdfast --state-dir /my down` stops it; `make" in outcome.stderr
+    assert "`holdfast status` tells, `holdfast down` stops it; `make" in tried(fail).stderr
+
+
+def test_what_is_suggested_runs_this_program_also_where_no_shell_finds_it(
+    tried: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "a clone" / "holdfast"
+    program.parent.mkdir()
+    program.touch(mode=0o700)
+    monkeypatch.setattr(sys, "argv", [str(program), "try"])
+
+    def suggested() -> str:
+        return tried(lambda console: console.say(console.suggest("unseal"))).stderr
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert suggested() == f"'{program}' unseal\n"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert suggested() == "holdfast unseal\n"
+
+
 # Secrets
 
 

@@ -43,7 +43,7 @@ def turn(*new_messages: dict[str, Any], answer: dict[str, Any]) -> types.Transcr
 
 
 def text(*turns: types.TranscriptTurn, client_id: str | None = None) -> str:
-    return _transcript_text(types.Transcript(session=SESSION, client_id=client_id, turns=list(turns)))
+    return _transcript_text(types.Transcript(session=SESSION, client_id=client_id, turns=list(turns), truncated=False))
 
 
 def test_who_said_what_stands_at_the_margin_and_what_was_said_is_indented() -> None:

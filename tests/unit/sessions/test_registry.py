@@ -690,6 +690,37 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+async def test_a_long_transcript_is_read_in_pieces(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "_TURNS_AT_A_TIME", 2)
+    sessions, turn = explaining(world), chat(HELLO, client_id="job")
+    for number in range(7):
+        session, _ = await ask(sessions, turn, tokens=9, at=2.0 * number)
+    whole = await sessions.transcript(caller(), session.session_id)
+    assert [turn.number for turn in whole.turns] == list(range(1, 8))
+    assert not whole.truncated
+    newest = await sessions.transcript(caller(), session.session_id, limit=3)
+    assert (newest.turns, newest.truncated) == (whole.turns[4:], True)
+    before = await sessions.transcript(caller(), session.session_id, before=5, limit=3)
+    assert (before.turns, before.truncated) == (whole.turns[1:4], True)
+    first = await sessions.transcript(caller(), session.session_id, before=2, limit=3)
+    assert (first.turns, first.truncated) == (whole.turns[:1], False)
+    none = await sessions.transcript(caller(), session.session_id, before=1)
+    assert (none.turns, none.truncated) == ([], False)
+
+
+@pytest.mark.parametrize(("tokens", "turns"), [(1000, 3), (30, 3), (29, 2), (10, 1), (1, 1)])
+async def test_a_transcript_has_no_more_tokens_than_an_answer_holds_but_always_a_turn(
+    world: World, monkeypatch: pytest.MonkeyPatch, tokens: int, turns: int
+) -> None:
+    sessions, turn = explaining(world), chat(HELLO, client_id="job")
+    for number in range(3):
+        session, _ = await ask(sessions, turn, tokens=9, at=2.0 * number)
+    monkeypatch.setattr(archive, "TRANSCRIPT_TOKENS", tokens)
+    transcript = await sessions.transcript(caller(), session.session_id)
+    assert [turn.number for turn in transcript.turns] == [1, 2, 3][3 - turns :]
+    assert transcript.truncated == (turns < 3)
+
+
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 async def test_a_field_that_changed_in_an_old_message_is_in_the_transcript(
     world: World, change: dict[str, Any]

@@ -1,14 +1,16 @@
 """Tenants that were made for a proof go with everything of theirs, be it at the next start, and nobody else does."""
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Table, func, insert, select
 
-from appliance.identity import Caller, Identity, Role, Scopes, Tenant
+from appliance.identity import Caller, Identity, Isolation, Role, Scopes, Tenant
 from appliance.sessions import Outcome, SessionHints, Sessions, Throwaways, Turn, TurnKind, TurnState
 from appliance.settings import SessionSettings
-from appliance.store import DatabaseKeys, Store, tables
+from appliance.store import Change, DatabaseKeys, Store, StoreUnavailable, tables
 from appliance.vault import KeyPurpose, RootKey, Vault
 
 pytestmark = pytest.mark.anyio
@@ -34,9 +36,13 @@ def sessions(store: Store, vault: Vault) -> Sessions:
     return Sessions(store, vault, SessionSettings(), block_size=4)
 
 
-async def _used(identity: Identity, sessions: Sessions, store: Store, name: str) -> Tenant:
+async def _made(throwaways: Throwaways, identity: Identity) -> Tenant:
+    return await throwaways.create_tenant(identity, "throwaway", isolation=Isolation.SESSION)
+
+
+async def _used(identity: Identity, sessions: Sessions, store: Store, tenant: Tenant) -> Tenant:
     """A tenant with a principal, a key, a tree of two sessions with a turn each, and tokens of a day."""
-    tenant = await identity.create_tenant(name)
+    name = tenant.name
     principal = await identity.create_principal(tenant, "agent", Role.CLIENT)
     key, _ = await identity.create_key(principal, Scopes())
     caller = Caller(principal, tenant, key)
@@ -79,12 +85,11 @@ def _rows(store: Store, tenant: Tenant) -> dict[str, int]:
 async def test_everything_of_a_marked_tenant_goes_and_nothing_of_anothers(
     identity: Identity, sessions: Sessions, store: Store, vault: Vault
 ) -> None:
-    kept = await _used(identity, sessions, store, "kept")
+    kept = await _used(identity, sessions, store, await identity.create_tenant("kept"))
     others, keys = _rows(store, kept), _count(store, tables.keys)
     assert all(others.values()), "the test speaks of rows in every table"
-    throwaway = await _used(identity, sessions, store, "throwaway")
     throwaways = Throwaways(store, vault)
-    await throwaways.mark(throwaway.tenant_id)
+    throwaway = await _used(identity, sessions, store, await _made(throwaways, identity))
     assert await throwaways.remove_all() == [throwaway.tenant_id]
     assert set(_rows(store, throwaway).values()) == {0}
     assert _rows(store, kept) == others
@@ -97,29 +102,43 @@ async def test_everything_of_a_marked_tenant_goes_and_nothing_of_anothers(
 async def test_what_a_proof_left_that_was_cut_off_goes_at_the_next_start_though_the_vault_is_sealed(
     identity: Identity, sessions: Sessions, store: Store, vault: Vault
 ) -> None:
-    tenant = await _used(identity, sessions, store, "throwaway")
-    await Throwaways(store, vault).mark(tenant.tenant_id)
+    tenant = await _used(identity, sessions, store, await _made(Throwaways(store, vault), identity))
     after_the_crash = Throwaways(store, Vault(DatabaseKeys(store)))
     assert await after_the_crash.remove_all() == [tenant.tenant_id]
     assert set(_rows(store, tenant).values()) == {0}
     assert await after_the_crash.remove_all() == [], "the mark went with it"
 
 
-async def test_a_tenant_that_was_marked_and_never_made_is_forgotten(store: Store, vault: Vault) -> None:
-    throwaways = Throwaways(store, vault)
-    await throwaways.mark("ten_never")
-    assert await throwaways.remove_all() == ["ten_never"]
-    assert await throwaways.remove_all() == []
+async def test_no_moment_leaves_a_tenant_that_is_not_marked(
+    identity: Identity, store: Store, vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def cut_off(*_: object) -> None:
+        raise StoreUnavailable("gone", cause="the gateway was killed", remedy="start it")
+
+    write = store.write
+
+    with monkeypatch.context() as patch:
+
+        async def last_write(changes: Sequence[Change]) -> None:
+            await write(changes)
+            patch.setattr(store, "write", cut_off)
+            patch.setattr(store, "transact", cut_off)
+
+        patch.setattr(store, "write", last_write)
+        with contextlib.suppress(StoreUnavailable):
+            await _made(Throwaways(store, vault), identity)
+    (left,) = await identity.tenants()
+    assert await Throwaways(store, vault).remove_all() == [left.tenant_id]
+    assert await identity.tenants() == []
 
 
 async def test_records_of_a_removed_tenant_in_the_audit_log_can_still_be_read(
     identity: Identity, sessions: Sessions, store: Store, vault: Vault
 ) -> None:
-    tenant = await _used(identity, sessions, store, "throwaway")
+    throwaways = Throwaways(store, vault)
+    tenant = await _used(identity, sessions, store, await _made(throwaways, identity))
     key_id = vault.audit_key_id(tenant.tenant_id)
     secret = vault.audit_secret(key_id, "record")
-    throwaways = Throwaways(store, vault)
-    await throwaways.mark(tenant.tenant_id)
     await throwaways.remove_all()
     later = Vault(DatabaseKeys(store))
     later.open(RootKey(b"r" * 32))

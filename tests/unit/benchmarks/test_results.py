@@ -1,0 +1,87 @@
+"""README's table of results: every figure beside its bar, and what could not be measured said so."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import results
+from benchmarks.results import MS, PERCENT, Benchmark, Figure, Measured, machine, table, taken
+
+MADE_UP = Benchmark(
+    "made-up",
+    "A made-up one",
+    "made_up",
+    (
+        Figure("sooner", PERCENT, lambda printed: float(printed["sooner"]), least=0.9),
+        Figure("added", MS, lambda printed: float(printed["added"]), most=2),
+    ),
+)
+
+
+def printed(**figures: float) -> bytes:
+    return json.dumps(figures).encode()
+
+
+def test_a_figure_stands_with_its_unit_beside_its_bar_and_a_miss_is_said() -> None:
+    lines = table([taken(MADE_UP, printed(sooner=0.912, added=2.01), 1)]).splitlines()
+    assert lines[2] == "| **A made-up one** (`.venv/bin/python -m benchmarks.made_up`) | | |"
+    assert lines[3] == "| sooner | 91.2 % | at least 90.0 % |"
+    assert lines[4] == "| added | 2.01 ms, **missed** | at most 2.00 ms |"
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "why"),
+    [(b"", -9, "ended with -9"), (b"no JSON", 1, "ended with 1"), (b'{"sooner": 1}', 0, "KeyError: 'added'")],
+)
+def test_what_could_not_be_measured_is_a_line_that_says_why(said: bytes, status: int, why: str) -> None:
+    measured = taken(MADE_UP, said, status)
+    assert not measured.holds
+    line = table([measured]).splitlines()[-1]
+    assert line.startswith("| not measured | ")
+    assert why in line
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, measured: Measured) -> int:
+    monkeypatch.setattr(results, "BENCHMARKS", (MADE_UP,))
+    monkeypatch.setattr(results, "measure", lambda *_, **__: measured)
+    return results.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("measured", "arguments", "status"),
+    [
+        (Measured(MADE_UP, (0.95, 1.0)), ["--check"], 0),
+        (Measured(MADE_UP, (0.95, 3.0)), ["--check"], 1),
+        (Measured(MADE_UP, (0.95, 3.0)), [], 0),
+        (Measured(MADE_UP, failure="it broke"), [], 1),
+    ],
+)
+def test_a_miss_is_a_failure_where_it_is_asked_for_and_what_was_not_measured_always(
+    monkeypatch: pytest.MonkeyPatch, measured: Measured, arguments: list[str], status: int
+) -> None:
+    assert run(monkeypatch, *arguments, measured=measured) == status
+
+
+def test_the_table_says_what_machine_it_was_and_that_a_short_run_is_for_nobody(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "--short", measured=Measured(MADE_UP, (0.95, 1.0)))
+    assert capsys.readouterr().out.startswith(f"{machine()}, a fraction of the work: these figures are for nobody:\n")
+
+
+def test_an_environment_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(results, "REPOSITORY", tmp_path)
+    nowhere = dataclasses.replace(MADE_UP, environment=".venv-engine")
+    assert results.measure(nowhere, short=True).failure == "there is no .venv-engine: `make test` installs it"
+
+
+def test_a_benchmark_is_run_and_its_figures_are_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    results.main(["--only", "disk", "--short", "--json"])
+    record: dict[str, Any] = json.loads(capsys.readouterr().out)
+    (disk,) = record["benchmarks"]
+    assert (disk["name"], disk["failure"], record["short"]) == ("disk", None, True)
+    assert all(each["value"] > 0 for each in disk["figures"])
+    assert [each["bar"] for each in disk["figures"]] == ["at least 80.0 %"] * 2 + ["at most 1.00 cores"] * 2
