@@ -13,11 +13,12 @@ from vllm.v1.kv_offload.file_mapper import FileMapper
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from appliance.engine.inside.chunks import Worth
-from appliance.engine.inside.connector.sessions import is_stored, owner_of
+from appliance.engine.inside.connector.sessions import is_stored, lease_of, owner_of
 from appliance.engine.inside.disk.channel import KeyAsker
 from appliance.engine.inside.disk.files import Owner as DiskOwner
 from appliance.engine.inside.disk.fingerprint import fingerprint
 from appliance.engine.inside.disk.store import DiskStore, Piece, Presence
+from appliance.engine.inside.quotas import Quota
 from appliance.engine.tier_keys import inherited_socket
 
 logger = init_logger(f"vllm.{__name__}")
@@ -80,9 +81,10 @@ class DiskTier(SecondaryTierManager):  # type: ignore[misc]
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         context: ReqContext = job_metadata.req_context
-        owner = owner_of(context)
+        lease, owner = lease_of(context), owner_of(context)
         pieces = self._pieces(job_metadata) if owner is not None and is_stored(context) else []
-        self.store.store(job_metadata.job_id, DiskOwner(*(owner or ("", ""))), pieces)
+        quota = Quota() if lease is None else Quota.of(lease)
+        self.store.store(job_metadata.job_id, DiskOwner(*(owner or ("", ""))), pieces, quota)
 
     def submit_load(self, job_metadata: TransferJob) -> None:
         owner = owner_of(job_metadata.req_context)

@@ -10,11 +10,12 @@ from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm.v1.kv_offload.cpu.policies.base import CachePolicy, ChunkStatus
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
 
-from appliance.engine.inside.chunks import ChunkOrder, Owner, Worth
+from appliance.engine.inside.chunks import ChunkOrder, Worth
 from appliance.engine.inside.connector.disk import DiskTier
-from appliance.engine.inside.connector.sessions import Released, is_stored, owner_of
+from appliance.engine.inside.connector.sessions import Released, is_stored, lease_of, owner_of, session_of
 from appliance.engine.inside.disk.files import Owner as DiskOwner
 from appliance.engine.inside.disk.store import DiskStatus
+from appliance.engine.inside.quotas import Owner, Quota, Quotas
 from appliance.engine.picture import TierPicture
 
 
@@ -39,8 +40,12 @@ class SessionChunks(CachePolicy):  # type: ignore[misc]
             self.order.freed(key)
 
     def remove(self, key: bytes) -> None:
-        del self._chunks[key]
+        self.take_out(key)
+
+    def take_out(self, key: bytes) -> ChunkStatus:
+        """Remove a chunk that is there."""
         self.order.discard(key)
+        return self._chunks.pop(key)
 
     def touch(self, keys: Iterable[bytes], req_context: ReqContext) -> None:
         """When a chunk was used says nothing that its session's worth does not."""
@@ -60,7 +65,8 @@ class SessionChunks(CachePolicy):  # type: ignore[misc]
         self.order.used(owner, {key: end_token for key, end_token in at if end_token is not None})
 
     def evict(self, n: int, protected: set[bytes]) -> list[tuple[bytes, ChunkStatus]] | None:
-        picked = self.order.pick(n, protected)
+        owner = None if self.storing is None else owner_of(self.storing)
+        picked = self.order.pick(n, protected, None if owner is None else owner[0])
         return None if picked is None else [(key, self._chunks.pop(key)) for key in picked]
 
     def clear(self) -> None:
@@ -86,7 +92,8 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
 
     def order_by(self, worth: Worth, clock: Callable[[], float]) -> None:
         """Say what decides the order in which chunks leave. Called once, before anything is stored."""
-        self._chunks.order = ChunkOrder(worth, clock)
+        quotas = Quotas(self.primary_tier._num_chunks)
+        self._chunks.order = ChunkOrder(worth, clock, quotas, self._is_on_disk)
         for tier in self.secondary_tiers:
             if isinstance(tier, DiskTier):
                 tier.order_by(worth, clock)
@@ -112,6 +119,13 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         """Whether a chunk of the session's could not be read from the disk since this was asked last."""
         disks = [tier.store for tier in self.secondary_tiers if isinstance(tier, DiskTier)]
         return any(disk.take_fault(DiskOwner(*session)) for disk in disks)
+
+    def is_lost(self, session: Owner, end_token: int) -> bool:
+        """Whether the first chunk that a session misses, which ends there, is nowhere because of a quota."""
+        disks = [tier.store for tier in self.secondary_tiers if isinstance(tier, DiskTier)]
+        return self._chunks.order.quotas.is_lost(session, end_token) or any(
+            disk.is_lost(DiskOwner(*session), end_token) for disk in disks
+        )
 
     def lookup(self, key: bytes, req_context: ReqContext, *, exclude_tier_idx: int | None = None) -> LookupResult:
         if self.quarantined:
@@ -158,7 +172,13 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         if not is_stored(req_context):
             return PrepareStoreOutput(keys_to_store=[], store_spec=CPULoadStoreSpec([]), evicted_keys=[])
         self._chunks.storing = req_context
-        return super().prepare_store(keys, req_context)
+        return super().prepare_store(self._within_quotas(keys, req_context), req_context)
+
+    def _initiate_promotion(self, tier_idx: int, key: bytes, req_context: ReqContext) -> bool:
+        if not self._within_quotas([key], req_context):
+            return False
+        promoted: bool = super()._initiate_promotion(tier_idx, key, req_context)
+        return promoted
 
     def complete_store(self, keys: Collection[bytes], req_context: ReqContext, success: bool = True) -> None:
         if req_context.get_state(Released) is not None:
@@ -179,6 +199,30 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         super().reset_cache()
         self._doomed.clear()
 
+    def _within_quotas(self, keys: Collection[bytes], req_context: ReqContext) -> list[bytes]:
+        """What of these chunks is here or may come in; what leaves for them at the tenant's cap has left."""
+        lease = lease_of(req_context)
+        coming = {key: req_context.get_offload_key_position(key) or 0 for key in keys if self._chunks.get(key) is None}
+        if lease is None or not coming:
+            return list(keys)
+        free_chunks = self.primary_tier._get_num_free_chunks()
+        way = self._chunks.order.make_way(
+            session_of(lease), coming, Quota.of(lease), free_chunks=free_chunks, spared=set(keys)
+        )
+        for key in way.leaving:
+            self._let_go(key)
+        return [key for key in keys if key not in coming or key in way.coming]
+
+    def _is_on_disk(self, key: bytes) -> bool:
+        return any(tier.store.holds(key) for tier in self.secondary_tiers if isinstance(tier, DiskTier))
+
+    def _let_go(self, key: bytes) -> int:
+        """Give a chunk that nothing copies back to vLLM; which row it had."""
+        primary, chunk = self.primary_tier, self._chunks.take_out(key)
+        primary._num_evictable_cache_chunks -= 1
+        primary._free_chunk(chunk)
+        return int(chunk.chunk_id)
+
     def _disk_answers(self) -> bool:
         return all(tier.store.answers() for tier in self.secondary_tiers if isinstance(tier, DiskTier))
 
@@ -189,10 +233,5 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         rows = primary._mmap_region.base_tensor.view(primary._num_chunks, -1)
         for key in [key for key in self._doomed if order.is_free(key) or key not in order]:
             self._doomed.discard(key)
-            chunk = self._chunks.get(key)
-            if chunk is None or order.is_owned(key):
-                continue
-            self._chunks.remove(key)
-            primary._num_evictable_cache_chunks -= 1
-            primary._free_chunk(chunk)
-            rows[chunk.chunk_id].zero_()
+            if self._chunks.get(key) is not None and not order.is_owned(key):
+                rows[self._let_go(key)].zero_()

@@ -4,8 +4,15 @@ from dataclasses import dataclass
 
 from vllm.v1.kv_offload.base import ReqContext
 
-from appliance.engine.inside.chunks import Owner
+from appliance.engine.inside.quotas import Owner
 from appliance.engine.protocol import LEASE_FIELD, Lease, MalformedMessage
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What a request's lease says, once it was read."""
+
+    lease: Lease | None
 
 
 @dataclass(frozen=True)
@@ -20,11 +27,15 @@ def session_of(lease: Lease) -> Owner:
 
 def lease_of(context: ReqContext) -> Lease | None:
     """The lease that a request carries; None where there is none that can be read."""
-    params = context.kv_transfer_params or {}
-    try:
-        return Lease.from_wire(params[LEASE_FIELD])
-    except (KeyError, MalformedMessage):
-        return None
+    read = context.get_state(_Read)
+    if read is None:
+        try:
+            read = _Read(Lease.from_wire((context.kv_transfer_params or {})[LEASE_FIELD]))
+        except (KeyError, MalformedMessage):
+            read = _Read(None)
+        context.set_state(read)
+    lease: Lease | None = read.lease
+    return lease
 
 
 def owner_of(context: ReqContext) -> Owner | None:

@@ -100,9 +100,16 @@ class TieredRetention(LeaseRetention):
         dram_tokens = sources.get(CacheHitSource.HOST, 0)
         return dram_tokens, sum(sources.values()) - dram_tokens
 
-    def _why_missed(self, lease: Lease, reason: str) -> str:
+    def _why_missed(self, lease: Lease, reason: str, found_tokens: int) -> str:
         faulty = self._tiers.take_fault(session_of(lease))
-        return "tier_fault" if faulty or self._tiers.quarantined else reason
+        if faulty or self._tiers.quarantined:
+            return "tier_fault"
+        if lease.strict:
+            return reason  # nothing of it was anywhere else
+        if self._tiers.is_lost(session_of(lease), found_tokens + self._block_size):
+            return "quota"
+        # A quota on the device cost nothing where a tier behind it had room.
+        return "" if reason == "quota" else reason
 
     # Restored equals recomputed.
 
