@@ -83,6 +83,10 @@ class DiskIndex:
         """How many sessions have something."""
         return len(self._sessions)
 
+    def chunks_of_tenant(self, tenant: str) -> int:
+        """How many chunks a tenant's sessions have; those that are being written, too."""
+        return self._chunks_of[tenant]
+
     @property
     def room(self) -> int:
         """How many chunks more there may be; below zero where there are too many."""

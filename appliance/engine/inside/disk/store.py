@@ -180,10 +180,12 @@ class DiskStore:
         self._to_write, self._to_read = threading.Condition(self._lock), threading.Condition(self._lock)
         self._idle = threading.Condition(self._lock)
         self._encrypting = threading.Lock()
+        self._sharing = threading.Lock()  # who writes down the shares
         self._writes: deque[_Task] = deque()
         self._reads: deque[_Task] = deque()
         self._removals: deque[ChunkName] = deque()
         self._foreign = True
+        self._shares_changed = False
         self._finished: deque[Done] = deque()
         self._open_jobs = self._pieces_over = 0
         self._reading: dict[int, float] = {}  # since when each thread does
@@ -309,7 +311,7 @@ class DiskStore:
                     coming.append(piece)
             fits = 0
             if held is not None:
-                self._index.quotas.in_force(owner.tenant, quota.tenant_share)
+                self._shares_changed |= self._index.quotas.in_force(owner.tenant, quota.tenant_share)
                 ends = [piece.position for piece in coming]
                 fits, evicted = self._index.make_way(held, ends, quota, self._worth)
                 self._evicted += len(evicted)
@@ -425,22 +427,27 @@ class DiskStore:
     def _write_on(self, files: ChunkFiles) -> None:
         buffer = files.buffer()
         while True:
-            foreign = False
+            foreign = shares_changed = False
             task, removal = None, None
             with self._lock:
                 self._to_write.wait_for(
-                    lambda: self._stopping or self._writes or self._removals or self._foreign, self._next_chore_in_s()
+                    lambda: self._stopping or self._shares_changed or self._writes or self._removals or self._foreign,
+                    self._next_chore_in_s(),
                 )
                 if self._stopping:
                     return
                 self._expire()
-                if self._removals:
+                if self._shares_changed:
+                    shares_changed, self._shares_changed = True, False
+                elif self._removals:
                     removal = self._removals.popleft()
                 elif self._writes:
                     task = self._writes.popleft()
                 else:
                     foreign, self._foreign = self._foreign, False
-            if removal is not None:
+            if shares_changed:
+                self._write_shares(files)
+            elif removal is not None:
                 files.remove(removal)
                 with self._lock:
                     empty = self._index.session(removal.owner) is None
@@ -451,6 +458,16 @@ class DiskStore:
             elif foreign:
                 with contextlib.suppress(OSError):
                     files.remove_foreign()
+
+    def _write_shares(self, files: ChunkFiles) -> None:
+        with self._sharing:
+            with self._lock:
+                shares = self._index.quotas.shares
+            try:
+                files.write_shares(shares)
+            except OSError as error:
+                with self._lock:
+                    self._failed(error)
 
     def _write(self, files: ChunkFiles, buffer: memoryview, task: _Task) -> None:
         now = self._now()
@@ -550,6 +567,9 @@ class DiskStore:
             if not found.names:
                 files.remove_folder(found.owner)
             self._removals.extend(name for name in found.names if not self._index.found(name, used_at))
+        for tenant, share in files.read_shares().items():
+            if self._index.chunks_of_tenant(tenant):
+                self._index.quotas.in_force(tenant, share)
         self._expire()
         evicted = self._index.make_room(self._worth)
         self._removals.extend(evicted)

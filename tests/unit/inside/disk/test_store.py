@@ -359,6 +359,32 @@ def test_behind_a_chunk_that_a_quota_kept_out_nothing_is_written(make: Make) -> 
     assert tier.read(ANA, range(5)) == list(range(5))
 
 
+def test_a_share_holds_after_a_restart_before_its_tenant_comes_again(make: Make) -> None:
+    first = make(chunks=10)
+    first.write(ANA, range(4), tenant_share=0.2)
+    first.write(EVE, range(2), tenant_share=0.1)
+    until(lambda: _shares_of(first) == {"acme": 0.2, "other": 0.1})
+    assert stat.S_IMODE((first.root / "shares").stat().st_mode) == 0o600
+    tier = make(chunks=10)
+    tier.write(Owner("crowd", "x"), range(9))
+    assert tier.read(ANA, range(4)) == [0, 1]
+    assert len(tier.read(EVE, range(2))) >= 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"acme": 7.0, "a/b": 0.1, "other": "1"}', "[" * 100_000])
+def test_shares_that_were_damaged_guarantee_nothing(make: Make, text: str) -> None:
+    first = make(chunks=10)
+    first.write(ANA, range(4), tenant_share=0.2)
+    until(lambda: _shares_of(first) == {"acme": 0.2})
+    (first.root / "shares").write_text(text)
+    assert make(chunks=10).write(EVE, range(10)).whole
+
+
+def _shares_of(tier: Tier) -> object:
+    file = tier.root / "shares"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
 def test_among_thousands_of_sessions_those_that_a_quota_is_about_are_found() -> None:
     index = DiskIndex(4000, 3600.0)
     crowd = [Owner("crowd", f"s{number}") for number in range(3960)]

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -104,7 +105,8 @@ class Tier:
 
     def files(self) -> list[Path]:
         """The files of chunks."""
-        return sorted(path for path in self.root.rglob("*~*/*") if path.is_file())
+        walked = os.walk(self.root)  # which takes it well when a folder goes meanwhile
+        return sorted(Path(folder, name) for folder, _, names in walked if "~" in Path(folder).name for name in names)
 
     def settle(self) -> None:
         """Return when no file is there that the store does not know of."""
