@@ -239,8 +239,8 @@ seal = "{seal}"             # how this appliance was made; changing it here chan
 # idle_timeout_s_by_model = {{ }}
 # idle_timeout_after_tool_use_s = 120.0  # the same, where the turn ended because the model called a tool
 # idle_timeout_after_tool_use_s_by_model = {{ }}
-# session_device_cap = 1.0  # of the device's blocks, the most that one idle session holds
-# tenants = {{ }}  # by name: retention ("strict": all is dropped at the idle timeout), device_share, device_cap, ...
+# session_kv_cap = 1.0      # of each tier's blocks, the most that one idle session holds
+# tenants = {{ }}  # by name: retention ("strict": all is dropped at the idle timeout), kv_share, kv_cap, ...
 
 [admission]
 # most_waiting = 256        # turns that wait for the engine; more are refused

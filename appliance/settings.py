@@ -97,14 +97,14 @@ class EngineSettings(_Section):
 
 
 class TenantRetention(_Section):
-    """What is kept of one tenant's sessions. None: as for everybody. Shares and caps: of the device's blocks."""
+    """What is kept of one tenant's sessions. None: as for everybody. Shares and caps: of each tier's blocks."""
 
     retention: Literal["soft", "strict"] = "soft"  # strict: all is dropped at the idle timeout
     idle_timeout_s: float | None = Field(default=None, ge=0, le=86_400)
     idle_timeout_after_tool_use_s: float | None = Field(default=None, ge=0, le=86_400)
-    device_share: float = Field(default=0.0, ge=0, le=1)  # what other tenants' idle sessions leave to it
-    device_cap: float = Field(default=1.0, ge=0, le=1)  # the most that its idle sessions hold together
-    session_device_cap: float = Field(default=1.0, ge=0, le=1)  # the most that one of them holds
+    kv_share: float = Field(default=0.0, ge=0, le=1)  # what other tenants' idle sessions leave to it
+    kv_cap: float = Field(default=1.0, ge=0, le=1)  # the most that its idle sessions hold together
+    session_kv_cap: float = Field(default=1.0, ge=0, le=1)  # the most that one of them holds
 
 
 class TierSettings(_Section):
@@ -129,13 +129,13 @@ class SessionSettings(_Section):
     idle_timeout_s_by_model: dict[str, float] = Field(default_factory=dict)
     idle_timeout_after_tool_use_s: float = Field(default=120.0, ge=0, le=86_400)
     idle_timeout_after_tool_use_s_by_model: dict[str, float] = Field(default_factory=dict)
-    session_device_cap: float = Field(default=1.0, ge=0, le=1)
+    session_kv_cap: float = Field(default=1.0, ge=0, le=1)
     tenants: dict[str, TenantRetention] = Field(default_factory=dict)  # by name
 
     @model_validator(mode="after")
     def _shares_can_be_kept(self) -> Self:
-        if sum(tenant.device_share for tenant in self.tenants.values()) > 1:
-            raise ValueError("sessions.tenants: the device_share of all tenants together is more than 1")
+        if sum(tenant.kv_share for tenant in self.tenants.values()) > 1:
+            raise ValueError("sessions.tenants: the kv_share of all tenants together is more than 1")
         return self
 
 

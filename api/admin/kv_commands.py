@@ -182,6 +182,7 @@ _IN_WORDS = {
     "error": "the disk has an error",
     "no_key": "there is no key for them",
     "too_large": "there is no room",
+    "quota": "their tenant or their session has its quota, or others have theirs",
     "off": "the tier is off",
     "damaged": "damaged",
     "lost": "their file is gone",

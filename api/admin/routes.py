@@ -509,9 +509,9 @@ def _tenant_view(services: Services, tenant: Tenant) -> types.Tenant:
             retention="strict" if kept.strict else "soft",
             idle_timeout_s=kept.idle_timeout_s,
             idle_timeout_after_tool_use_s=kept.idle_timeout_after_tool_use_s,
-            device_share=kept.tenant_share,
-            device_cap=kept.tenant_cap,
-            session_device_cap=kept.session_cap,
+            kv_share=kept.tenant_share,
+            kv_cap=kept.tenant_cap,
+            session_kv_cap=kept.session_cap,
         ),
         created_at=tenant.created_at,
     )

@@ -268,9 +268,9 @@ def _tenant_text(shown: "types.Tenant") -> str:
     kept = shown.keeping
     strict = kept.retention == "strict"
     idle = f"{in_words(kept.idle_timeout_s)}, and {in_words(kept.idle_timeout_after_tool_use_s)} after a tool call"
-    device = (
-        f"others leave it {kept.device_share:.0%}; its idle sessions hold {kept.device_cap:.0%} together at most, "
-        f"one of them {kept.session_device_cap:.0%}"
+    quota = (
+        f"others leave it {kept.kv_share:.0%}; its idle sessions hold {kept.kv_cap:.0%} together at most, "
+        f"one of them {kept.session_kv_cap:.0%}"
     )
     of_model = "no model is served now" if kept.model is None else f"with {printable(kept.model)}"
     lines = [
@@ -278,7 +278,7 @@ def _tenant_text(shown: "types.Tenant") -> str:
         "",
         f"retention      {'strict: everything is dropped at the idle timeout' if strict else 'soft'}",
         f"idle timeout   {idle} ({of_model})",
-        f"on the device  {device}",
+        f"in each tier   {quota}",
         f"isolation      {shown.isolation}: {_IN_WORDS[shown.isolation]}",
         f"audit digests  {'on' if shown.audit_digests else 'off'}",
         f"harness lines  {'taken out' if shown.takes_out_harness_lines else 'kept'}",
@@ -290,9 +290,9 @@ def _kept_in_short(kept: "types.TenantKeeping") -> str:
     """`soft 15 s, 2 min after tools; share 10%`: what everybody has is left out of shares and caps."""
     parts = [
         f"{kept.retention} {in_words(kept.idle_timeout_s)}, {in_words(kept.idle_timeout_after_tool_use_s)} after tools",
-        f"share {kept.device_share:.0%}" if kept.device_share else "",
-        f"cap {kept.device_cap:.0%}" if kept.device_cap < 1 else "",
-        f"a session's cap {kept.session_device_cap:.0%}" if kept.session_device_cap < 1 else "",
+        f"share {kept.kv_share:.0%}" if kept.kv_share else "",
+        f"cap {kept.kv_cap:.0%}" if kept.kv_cap < 1 else "",
+        f"a session's cap {kept.session_kv_cap:.0%}" if kept.session_kv_cap < 1 else "",
     ]
     return "; ".join(part for part in parts if part)
 

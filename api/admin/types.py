@@ -153,10 +153,10 @@ class TenantChoices(Wire):
 
 
 class TenantKeeping(Wire):
-    """What is kept of a tenant's sessions with `model`, by all settings together. Shares and caps: of the device.
+    """What is kept of a tenant's sessions with `model`, by all settings together. Shares and caps: of each tier.
 
-    `retention`: strict drops everything at the idle timeout. `device_share` is what others' idle sessions leave to it,
-    `device_cap` the most that its idle sessions hold together, `session_device_cap` the most that one of them holds.
+    `retention`: strict drops everything at the idle timeout. `kv_share` is what others' idle sessions leave to it,
+    `kv_cap` the most that its idle sessions hold together, `session_kv_cap` the most that one of them holds.
     `model` None: no model is served now, so that none's own settings count.
     """
 
@@ -164,9 +164,9 @@ class TenantKeeping(Wire):
     retention: Literal["soft", "strict"]
     idle_timeout_s: float
     idle_timeout_after_tool_use_s: float
-    device_share: float
-    device_cap: float
-    session_device_cap: float
+    kv_share: float
+    kv_cap: float
+    session_kv_cap: float
 
 
 class Tenant(Wire):

@@ -21,7 +21,7 @@ TIER_STATES: Final = ("ok", "quarantined", "failed")
 MAX_SESSIONS: Final = 1000
 MAX_TENANTS: Final = 64
 DISK_FAULTS: Final = ("damaged", "lost", "error", "no_key")
-NOT_STORED: Final = ("slow", "error", "no_key", "too_large", "off")
+NOT_STORED: Final = ("slow", "error", "no_key", "too_large", "quota", "off")
 _LAST_ERROR = re.compile(r"[ -~]{0,200}")
 OTHER_TENANTS: Final = "other"
 """The label of all tenants beyond the `MAX_TENANTS` that keep most, together."""

@@ -103,9 +103,9 @@ class Lease:
         turn: what the gateway will call the turn when it tells how it ended; empty: it will not.
         strict: when the time is over nothing of the session is kept, wanted or not.
         parent: the session whose agent waits for this one's; empty: none does.
-        tenant_share: of the device's blocks, what other tenants' sessions leave to this one's tenant.
-        tenant_cap: of the device's blocks, the most that the tenant's sessions keep together.
-        session_cap: of the device's blocks, the most that this session keeps.
+        tenant_share: of each tier's blocks, what other tenants' sessions leave to this one's tenant.
+        tenant_cap: of each tier's blocks, the most that the tenant's sessions keep together.
+        session_cap: of each tier's blocks, the most that this session keeps.
         shared: the part of its prompt that its tenant's sessions share; None: nothing is.
     """
 

@@ -11,7 +11,7 @@ from appliance.settings import SessionSettings, TenantRetention
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
-    """What the engine is told with each turn of a session. Shares and caps are fractions of the device's blocks.
+    """What the engine is told with each turn of a session. Shares and caps are fractions of each tier's blocks.
 
     Attributes:
         idle_timeout_s: how long the session's KV outranks others' after a turn.
@@ -44,7 +44,7 @@ def keeping(settings: SessionSettings, tenant: Tenant | None, model: str) -> Kee
         idle_s if own.idle_timeout_s is None else own.idle_timeout_s,
         after_tool_use_s if own.idle_timeout_after_tool_use_s is None else own.idle_timeout_after_tool_use_s,
         strict=own.retention == "strict",
-        tenant_share=own.device_share,
-        tenant_cap=own.device_cap,
-        session_cap=min(settings.session_device_cap, own.session_device_cap),
+        tenant_share=own.kv_share,
+        tenant_cap=own.kv_cap,
+        session_cap=min(settings.session_kv_cap, own.session_kv_cap),
     )

@@ -1,4 +1,4 @@
-"""What `inside/connector.py` relies on in vLLM's internals. A failure here means: read the new version before using it.
+"""What `inside/connector/` relies on in vLLM's internals. A failure here means: read the new version before using it.
 
 `StateConnector` was written against vLLM 0.32.0, whose scheduler
 
@@ -13,6 +13,7 @@ The tests in test_leases_on_the_device.py hold that order.
 """
 
 import dataclasses
+import importlib
 import importlib.metadata
 import inspect
 from collections.abc import Callable
@@ -52,9 +53,10 @@ from appliance.engine.inside.connector import (
     StateConnector,
     TieredStateConnector,
     UnsupportedEngine,
+    amendments,
     check_version,
 )
-from appliance.engine.protocol import CONNECTOR_MODULE, CONNECTOR_NAME, PLUGIN_NAME, VLLM_VERSION
+from appliance.engine.protocol import CONNECTOR_MODULE, CONNECTOR_NAME, PLUGIN_NAME, TIERED_CONNECTOR_NAME, VLLM_VERSION
 from tests.engine.in_process import EngineInProcess
 
 
@@ -120,11 +122,13 @@ def test_a_local_build_of_the_version_is_accepted(version: str) -> None:
         (TieringOffloadingManager.__init__, ["self", "primary_tier", "secondary_tiers"]),
         (TieringOffloadingManager.lookup, ["self", "key", "req_context", "exclude_tier_idx"]),
         (TieringOffloadingManager.prepare_store, ["self", "keys", "req_context"]),
+        (TieringOffloadingManager._initiate_promotion, ["self", "tier_idx", "key", "req_context"]),
         (TieringOffloadingManager.complete_store, ["self", "keys", "req_context", "success"]),
         (TieringOffloadingManager.complete_load, ["self", "keys", "req_context"]),
         (TieringOffloadingManager.on_request_finished, ["self", "req_context", "exclude_tier_idx"]),
         (TieringOffloadingManager.on_schedule_end, ["self", "context"]),
         (CPUOffloadingManager._free_chunk, ["self", "chunk"]),
+        (CPUOffloadingManager._get_num_free_chunks, ["self"]),
         (CachePolicy.insert, ["self", "key", "chunk"]),
         (CachePolicy.evict, ["self", "n", "protected"]),
         (TieringOffloadingSpec.create_worker, ["self", "kv_caches"]),
@@ -260,7 +264,7 @@ def test_what_goes_into_a_hash_is_asked_of_one_function_in_the_modules_that_we_p
     assert callers == {"kv_cache_utils", "block_pool", "manager"}, "the last one is simple_kv_offload's, not used"
     asked = kv_cache_utils.generate_block_hash_extra_keys
     assert block_pool.generate_block_hash_extra_keys is asked
-    assert asked.__module__ == StateConnector.__module__
+    assert asked.__module__ == amendments.__name__
     plugin.register()
     assert kv_cache_utils.generate_block_hash_extra_keys is asked
 
@@ -292,5 +296,6 @@ def test_naming_our_plugin_alone_leaves_the_platforms_that_vllm_brings() -> None
 
 
 def test_the_connector_is_where_vllm_is_told_to_look() -> None:
-    assert StateConnector.__module__ == CONNECTOR_MODULE
-    assert StateConnector.__name__ == CONNECTOR_NAME
+    module = importlib.import_module(CONNECTOR_MODULE)
+    assert getattr(module, CONNECTOR_NAME) is StateConnector
+    assert getattr(module, TIERED_CONNECTOR_NAME) is TieredStateConnector

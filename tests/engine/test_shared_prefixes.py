@@ -2,7 +2,7 @@
 
 import pytest
 
-from appliance.engine.inside import connector
+from appliance.engine.inside.connector import amendments
 from appliance.engine.protocol import SharedPrefix, token_digest
 from tests.engine.in_process import BLOCK, EngineInProcess, words
 
@@ -67,7 +67,7 @@ def test_a_prompt_that_does_not_begin_with_what_was_counted_shares_nothing(engin
 def test_without_our_hand_in_the_hashes_everything_is_private(
     engine: EngineInProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connector, "_shared_prefix_of", lambda _: None)
+    monkeypatch.setattr(amendments, "_shared_prefix_of", lambda _: None)
     assert ask(engine, "first", prompt(), shared()) == 0
     assert ask(engine, "second", prompt(), shared()) == 0
     assert ask(engine, "second", prompt(), shared()) == 6 * BLOCK

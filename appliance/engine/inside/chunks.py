@@ -10,6 +10,8 @@ Rules:
   head nothing.
 - What a session diverged from is released with it, unless another session has it.
 - A chunk that several sessions share stays as long as one of them is worth it.
+- No tenant's chunks leave for another's below its share; what comes in keeps to its tenant's and its session's caps.
+  A chunk counts for its tenant while a session owns it; what was abandoned counts for nobody.
 - A chunk that is being copied does not leave: only what is `free` is picked. Nor does one that a request waits for: two
   that come back at once would push each other out for ever.
 - Worths are reckoned for all sessions at once and hold for a while, longer the more sessions there are, so that the
@@ -22,10 +24,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Final, NamedTuple, Protocol
 
+from appliance.engine.inside.quotas import Owner, Quota, Quotas
+
 _ORDER_HOLDS_S: Final = 1.0
 _SESSIONS_A_SECOND: Final = 4000  # for each so many sessions the order holds a second longer
-
-Owner = tuple[str, str]  # tenant, session
 
 
 class Worth(Protocol):
@@ -33,6 +35,13 @@ class Worth(Protocol):
 
     def __call__(self, *, session: Hashable, now: float, position: int, abandoned: bool) -> float:
         """Hits a second; below zero: nothing."""
+
+
+class Way(NamedTuple):
+    """What may come in, and what is to leave for it because its tenant is at its cap."""
+
+    coming: frozenset[bytes]
+    leaving: tuple[bytes, ...] = ()
 
 
 class _Chunk(NamedTuple):
@@ -47,11 +56,22 @@ class ChunkOrder:
     Args:
         worth: what a session is worth; the lowest leaves first.
         clock: seconds; monotonic.
+        quotas: of the tier.
+        is_kept: whether a tier behind this one has a chunk: then it is not lost when it leaves.
     """
 
-    def __init__(self, worth: Worth, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        worth: Worth,
+        clock: Callable[[], float],
+        quotas: Quotas,
+        is_kept: Callable[[bytes], bool] = lambda _: False,
+    ) -> None:
         self._worth = worth
         self._clock = clock
+        self.quotas = quotas
+        self._is_kept = is_kept
+        self._held: Counter[str] = Counter()  # chunks that sessions own, by tenant
         self._chunks: dict[bytes, _Chunk] = {}
         self._free: set[bytes] = set()
         self._of: dict[Owner, dict[bytes, None]] = {}
@@ -75,6 +95,7 @@ class ChunkOrder:
             self._orphans[key] = None
         else:
             self._own(key, owner)
+            self.quotas.came(owner, end_token)
 
     def freed(self, key: bytes) -> None:
         """Nothing copies from or to the chunk any more."""
@@ -106,6 +127,8 @@ class ChunkOrder:
             return
         for owner in chunk.owners:
             self._leave(key, owner)
+        if chunk.owners:
+            self._one_less(owner[0])
         for owner in chunk.left_by:
             self._forget_abandoned(key, owner)
         self._orphans.pop(key, None)
@@ -114,6 +137,7 @@ class ChunkOrder:
     def clear(self) -> None:
         """All chunks are gone."""
         self._chunks.clear()
+        self._held.clear()
         self._free.clear()
         self._of.clear()
         self._abandoned.clear()
@@ -137,19 +161,18 @@ class ChunkOrder:
         beside = [key for key in self._of.get(owner, ()) if key not in positions]
         if any(self._chunks[key].end_token <= reached for key in beside):
             for key in beside:
-                self._chunks[key].owners.discard(owner)
+                self._give_up(key, owner)
                 self._chunks[key].left_by.add(owner)
                 self._abandoned.setdefault(owner, set()).add(key)
-                self._leave(key, owner)
 
     def released(self, owners: Iterable[Owner]) -> tuple[bytes, ...]:
         """The sessions are over; the chunks they had or diverged from, and nobody else owns."""
         alone: list[bytes] = []
         for owner in owners:
+            self.quotas.forget(owner)
             for key in tuple(self._of.get(owner, ())):
                 chunk = self._chunks[key]
-                chunk.owners.discard(owner)
-                self._leave(key, owner)
+                self._give_up(key, owner)
                 if not chunk.owners:
                     alone.append(key)
             for key in self._abandoned.pop(owner, ()):
@@ -176,17 +199,61 @@ class ChunkOrder:
         """How many chunks a session has, shared ones too."""
         return len(self._of.get(owner, ()))
 
+    def chunks_of_tenant(self, tenant: str) -> int:
+        """How many chunks a tenant's sessions have."""
+        return self._held[tenant]
+
     def is_free(self, key: bytes) -> bool:
         """Whether the chunk is there and nothing copies it."""
         return key in self._free
 
-    def pick(self, wanted_chunks: int, spared: Collection[bytes]) -> tuple[bytes, ...] | None:
+    def make_way(
+        self,
+        owner: Owner,
+        coming: Mapping[bytes, int],
+        quota: Quota,
+        *,
+        free_chunks: int,
+        spared: Collection[bytes] = frozenset(),
+    ) -> Way:
+        """What of the chunks that a session brings in has room within the quotas, from its head on.
+
+        Args:
+            coming: chunks that are not here, and the token that each ends at.
+            free_chunks: how many have room without anybody's leaving.
+            spared: chunks that must not leave.
+        """
+        tenant, quotas = owner[0], self.quotas
+        quotas.in_force(tenant, quota.tenant_share)
+        in_order = sorted(coming, key=coming.__getitem__)
+        before = quotas.can_follow(owner, coming.values())
+        if before is not None:
+            in_order = [key for key in in_order if coming[key] < before]
+        within = quotas.within_cap(quota, len(in_order), self.chunks_of(owner))
+        over = quotas.over_cap(quota, self._held[tenant] + within)
+        leaving = tuple(itertools.islice(self._leaving(spared, tenant, only=tenant, but=owner), over))
+        within = max(0, within - over + len(leaving))
+        wanted = within - free_chunks - len(leaving)
+        fits = within - self._withheld(wanted, {*spared, *leaving}, tenant)
+        if fits < len(in_order):
+            quotas.lost(owner, coming[in_order[fits]])
+        for key in leaving:
+            if not self._is_kept(key):
+                chunk = self._chunks[key]
+                for loser in chunk.owners:
+                    quotas.lost(loser, chunk.end_token)
+        return Way(frozenset(in_order[:fits]), leaving)
+
+    def pick(
+        self, wanted_chunks: int, spared: Collection[bytes], wanted_by: str | None = None
+    ) -> tuple[bytes, ...] | None:
         """Take out so many chunks, or none and return None when fewer can leave.
 
         Args:
             spared: chunks that must not be among them.
+            wanted_by: the tenant that they leave for; None: whatever is guaranteed leaves, too.
         """
-        leaving = self._leaving(spared)
+        leaving = self._leaving(spared, wanted_by)
         picked = tuple(itertools.islice(leaving, wanted_chunks))
         if len(picked) < wanted_chunks:
             return None
@@ -194,31 +261,73 @@ class ChunkOrder:
             self.discard(key)
         return picked
 
-    def _leaving(self, spared: Collection[bytes]) -> Iterator[bytes]:
-        """Every chunk that may leave, in the order in which they do."""
-        yield from (key for key in self._orphans if self._may_leave(key, spared))
+    def _withheld(self, wanted_chunks: int, spared: Collection[bytes], wanted_by: str) -> int:
+        """How many of so many chunks have no room because other tenants' shares are kept."""
+        could, can = (
+            sum(1 for _ in itertools.islice(self._leaving(spared, tenant), max(0, wanted_chunks)))
+            for tenant in (None, wanted_by)
+        )
+        return could - can
+
+    def _leaving(
+        self, spared: Collection[bytes], wanted_by: str | None, *, only: str | None = None, but: Owner | None = None
+    ) -> Iterator[bytes]:
+        """Every chunk that may leave, in the order in which they do.
+
+        Args:
+            wanted_by: the tenant that they leave for; None: shares do not count.
+            only: a tenant: chunks of its sessions alone.
+            but: a session of which nothing leaves.
+        """
+        if only is None:
+            yield from (key for key in self._orphans if self._may_leave(key, spared))
         passed: set[Owner] = set()
+        left: Counter[str] = Counter()
         for owner in self._lowest_first():
+            tenant = owner[0]
+            if owner == but or (only is not None and tenant != only):
+                continue
             passed.add(owner)
             # A shared chunk goes with the owner of the highest worth.
-            going = [
-                (chunk.end_token, key)
-                for key in self._of.get(owner, ())
-                if self._may_leave(key, spared) and (chunk := self._chunks[key]).owners <= passed
-            ]
-            yield from (key for _, key in sorted(going, reverse=True))
+            going = sorted(
+                (
+                    (chunk.end_token, key)
+                    for key in self._of.get(owner, ())
+                    if self._may_leave(key, spared) and (chunk := self._chunks[key]).owners <= passed
+                ),
+                reverse=True,
+            )
+            if wanted_by is not None:
+                above = self.quotas.above_share(tenant, self._held[tenant] - left[tenant], wanted_by)
+                going = going[: max(0, above)]
+                left[tenant] += len(going)
+            yield from (key for _, key in going)
 
     def _may_leave(self, key: bytes, spared: Collection[bytes]) -> bool:
         return key in self._free and key not in spared and key not in self._awaited
 
     def _own(self, key: bytes, owner: Owner) -> None:
         chunk = self._chunks[key]
+        if not chunk.owners:
+            self._held[owner[0]] += 1
         chunk.owners.add(owner)
         if owner in chunk.left_by:
             chunk.left_by.discard(owner)
             self._forget_abandoned(key, owner)
         self._of.setdefault(owner, {})[key] = None
         self._orphans.pop(key, None)
+
+    def _give_up(self, key: bytes, owner: Owner) -> None:
+        chunk = self._chunks[key]
+        chunk.owners.discard(owner)
+        if not chunk.owners:
+            self._one_less(owner[0])
+        self._leave(key, owner)
+
+    def _one_less(self, tenant: str) -> None:
+        self._held[tenant] -= 1
+        if not self._held[tenant]:
+            del self._held[tenant]
 
     def _leave(self, key: bytes, owner: Owner) -> None:
         owned = self._of.get(owner)

@@ -9,7 +9,7 @@ Rules:
 - Closed where in doubt: a request without a salt of its own, without a lease, with a malformed one, or whose prompt
   does not begin with exactly the tokens that the gateway counted, shares nothing.
 - The keys of the blocks in every tier are these hashes: the boundary holds in all of them.
-- No vLLM here: `connector.py` asks, for each block.
+- No vLLM here: `connector/` asks, for each block.
 """
 
 import enum

@@ -25,8 +25,8 @@ TOML = """
 [sessions.tenants."tenant"]
 retention = "strict"
 idle_timeout_s = 7
-device_share = 0.25
-device_cap = 0.5
+kv_share = 0.25
+kv_cap = 0.5
 
 [sessions.tenants."tresury"]
 retention = "strict"
@@ -100,7 +100,7 @@ def test_what_is_kept_of_a_tenants_sessions_is_shown(place: Path) -> None:
         kept = {each.name: each.keeping for each in served.admin.tenants().tenants}
         assert kept["tenant"].model == "stub"
         assert (kept["tenant"].retention, kept["tenant"].idle_timeout_s) == ("strict", 7.0)
-        assert (kept["tenant"].device_share, kept["tenant"].device_cap) == (0.25, 0.5)
+        assert (kept["tenant"].kv_share, kept["tenant"].kv_cap) == (0.25, 0.5)
         assert (kept["other"].retention, kept["other"].idle_timeout_s) == ("soft", 40.0)
         assert kept["other"].idle_timeout_after_tool_use_s == 40.0
         listed = _told(served, "tenant", "list")

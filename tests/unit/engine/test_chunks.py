@@ -4,7 +4,8 @@ from collections.abc import Hashable
 
 import pytest
 
-from appliance.engine.inside.chunks import ChunkOrder, Owner
+from appliance.engine.inside.chunks import ChunkOrder
+from appliance.engine.inside.quotas import Owner, Quota, Quotas
 
 A, B, CHILD = ("t", "a"), ("t", "b"), ("t", "child")
 
@@ -29,7 +30,7 @@ def sessions() -> Sessions:
 
 @pytest.fixture
 def order(sessions: Sessions) -> ChunkOrder:
-    return ChunkOrder(sessions.worth, lambda: sessions.now)
+    return ChunkOrder(sessions.worth, lambda: sessions.now, Quotas(10))
 
 
 def stored(order: ChunkOrder, owner: Owner, name: str, chunks: int) -> dict[bytes, int]:
@@ -164,3 +165,107 @@ def test_ten_thousand_sessions_are_ranked_once_for_many_picks(sessions: Sessions
     sessions.now += 10
     assert order.pick(1, ()) is not None
     assert sessions.asked > asked
+
+
+def brought(order: ChunkOrder, owner: Owner, name: str, chunks: int, quota: Quota = Quota(), free: int = 0) -> int:  # noqa: B008
+    """How many chunks a session could bring into ten, of which so many are free; they own their room now."""
+    coming = {f"{name}{number}".encode(): 32 * (number + 1) for number in range(chunks)}
+    coming = {key: end for key, end in coming.items() if key not in order}
+    way = order.make_way(owner, coming, quota, free_chunks=free)
+    for key in way.leaving:
+        order.discard(key)
+    missing = len(way.coming) - free - len(way.leaving)
+    assert order.pick(max(0, missing), (), owner[0]) is not None
+    for key in sorted(way.coming):
+        order.add(key, coming[key], owner)
+        order.freed(key)
+    return len(way.coming)
+
+
+HALF, THIRD = Quota(tenant_share=0.5), Quota(tenant_share=0.3)
+OTHERS = ("u", "x")
+
+
+def test_another_tenants_chunks_leave_down_to_its_share_and_no_further(sessions: Sessions, order: ChunkOrder) -> None:
+    sessions.worths = {A: 1.0, B: 2.0, OTHERS: 9.0}
+    assert brought(order, A, "a", 4, HALF, free=10) == 4
+    assert brought(order, B, "b", 4, HALF, free=6) == 4
+    assert brought(order, OTHERS, "x", 7, free=2) == 5
+    assert order.chunks_of_tenant("t") == 5
+    assert order.keys_of(A) == (b"a0",)  # the lowest worth leaves first, with a share as without one
+    assert order.quotas.is_lost(OTHERS, 6 * 32)
+    assert not order.quotas.is_lost(OTHERS, 5 * 32)
+    assert not order.quotas.is_lost(A, 2 * 32)  # that was no quota of its tenant's
+
+
+def test_a_tenant_pushes_its_own_out_below_its_share(sessions: Sessions, order: ChunkOrder) -> None:
+    sessions.worths = {A: 1.0, B: 2.0}
+    assert brought(order, A, "a", 5, HALF, free=5) == 5
+    assert brought(order, B, "b", 3, HALF) == 3
+    assert order.keys_of(A) == (b"a0", b"a1")
+
+
+def test_what_a_share_kept_out_is_followed_by_nothing(sessions: Sessions, order: ChunkOrder) -> None:
+    brought(order, A, "a", 5, HALF, free=5)
+    assert brought(order, OTHERS, "x", 2, free=1) == 1
+    order.discard(b"a4")  # now there is room, but behind a hole
+    later = {b"x2": 96, b"x3": 128}
+    assert order.make_way(OTHERS, later, Quota(), free_chunks=1).coming == frozenset()
+    assert order.make_way(OTHERS, {b"x1": 64, **later}, Quota(), free_chunks=3).coming == {b"x1", *later}
+
+
+def test_a_session_brings_in_its_head_up_to_its_cap(order: ChunkOrder) -> None:
+    capped = Quota(session_cap=0.3)
+    assert brought(order, A, "a", 2, capped, free=10) == 2
+    assert brought(order, A, "a", 6, capped, free=8) == 1
+    assert set(order.keys_of(A)) == {b"a0", b"a1", b"a2"}
+    assert order.quotas.is_lost(A, 4 * 32)
+    assert not order.quotas.is_lost(A, 3 * 32)
+
+
+def test_at_its_tenants_cap_a_session_pushes_the_tenants_others_out_and_nobody_elses(
+    sessions: Sessions, order: ChunkOrder
+) -> None:
+    sessions.worths = {A: 5.0, B: 6.0, OTHERS: 1.0}
+    capped = Quota(tenant_cap=0.5)
+    assert brought(order, OTHERS, "x", 3, free=10) == 3
+    assert brought(order, A, "a", 4, capped, free=7) == 4
+    assert brought(order, B, "b", 3, capped, free=3) == 3
+    assert (order.chunks_of(A), order.chunks_of(B), order.chunks_of(OTHERS)) == (2, 3, 3)
+    assert order.quotas.is_lost(A, 3 * 32)
+    assert brought(order, B, "b", 9, capped, free=2) == 2  # more than the cap is nobody's
+    assert (order.chunks_of(A), order.chunks_of(B), order.chunks_of(OTHERS)) == (0, 5, 3)
+    assert order.quotas.is_lost(B, 6 * 32)
+
+
+def test_what_a_tier_behind_has_is_not_lost_when_it_leaves_for_a_cap(sessions: Sessions) -> None:
+    order = ChunkOrder(sessions.worth, lambda: sessions.now, Quotas(10), lambda key: key == b"a1")
+    capped = Quota(tenant_cap=0.2)
+    brought(order, A, "a", 2, capped, free=10)
+    brought(order, B, "b", 1, capped, free=8)
+    assert not order.quotas.is_lost(A, 2 * 32)
+    brought(order, B, "b", 2, capped, free=8)
+    assert order.quotas.is_lost(A, 2 * 32)
+    assert order.quotas.is_lost(A, 32)
+
+
+def test_what_came_back_or_was_released_is_lost_no_more(order: ChunkOrder) -> None:
+    capped = Quota(session_cap=0.2)
+    brought(order, A, "a", 3, capped, free=10)
+    brought(order, B, "b", 3, capped, free=8)
+    brought(order, A, "a", 3, free=6)
+    assert not order.quotas.is_lost(A, 3 * 32)
+    order.released([B])
+    assert not order.quotas.is_lost(B, 3 * 32)
+
+
+def test_a_chunk_of_two_sessions_counts_once_for_their_tenant_and_abandoned_ones_do_not(order: ChunkOrder) -> None:
+    stored(order, A, "a", 4)
+    order.used(CHILD, {b"a0": 32, b"a1": 64})
+    assert order.chunks_of_tenant("t") == 4
+    order.released([A])
+    assert order.chunks_of_tenant("t") == 2
+    order.used(CHILD, {b"a0": 32, b"other": 64})
+    assert order.chunks_of_tenant("t") == 1
+    order.discard(b"a0")
+    assert order.chunks_of_tenant("t") == 0

@@ -20,10 +20,10 @@ def test_a_model_and_a_tenant_have_their_own() -> None:
     settings = SessionSettings(
         idle_timeout_s_by_model={"big": 30.0},
         idle_timeout_after_tool_use_s_by_model={"big": 300.0},
-        session_device_cap=0.5,
+        session_kv_cap=0.5,
         tenants={
             "Harbour Bank": TenantRetention(
-                retention="strict", idle_timeout_after_tool_use_s=60.0, device_share=0.25, device_cap=0.75
+                retention="strict", idle_timeout_after_tool_use_s=60.0, kv_share=0.25, kv_cap=0.75
             )
         },
     )
@@ -32,5 +32,5 @@ def test_a_model_and_a_tenant_have_their_own() -> None:
 
 
 def test_shares_that_cannot_all_be_kept_are_refused() -> None:
-    with pytest.raises(ValidationError, match="device_share"):
-        SessionSettings(tenants={"a": TenantRetention(device_share=0.6), "b": TenantRetention(device_share=0.6)})
+    with pytest.raises(ValidationError, match="kv_share"):
+        SessionSettings(tenants={"a": TenantRetention(kv_share=0.6), "b": TenantRetention(kv_share=0.6)})

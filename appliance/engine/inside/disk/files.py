@@ -1,6 +1,7 @@
 """How chunks of KV lie on the disk.
 
     ROOT/lock                                   held while an engine uses the folder
+    ROOT/shares                                 what each tenant is guaranteed, for the next start
     ROOT/LAYOUT/TENANT~SESSION/KEY-POSITION-COPY
 
 LAYOUT names what the KV was made by (`fingerprint`); KEY is the chunk's key in hexadecimal, POSITION the token that it
@@ -20,13 +21,14 @@ Rules:
 import contextlib
 import errno
 import fcntl
+import json
 import mmap
 import os
 import re
 import shutil
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -42,6 +44,8 @@ _PART_SUFFIX: Final = ".part"
 _PART = re.compile(_NAME.pattern + re.escape(_PART_SUFFIX))
 _LAYOUT = re.compile(r"[0-9a-f]{32}")
 _UNALIGNED = (errno.EINVAL, errno.EOPNOTSUPP)
+_LABEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_MOST_SHARES_BYTES: Final = 1 << 20
 
 
 class Owner(NamedTuple):
@@ -227,6 +231,35 @@ class ChunkFiles:
         for folder in _folders(self._root):
             if folder != self._layout and _LAYOUT.fullmatch(folder.name):
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def write_shares(self, shares: Mapping[str, float]) -> None:
+        """Keep what each tenant is guaranteed, in place of what was kept before. Blocks.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        part = self._root / f"shares{_PART_SUFFIX}"
+        part.unlink(missing_ok=True)
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as file:  # noqa: PTH123  (a descriptor)
+            json.dump(dict(shares), file)
+        part.rename(self._root / "shares")
+
+    def read_shares(self) -> dict[str, float]:
+        """What was kept of that; what cannot be read guarantees nothing. Blocks."""
+        try:
+            descriptor = os.open(self._root / "shares", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with open(descriptor, "rb") as file:  # noqa: PTH123  (a descriptor)
+                shares = json.loads(file.read(_MOST_SHARES_BYTES))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        if not isinstance(shares, dict):
+            return {}
+        return {
+            tenant: share
+            for tenant, share in shares.items()
+            if _LABEL.fullmatch(tenant) and isinstance(share, float) and 0 <= share <= 1
+        }
 
     # Private
 

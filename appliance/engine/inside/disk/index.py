@@ -6,16 +6,18 @@ Rules:
 - Room is made by dropping the sessions that are worth least, tail first; among equals, those unused for longest. Where
   there are more than `_LOOKED_AT` sessions, that many are looked at, drawn at random: bounded work, and what is worth
   much is never among the least of so many.
+- No tenant's chunks leave for another's below its share; what comes in keeps to its tenant's and its session's caps.
 - What is being loaded stays.
 - A session that was not used for `ttl_s` goes as a whole.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Final, NamedTuple
 
 from appliance.engine.inside.disk.files import ChunkName, Owner
+from appliance.engine.inside.quotas import Quota, Quotas
 
 _LOOKED_AT: Final = 512
 _SPARE_SHARE: Final = 50  # room is made for a fiftieth more than is wanted, so that it is not looked for each time
@@ -64,6 +66,8 @@ class DiskIndex:
 
     def __init__(self, capacity: int, ttl_s: float, *, seed: int = 0) -> None:
         self.capacity = capacity
+        self.quotas = Quotas(capacity)
+        self._chunks_of: Counter[str] = Counter()  # by tenant; those that are being written, too
         self._ttl_s = ttl_s
         self._random = Random(seed)  # noqa: S311  (a sample, no secret)
         self._sessions: OrderedDict[Owner, Held] = OrderedDict()  # used longest ago first
@@ -78,6 +82,10 @@ class DiskIndex:
     def sessions(self) -> int:
         """How many sessions have something."""
         return len(self._sessions)
+
+    def chunks_of_tenant(self, tenant: str) -> int:
+        """How many chunks a tenant's sessions have; those that are being written, too."""
+        return self._chunks_of[tenant]
 
     @property
     def room(self) -> int:
@@ -121,10 +129,12 @@ class DiskIndex:
         """Give a chunk its room before it is written."""
         held.writing += 1
         self._writing[key] = held
+        self._chunks_of[held.owner.tenant] += 1
 
     def ended(self, held: Held, name: ChunkName, *, written: bool) -> bool:
         """A chunk's write is over; whether it is there from now on."""
         held.writing -= 1
+        self._one_less(held.owner.tenant)
         if self._writing.get(name.key) is held:
             del self._writing[name.key]
         if held.gone:
@@ -150,6 +160,7 @@ class DiskIndex:
         if held is None:
             return []
         held.gone = True
+        self.quotas.forget(owner)
         names = list(held.names())
         for key in list(held.chunks):
             self._remove(held, key)
@@ -173,36 +184,99 @@ class DiskIndex:
         oldest = next(iter(self._sessions.values()), None)
         return None if oldest is None else max(0.0, oldest.used_at + self._ttl_s - now)
 
-    def make_room(self, wanted: int, worth: Callable[[Owner], float], *, spared: Held | None = None) -> list[ChunkName]:
-        """Forget what is worth least until `wanted` chunks have room; what was forgotten.
+    def make_way(
+        self, held: Held, ends: Sequence[int], quota: Quota, worth: Callable[[Owner], float]
+    ) -> tuple[int, list[ChunkName]]:
+        """How many of the chunks that a session brings in have room, from its head on; what was forgotten for them.
 
         Args:
-            worth: of a session; see `RetentionPolicy.value`.
-            spared: the session that the room is for: of it nothing goes.
+            ends: the tokens that the chunks end at, ascending.
         """
-        missing = wanted - self.room
-        if missing <= 0:
-            return []
-        missing += self.capacity // _SPARE_SHARE
-        names: list[ChunkName] = []
-        for held in self._worst(worth, spared):
-            tail_first = sorted(held.names(), key=lambda name: name.position, reverse=True)
-            going = tail_first[: missing - len(names)]
-            for name in going:
-                self._remove(held, name.key)
-            names += going
-            self.tidy(held)
-            if len(names) >= missing:
-                break
-        return names
+        owner, quotas = held.owner, self.quotas
+        before = quotas.can_follow(owner, ends)
+        coming = len(ends) if before is None else sum(end < before for end in ends)
+        within = quotas.within_cap(quota, coming, len(held.chunks) + held.writing)
+        over = quotas.over_cap(quota, self._chunks_of[owner.tenant] + within)
+        own = self._forget(over, worth, owner.tenant, spared=held, only=owner.tenant)
+        for name in own:
+            quotas.lost(name.owner, name.position)
+        within = max(0, within - over + len(own))
+        missing = within - self.room
+        others = self._forget(missing + self._slack(missing), worth, owner.tenant, spared=held)
+        fits = min(within, max(0, self.room))
+        if fits < coming and (fits == within or self._is_withheld(held)):
+            quotas.lost(owner, ends[fits])
+        return fits, own + others
+
+    def make_room(self, worth: Callable[[Owner], float]) -> list[ChunkName]:
+        """Forget what is worth least until there is no more than may be; what was forgotten."""
+        return self._forget(-self.room + self._slack(-self.room), worth, None)
 
     def tidy(self, held: Held) -> None:
         """Forget a session of which there is nothing."""
         if not held.chunks and not held.writing and not held.loading and self._sessions.get(held.owner) is held:
             del self._sessions[held.owner]
 
-    def _worst(self, worth: Callable[[Owner], float], spared: Held | None) -> list[Held]:
+    def _slack(self, missing: int) -> int:
+        return self.capacity // _SPARE_SHARE if missing > 0 else 0
+
+    def _forget(
+        self,
+        wanted: int,
+        worth: Callable[[Owner], float],
+        wanted_by: str | None,
+        *,
+        spared: Held | None = None,
+        only: str | None = None,
+    ) -> list[ChunkName]:
+        """Forget so many chunks, or as many as may leave: what is worth least, tail first.
+
+        Args:
+            worth: of a session; see `RetentionPolicy.value`.
+            wanted_by: the tenant that they leave for; None: shares do not count.
+            spared: a session of which nothing leaves.
+            only: a tenant: chunks of its sessions alone.
+        """
+        names: list[ChunkName] = []
+        if wanted <= 0:
+            return names
+        for held in self._worst(worth, spared, wanted_by, only):
+            tenant = held.owner.tenant
+            most = wanted - len(names)
+            if wanted_by is not None:
+                most = min(most, self.quotas.above_share(tenant, self._chunks_of[tenant], wanted_by))
+            tail_first = sorted(held.names(), key=lambda name: name.position, reverse=True)
+            going = tail_first[: max(0, most)]
+            for name in going:
+                self._remove(held, name.key)
+            names += going
+            self.tidy(held)
+            if len(names) >= wanted:
+                break
+        return names
+
+    def _is_withheld(self, spared: Held) -> bool:
+        """Whether something could leave if no tenant had a share."""
+        idle = (held.chunks and not held.loading and held is not spared for held in self._sessions.values())
+        return bool(self.quotas.shares) and any(idle)
+
+    def _one_less(self, tenant: str) -> None:
+        self._chunks_of[tenant] -= 1
+        if not self._chunks_of[tenant]:
+            del self._chunks_of[tenant]
+
+    def _worst(
+        self, worth: Callable[[Owner], float], spared: Held | None, wanted_by: str | None, only: str | None
+    ) -> list[Held]:
         sessions = list(self._sessions.values())
+        if only is not None:
+            sessions = [held for held in sessions if held.owner.tenant == only]
+        elif wanted_by is not None and self.quotas.shares:
+            above = {
+                tenant: self.quotas.above_share(tenant, chunks, wanted_by) > 0
+                for tenant, chunks in self._chunks_of.items()
+            }
+            sessions = [held for held in sessions if above.get(held.owner.tenant)]
         if len(sessions) > _LOOKED_AT:
             sessions = self._random.sample(sessions, _LOOKED_AT)
         idle = [held for held in sessions if not held.loading and held.chunks and held is not spared]
@@ -211,7 +285,10 @@ class DiskIndex:
     def _add(self, held: Held, name: ChunkName) -> None:
         held.chunks[name.key] = Place(name.position, name.copy)
         self._by_key[name.key] = held
+        self._chunks_of[held.owner.tenant] += 1
+        self.quotas.came(held.owner, name.position)
 
     def _remove(self, held: Held, key: bytes) -> None:
         del held.chunks[key]
         del self._by_key[key]
+        self._one_less(held.owner.tenant)

@@ -32,6 +32,7 @@ from appliance.engine.inside.disk.cipher import NONCE_BYTES, TAG_BYTES, ChunkCip
 from appliance.engine.inside.disk.files import HEADER_BYTES, ChunkFiles, ChunkName, Owner
 from appliance.engine.inside.disk.index import DiskIndex, Held
 from appliance.engine.inside.disk.keys import NoKey, TierKeys
+from appliance.engine.inside.quotas import Quota
 
 _WRITERS: Final = 3  # one encrypts while the others wait for the disk
 _READERS: Final = 3
@@ -43,6 +44,7 @@ _STOP_S: Final = 5.0
 _ANSWER_S: Final = 2.0  # a disk that takes longer for one read does not answer
 _SLOWEST_READ_BYTES_S: Final = 64 << 20  # computing again is no slower
 _NO_ANSWER: Final = "the disk does not answer"
+_NO_QUOTA: Final = Quota()
 
 
 class Presence(Enum):
@@ -77,7 +79,7 @@ class DiskStatus:
 
     Attributes:
         stored_chunks: since the start; `loaded_chunks`, `evicted_chunks`, `expired_chunks` and the causes below too.
-        not_stored: how many chunks were not written, by cause: "slow", "error", "no_key", "too_large", "off".
+        not_stored: how many chunks were not written, by cause: "slow", "error", "no_key", "too_large", "quota", "off".
         faults: how many chunks could not be read, by cause: "damaged", "lost", "error", "no_key".
         last_error: what went wrong last, in words; empty: nothing did.
         last_error_age_s: how long ago.
@@ -178,10 +180,12 @@ class DiskStore:
         self._to_write, self._to_read = threading.Condition(self._lock), threading.Condition(self._lock)
         self._idle = threading.Condition(self._lock)
         self._encrypting = threading.Lock()
+        self._sharing = threading.Lock()  # who writes down the shares
         self._writes: deque[_Task] = deque()
         self._reads: deque[_Task] = deque()
         self._removals: deque[ChunkName] = deque()
         self._foreign = True
+        self._shares_changed = False
         self._finished: deque[Done] = deque()
         self._open_jobs = self._pieces_over = 0
         self._reading: dict[int, float] = {}  # since when each thread does
@@ -230,6 +234,16 @@ class DiskStore:
                 self._faulted(held, "no_key")
             return Presence.ABSENT
         return Presence.HERE
+
+    def holds(self, key: bytes) -> bool:
+        """Whether the chunk of that key is there, or is being written."""
+        with self._lock:
+            return self._index.holder(key) is not None or self._index.is_writing(key)
+
+    def is_lost(self, owner: Owner, end_token: int) -> bool:
+        """Whether the first chunk that a session misses, which ends there, was lost for a quota of the disk's."""
+        with self._lock:
+            return self._index.quotas.is_lost(owner, end_token)
 
     def answers(self) -> bool:
         """Whether what is read comes in time: nobody should wait for a disk that hangs, or is slower than computing."""
@@ -282,22 +296,30 @@ class DiskStore:
 
     # Moving
 
-    def store(self, number: int, owner: Owner, pieces: Sequence[Piece]) -> None:
+    def store(self, number: int, owner: Owner, pieces: Sequence[Piece], quota: Quota = _NO_QUOTA) -> None:
         """Write a session's chunks. `finished` tells when their memory is not read any more."""
         job = _Job(number, self._now(), len(pieces), len(pieces) * self._chunk_bytes)
         with self._lock:
             self._open_jobs += 1
             refused = self._refusal(len(pieces))
             held = None if refused else self._index.used(owner, self._now())
-            if held is not None:
-                evicted = self._index.make_room(len(pieces), self._worth, spared=held)
-                self._evicted += len(evicted)
-                self._removals.extend(evicted)
-            for piece in pieces:
+            coming = []
+            for piece in sorted(pieces, key=lambda piece: piece.position):
                 if self._index.holder(piece.key) is not None or self._index.is_writing(piece.key):
                     self._piece_over(job, piece.key, done=True)
-                elif held is None or self._index.room <= 0:
-                    self._not_stored[refused or "too_large"] += 1
+                else:
+                    coming.append(piece)
+            fits = 0
+            if held is not None:
+                self._shares_changed |= self._index.quotas.in_force(owner.tenant, quota.tenant_share)
+                ends = [piece.position for piece in coming]
+                fits, evicted = self._index.make_way(held, ends, quota, self._worth)
+                self._evicted += len(evicted)
+                self._removals.extend(evicted)
+                refused = "quota" if self._index.quotas.is_lost(owner, ends[-1] if ends else 0) else "too_large"
+            for place, piece in enumerate(coming):
+                if held is None or place >= fits:
+                    self._not_stored[refused] += 1
                     self._piece_over(job, piece.key, done=False)
                 else:
                     name = ChunkName(owner, piece.key, piece.position, self._random_bytes(4))
@@ -405,22 +427,27 @@ class DiskStore:
     def _write_on(self, files: ChunkFiles) -> None:
         buffer = files.buffer()
         while True:
-            foreign = False
+            foreign = shares_changed = False
             task, removal = None, None
             with self._lock:
                 self._to_write.wait_for(
-                    lambda: self._stopping or self._writes or self._removals or self._foreign, self._next_chore_in_s()
+                    lambda: self._stopping or self._shares_changed or self._writes or self._removals or self._foreign,
+                    self._next_chore_in_s(),
                 )
                 if self._stopping:
                     return
                 self._expire()
-                if self._removals:
+                if self._shares_changed:
+                    shares_changed, self._shares_changed = True, False
+                elif self._removals:
                     removal = self._removals.popleft()
                 elif self._writes:
                     task = self._writes.popleft()
                 else:
                     foreign, self._foreign = self._foreign, False
-            if removal is not None:
+            if shares_changed:
+                self._write_shares(files)
+            elif removal is not None:
                 files.remove(removal)
                 with self._lock:
                     empty = self._index.session(removal.owner) is None
@@ -431,6 +458,16 @@ class DiskStore:
             elif foreign:
                 with contextlib.suppress(OSError):
                     files.remove_foreign()
+
+    def _write_shares(self, files: ChunkFiles) -> None:
+        with self._sharing:
+            with self._lock:
+                shares = self._index.quotas.shares
+            try:
+                files.write_shares(shares)
+            except OSError as error:
+                with self._lock:
+                    self._failed(error)
 
     def _write(self, files: ChunkFiles, buffer: memoryview, task: _Task) -> None:
         now = self._now()
@@ -530,8 +567,11 @@ class DiskStore:
             if not found.names:
                 files.remove_folder(found.owner)
             self._removals.extend(name for name in found.names if not self._index.found(name, used_at))
+        for tenant, share in files.read_shares().items():
+            if self._index.chunks_of_tenant(tenant):
+                self._index.quotas.in_force(tenant, share)
         self._expire()
-        evicted = self._index.make_room(0, self._worth)
+        evicted = self._index.make_room(self._worth)
         self._removals.extend(evicted)
 
     def _expire(self) -> None:

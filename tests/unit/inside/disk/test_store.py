@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from appliance.engine.inside.disk.files import ChunkFiles, Owner
+from appliance.engine.inside.disk.files import ChunkFiles, ChunkName, Owner
+from appliance.engine.inside.disk.index import DiskIndex
 from appliance.engine.inside.disk.store import DiskStore, Piece, Presence
+from appliance.engine.inside.quotas import Quota
 from tests.unit.inside.disk.tier import (
     ANA,
     BEN,
@@ -307,6 +309,94 @@ def test_a_session_larger_than_the_disk_keeps_its_head(make: Make) -> None:
     assert not done.whole
     assert tier.read(ANA, range(15)) == list(range(10))
     assert tier.store.status().not_stored == {"too_large": 5}
+
+
+def test_another_tenants_chunks_go_down_to_its_share_and_no_further(make: Make) -> None:
+    tier = make(chunks=10, worth={ANA: 1.0, BEN: 2.0, EVE: 9.0}.__getitem__)
+    tier.write(ANA, range(4), tenant_share=0.5)
+    tier.write(BEN, range(4), tenant_share=0.5)
+    tier.write(EVE, range(7))
+    assert tier.read(ANA, range(4)) == [0]
+    assert tier.read(BEN, range(4)) == [0, 1, 2, 3]
+    assert tier.read(EVE, range(7)) == [0, 1, 2, 3, 4]
+    assert tier.store.status().not_stored == {"quota": 2}
+    assert [tier.store.is_lost(EVE, number) for number in (4, 5)] == [False, True]
+    assert not tier.store.is_lost(ANA, 3)  # that was no quota of its tenant's
+    tier.write(ANA, range(4))  # its tenant has no share any more
+    tier.write(EVE, range(7))
+    assert tier.read(EVE, range(7)) == list(range(7))
+
+
+def test_a_session_keeps_its_head_up_to_its_cap(make: Make) -> None:
+    tier = make(chunks=10)
+    done = tier.write(ANA, [4, 1, 3, 0, 2], session_cap=0.3)
+    assert set(done.keys) == {chunk_key(ANA, number) for number in range(3)}
+    assert tier.store.status().not_stored == {"quota": 2}
+    assert [tier.store.is_lost(ANA, number) for number in (2, 3)] == [False, True]
+    tier.write(ANA, range(3, 5))
+    assert tier.read(ANA, range(5)) == list(range(5))
+    assert not tier.store.is_lost(ANA, 3)
+
+
+def test_at_its_tenants_cap_a_session_pushes_the_tenants_others_out_and_nobody_elses(make: Make) -> None:
+    tier = make(chunks=10, worth={ANA: 5.0, BEN: 6.0, EVE: 1.0}.__getitem__)
+    tier.write(EVE, range(3))
+    tier.write(ANA, range(4), tenant_cap=0.5)
+    tier.write(BEN, range(3), tenant_cap=0.5)
+    assert tier.read(ANA, range(4)) == [0, 1]
+    assert [tier.store.is_lost(ANA, number) for number in (1, 2)] == [False, True]
+    tier.write(BEN, range(9), tenant_cap=0.5)
+    assert tier.read(BEN, range(9)) == list(range(5))
+    assert tier.read(EVE, range(3)) == list(range(3))
+
+
+def test_behind_a_chunk_that_a_quota_kept_out_nothing_is_written(make: Make) -> None:
+    tier = make(chunks=10)
+    tier.write(ANA, range(3), session_cap=0.2)
+    tier.write(ANA, range(3, 5))
+    assert tier.read(ANA, range(5)) == [0, 1]
+    tier.write(ANA, range(2, 5))
+    assert tier.read(ANA, range(5)) == list(range(5))
+
+
+def test_a_share_holds_after_a_restart_before_its_tenant_comes_again(make: Make) -> None:
+    first = make(chunks=10)
+    first.write(ANA, range(4), tenant_share=0.2)
+    first.write(EVE, range(2), tenant_share=0.1)
+    until(lambda: _shares_of(first) == {"acme": 0.2, "other": 0.1})
+    assert stat.S_IMODE((first.root / "shares").stat().st_mode) == 0o600
+    tier = make(chunks=10)
+    tier.write(Owner("crowd", "x"), range(9))
+    assert tier.read(ANA, range(4)) == [0, 1]
+    assert len(tier.read(EVE, range(2))) >= 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"acme": 7.0, "a/b": 0.1, "other": "1"}', "[" * 100_000])
+def test_shares_that_were_damaged_guarantee_nothing(make: Make, text: str) -> None:
+    first = make(chunks=10)
+    first.write(ANA, range(4), tenant_share=0.2)
+    until(lambda: _shares_of(first) == {"acme": 0.2})
+    (first.root / "shares").write_text(text)
+    assert make(chunks=10).write(EVE, range(10)).whole
+
+
+def _shares_of(tier: Tier) -> object:
+    file = tier.root / "shares"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def test_among_thousands_of_sessions_those_that_a_quota_is_about_are_found() -> None:
+    index = DiskIndex(4000, 3600.0)
+    crowd = [Owner("crowd", f"s{number}") for number in range(3960)]
+    for owner in (*crowd, *[EVE] * 40):
+        index.found(ChunkName(owner, chunk_key(owner, len(index)), 32, b"copy"), 0.0)
+    friend = index.used(Owner(EVE.tenant, "friend"), 1.0)
+    for tenant, share in (("crowd", 0.99), (EVE.tenant, 0.005)):
+        index.quotas.in_force(tenant, share)
+    fits, gone = index.make_way(friend, range(30), Quota(tenant_cap=0.0125), lambda _: 0.0)
+    assert (fits, {name.owner for name in gone}) == (30, {EVE})
+    assert index.make_way(index.used(ANA, 1.0), range(100), Quota(), lambda _: 0.0) == (index.room, [])
+    assert index.quotas.is_lost(ANA, index.room)
 
 
 def test_a_smaller_bound_after_a_restart_holds_at_once(make: Make) -> None:

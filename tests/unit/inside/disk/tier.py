@@ -11,6 +11,7 @@ from typing import Any
 from appliance.engine.inside.disk.files import Owner
 from appliance.engine.inside.disk.keys import TierKeys
 from appliance.engine.inside.disk.store import _WRITERS, DiskStore, Done, Piece
+from appliance.engine.inside.quotas import Quota
 
 CHUNK_BYTES = 64 << 10
 FILE_BYTES = CHUNK_BYTES + 4096
@@ -69,15 +70,16 @@ class Tier:
         }
         self.store = DiskStore(root, keys=self.gateway.keys, **{**defaults, **arguments})
 
-    def begin(self, owner: Owner, numbers: Sequence[int]) -> int:
+    def begin(self, owner: Owner, numbers: Sequence[int], **quota: float) -> int:
         """Have chunks written, and do not wait."""
         job = next(self.numbers)
         keys = [chunk_key(owner, number) for number in numbers]
-        self.store.store(job, owner, [Piece(k, n, memoryview(content(k))) for k, n in zip(keys, numbers, strict=True)])
+        pieces = [Piece(key, number, memoryview(content(key))) for key, number in zip(keys, numbers, strict=True)]
+        self.store.store(job, owner, pieces, Quota(**quota))
         return job
 
-    def write(self, owner: Owner, numbers: Sequence[int]) -> Done:
-        return self.wait(self.begin(owner, numbers))
+    def write(self, owner: Owner, numbers: Sequence[int], **quota: float) -> Done:
+        return self.wait(self.begin(owner, numbers, **quota))
 
     def read(self, owner: Owner, numbers: Sequence[int], tenant: str | None = None) -> list[int]:
         """The numbers of the chunks that could be read; what they hold is what was written."""

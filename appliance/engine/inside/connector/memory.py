@@ -1,0 +1,118 @@
+"""Where the tier in DRAM is, and who copies to it: memory without a name, which no core dump has."""
+
+import contextlib
+import mmap
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.v1.kv_offload.base import CanonicalKVCaches, GPULoadStoreSpec, OffloadingWorker, TransferResult
+from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+
+from appliance.engine.inside.connector.dram import TieredManager
+from appliance.engine.inside.connector.version import UnsupportedEngine
+
+
+class TierSpec(TieringOffloadingSpec):  # type: ignore[misc]
+    """vLLM's tiers, on a CPU too. The memory of the DRAM tier has no name once everybody has it open."""
+
+    _manager: Any
+    _worker: Any
+
+    def get_manager(self) -> TieredManager:
+        if self._manager is None:
+            made = super().get_manager()
+            self._manager = TieredManager(made.primary_tier, made.secondary_tiers)
+            region = made.primary_tier._mmap_region
+            _keep_out_of_cores(region)
+            # vLLM makes the workers' caches before the scheduler: whoever opens the memory last takes its name away, so
+            # that no way of dying leaves it behind.
+            with contextlib.suppress(FileNotFoundError):
+                Path(region.mmap_path).unlink()
+            region._creator = False
+        manager: TieredManager = self._manager
+        return manager
+
+    def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        if self._worker is None:
+            self._worker = self.create_worker(kv_caches)
+        return self._worker
+
+    def create_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        if all(tensor.tensor.device.type != "cpu" for tensor in kv_caches.tensors):
+            worker = super().create_worker(kv_caches)
+            region = worker._mmap_region
+        else:
+            region = SharedOffloadRegion(
+                engine_id=self._engine_id,
+                num_chunks=self.num_chunks,
+                rank=0 if self.replicated_layout else self.config.parallel.rank,
+                kv_bytes_per_chunk=self.kv_bytes_per_chunk,
+                cpu_page_size=self.cpu_page_size_per_worker,
+            )
+            worker = CopyingWorker(kv_caches, region, self.blocks_per_chunk)
+        _keep_out_of_cores(region)
+        region._creator = False
+        return worker
+
+
+class CopyingWorker(OffloadingWorker):  # type: ignore[misc]
+    """Moves chunks where the device is a CPU: a copy in memory, done when it was asked for."""
+
+    def __init__(self, kv_caches: CanonicalKVCaches, region: SharedOffloadRegion, blocks_per_chunk: int) -> None:
+        if blocks_per_chunk != 1:
+            raise UnsupportedEngine("on a CPU a chunk is one block: leave block_size out of the connector's options")
+        self._region: SharedOffloadRegion | None = region
+        self._device = [tensor.tensor for tensor in kv_caches.tensors]
+        self._dram = [region.create_next_worker_view(tensor.page_size_bytes) for tensor in kv_caches.tensors]
+        self._tensors_of_group = [sorted({ref.tensor_idx for ref in refs}) for refs in kv_caches.group_data_refs]
+        self._finished: list[TransferResult] = []
+
+    def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: CPULoadStoreSpec) -> bool:
+        return self._copy(job_id, self._device, src_spec.block_ids, self._dram, dst_spec.chunk_ids, src_spec)
+
+    def submit_load(self, job_id: int, src_spec: CPULoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+        return self._copy(job_id, self._dram, src_spec.chunk_ids, self._device, dst_spec.block_ids, dst_spec)
+
+    def get_finished(self) -> list[TransferResult]:
+        finished, self._finished = self._finished, []
+        return finished
+
+    def wait(self, job_ids: set[int]) -> None:
+        """Every copy is over when it was submitted."""
+
+    def shutdown(self) -> None:
+        self._device.clear()
+        self._dram.clear()
+        if self._region is not None:
+            self._region.cleanup()
+            self._region = None
+
+    def _copy(
+        self,
+        job_id: int,
+        sources: list[torch.Tensor],
+        source_ids: Any,
+        targets: list[torch.Tensor],
+        target_ids: Any,
+        groups: GPULoadStoreSpec,
+    ) -> bool:
+        started = time.perf_counter()
+        copied_bytes = first = 0
+        for tensors, blocks in zip(self._tensors_of_group, groups.group_sizes, strict=True):
+            source = torch.from_numpy(source_ids[first : first + blocks].astype("int64"))
+            target = torch.from_numpy(target_ids[first : first + blocks].astype("int64"))
+            first += blocks
+            for tensor in tensors:
+                targets[tensor].index_copy_(0, target, sources[tensor].index_select(0, source))
+                copied_bytes += blocks * targets[tensor].shape[1]
+        self._finished.append(TransferResult(job_id, True, copied_bytes, time.perf_counter() - started))
+        return True
+
+
+def _keep_out_of_cores(region: SharedOffloadRegion) -> None:
+    if region.mmap_obj is not None:
+        region.mmap_obj.madvise(mmap.MADV_DONTDUMP)

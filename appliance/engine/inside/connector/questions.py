@@ -1,0 +1,89 @@
+"""What the front end's process asks the engine between two steps. Added to EngineCore, which passes it on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import vllm
+from vllm.v1.engine.core import EngineCore
+
+from appliance.engine.inside.connector.amendments import salt_by_range
+from appliance.engine.inside.connector.device import LeaseRetention
+from appliance.engine.inside.connector.version import UnsupportedEngine, check_version
+from appliance.engine.protocol import LeaseReport, TurnAccount, TurnEnd
+
+_REPORT_METHOD = "holdfast_lease_report"
+_TICK_METHOD = "holdfast_lease_tick"
+_KV_METHOD = "holdfast_kv_picture"
+_TURNS_METHOD = "holdfast_turns_ended"
+
+
+def install() -> None:
+    """Add to EngineCore what the front-end process asks it, and salt blocks by range. Safe to call more than once.
+
+    Raises:
+        UnsupportedEngine: when this is another version of vLLM.
+    """
+    check_version(vllm.__version__)
+    setattr(EngineCore, _REPORT_METHOD, _report)
+    setattr(EngineCore, _TICK_METHOD, _tick)
+    setattr(EngineCore, _KV_METHOD, _kv)
+    setattr(EngineCore, _TURNS_METHOD, _turns_ended)
+    salt_by_range()
+
+
+async def lease_report(engine_client: Any, release: Sequence[str] = ()) -> LeaseReport:
+    """Ask the engine behind vLLM's front end: expire, release, report."""
+    return LeaseReport.from_wire(await engine_client.engine_core.call_utility_async(_REPORT_METHOD, list(release)))
+
+
+async def lease_tick(engine_client: Any) -> float | None:
+    """Ask the engine behind vLLM's front end to expire what is due; seconds to the next deadline."""
+    due_in_s: float | None = await engine_client.engine_core.call_utility_async(_TICK_METHOD)
+    return due_in_s
+
+
+async def kv_picture(engine_client: Any, most_sessions: int) -> dict[str, object]:
+    """Ask the engine behind vLLM's front end to sum up what it keeps: a `KvPicture`, as JSON has it."""
+    said: dict[str, object] = await engine_client.engine_core.call_utility_async(_KV_METHOD, most_sessions)
+    return said
+
+
+async def turns_ended(engine_client: Any, ends: Sequence[TurnEnd]) -> list[TurnAccount | None]:
+    """Tell the engine behind vLLM's front end how turns ended; the account of each."""
+    told = [end.to_wire() for end in ends]
+    accounts = await engine_client.engine_core.call_utility_async(_TURNS_METHOD, told)
+    return [None if account is None else TurnAccount.from_wire(account) for account in accounts]
+
+
+def connector_of(engine_core: EngineCore) -> LeaseRetention:
+    """The connector of an engine.
+
+    Raises:
+        UnsupportedEngine: when the engine was started without it.
+    """
+    connector = engine_core.scheduler.get_kv_connector()
+    if not isinstance(connector, LeaseRetention):
+        raise UnsupportedEngine("this engine was started without Holdfast's connector: see connector_config")
+    return connector
+
+
+def _report(self: EngineCore, release: list) -> dict:  # type: ignore[type-arg]
+    return connector_of(self).report(release).to_wire()
+
+
+def _kv(self: EngineCore, most_sessions: int) -> dict:  # type: ignore[type-arg]
+    return connector_of(self).picture(most_sessions).to_wire()
+
+
+def _tick(self: EngineCore) -> float | None:
+    connector = connector_of(self)
+    due_in_s = connector.tick()
+    canary = connector.canary()
+    if canary is not None:
+        self.scheduler.add_request(canary)
+    return due_in_s
+
+
+def _turns_ended(self: EngineCore, ends: list) -> list:  # type: ignore[type-arg]
+    accounts = connector_of(self).turns_ended([TurnEnd.from_wire(end) for end in ends])
+    return [None if account is None else account.to_wire() for account in accounts]
