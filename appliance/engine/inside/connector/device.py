@@ -26,6 +26,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request, RequestStatus
 
 from appliance.engine.inside.accounts import Accounts
@@ -78,6 +79,7 @@ class LeaseRetention:
         self._lessons = Lessons(path, self.policy, self.clock())
         self._accounts = Accounts()
         self._hit_tokens: dict[str, int] = {}  # of requests that are about to be admitted
+        self._room_tokens: dict[str, int] = {}  # how many of its tokens a request's blocks are known to have room for
         self._table: LeaseTable
         self._pool: BlockPool
         self._manager: KVCacheManager
@@ -120,12 +122,14 @@ class LeaseRetention:
 
     def tick(self) -> float | None:
         """Expire what is due; seconds to the next deadline, or `None` without leases."""
-        expired_before = self._table.expired_total
-        self._apply(self._table.expire())
-        if self._table.expired_total > expired_before:
+        due_in_s = self._table.next_expiry_in_s()
+        if due_in_s is not None and due_in_s <= 0:
+            expired_before = self._table.expired_total
+            self._apply(self._table.expire())
             logger.debug("Leases ended: %d.", self._table.expired_total - expired_before)
+            due_in_s = self._table.next_expiry_in_s()
         self._lessons.write_if_due(self.clock())
-        return self._table.next_expiry_in_s()
+        return due_in_s
 
     def turns_ended(self, ends: Iterable[TurnEnd]) -> list[TurnAccount | None]:
         """Hear how turns ended; the account of each."""
@@ -145,6 +149,11 @@ class LeaseRetention:
         self._manager = kv_cache_manager
         self._pool = kv_cache_manager.block_pool
         self._block_size = self._pool.hash_block_size
+        # Not so for a recurrent state, say: then vLLM is asked in each step.
+        self._grows_by_whole_blocks = all(
+            type(manager).get_num_blocks_to_allocate is SingleTypeKVCacheManager.get_num_blocks_to_allocate
+            for manager in kv_cache_manager.coordinator.single_type_managers
+        )
         pool_blocks = self._pool.num_gpu_blocks - 1
         bound = int(self._lease_fraction * pool_blocks)
         blocks = self._pool.blocks
@@ -177,6 +186,9 @@ class LeaseRetention:
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
         super().update_state_after_alloc(request, blocks, num_external_tokens)  # type: ignore[misc]
+        self._room_tokens.pop(
+            request.request_id, None
+        )  # it may have lost blocks since: it was preempted, a load failed
         hit_tokens = self._hit_tokens.pop(request.request_id, None)
         lease = self._leases_asked.get(request.request_id)
         if lease is not None and hit_tokens is not None:
@@ -207,6 +219,7 @@ class LeaseRetention:
     ) -> tuple[bool, dict[str, Any] | None]:
         self._requests.pop(request.request_id, None)
         self._hit_tokens.pop(request.request_id, None)
+        self._room_tokens.pop(request.request_id, None)
         lease = self._leases_asked.pop(request.request_id, None)
         if lease is not None:
             blocks = list(self._cached_blocks(request, block_ids))
@@ -344,11 +357,10 @@ class LeaseRetention:
         """Reclaim what the requests that hold blocks will want in the next step beyond what is free."""
         free_blocks = self._pool.get_num_free_blocks()
         most_each = (1 + self._step_tokens // self._block_size) * self._manager.num_kv_cache_groups
-        to_come_in = any(
+        if free_blocks >= len(self._requests) * most_each + self._manager.watermark_blocks and not any(
             request.num_computed_tokens and request.status != RequestStatus.RUNNING
             for request in self._requests.values()
-        )
-        if not to_come_in and free_blocks >= len(self._requests) * most_each + self._manager.watermark_blocks:
+        ):
             return
         wanted = 0
         for request in self._requests.values():
@@ -379,6 +391,8 @@ class LeaseRetention:
 
     def _wanted(self, request: Request, computed_tokens: int, next_tokens: int) -> int:
         num_tokens = min(computed_tokens + next_tokens + self._lookahead_tokens, self._max_model_len)
+        if num_tokens <= self._room_tokens.get(request.request_id, 0):
+            return 0
         wanted: int = self._manager.coordinator.get_num_blocks_to_allocate(
             request_id=request.request_id,
             num_tokens=num_tokens,
@@ -389,6 +403,8 @@ class LeaseRetention:
             num_tokens_main_model=num_tokens,
             prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
         )
+        if not wanted and self._grows_by_whole_blocks:
+            self._room_tokens[request.request_id] = -(-num_tokens // self._block_size) * self._block_size
         return wanted
 
     def _reclaim(
