@@ -435,13 +435,16 @@ class LeaseTable:
 
     def _yield(self, key: _Key, most: int, busy: Callable[[int], bool] | None, reason: str, taken: "_Taken") -> None:
         claim = self._claims[key]
-        ids, before = claim.ids, len(taken.freed)
-        while ids and len(taken.freed) - before < most:
-            if busy is not None and busy(ids[-1]):
-                break
-            yielded = (ids.pop(),)
+        ids, claims_on = claim.ids, self._claims_on
+        kept, wanted = len(ids), most
+        while kept and wanted > 0 and not (busy is not None and busy(ids[kept - 1])):
+            kept -= 1
+            wanted -= claims_on[ids[kept]] == 1
+        yielded = ids[kept:]
+        if yielded:
             taken.forgotten.extend(self._left(claim, yielded))
             taken.freed.extend(self._drop(key, yielded))
+            del ids[kept:]
             claim.reason = reason or ("evicted" if claim.has_rank else "expired")
         if not ids:
             self._remove(key)
