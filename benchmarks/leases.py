@@ -1,14 +1,22 @@
-"""What retention costs the engine. `.venv-engine/bin/python -m benchmarks.leases [--json] [--check]`.
+"""What retention and the account cost the engine. `.venv-engine/bin/python -m benchmarks.leases [--json] [--check]`.
 
-- `decode`: the connector's share of a decode step while 10,000 idle sessions hold the pool and each new block has to be
-  reclaimed from one of them; the same seconds as a share of a step of the model of 140 million weights.
+The pool is wholly leased: a block that no request uses is an idle session's.
+
+- `decode`: what all of it takes of a decode step while 10,000 idle sessions have the pool and each new block is
+  reclaimed from one of them, on the demonstration model and on one of 140 million weights:
+  - the connector's hooks in each step, what they reclaim included;
+  - what a turn costs beside its steps: its arrival, room for its prompt, its end, its account. Each of the running
+    requests has one in `ANSWER_TOKENS` steps;
+  - the order in which sessions yield: how long it takes to reckon, and the share of the time that it is held to;
+  - the live picture, asked for as often as Prometheus asks.
 - `memory`: bytes that an idle session of 100 blocks takes: all that the table, its order and the policy hold, labels
   included; not what the pool has for each block anyway, the hash of its content among it.
-- `first_token`: a request for 80 % of a pool that is wholly leased against the same on an empty pool, in pairs: what
-  was done before is the same, and which is first changes, so that what else the machine does falls on both. The middle
-  of the pairs' ratios counts. Beside it, what the connector took of the leased one.
+- `first_token`: a request for 80 % of a pool that as many idle sessions have as it has blocks, against the same on an
+  empty pool, in pairs: what was done before is the same, and which is first changes, so that what else the machine does
+  falls on both. The middle of the pairs' ratios counts. Beside it, what the connector took of the leased one.
 
-`--check` leaves with 1 when a figure misses what the project promises.
+A step's time is the middle one's, a cost the mean, on a machine that does nothing else. `--check` leaves with 1 when a
+figure misses what the project promises, or the pool was not as it says here.
 """
 
 import argparse
@@ -20,7 +28,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -37,18 +45,24 @@ os.environ.update(
 from vllm import LLM, SamplingParams
 
 from appliance.engine.demo.random_model import COMMITTED_MODEL, write_random_model
-from appliance.engine.inside.leases import LeasedBlock, LeaseTable
-from appliance.engine.protocol import Lease, connector_config, lease_params
+from appliance.engine.inside.leases import ORDER_SHARE, LeasedBlock, LeaseTable
+from appliance.engine.protocol import LEASE_FRACTION_FIELD, Lease, TurnEnd, connector_config, lease_params
 from benchmarks.engine_bars import MOST_BYTES, MOST_SHARE, MOST_SLOWER
 
 BLOCK: Final = 32  # tokens
 SESSIONS: Final = 10_000
 RUNNING: Final = 8
+PROMPT_BLOCKS: Final = 32
 STEPS: Final = 300
+TURNS: Final = 20
+ANSWER_TOKENS: Final = 400  # the mean of agents' turns is 409: docs/decisions/0012
+PICTURES: Final = 5
+PICTURE_EVERY_S: Final = 15.0
+PICTURE_SESSIONS: Final = 20
 PAIRS: Final = 12
 BLOCKS_EACH: Final = 100
 POOL: Final = 160  # blocks, where first tokens are timed
-_LEASED: Final = 0.95
+_ONE_HAS_RANK: Final = 10  # of so many idle sessions
 _HOOKS: Final = (
     "on_new_request",
     "get_num_new_matched_tokens",
@@ -56,6 +70,7 @@ _HOOKS: Final = (
     "has_pending_block_frees",
     "build_connector_meta",
     "request_finished_all_groups",
+    "turns_ended",
 )
 
 
@@ -63,6 +78,8 @@ class Engine:
     """A real engine in this process, stepped by hand."""
 
     def __init__(self, model: Path, blocks: int, *, most_running: int) -> None:
+        transfer: dict[str, Any] = connector_config(0.0)
+        transfer["kv_connector_extra_config"][LEASE_FRACTION_FIELD] = 1.0  # more than an operator may say
         self._llm = LLM(
             model=str(model),
             block_size=BLOCK,
@@ -72,20 +89,22 @@ class Engine:
             max_num_seqs=most_running,
             enforce_eager=True,
             seed=0,
-            kv_transfer_config=connector_config(_LEASED),
+            kv_transfer_config=transfer,
         )
         self._front = self._llm.llm_engine
         self.core: Any = self._front.engine_core.engine_core
         self.connector: Any = self.core.scheduler.get_kv_connector()
+        self.table: LeaseTable = self.connector._table
+        self.pool: Any = self.core.scheduler.kv_cache_manager.block_pool
         self._names = itertools.count()
 
-    def submit(self, words: Sequence[int], *, session: str = "", max_tokens: int = 1) -> None:
-        """Queue a request; nothing of it is shared with any other."""
+    def submit(self, tokens: int, *, max_tokens: int = 1, with_session: bool = False) -> str:
+        """Queue a request that shares nothing with any other; its name, which is its session's and turn's, too."""
         name = f"request-{next(self._names)}"
-        transfer = lease_params(Lease(session, "tenant", 15.0)) if session else None
+        transfer = lease_params(Lease(name, "tenant", 15.0, turn=name)) if with_session else None
         self._front.add_request(
             name,
-            {"prompt_token_ids": list(words), "cache_salt": name},
+            {"prompt_token_ids": [10 + position * 31 % 1900 for position in range(tokens)], "cache_salt": name},
             SamplingParams(
                 temperature=0,
                 max_tokens=max_tokens,
@@ -93,80 +112,130 @@ class Engine:
                 extra_args=None if transfer is None else {"kv_transfer_params": transfer},
             ),
         )
+        return name
 
-    def fill(self, sessions: int) -> None:
-        """Lease a cached block to each of so many sessions, as a request that ends does, without computing it."""
-        pool = self.core.scheduler.kv_cache_manager.block_pool
-        for number in range(sessions):
-            (block,) = pool.get_new_blocks(1)
+    def lease_what_is_free(self, most_blocks: int) -> None:
+        """Lease each free block to a session of its own, as a request that ends does, without computing it."""
+        for _ in range(min(most_blocks, self.pool.get_num_free_blocks())):
+            number = next(self._names)
+            (block,) = self.pool.get_new_blocks(1)
             content = number.to_bytes(36, "big")
-            pool._insert_block_hash(content, block, BLOCK)
-            lease = Lease(f"session-{number}", "tenant", 120.0)
-            self.connector._table.arrived(lease)
-            self.connector._apply(self.connector._table.finished(lease, [LeasedBlock(block.block_id, BLOCK, content)]))
-            pool.free_blocks([block])
+            self.pool._insert_block_hash(content, block, BLOCK)
+            lease = Lease(f"session-{number}", "tenant", 0.0 if number % _ONE_HAS_RANK else 3600.0)
+            self.table.arrived(lease)
+            self.connector._apply(self.table.finished(lease, [LeasedBlock(block.block_id, BLOCK, content)]))
+            self.pool.free_blocks([block])
+        self.connector.tick()
 
-    def time_hooks(self) -> list[float]:
-        """Seconds spent in the connector from now on, in a list of one."""
-        spent = [0.0]
-        for hook in _HOOKS:
-            setattr(self.connector, hook, _timed(getattr(self.connector, hook), spent))
-        return spent
+    def held_blocks(self) -> int:
+        """How many blocks requests have that no session has leased."""
+        return int(self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks() - self.table.leased_blocks)
 
-    def step(self) -> None:
-        """One step."""
-        self._front.step()
+    def step(self) -> set[str]:
+        """One step; the requests that ended."""
+        return {output.request_id for output in self._front.step() if output.finished}
 
-    def drain(self) -> None:
-        """Step until nothing is left to do."""
-        while self._front.has_unfinished_requests():
-            self.step()
-
-    def first_token_s(self, tokens: int) -> float:
-        """How long a new request of so many tokens takes until its first token."""
-        self.submit(_words(tokens))
-        began = time.perf_counter()
-        self.drain()
-        return time.perf_counter() - began
+    def run(self, name: str) -> int:
+        """Step until a request has ended; how often."""
+        return next(steps for steps in itertools.count(1) if name in self.step())
 
     def close(self) -> None:
         """Shut it down."""
         self.core.shutdown()
 
 
-def _words(length: int) -> list[int]:
-    return [10 + position * 31 % 1900 for position in range(length)]
+def _time_calls(of: object, *names: str) -> list[float]:
+    """Seconds of each call of the methods so named, from now on."""
+    calls: list[float] = []
+    for name in names:
+        setattr(of, name, _timed(getattr(of, name), calls))
+    return calls
 
 
-def _timed(hook: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
+def _timed(method: Callable[..., Any], calls: list[float]) -> Callable[..., Any]:
     def timed(*given: Any, **named: Any) -> Any:
         began = time.perf_counter()
         try:
-            return hook(*given, **named)
+            return method(*given, **named)
         finally:
-            spent[0] += time.perf_counter() - began
+            calls.append(time.perf_counter() - began)
 
     return timed
 
 
-def decode_cost(model: Path, sessions: int) -> tuple[float, float, int]:
-    """Seconds of a decode step in all and in the connector, the mean of many; blocks that were reclaimed meanwhile."""
-    prompts = RUNNING * 1024 // BLOCK
-    engine = Engine(model, max(int(sessions / _LEASED) + 64, 2 * prompts), most_running=max(RUNNING, 64))
-    engine.fill(sessions)
-    for _ in range(RUNNING):
-        engine.submit(_words(1024), session=f"running-{next(engine._names)}", max_tokens=STEPS + 64)
-    for _ in range(32):
-        engine.step()
-    spent = engine.time_hooks()
-    before = engine.connector.report().reclaimed_blocks_total
+def _seconds(action: Callable[[], object]) -> float:
     began = time.perf_counter()
-    for _ in range(STEPS):
+    action()
+    return time.perf_counter() - began
+
+
+class Costs(NamedTuple):
+    """See the module. Seconds.
+
+    Attributes:
+        hooks_s: in each decode step, without the order.
+        turn_s: without its steps and the order.
+        new_blocks: that running requests were given in the steps looked at.
+        reclaimed_blocks: that idle sessions gave up meanwhile.
+    """
+
+    step_s: float
+    hooks_s: float
+    turn_s: float
+    order_s: float
+    picture_s: float
+    new_blocks: int
+    reclaimed_blocks: int
+
+
+def costs(model: Path) -> Costs:
+    """What it costs while `SESSIONS` idle sessions have what the running requests do not use."""
+    engine = Engine(model, SESSIONS + RUNNING * PROMPT_BLOCKS, most_running=2 * RUNNING)
+    engine.lease_what_is_free(SESSIONS)
+    table = engine.table
+    hooks, orders = _time_calls(engine.connector, *_HOOKS), _time_calls(table, "_reckon_order")
+    for number in range(RUNNING):  # whose blocks are full at different steps
+        engine.submit(
+            PROMPT_BLOCKS * BLOCK - number * (BLOCK // RUNNING),
+            max_tokens=STEPS + 4 * TURNS + 2 * BLOCK,
+            with_session=True,
+        )
+    for _ in range(BLOCK):  # the prompts, and blocks beyond them
         engine.step()
-    took = time.perf_counter() - began
-    reclaimed = engine.connector.report().reclaimed_blocks_total - before
+
+    hooks.clear()
+    orders.clear()
+    new_blocks, reclaimed_blocks = -engine.held_blocks(), -table.reclaimed_blocks_total
+    steps = [_seconds(engine.step) for _ in range(STEPS)]
+    hooks_s = (sum(hooks) - sum(orders)) / STEPS
+    new_blocks, reclaimed_blocks = new_blocks + engine.held_blocks(), reclaimed_blocks + table.reclaimed_blocks_total
+
+    turns = []
+    for _ in range(TURNS):
+        hooks.clear()
+        orders.clear()
+        name = engine.submit(PROMPT_BLOCKS * BLOCK, with_session=True)
+        of_steps_s = hooks_s * engine.run(name)
+        engine.connector.turns_ended([TurnEnd(name, "tenant", name, "tool_use", 1, 120.0)])
+        turns.append(sum(hooks) - sum(orders) - of_steps_s)
+    order_s = statistics.mean(_seconds(table._reckon_order) for _ in range(PICTURES))
+    picture_s = statistics.mean(_seconds(lambda: engine.connector.picture(PICTURE_SESSIONS)) for _ in range(PICTURES))
     engine.close()
-    return took / STEPS, spent[0] / STEPS, reclaimed
+    return Costs(
+        statistics.median(steps), hooks_s, statistics.mean(turns), order_s, picture_s, new_blocks, reclaimed_blocks
+    )
+
+
+def decode_step_s(model: Path) -> float:
+    """How long a decode step takes where nobody is idle."""
+    engine = Engine(model, 2 * RUNNING * PROMPT_BLOCKS, most_running=RUNNING)
+    for _ in range(RUNNING):
+        engine.submit(PROMPT_BLOCKS * BLOCK, max_tokens=STEPS)
+    for _ in range(BLOCK):
+        engine.step()
+    steps = [_seconds(engine.step) for _ in range(STEPS // 10)]
+    engine.close()
+    return statistics.median(steps)
 
 
 def memory_bytes(blocks_each: int) -> float:
@@ -201,40 +270,49 @@ def first_tokens(model: Path) -> FirstTokens:
     """Time `PAIRS` requests each."""
     engine = Engine(model, POOL, most_running=RUNNING)
     tokens = int(0.8 * POOL) * BLOCK - 1
+    engine.run(engine.submit(tokens))
+    hooks = _time_calls(engine.connector, *_HOOKS)
     seen = FirstTokens([], [], [])
-    engine.first_token_s(tokens)
-    spent = engine.time_hooks()
     for pair in range(PAIRS):
         for leased in (False, True) if pair % 2 else (True, False):
-            for session in range(16):
-                engine.submit(_words(POOL // 16 * BLOCK), session=f"session-{session}")
-            engine.drain()
-            assert engine.connector.report().leased_blocks == int(_LEASED * POOL)
+            engine.lease_what_is_free(POOL)
+            assert engine.table.leased_blocks == POOL
             if not leased:
                 assert engine.core.reset_prefix_cache()
-            spent[0] = 0.0
-            (seen.leased_s if leased else seen.empty_s).append(engine.first_token_s(tokens))
+            hooks.clear()
+            (seen.leased_s if leased else seen.empty_s).append(_seconds(lambda: engine.run(engine.submit(tokens))))
             if leased:
-                seen.connector_s.append(spent[0])
+                seen.connector_s.append(sum(hooks))
     engine.close()
     return seen
 
 
 def _decode() -> tuple[dict[str, float], bool]:
-    step_s, hooks_s, reclaimed = decode_cost(COMMITTED_MODEL, SESSIONS)
+    took = costs(COMMITTED_MODEL)
     with tempfile.TemporaryDirectory() as folder:
-        large_step_s, _, _ = decode_cost(write_random_model(Path(folder)), 0)
+        large_step_s = decode_step_s(write_random_model(Path(folder)))
+    in_a_step_s = took.hooks_s + took.turn_s * RUNNING / ANSWER_TOKENS
+    at_all_times = 1 / ORDER_SHARE + took.picture_s / PICTURE_EVERY_S
+    share, large_share = (in_a_step_s / step_s + at_all_times for step_s in (took.step_s, large_step_s))
     figures = {
         "sessions": SESSIONS,
         "running": RUNNING,
-        "reclaimed_blocks": reclaimed,
-        "connector_us": round(hooks_s * 1e6, 1),
-        "demo_step_ms": round(step_s * 1e3, 3),
-        "demo_share": round(hooks_s / step_s, 5),
+        "new_blocks": took.new_blocks,
+        "reclaimed_blocks": took.reclaimed_blocks,
+        "hooks_us": round(took.hooks_s * 1e6, 1),
+        "turn_us": round(took.turn_s * 1e6, 1),
+        "order_ms": round(took.order_s * 1e3, 2),
+        "order_share": 1 / ORDER_SHARE,
+        "picture_ms": round(took.picture_s * 1e3, 2),
+        "picture_share": round(took.picture_s / PICTURE_EVERY_S, 5),
+        "demo_step_ms": round(took.step_s * 1e3, 3),
+        "demo_share": round(share, 5),
         "random_140m_step_ms": round(large_step_s * 1e3, 3),
-        "random_140m_share": round(hooks_s / large_step_s, 5),
+        "random_140m_share": round(large_share, 5),
     }
-    return figures, hooks_s / step_s < MOST_SHARE
+    # What the next step wants is reclaimed in the one before: a block of each running request.
+    all_reclaimed = took.reclaimed_blocks >= took.new_blocks - RUNNING > 0
+    return figures, share < MOST_SHARE and all_reclaimed
 
 
 def _memory() -> tuple[dict[str, float], bool]:
@@ -252,6 +330,7 @@ def _first_token() -> tuple[dict[str, float], bool]:
     slower = statistics.median(leased / empty for empty, leased in zip(seen.empty_s, seen.leased_s, strict=True)) - 1
     figures = {
         "pairs": PAIRS,
+        "sessions": POOL,
         "empty_p50_s": round(statistics.median(seen.empty_s), 4),
         "leased_p50_s": round(statistics.median(seen.leased_s), 4),
         "slower": round(slower, 4),

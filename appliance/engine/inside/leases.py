@@ -16,7 +16,7 @@ Rules:
   without its prefix nothing. Blocks come back tail first, so that a pool evicts tails before heads.
 - A child agent's parent is worth as much as the child, and has rank while the child runs or has it.
 - A strict lease leaves nothing behind: whatever it gives up leaves the cache, and at its timeout it gives up all.
-- The order is reckoned anew so seldom that it takes one part in `_ORDER_SHARE` of the time, whatever their number.
+- The order is reckoned anew so seldom that it takes one part in `ORDER_SHARE` of the time, whatever their number.
 - The clock is passed in. What is worth how much, `RetentionPolicy` says.
 """
 
@@ -34,7 +34,9 @@ from typing import Final, NamedTuple
 from appliance.engine.inside.retention import RetentionPolicy
 from appliance.engine.protocol import Lease, LeaseState, TurnEnd
 
-_ORDER_SHARE: Final = 200
+ORDER_SHARE: Final = 1000
+"""The order in which sessions yield is reckoned in one part of so many of the time, at most."""
+
 _MOST_REASONS: Final = 10_000
 _WANTED: Final = float("inf")
 
@@ -107,7 +109,7 @@ class _Claim:
 
 
 class _Place(NamedTuple):
-    """Where a claim stands in an order."""
+    """Where a claim stands in an order: the least yields first; of equal worth, what was used least recently."""
 
     worth: float
     finished_at: float
@@ -433,13 +435,16 @@ class LeaseTable:
 
     def _yield(self, key: _Key, most: int, busy: Callable[[int], bool] | None, reason: str, taken: "_Taken") -> None:
         claim = self._claims[key]
-        ids, before = claim.ids, len(taken.freed)
-        while ids and len(taken.freed) - before < most:
-            if busy is not None and busy(ids[-1]):
-                break
-            yielded = (ids.pop(),)
+        ids, claims_on = claim.ids, self._claims_on
+        kept, wanted = len(ids), most
+        while kept and wanted > 0 and not (busy is not None and busy(ids[kept - 1])):
+            kept -= 1
+            wanted -= claims_on[ids[kept]] == 1
+        yielded = ids[kept:]
+        if yielded:
             taken.forgotten.extend(self._left(claim, yielded))
             taken.freed.extend(self._drop(key, yielded))
+            del ids[kept:]
             claim.reason = reason or ("evicted" if claim.has_rank else "expired")
         if not ids:
             self._remove(key)
@@ -479,21 +484,30 @@ class LeaseTable:
 
     def _reckon_order(self) -> None:
         began_at = self._clock()
-        places = {key: self._place(key, claim, began_at) for key, claim in self._claims.items()}
-        ranks = {key: claim.has_rank for key, claim in self._claims.items()}
+        related = {*self._parents, *self._parents.values()}
+        order: dict[bool, list[_Place]] = {False: [], True: []}
+        places: dict[_Key, _Place] = {}  # of those that are related
+        ranks: dict[_Key, bool] = {}
+        for key, claim in self._claims.items():
+            place = self._place(key, claim, began_at)
+            if key in related:
+                places[key], ranks[key] = place, claim.has_rank
+            else:
+                order[claim.has_rank].append(place)
         for child, parent in self._parents.items():
-            place = places.get(parent)
-            if place is None:
+            if parent not in places:
                 continue
             if child in self._active:
-                places[parent], ranks[parent] = place._replace(worth=_WANTED), True
-            elif child in places and ranks[child]:
-                places[parent] = place._replace(worth=max(place.worth, places[child].worth))
-                ranks[parent] = True
+                places[parent], ranks[parent] = places[parent]._replace(worth=_WANTED), True
+            elif ranks.get(child):
+                worth = max(places[parent].worth, places[child].worth)
+                places[parent], ranks[parent] = places[parent]._replace(worth=worth), True
+        for key, place in places.items():
+            order[ranks[key]].append(place)
         for rank in (False, True):
-            self._order[rank] = sorted((places[key] for key in places if ranks[key] is rank), key=_worst_last)
+            self._order[rank] = sorted(order[rank], reverse=True)
         now = self._clock()
-        self._order_until = now + _ORDER_SHARE * (now - began_at)
+        self._order_until = now + ORDER_SHARE * (now - began_at)
 
     def _place(self, key: _Key, claim: _Claim, now: float) -> _Place:
         worth = (
@@ -591,7 +605,6 @@ class _Taken(NamedTuple):
 
 
 def _worst_last(place: _Place) -> tuple[float, float, int]:
-    # Where the worth is equal, what was used least recently yields first.
     return (-place.worth, -place.finished_at, -place.version)
 
 

@@ -26,6 +26,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request, RequestStatus
 
 from appliance.engine.inside.accounts import Accounts
@@ -78,6 +79,8 @@ class LeaseRetention:
         self._lessons = Lessons(path, self.policy, self.clock())
         self._accounts = Accounts()
         self._hit_tokens: dict[str, int] = {}  # of requests that are about to be admitted
+        self._step = 0
+        self._looks_due: dict[str, int] = {}  # by request that was admitted: the step at which it may want a block next
         self._table: LeaseTable
         self._pool: BlockPool
         self._manager: KVCacheManager
@@ -120,12 +123,14 @@ class LeaseRetention:
 
     def tick(self) -> float | None:
         """Expire what is due; seconds to the next deadline, or `None` without leases."""
-        expired_before = self._table.expired_total
-        self._apply(self._table.expire())
-        if self._table.expired_total > expired_before:
+        due_in_s = self._table.next_expiry_in_s()
+        if due_in_s is not None and due_in_s <= 0:
+            expired_before = self._table.expired_total
+            self._apply(self._table.expire())
             logger.debug("Leases ended: %d.", self._table.expired_total - expired_before)
+            due_in_s = self._table.next_expiry_in_s()
         self._lessons.write_if_due(self.clock())
-        return self._table.next_expiry_in_s()
+        return due_in_s
 
     def turns_ended(self, ends: Iterable[TurnEnd]) -> list[TurnAccount | None]:
         """Hear how turns ended; the account of each."""
@@ -145,6 +150,11 @@ class LeaseRetention:
         self._manager = kv_cache_manager
         self._pool = kv_cache_manager.block_pool
         self._block_size = self._pool.hash_block_size
+        # Not so for a recurrent state, say: then vLLM is asked in each step.
+        self._grows_by_whole_blocks = all(
+            type(manager).get_num_blocks_to_allocate is SingleTypeKVCacheManager.get_num_blocks_to_allocate
+            for manager in kv_cache_manager.coordinator.single_type_managers
+        )
         pool_blocks = self._pool.num_gpu_blocks - 1
         bound = int(self._lease_fraction * pool_blocks)
         blocks = self._pool.blocks
@@ -177,6 +187,7 @@ class LeaseRetention:
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
         super().update_state_after_alloc(request, blocks, num_external_tokens)  # type: ignore[misc]
+        self._looks_due[request.request_id] = 0
         hit_tokens = self._hit_tokens.pop(request.request_id, None)
         lease = self._leases_asked.get(request.request_id)
         if lease is not None and hit_tokens is not None:
@@ -198,6 +209,7 @@ class LeaseRetention:
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         self.tick()
+        self._step += 1
         if self._table.leased_blocks:
             self._keep_room_for_next_step(scheduler_output.num_scheduled_tokens)
         return super().build_connector_meta(scheduler_output)  # type: ignore[misc]
@@ -207,6 +219,7 @@ class LeaseRetention:
     ) -> tuple[bool, dict[str, Any] | None]:
         self._requests.pop(request.request_id, None)
         self._hit_tokens.pop(request.request_id, None)
+        self._looks_due.pop(request.request_id, None)
         lease = self._leases_asked.pop(request.request_id, None)
         if lease is not None:
             blocks = list(self._cached_blocks(request, block_ids))
@@ -342,26 +355,32 @@ class LeaseRetention:
 
     def _keep_room_for_next_step(self, scheduled_tokens: dict[str, int]) -> None:
         """Reclaim what the requests that hold blocks will want in the next step beyond what is free."""
-        free_blocks = self._pool.get_num_free_blocks()
-        most_each = (1 + self._step_tokens // self._block_size) * self._manager.num_kv_cache_groups
-        to_come_in = any(
-            request.num_computed_tokens and request.status != RequestStatus.RUNNING
-            for request in self._requests.values()
-        )
-        if not to_come_in and free_blocks >= len(self._requests) * most_each + self._manager.watermark_blocks:
-            return
         wanted = 0
-        for request in self._requests.values():
-            # This step's tokens are added to num_computed_tokens after this hook.
-            computed = request.num_computed_tokens + scheduled_tokens.get(request.request_id, 0)
-            if not computed:
+        for name, due in self._looks_due.items():
+            if self._step < due:
                 continue
-            if request.status == RequestStatus.RUNNING:
-                wanted += self._wanted_to_continue(request, computed)
-            else:
+            request = self._requests[name]
+            # This step's tokens are added to num_computed_tokens after this hook.
+            computed = request.num_computed_tokens + scheduled_tokens.get(name, 0)
+            if not computed:
+                continue  # it was preempted, or its load failed: it is admitted anew
+            if request.status != RequestStatus.RUNNING:
                 # Its KV is loaded or loads: it is let in without `get_num_new_matched_tokens` being asked again.
                 wanted += self._wanted_to_come_in(request, computed)
-        self._reclaim(wanted - free_blocks)
+                continue
+            wants = self._wanted_to_continue(request, computed)
+            if not wants:
+                self._looks_due[name] = self._step + 1 + self._steps_without_a_block(request, computed)
+            wanted += wants
+        self._reclaim(wanted - self._pool.get_num_free_blocks())
+
+    def _steps_without_a_block(self, request: Request, computed_tokens: int) -> int:
+        """For how many steps after the next one, in which it wants no block, a running request goes on wanting none."""
+        next_tokens = self._left_to_continue(request, computed_tokens) + self._draft_tokens
+        if not self._grows_by_whole_blocks or next_tokens > self._step_tokens:
+            return 0
+        room_tokens = -(computed_tokens + next_tokens + self._lookahead_tokens) % self._block_size
+        return room_tokens // (1 + self._draft_tokens)
 
     def _wanted_to_come_in(self, request: Request, computed_tokens: int) -> int:
         wanted = self._wanted_to_continue(request, computed_tokens)
@@ -374,8 +393,11 @@ class LeaseRetention:
         return self._wanted(request, computed_tokens, left + self._draft_tokens)
 
     def _wanted_to_continue(self, request: Request, computed_tokens: int) -> int:
-        left = max(request.num_tokens + request.num_output_placeholders - computed_tokens, 1)
+        left = self._left_to_continue(request, computed_tokens)
         return self._wanted(request, computed_tokens, min(left + self._draft_tokens, self._step_tokens))
+
+    def _left_to_continue(self, request: Request, computed_tokens: int) -> int:
+        return max(int(request.num_tokens + request.num_output_placeholders - computed_tokens), 1)
 
     def _wanted(self, request: Request, computed_tokens: int, next_tokens: int) -> int:
         num_tokens = min(computed_tokens + next_tokens + self._lookahead_tokens, self._max_model_len)
