@@ -380,7 +380,7 @@ class LeaseRetention:
         if not self._grows_by_whole_blocks or next_tokens > self._step_tokens:
             return 0
         room_tokens = -(computed_tokens + next_tokens + self._lookahead_tokens) % self._block_size
-        return room_tokens // (1 + self._draft_tokens)
+        return int(room_tokens // (1 + self._draft_tokens))
 
     def _wanted_to_come_in(self, request: Request, computed_tokens: int) -> int:
         wanted = self._wanted_to_continue(request, computed_tokens)
