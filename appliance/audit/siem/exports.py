@@ -159,7 +159,6 @@ class Exports:
         """Of what was saved last; None: it is not known yet."""
         return self._version
 
-    @property
     def _is_known(self) -> bool:
         return self._version is not None and self._unread is None
 
@@ -391,10 +390,10 @@ class Exports:
 
     async def _read_again(self) -> None:
         """Until it is known what is saved, and somebody has put it right."""
-        while not self._is_known:
+        while not self._is_known():
             await asyncio.sleep(_PAUSE_S)
             async with self._changing:
-                if self._is_known:
+                if self._is_known():
                     break
                 try:
                     self._take_up(*await asyncio.to_thread(self._read))

@@ -77,7 +77,8 @@ def known_of(lines: Sequence[str]) -> Known:
 def test_parts_that_are_checked_one_after_the_other_are_proved_like_the_whole(
     sent: Sent, seams: tuple[int, ...], tmp_path: Path
 ) -> None:
-    file, first, proved = tmp_path / "known", 0, []
+    file, first = tmp_path / "known", 0
+    proved: list[tuple[int, int]] = []
     for end in (*seams, ENTRIES):
         if end < CHECKPOINTS[0]:
             continue  # before the first checkpoint nothing is proved: it stays with what follows
@@ -87,7 +88,9 @@ def test_parts_that_are_checked_one_after_the_other_are_proved_like_the_whole(
         proved += found.proved
         first = end
     assert [start for start, _ in proved] == [0, *(end for _, end in proved[:-1])]
-    assert (proved[-1][1], found.goes_on.end) == (CHECKPOINTS[-1], ENTRIES)
+    known = Known.load(file, ORIGIN)
+    assert known is not None
+    assert (proved[-1][1], known.edge.size, known.end) == (CHECKPOINTS[-1], CHECKPOINTS[-1], ENTRIES)
 
 
 def test_what_comes_again_is_compared_and_counted(sent: Sent) -> None:

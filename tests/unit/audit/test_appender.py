@@ -1,0 +1,129 @@
+"""The appender's loop by a clock that is set by hand: when it signs, and when it stays awake."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from appliance.audit import appender as module
+from appliance.audit import protocol
+from appliance.audit.appender import Appender
+from appliance.audit.protocol import Message
+from appliance.audit.reading import LogReader
+from tests.unit.audit.making import KEY, drafts, open_log
+
+LOOK_S = 1e-6  # what a look at the clock takes
+AT_ONCE_S = 400e-6
+
+
+class Poll:
+    """In place of `epoll`: nothing ever comes. `waits_s`: how long each look waited for it."""
+
+    def __init__(self) -> None:
+        self.waits_s: list[float] = []
+
+    def poll(self, timeout: float) -> list[tuple[int, int]]:
+        self.waits_s.append(timeout)
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+class Loop:
+    """An appender whose loop is turned by hand."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.now_s = 1000.0
+        self.log = open_log(directory)
+        self.poll = Poll()
+        self._sockets = socket.socketpair()
+        self.appender = Appender(self.log, self._sockets[0], monotonic=self._look)
+        self.appender._poll.close()
+        self.appender._poll = self.poll  # type: ignore[assignment]
+        self._producer = module._Producer(self._sockets[1])
+        self._producer.gone = True  # its answers are for nobody
+        self._numbers = iter(range(10**6))
+
+    def _look(self) -> float:
+        self.now_s += LOOK_S
+        return self.now_s
+
+    def ask(self, kind: int, body: bytes) -> None:
+        self.appender._answer([(self._producer, Message(kind, 1, body))])
+
+    def append(self, count: int) -> None:
+        self.ask(protocol.APPEND, protocol.pack_drafts(drafts([next(self._numbers) for _ in range(count)])))
+
+    def signed(self) -> int:
+        """How many entries the newest checkpoint names, when what is due was done."""
+        self.appender._publish_when_due()
+        if self.appender._writing is not None:
+            self.appender._writing.result()
+            self.appender._conclude_publication()
+        return LogReader(self.directory).published
+
+    def looks_s(self) -> list[float]:
+        """How long each look waited until the loop slept once."""
+        self.poll.waits_s.clear()
+        self.appender._next_events()
+        return self.poll.waits_s
+
+    def close(self) -> None:
+        self.appender._writers.shutdown()
+        self.log.close()
+        os.close(self.appender._wake)
+        for each in self._sockets:
+            each.close()
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> Iterator[Loop]:
+    made = Loop(tmp_path / "audit")
+    yield made
+    made.close()
+
+
+def test_a_checkpoint_is_signed_every_thousand_entries_and_every_minute(loop: Loop) -> None:
+    loop.append(1500)
+    assert loop.signed() == 0, "there is no key yet"
+    loop.ask(protocol.SIGNING_KEY, KEY.to_bytes())
+    assert loop.signed() == 1500
+    loop.append(999)
+    assert loop.signed() == 1500
+    loop.append(1)
+    assert loop.signed() == 2500
+    loop.append(1)
+    loop.now_s += 59.9
+    assert (loop.signed(), loop.appender._wait_s() <= 0.1) == (2500, True)
+    loop.now_s += 0.1
+    assert loop.signed() == 2501
+    loop.now_s += 1e6
+    assert loop.signed() == 2501, "where nothing is new nothing is signed"
+
+
+def test_it_looks_about_only_for_who_asks_at_once_again_and_sleeps_then(loop: Loop) -> None:
+    assert loop.looks_s() == [1.0]
+    loop.append(1)
+    assert loop.looks_s() == [1.0], "the first is no repetition"
+    loop.append(1)
+    looks = loop.looks_s()
+    assert (set(looks[:-1]), looks[-1]) == ({0}, 1.0)
+    assert 10 < len(looks) <= AT_ONCE_S / LOOK_S + 2
+    assert loop.looks_s() == [1.0], "it looked about once, and in vain"
+    loop.now_s += AT_ONCE_S
+    loop.append(1)
+    assert loop.looks_s() == [1.0], "who came later is not waited for"
+
+
+def test_it_does_not_look_about_where_somebody_else_wants_the_core(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def yielded_to_somebody() -> None:
+        loop.now_s += 50e-6
+
+    monkeypatch.setattr(os, "sched_yield", yielded_to_somebody)
+    loop.append(1)
+    loop.append(1)
+    assert loop.looks_s() == [0, 1.0]
