@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Final, Self
 
-from appliance.engine.protocol import MalformedMessage, _count, _flag, _label, _number, _record
+from appliance.engine.protocol import MalformedMessage, _count, _flag, _label, _number, _one_of, _record
 
 KV_PATH: Final = "/holdfast/kv"
 TIERS: Final = ("device", "dram", "disk")
 TIER_STATES: Final = ("ok", "quarantined", "failed")
 MAX_SESSIONS: Final = 1000
 MAX_TENANTS: Final = 64
+KEPT_FOR: Final = ("in_use", "lease", "share", "worth")
 DISK_FAULTS: Final = ("damaged", "lost", "error", "no_key")
 NOT_STORED: Final = ("slow", "error", "no_key", "too_large", "quota", "off")
 _LAST_ERROR = re.compile(r"[ -~]{0,200}")
@@ -32,6 +33,7 @@ class TierPicture:
     """One tier. Blocks are all of one size, `block_bytes`.
 
     `leased_blocks` are those of sessions whose lease runs. A lease is of the device: the other tiers have none.
+    `sessions` have something in the tier.
     """
 
     tier: str
@@ -40,6 +42,7 @@ class TierPicture:
     capacity_blocks: int
     used_blocks: int
     leased_blocks: int
+    sessions: int
 
     @classmethod
     def from_wire(cls, value: object) -> Self:
@@ -59,6 +62,7 @@ class TierPicture:
             capacity_blocks=_count(record, "capacity_blocks"),
             used_blocks=_count(record, "used_blocks"),
             leased_blocks=_count(record, "leased_blocks"),
+            sessions=_count(record, "sessions"),
         )
 
 
@@ -139,11 +143,16 @@ class CanaryPicture:
 
 @dataclass(frozen=True, slots=True)
 class TenantPicture:
-    """What the sessions of one tenant keep on the device; a block that two sessions share counts for both."""
+    """What the sessions of one tenant keep.
+
+    Attributes:
+        sessions: that keep something on the device.
+        blocks: by tier, for each tier that is there. One that two sessions share counts once.
+    """
 
     tenant: str
     sessions: int
-    blocks: int
+    blocks: Mapping[str, int]
 
     @classmethod
     def from_wire(cls, value: object) -> Self:
@@ -153,24 +162,56 @@ class TenantPicture:
             MalformedMessage: when a field is missing, unknown or of another type.
         """
         record = _record(value, cls)
-        return cls(_label(record, "tenant"), _count(record, "sessions"), _count(record, "blocks"))
+        return cls(_label(record, "tenant"), _count(record, "sessions"), _by_tier(record["blocks"]))
+
+
+@dataclass(frozen=True, slots=True)
+class HeldPicture:
+    """What one session keeps in one tier, and why.
+
+    Attributes:
+        tokens: of the session's tokens, how many the last of the blocks ends at.
+        kept_for: one of `KEPT_FOR`: a request waits or runs; its lease runs; other tenants leave it to its tenant; its
+            worth alone.
+        ends_in_s: when its lease on the device ends, or its time on the disk; None: when the room is wanted.
+    """
+
+    tier: str
+    blocks: int
+    tokens: int
+    kept_for: str
+    ends_in_s: float | None
+
+    @classmethod
+    def from_wire(cls, value: object) -> Self:
+        """Read what `KvPicture.to_wire` wrote.
+
+        Raises:
+            MalformedMessage: when a field is missing, unknown or of another type.
+        """
+        record = _record(value, cls)
+        return cls(
+            tier=_one_of(record, "tier", TIERS),
+            blocks=_count(record, "blocks"),
+            tokens=_count(record, "tokens"),
+            kept_for=_one_of(record, "kept_for", KEPT_FOR),
+            ends_in_s=None if record["ends_in_s"] is None else _number(record, "ends_in_s"),
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class SessionPicture:
-    """What one session keeps on the device, what that is worth and until when its lease runs.
+    """What one session keeps, and what that is worth.
 
     Attributes:
         worth_hits_per_s: None where a request of it waits or runs, or nobody reckons it.
-        expires_in_s: at or below zero: it has run out.
+        held: in each tier that has something of it.
     """
 
     tenant: str
     session: str
-    blocks: int
-    tokens: int
     worth_hits_per_s: float | None
-    expires_in_s: float
+    held: tuple[HeldPicture, ...]
 
     @classmethod
     def from_wire(cls, value: object) -> Self:
@@ -184,10 +225,8 @@ class SessionPicture:
         return cls(
             tenant=_label(record, "tenant"),
             session=_label(record, "session"),
-            blocks=_count(record, "blocks"),
-            tokens=_count(record, "tokens"),
             worth_hits_per_s=None if worth is None else _number(record, "worth_hits_per_s"),
-            expires_in_s=_number(record, "expires_in_s"),
+            held=tuple(HeldPicture.from_wire(each) for each in _values(record["held"], len(TIERS))),
         )
 
 
@@ -198,7 +237,7 @@ class KvPicture:
     Attributes:
         tiers: those that are there; the device is the first.
         tenants: those that keep most.
-        sessions: those that keep most, as many as were asked for.
+        sessions: those that keep most in all tiers together, as many as were asked for.
         sessions_total: all that keep something on the device; of them `leased_sessions_total` have a lease that runs.
         worths_hits_per_s: the lowest, the middle and the highest of all that are known; empty: none is.
         disk: None: there is no tier on disk.
@@ -264,6 +303,12 @@ def _by_cause(value: object, causes: Sequence[str]) -> dict[str, int]:
     if not isinstance(value, Mapping) or set(value) != set(causes):
         raise MalformedMessage(f"counts of {', '.join(causes)} and of nothing else")
     return {cause: _count(value, cause) for cause in causes}
+
+
+def _by_tier(value: object) -> dict[str, int]:
+    if not isinstance(value, Mapping) or not set(value) <= set(TIERS):
+        raise MalformedMessage(f"counts of some of {', '.join(TIERS)}")
+    return {tier: _count(value, tier) for tier in value}
 
 
 def _values(value: object, at_most: int) -> Sequence[object]:

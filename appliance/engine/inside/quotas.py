@@ -35,6 +35,9 @@ class Quota(NamedTuple):
         return cls(lease.tenant_share, lease.tenant_cap, lease.session_cap)
 
 
+NO_QUOTA: Final = Quota()
+
+
 class Quotas:
     """The quotas of one tier.
 
@@ -44,27 +47,34 @@ class Quotas:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._shares: dict[str, float] = {}  # of the tenants that have one
+        self._of: dict[str, Quota] = {}  # by tenant, where it has any
         self._lost: OrderedDict[Owner, int] = OrderedDict()
 
     @property
     def shares(self) -> dict[str, float]:
         """What others leave, by tenant."""
-        return dict(self._shares)
+        return {tenant: quota.tenant_share for tenant, quota in self._of.items() if quota.tenant_share}
 
-    def in_force(self, tenant: str, share: float) -> bool:
-        """Note a tenant's share; whether it is another than before."""
-        if share == self._shares.get(tenant, 0.0):
-            return False
-        if share:
-            self._shares[tenant] = share
+    def of(self, tenant: str) -> Quota:
+        """What was in force for a tenant's session that was heard of last."""
+        return self._of.get(tenant, NO_QUOTA)
+
+    def in_force(self, tenant: str, quota: Quota) -> bool:
+        """Note what is in force for a tenant; whether its share is another than before."""
+        before = self.of(tenant)
+        if quota != NO_QUOTA:
+            self._of[tenant] = quota
         else:
-            del self._shares[tenant]
-        return True
+            self._of.pop(tenant, None)
+        return quota.tenant_share != before.tenant_share
+
+    def guaranteed(self, tenant: str) -> int:
+        """How many chunks others leave to a tenant."""
+        return self._part(self.of(tenant).tenant_share)
 
     def above_share(self, tenant: str, held_chunks: int, wanted_by: str) -> int:
         """How many of a tenant's chunks may leave for another's."""
-        return held_chunks if tenant == wanted_by else held_chunks - self._part(self._shares.get(tenant, 0.0))
+        return held_chunks if tenant == wanted_by else held_chunks - self.guaranteed(tenant)
 
     def within_cap(self, quota: Quota, wanted_chunks: int, session_chunks: int) -> int:
         """How many of so many chunks a session may bring in beside those it has."""
