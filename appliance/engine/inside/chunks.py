@@ -289,8 +289,10 @@ class ChunkOrder:
 
     def _withheld(self, wanted_chunks: int, spared: Collection[bytes], wanted_by: str) -> int:
         """How many of so many chunks have no room because other tenants' shares are kept."""
+        if wanted_chunks <= 0 or not self.quotas.shares:
+            return 0
         could, can = (
-            sum(1 for _ in itertools.islice(self._leaving(spared, tenant), max(0, wanted_chunks)))
+            sum(1 for _ in itertools.islice(self._leaving(spared, tenant), wanted_chunks))
             for tenant in (None, wanted_by)
         )
         return could - can

@@ -12,12 +12,13 @@ Rules:
 """
 
 from collections import OrderedDict
-from collections.abc import Collection
-from typing import Final, NamedTuple, Self
+from collections.abc import Collection, Mapping
+from typing import Final, NamedTuple, Self, TypeVar
 
 from appliance.engine.protocol import Lease
 
 _MOST_LOSSES: Final = 10_000
+_T = TypeVar("_T")
 
 Owner = tuple[str, str]  # tenant, session
 
@@ -48,12 +49,13 @@ class Quotas:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._of: dict[str, Quota] = {}  # by tenant, where it has any
+        self._shares: dict[str, float] = {}
         self._lost: OrderedDict[Owner, int] = OrderedDict()
 
     @property
-    def shares(self) -> dict[str, float]:
-        """What others leave, by tenant."""
-        return {tenant: quota.tenant_share for tenant, quota in self._of.items() if quota.tenant_share}
+    def shares(self) -> Mapping[str, float]:
+        """What others leave, by tenant, where that is anything."""
+        return self._shares
 
     def of(self, tenant: str) -> Quota:
         """What was in force for a tenant's session that was heard of last."""
@@ -62,15 +64,15 @@ class Quotas:
     def in_force(self, tenant: str, quota: Quota) -> bool:
         """Note what is in force for a tenant; whether its share is another than before."""
         before = self.of(tenant)
-        if quota != NO_QUOTA:
-            self._of[tenant] = quota
-        else:
-            self._of.pop(tenant, None)
+        if quota == before:
+            return False
+        _keep(self._of, tenant, None if quota == NO_QUOTA else quota)
+        _keep(self._shares, tenant, quota.tenant_share or None)
         return quota.tenant_share != before.tenant_share
 
     def guaranteed(self, tenant: str) -> int:
         """How many chunks others leave to a tenant."""
-        return self._part(self.of(tenant).tenant_share)
+        return self._part(self._shares.get(tenant, 0.0))
 
     def above_share(self, tenant: str, held_chunks: int, wanted_by: str) -> int:
         """How many of a tenant's chunks may leave for another's."""
@@ -118,3 +120,10 @@ class Quotas:
 
     def _part(self, fraction: float) -> int:
         return int(fraction * self._capacity)
+
+
+def _keep(kept: dict[str, _T], tenant: str, value: _T | None) -> None:
+    if value is None:
+        kept.pop(tenant, None)
+    else:
+        kept[tenant] = value

@@ -478,7 +478,7 @@ class DiskStore:
     def _write_shares(self, files: ChunkFiles) -> None:
         with self._sharing:
             with self._lock:
-                shares = self._index.quotas.shares
+                shares = dict(self._index.quotas.shares)
             try:
                 files.write_shares(shares)
             except OSError as error:
