@@ -27,7 +27,8 @@ from appliance.engine.picture import (
     TierPicture,
     read_sessions_asked,
 )
-from appliance.engine.protocol import Lease, LeaseState, MalformedMessage
+from appliance.engine.protocol import Lease, LeaseState
+from appliance.engine.wire import MalformedMessage
 
 DEVICE = TierPicture("device", "ok", 4096, 1000, 400, 300, 2)
 

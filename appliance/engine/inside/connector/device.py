@@ -41,10 +41,10 @@ from appliance.engine.protocol import (
     LESSONS_FIELD,
     Lease,
     LeaseReport,
-    MalformedMessage,
     TurnAccount,
     TurnEnd,
 )
+from appliance.engine.wire import MalformedMessage
 
 logger = init_logger(f"vllm.{__name__}")
 
