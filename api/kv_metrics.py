@@ -7,6 +7,7 @@ Rules:
 - A tenant's label is its id, as everywhere on the page; those that the gateway has not met in this life are `other`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -23,6 +24,7 @@ _OF_TIERS: dict[str, tuple[str, Callable[[TierPicture], float]]] = {
         "Blocks of a tier that sessions hold whose lease runs; they yield to whoever needs the room.",
         lambda tier: tier.leased_blocks,
     ),
+    "holdfast_kv_tier_sessions": ("Sessions that have something in a tier.", lambda tier: tier.sessions),
     "holdfast_kv_tier_capacity_bytes": (
         "Bytes that a tier can hold.",
         lambda tier: tier.capacity_blocks * tier.block_bytes,
@@ -106,19 +108,24 @@ class KvCollector(Collector):
             yield from _canary(picture.canary)
 
     def _tenants(self, seen: Seen) -> Iterable[Metric]:
-        kept: dict[str, tuple[int, int]] = {}
+        sessions, blocks = Counter[str](), Counter[tuple[str, str]]()
         for each in seen.picture.tenants:
             tenant_id = self._tenant_of(each.tenant)
-            sessions, blocks = kept.get(tenant_id, (0, 0))
-            kept[tenant_id] = sessions + each.sessions, blocks + each.blocks
-        for name, help_text, place in (
-            ("holdfast_kv_tenant_sessions", "Sessions of a tenant that keep KV on the device.", 0),
-            ("holdfast_kv_tenant_blocks", "Blocks on the device that sessions of a tenant hold.", 1),
-        ):
-            family = GaugeMetricFamily(name, help_text, labels=("tenant",))
-            for tenant_id, counts in kept.items():
-                family.add_metric((tenant_id,), counts[place])
-            yield family
+            sessions[tenant_id] += each.sessions
+            for tier, count in each.blocks.items():
+                blocks[tenant_id, tier] += count
+        family = GaugeMetricFamily(
+            "holdfast_kv_tenant_sessions", "Sessions of a tenant that keep KV on the device.", labels=("tenant",)
+        )
+        for tenant_id, count in sessions.items():
+            family.add_metric((tenant_id,), count)
+        yield family
+        family = GaugeMetricFamily(
+            "holdfast_kv_tenant_blocks", "Blocks of a tier that sessions of a tenant have.", labels=("tenant", "tier")
+        )
+        for labels, count in blocks.items():
+            family.add_metric(labels, count)
+        yield family
 
 
 def _disk(disk: DiskPicture) -> Iterable[Metric]:

@@ -23,7 +23,7 @@ from appliance.sessions.misses import Circumstances, Ran, account_of
 SESSIONS = 10_000
 PROMPT_TOKENS = 100_000
 _SCRAPE_EVERY_S = 15.0
-_DEVICE = TierPicture("device", "ok", 1 << 20, 40 * SESSIONS, 20 * SESSIONS, 20 * SESSIONS)
+_DEVICE = TierPicture("device", "ok", 1 << 20, 40 * SESSIONS, 20 * SESSIONS, 20 * SESSIONS, SESSIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,9 @@ def measure() -> Figures:
         table.finished(lease, blocks, output_tokens=100)
 
     def picture() -> bytes:
-        seen = picture_of(table.kept(), table.largest(0), block_size=32, tiers=[_DEVICE], totals=Totals(0, 0, 0))
+        seen = picture_of(
+            table.kept(), (), block_size=32, tiers=[_DEVICE], holders={"device": table}, totals=Totals(0, 0, 0)
+        )
         return json.dumps(seen.to_wire()).encode()
 
     picture_s = median_s(picture, 30)

@@ -31,6 +31,7 @@ from appliance.engine.picture import (
     NOT_STORED,
     CanaryPicture,
     DiskPicture,
+    HeldPicture,
     KvPicture,
     SessionPicture,
     TenantPicture,
@@ -375,9 +376,9 @@ def _chunked(data: bytes) -> bytes:
 
 _KEPT = KvPicture(
     block_size=32,
-    tiers=(TierPicture("device", "ok", 4096, 100, 40, 30),),
-    tenants=(TenantPicture("somebody", 1, 30),),
-    sessions=(SessionPicture("somebody", "something", 30, 960, 0.25, 12.5),),
+    tiers=(TierPicture("device", "ok", 4096, 100, 40, 30, 1),),
+    tenants=(TenantPicture("somebody", 1, {"device": 30}),),
+    sessions=(SessionPicture("somebody", "something", 0.25, (HeldPicture("device", 30, 960, "lease", 12.5),)),),
     sessions_total=1,
     leased_sessions_total=1,
     worths_hits_per_s=(0.25, 0.25, 0.25),

@@ -1,10 +1,16 @@
 """What is kept of sessions, put together from what the engine says and what the gateway counted."""
 
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict
+
 from api.admin import types
 from api.kv_watch import Seen
 from api.services import Services
 from appliance.engine.picture import CanaryPicture, DiskPicture, SessionPicture
+from appliance.errors import HoldfastError
 from appliance.sessions import LastTurn, Quantiles, Sums
+from appliance.sessions.keeping import Keeping, keeping
 from appliance.sessions.ledger import served_by_tier
 
 
@@ -39,7 +45,7 @@ async def kv_status(services: Services, most_sessions: int) -> types.KvStatus:
         computed_tokens={cause.value: tokens for cause, tokens in sums.computed.items()},
         warm=_first_tokens(ledger.first_tokens(warm=True)),
         cold=_first_tokens(ledger.first_tokens(warm=False)),
-        tenants=_tenants(services, seen),
+        tenants=_tenants(services, seen, await _quotas(services)),
         sessions=[] if picture is None else [_session(services, each) for each in picture.sessions[:most_sessions]],
     )
 
@@ -54,6 +60,7 @@ def _tiers(seen: Seen, sums: Sums) -> list[types.KvTier]:
                 "capacity_blocks": tier.capacity_blocks,
                 "used_blocks": tier.used_blocks,
                 "leased_blocks": tier.leased_blocks,
+                "sessions": tier.sessions,
                 "free_blocks": max(0, tier.capacity_blocks - tier.used_blocks),
                 "capacity_bytes": tier.capacity_blocks * tier.block_bytes,
                 "used_bytes": tier.used_blocks * tier.block_bytes,
@@ -87,23 +94,31 @@ def _canary(canary: CanaryPicture) -> types.KvCanary:
     )
 
 
-def _tenants(services: Services, seen: Seen | None) -> list[types.KvTenant]:
+async def _quotas(services: Services) -> dict[str, Keeping]:
+    """What is in force for each tenant, by its id; empty where their names cannot be read now."""
+    try:
+        tenants = await services.identity.tenants()
+    except HoldfastError:
+        return {}
+    return {tenant.tenant_id: keeping(services.settings.sessions, tenant, "") for tenant in tenants}
+
+
+def _tenants(services: Services, seen: Seen | None, quotas: Mapping[str, Keeping]) -> list[types.KvTenant]:
     """Those that keep something or had a turn; the largest first."""
     ledger = services.ledger
-    kept: dict[str, tuple[int, int]] = {}
+    sessions, blocks = Counter[str](), defaultdict[str, Counter[str]](Counter)
     for each in () if seen is None else seen.picture.tenants:
         tenant_id = ledger.tenant_of(each.tenant)
-        sessions, blocks = kept.get(tenant_id, (0, 0))
-        kept[tenant_id] = sessions + each.sessions, blocks + each.blocks
+        sessions[tenant_id] += each.sessions
+        blocks[tenant_id].update(each.blocks)
     views = []
-    for tenant_id in {**kept, **ledger.sums_of}:
+    for tenant_id in {**blocks, **ledger.sums_of}:
         sums = ledger.sums_of.get(tenant_id, Sums())
-        sessions, blocks = kept.get(tenant_id, (0, 0))
         views.append(
             types.KvTenant(
                 tenant_id=tenant_id,
-                kept_sessions=sessions,
-                kept_blocks=blocks,
+                kept_sessions=sessions[tenant_id],
+                kept=_tenant_tiers(seen, blocks[tenant_id], quotas.get(tenant_id)),
                 turns=sums.turns,
                 prompt_tokens=sums.prompt_tokens,
                 repeated_tokens=sums.repeated_tokens,
@@ -113,7 +128,22 @@ def _tenants(services: Services, seen: Seen | None) -> list[types.KvTenant]:
                 cold=_first_tokens(ledger.first_tokens(warm=False, tenant_id=tenant_id)),
             )
         )
-    return sorted(views, key=lambda view: (-view.kept_blocks, -view.prompt_tokens))
+    return sorted(views, key=lambda view: (-blocks[view.tenant_id].total(), -view.prompt_tokens))
+
+
+def _tenant_tiers(seen: Seen | None, blocks: Mapping[str, int], quota: Keeping | None) -> list[types.KvTenantTier]:
+    is_capped = quota is not None and quota.tenant_cap < 1
+    return [
+        types.KvTenantTier.model_validate(
+            {
+                "tier": tier.tier,
+                "blocks": blocks.get(tier.tier, 0),
+                "share_blocks": None if quota is None else int(quota.tenant_share * tier.capacity_blocks),
+                "cap_blocks": int(quota.tenant_cap * tier.capacity_blocks) if quota and is_capped else None,
+            }
+        )
+        for tier in (() if seen is None else seen.picture.tiers)
+    ]
 
 
 def _session(services: Services, kept: SessionPicture) -> types.KvSession:
@@ -121,11 +151,8 @@ def _session(services: Services, kept: SessionPicture) -> types.KvSession:
     return types.KvSession(
         session_id=None if last is None else last.of.session_id,
         tenant_id=None if last is None else last.of.tenant_id,
-        tier="device",
-        blocks=kept.blocks,
-        tokens=kept.tokens,
         worth_hits_per_s=kept.worth_hits_per_s,
-        lease_expires_in_s=kept.expires_in_s,
+        kept=[types.KvHeld.model_validate(asdict(each)) for each in kept.held],
         last_turn=None if last is None else _last_turn(last),
     )
 

@@ -119,10 +119,9 @@ def status_text(status: "types.KvStatus") -> str:
     lines += ["", *_found_lines(status), "", _tenants_table(status)]
     if status.tiers:
         lines += ["", _sessions_table(status)]
-        if (status.kept_sessions or 0) > len(status.sessions):
-            lines.append(
-                f"{(status.kept_sessions or 0) - len(status.sessions)} sessions more keep something (--sessions)."
-            )
+        more = max(tier.sessions for tier in status.tiers) - len(status.sessions)
+        if more > 0:
+            lines.append(f"At least {more} sessions more keep something (--sessions).")
     return "\n".join(lines)
 
 
@@ -131,6 +130,7 @@ def _tiers_table(status: "types.KvStatus") -> str:
         (
             tier.tier,
             tier.state,
+            tier.sessions,
             f"{tier.capacity_blocks} blocks, {size_in_words(tier.capacity_bytes)}",
             f"{tier.used_blocks} ({_share(tier.used_blocks, tier.capacity_blocks)})",
             f"{tier.leased_blocks} ({_share(tier.leased_blocks, tier.capacity_blocks)})"
@@ -141,12 +141,21 @@ def _tiers_table(status: "types.KvStatus") -> str:
         )
         for tier in status.tiers
     ]
-    headings = ("tier", "state", "capacity", "used, blocks", "of them leased", "free, blocks", "found there of prompts")
+    headings = (
+        "tier",
+        "state",
+        "sessions",
+        "capacity",
+        "used, blocks",
+        "of them leased",
+        "free, blocks",
+        "found there of prompts",
+    )
     return table(headings, rows, empty="")
 
 
 def _kept_lines(status: "types.KvStatus") -> list[str]:
-    kept = f"Kept: {status.kept_sessions} sessions, {status.leased_sessions} of them with a lease that runs"
+    kept = f"On the device: {status.kept_sessions} sessions, {status.leased_sessions} of them with a lease that runs"
     if status.worths_hits_per_s:
         lowest, middle, highest = status.worths_hits_per_s
         kept += f"; worth {lowest:.4f} to {highest:.4f} hits/s, half above {middle:.4f}"
@@ -221,7 +230,7 @@ def _tenants_table(status: "types.KvStatus") -> str:
         (
             each.tenant_id,
             each.kept_sessions,
-            each.kept_blocks,
+            *(_blocks_of(each, tier.tier) for tier in status.tiers),
             each.turns,
             each.prompt_tokens,
             _share(sum(each.found_tokens.values()), each.prompt_tokens),
@@ -230,8 +239,19 @@ def _tenants_table(status: "types.KvStatus") -> str:
         )
         for each in status.tenants
     ]
-    headings = ("tenant", "sessions", "blocks", "turns", "prompt tokens", "found", "P50 warm", "P50 cold")
+    blocks = [f"{tier.tier}, blocks" for tier in status.tiers]
+    headings = ("tenant", "sessions", *blocks, "turns", "prompt tokens", "found", "P50 warm", "P50 cold")
     return table(headings, rows, empty="No tenant keeps anything.")
+
+
+def _blocks_of(tenant: "types.KvTenant", tier: str) -> str:
+    """`120 (share 200, cap 400)`: blocks, with the quota if there is one."""
+    kept = next((each for each in tenant.kept if each.tier == tier), None)
+    if kept is None:
+        return "-"
+    quota = [f"share {kept.share_blocks}"] if kept.share_blocks else []
+    quota += [f"cap {kept.cap_blocks}"] if kept.cap_blocks is not None else []
+    return f"{kept.blocks} ({', '.join(quota)})" if quota else str(kept.blocks)
 
 
 def _sessions_table(status: "types.KvStatus") -> str:
@@ -239,21 +259,28 @@ def _sessions_table(status: "types.KvStatus") -> str:
     rows = []
     for each in status.sessions:
         last = each.last_turn
-        left = each.lease_expires_in_s
         rows.append(
             (
                 each.session_id or "not known",
-                each.tier,
-                each.tokens,
+                *(_held_in(each, tier.tier) for tier in status.tiers),
                 "in use" if each.worth_hits_per_s is None else f"{each.worth_hits_per_s:.4f}",
-                f"in {in_words(left)}" if left > 0 else "over",
                 "-" if last is None else ago(last.ended_at, now),
                 "-" if last is None else _share(sum(last.found_tokens.values()), last.prompt_tokens),
                 "-" if last is None else _causes(last.computed_tokens, None),
             )
         )
-    headings = ("session", "tier", "tokens", "worth, hits/s", "lease ends", "last turn", "found", "computed, tokens")
-    return table(headings, rows, empty="No session keeps anything on the device.")
+    kept = [f"{tier.tier}, tokens" for tier in status.tiers]
+    headings = ("session", *kept, "worth, hits/s", "last turn", "found", "computed, tokens")
+    return table(headings, rows, empty="No session keeps anything.")
+
+
+def _held_in(session: "types.KvSession", tier: str) -> str:
+    """`960 (lease, 12 s)`: tokens, why they are kept, and for how long at most."""
+    held = next((each for each in session.kept if each.tier == tier), None)
+    if held is None:
+        return "-"
+    left = "" if held.ends_in_s is None else f", {in_words(max(0.0, held.ends_in_s))}"
+    return f"{held.tokens} ({held.kept_for.replace('_', ' ')}{left})"
 
 
 def _causes(tokens_by_cause: Mapping[str, int], of: int | None) -> str:

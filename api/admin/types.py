@@ -361,10 +361,10 @@ class Forgotten(Wire):
 
 
 class KvTier(Wire):
-    """A tier of the engine. Of `capacity_blocks` `used_blocks` are taken; of those `leased_blocks` belong to sessions
-    whose lease runs, which yield to whoever needs the room. `found_tokens` of prompts were found there since the
-    gateway began, `found_share` of all prompts' tokens. `state` "quarantined": it gave back something wrong, and
-    nothing is read from it any more."""
+    """A tier of the engine, with something of `sessions`. Of `capacity_blocks` `used_blocks` are taken; of those
+    `leased_blocks` belong to sessions whose lease runs, which yield to whoever needs the room. `found_tokens` of
+    prompts were found there since the gateway began, `found_share` of all prompts' tokens. `state` "quarantined": it
+    gave back something wrong, and nothing is read from it any more."""
 
     tier: Literal["device", "dram", "disk"]
     state: Literal["ok", "quarantined", "failed"]
@@ -372,6 +372,7 @@ class KvTier(Wire):
     capacity_blocks: int
     used_blocks: int
     leased_blocks: int
+    sessions: int
     free_blocks: int
     capacity_bytes: int
     used_bytes: int
@@ -414,13 +415,27 @@ class FirstTokens(Wire):
     since: float
 
 
+class KvTenantTier(Wire):
+    """What a tenant's sessions keep in a tier; a block that two of them share counts once.
+
+    Others leave it `share_blocks`; None: nobody knows now whose it is. Of its idle sessions there are `cap_blocks` at
+    most; None: as many as there is room for.
+    """
+
+    tier: Literal["device", "dram", "disk"]
+    blocks: int
+    share_blocks: int | None
+    cap_blocks: int | None
+
+
 class KvTenant(Wire):
-    """A tenant's share. `tenant_id` is "other" for all tenants beyond the first 64 together. Tokens are of prompts,
-    since the gateway began. `warm` turns found more of their prompt than they had to compute."""
+    """A tenant's part. `tenant_id` is "other" for all tenants beyond the first 64 together. `kept_sessions` keep
+    something on the device. Tokens are of prompts, since the gateway began. `warm` turns found more of their prompt
+    than they had to compute."""
 
     tenant_id: str
     kept_sessions: int
-    kept_blocks: int
+    kept: list[KvTenantTier]
     turns: int
     prompt_tokens: int
     repeated_tokens: int
@@ -439,20 +454,31 @@ class KvLastTurn(Wire):
     computed_tokens: dict[str, int]
 
 
-class KvSession(Wire):
-    """What is kept of one session on the device. Ids are None where the gateway does not know the session any more.
+class KvHeld(Wire):
+    """What a tier has of one session: `blocks`, the last of which ends at `tokens` of its tokens.
 
-    `worth_hits_per_s`: the lowest leaves first; None while a request of it waits or runs. `lease_expires_in_s`: at or
-    below zero its lease has run out, and what is kept leaves when the room is wanted.
+    `kept_for`: "in_use" a request of it waits or runs; "lease" its lease runs; "share" others leave that much to its
+    tenant; "worth" nobody wanted the room who is worth more. `ends_in_s`: when its lease ends, or its time on the
+    disk; None: when the room is wanted.
+    """
+
+    tier: Literal["device", "dram", "disk"]
+    blocks: int
+    tokens: int
+    kept_for: Literal["in_use", "lease", "share", "worth"]
+    ends_in_s: float | None
+
+
+class KvSession(Wire):
+    """What is kept of one session, by tier. Ids are None where the gateway does not know the session any more.
+
+    `worth_hits_per_s`: the lowest leaves first; None while a request of it waits or runs.
     """
 
     session_id: str | None
     tenant_id: str | None
-    tier: Literal["device"]
-    blocks: int
-    tokens: int
     worth_hits_per_s: float | None
-    lease_expires_in_s: float
+    kept: list[KvHeld]
     last_turn: KvLastTurn | None
 
 
@@ -460,9 +486,10 @@ class KvStatus(Wire):
     """What the engine keeps, at `observed_at`, as it was seen `age_s` before; what came of it since `counted_since`.
 
     `tiers` is empty when the engine could not be asked. `disk` and `canary` are None where there is no such tier.
-    `sessions` are those that keep most; `kept_sessions` counts
-    all. `found_tokens` names tiers, and "unknown" for what was found it is not known where. `repeated_tokens` of all
-    prompts' tokens had been in the turn before. `reclaimed_blocks_per_s` is over `reclaimed_over_s` seconds.
+    `sessions` are those that keep most, in all tiers together; of the disk's, the 10,000 that were used last are
+    looked through. `kept_sessions` counts all on the device. `found_tokens` names tiers, and "unknown" for what was
+    found it is not known where. `repeated_tokens` of all prompts' tokens had been in the turn before.
+    `reclaimed_blocks_per_s` is over `reclaimed_over_s` seconds.
     """
 
     observed_at: float

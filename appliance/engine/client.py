@@ -30,13 +30,13 @@ from appliance.engine.protocol import (
     LEASES_PATH,
     TURNS_PATH,
     LeaseReport,
-    MalformedMessage,
     TurnAccount,
     TurnEnd,
     read_turn_accounts_answer,
     release_request,
     turn_ends_request,
 )
+from appliance.engine.wire import MalformedMessage
 from appliance.errors import Fault, HoldfastError
 
 _JSON_HEADERS = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}

@@ -5,7 +5,7 @@ Rules:
 - Standard library only, as `protocol`: both environments import this module.
 - The engine sums up: whatever it keeps, a picture has so many tenants and sessions at most. Those beyond are counted.
 - Labels are those of leases: they say nothing about whom they name.
-- What comes over the wire is checked field by field, as `protocol` does.
+- What comes over the wire is checked field by field (`wire`).
 """
 
 import re
@@ -13,13 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Final, Self
 
-from appliance.engine.protocol import MalformedMessage, _count, _flag, _label, _number, _record
+from appliance.engine import wire
+from appliance.engine.wire import MalformedMessage
 
 KV_PATH: Final = "/holdfast/kv"
 TIERS: Final = ("device", "dram", "disk")
 TIER_STATES: Final = ("ok", "quarantined", "failed")
 MAX_SESSIONS: Final = 1000
 MAX_TENANTS: Final = 64
+KEPT_FOR: Final = ("in_use", "lease", "share", "worth")
 DISK_FAULTS: Final = ("damaged", "lost", "error", "no_key")
 NOT_STORED: Final = ("slow", "error", "no_key", "too_large", "quota", "off")
 _LAST_ERROR = re.compile(r"[ -~]{0,200}")
@@ -32,6 +34,7 @@ class TierPicture:
     """One tier. Blocks are all of one size, `block_bytes`.
 
     `leased_blocks` are those of sessions whose lease runs. A lease is of the device: the other tiers have none.
+    `sessions` have something in the tier.
     """
 
     tier: str
@@ -40,6 +43,7 @@ class TierPicture:
     capacity_blocks: int
     used_blocks: int
     leased_blocks: int
+    sessions: int
 
     @classmethod
     def from_wire(cls, value: object) -> Self:
@@ -48,17 +52,18 @@ class TierPicture:
         Raises:
             MalformedMessage: when a field is missing, unknown or of another type.
         """
-        record = _record(value, cls)
+        record = wire.record(value, cls)
         tier, state = record["tier"], record["state"]
         if tier not in TIERS or state not in TIER_STATES:
             raise MalformedMessage(f"a tier ({', '.join(TIERS)}) and its state ({', '.join(TIER_STATES)})")
         return cls(
             tier=str(tier),
             state=str(state),
-            block_bytes=_count(record, "block_bytes"),
-            capacity_blocks=_count(record, "capacity_blocks"),
-            used_blocks=_count(record, "used_blocks"),
-            leased_blocks=_count(record, "leased_blocks"),
+            block_bytes=wire.count(record, "block_bytes"),
+            capacity_blocks=wire.count(record, "capacity_blocks"),
+            used_blocks=wire.count(record, "used_blocks"),
+            leased_blocks=wire.count(record, "leased_blocks"),
+            sessions=wire.count(record, "sessions"),
         )
 
 
@@ -91,20 +96,20 @@ class DiskPicture:
         Raises:
             MalformedMessage: when a field is missing, unknown or of another type.
         """
-        record = _record(value, cls)
+        record = wire.record(value, cls)
         error, age_s = record["last_error"], record["last_error_age_s"]
         if not isinstance(error, str) or not _LAST_ERROR.fullmatch(error):
             raise MalformedMessage("last_error: at most 200 printable characters")
         return cls(
-            stored_blocks_total=_count(record, "stored_blocks_total"),
-            loaded_blocks_total=_count(record, "loaded_blocks_total"),
-            evicted_blocks_total=_count(record, "evicted_blocks_total"),
-            expired_blocks_total=_count(record, "expired_blocks_total"),
-            waiting_bytes=_count(record, "waiting_bytes"),
+            stored_blocks_total=wire.count(record, "stored_blocks_total"),
+            loaded_blocks_total=wire.count(record, "loaded_blocks_total"),
+            evicted_blocks_total=wire.count(record, "evicted_blocks_total"),
+            expired_blocks_total=wire.count(record, "expired_blocks_total"),
+            waiting_bytes=wire.count(record, "waiting_bytes"),
             not_stored_total=_by_cause(record["not_stored_total"], NOT_STORED),
             faults_total=_by_cause(record["faults_total"], DISK_FAULTS),
             last_error=error,
-            last_error_age_s=None if age_s is None else _number(record, "last_error_age_s", 0.0),
+            last_error_age_s=None if age_s is None else wire.number(record, "last_error_age_s", 0.0),
         )
 
 
@@ -129,21 +134,26 @@ class CanaryPicture:
         Raises:
             MalformedMessage: when a field is missing, unknown or of another type.
         """
-        record = _record(value, cls)
+        record = wire.record(value, cls)
         return cls(
-            compared_blocks_total=_count(record, "compared_blocks_total"),
-            worst_error=None if record["worst_error"] is None else _number(record, "worst_error", 0.0),
-            quarantined=_flag(record, "quarantined"),
+            compared_blocks_total=wire.count(record, "compared_blocks_total"),
+            worst_error=None if record["worst_error"] is None else wire.number(record, "worst_error", 0.0),
+            quarantined=wire.flag(record, "quarantined"),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class TenantPicture:
-    """What the sessions of one tenant keep on the device; a block that two sessions share counts for both."""
+    """What the sessions of one tenant keep.
+
+    Attributes:
+        sessions: that keep something on the device.
+        blocks: by tier, for each tier that is there. One that two sessions share counts once.
+    """
 
     tenant: str
     sessions: int
-    blocks: int
+    blocks: Mapping[str, int]
 
     @classmethod
     def from_wire(cls, value: object) -> Self:
@@ -152,25 +162,57 @@ class TenantPicture:
         Raises:
             MalformedMessage: when a field is missing, unknown or of another type.
         """
-        record = _record(value, cls)
-        return cls(_label(record, "tenant"), _count(record, "sessions"), _count(record, "blocks"))
+        record = wire.record(value, cls)
+        return cls(wire.label(record, "tenant"), wire.count(record, "sessions"), _by_tier(record["blocks"]))
+
+
+@dataclass(frozen=True, slots=True)
+class HeldPicture:
+    """What one session keeps in one tier, and why.
+
+    Attributes:
+        tokens: of the session's tokens, how many the last of the blocks ends at.
+        kept_for: one of `KEPT_FOR`: a request waits or runs; its lease runs; other tenants leave it to its tenant; its
+            worth alone.
+        ends_in_s: when its lease on the device ends, or its time on the disk; None: when the room is wanted.
+    """
+
+    tier: str
+    blocks: int
+    tokens: int
+    kept_for: str
+    ends_in_s: float | None
+
+    @classmethod
+    def from_wire(cls, value: object) -> Self:
+        """Read what `KvPicture.to_wire` wrote.
+
+        Raises:
+            MalformedMessage: when a field is missing, unknown or of another type.
+        """
+        record = wire.record(value, cls)
+        return cls(
+            tier=wire.one_of(record, "tier", TIERS),
+            blocks=wire.count(record, "blocks"),
+            tokens=wire.count(record, "tokens"),
+            kept_for=wire.one_of(record, "kept_for", KEPT_FOR),
+            ends_in_s=None if record["ends_in_s"] is None else wire.number(record, "ends_in_s"),
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class SessionPicture:
-    """What one session keeps on the device, what that is worth and until when its lease runs.
+    """What one session keeps, and what that is worth.
 
     Attributes:
         worth_hits_per_s: None where a request of it waits or runs, or nobody reckons it.
-        expires_in_s: at or below zero: it has run out.
+        held: in each tier that has something of it.
     """
 
     tenant: str
     session: str
-    blocks: int
-    tokens: int
     worth_hits_per_s: float | None
-    expires_in_s: float
+    held: tuple[HeldPicture, ...]
 
     @classmethod
     def from_wire(cls, value: object) -> Self:
@@ -179,15 +221,13 @@ class SessionPicture:
         Raises:
             MalformedMessage: when a field is missing, unknown or of another type.
         """
-        record = _record(value, cls)
+        record = wire.record(value, cls)
         worth = record["worth_hits_per_s"]
         return cls(
-            tenant=_label(record, "tenant"),
-            session=_label(record, "session"),
-            blocks=_count(record, "blocks"),
-            tokens=_count(record, "tokens"),
-            worth_hits_per_s=None if worth is None else _number(record, "worth_hits_per_s"),
-            expires_in_s=_number(record, "expires_in_s"),
+            tenant=wire.label(record, "tenant"),
+            session=wire.label(record, "session"),
+            worth_hits_per_s=None if worth is None else wire.number(record, "worth_hits_per_s"),
+            held=tuple(HeldPicture.from_wire(each) for each in _values(record["held"], len(TIERS))),
         )
 
 
@@ -198,7 +238,7 @@ class KvPicture:
     Attributes:
         tiers: those that are there; the device is the first.
         tenants: those that keep most.
-        sessions: those that keep most, as many as were asked for.
+        sessions: those that keep most in all tiers together, as many as were asked for.
         sessions_total: all that keep something on the device; of them `leased_sessions_total` have a lease that runs.
         worths_hits_per_s: the lowest, the middle and the highest of all that are known; empty: none is.
         disk: None: there is no tier on disk.
@@ -229,19 +269,19 @@ class KvPicture:
         Raises:
             MalformedMessage: when a field is missing, unknown or of another type.
         """
-        record = _record(value, cls)
+        record = wire.record(value, cls)
         worths = _values(record["worths_hits_per_s"], 3)
         return cls(
-            block_size=_count(record, "block_size"),
+            block_size=wire.count(record, "block_size"),
             tiers=tuple(TierPicture.from_wire(each) for each in _values(record["tiers"], len(TIERS))),
             tenants=tuple(TenantPicture.from_wire(each) for each in _values(record["tenants"], MAX_TENANTS + 1)),
             sessions=tuple(SessionPicture.from_wire(each) for each in _values(record["sessions"], MAX_SESSIONS)),
-            sessions_total=_count(record, "sessions_total"),
-            leased_sessions_total=_count(record, "leased_sessions_total"),
-            worths_hits_per_s=tuple(_number({"worth": each}, "worth") for each in worths),
-            reclaimed_blocks_total=_count(record, "reclaimed_blocks_total"),
-            expired_leases_total=_count(record, "expired_leases_total"),
-            ignored_leases_total=_count(record, "ignored_leases_total"),
+            sessions_total=wire.count(record, "sessions_total"),
+            leased_sessions_total=wire.count(record, "leased_sessions_total"),
+            worths_hits_per_s=tuple(wire.number({"worth": each}, "worth") for each in worths),
+            reclaimed_blocks_total=wire.count(record, "reclaimed_blocks_total"),
+            expired_leases_total=wire.count(record, "expired_leases_total"),
+            ignored_leases_total=wire.count(record, "ignored_leases_total"),
             disk=None if record["disk"] is None else DiskPicture.from_wire(record["disk"]),
             canary=None if record["canary"] is None else CanaryPicture.from_wire(record["canary"]),
         )
@@ -263,7 +303,13 @@ def read_sessions_asked(given: str | None) -> int:
 def _by_cause(value: object, causes: Sequence[str]) -> dict[str, int]:
     if not isinstance(value, Mapping) or set(value) != set(causes):
         raise MalformedMessage(f"counts of {', '.join(causes)} and of nothing else")
-    return {cause: _count(value, cause) for cause in causes}
+    return {cause: wire.count(value, cause) for cause in causes}
+
+
+def _by_tier(value: object) -> dict[str, int]:
+    if not isinstance(value, Mapping) or not set(value) <= set(TIERS):
+        raise MalformedMessage(f"counts of some of {', '.join(TIERS)}")
+    return {tier: wire.count(value, tier) for tier in value}
 
 
 def _values(value: object, at_most: int) -> Sequence[object]:

@@ -19,7 +19,7 @@ from argparse import Namespace
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from appliance.engine import picture, protocol
+from appliance.engine import picture, protocol, wire
 from appliance.engine.tier_keys import hand_down
 
 _logger = logging.getLogger(f"vllm.{__name__}")
@@ -151,7 +151,7 @@ class LeaseEndpoints:
 
         try:
             most_sessions = picture.read_sessions_asked(request.query_params.get("sessions"))
-        except protocol.MalformedMessage as error:
+        except wire.MalformedMessage as error:
             return JSONResponse({"error": error.record()}, status_code=400)
         return JSONResponse(await connector.kv_picture(self._engine_client, most_sessions))
 
@@ -166,7 +166,7 @@ async def _answer(request: Any, say: Callable[[bytes], Awaitable[_Message]]) -> 
             return JSONResponse({"error": f"at most {_MAX_BODY_BYTES} bytes"}, status_code=413)
     try:
         return JSONResponse(await say(bytes(body)))
-    except protocol.MalformedMessage as error:
+    except wire.MalformedMessage as error:
         return JSONResponse({"error": error.record()}, status_code=400)
 
 

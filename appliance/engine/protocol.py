@@ -5,21 +5,20 @@ Rules:
 - Standard library only: the gateway's environment, the engine's and the cage import this module.
 - A lease travels in a request's `kv_transfer_params` under `LEASE_FIELD`. Only the gateway puts it there.
 - Labels are opaque: they name a session or a tenant to the engine and say nothing about either.
-- What comes over a wire is checked here, field by field. A message that is not exactly what this module writes raises
-  `MalformedMessage`, which says what was expected and never repeats what was found.
+- What comes over a wire is checked, field by field (`wire`). A message that is not exactly what this module writes
+  raises `MalformedMessage`.
 """
 
 import hashlib
 import json
-import math
 import re
-import sys
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import ClassVar, Self
+from dataclasses import asdict, dataclass
+from typing import Self
 
-from appliance.errors import Fault, HoldfastError
+from appliance.engine import wire
+from appliance.engine.wire import MalformedMessage
 
 VLLM_VERSION = "0.32.0"
 
@@ -43,23 +42,7 @@ MAX_RELEASES = 10_000
 MAX_TURN_ENDS = 1_000  # in one message
 STOPS = ("tool_use", "end_turn", "other")
 MISSES = ("", "evicted", "expired", "quota", "tier_fault")
-_LARGEST = sys.float_info.max
-_LABEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-class MalformedMessage(HoldfastError, ValueError):
-    """A message about leases is not what this version of the protocol writes."""
-
-    code: ClassVar[str] = "engine_message_malformed"
-    fault: ClassVar[Fault] = Fault.INTERNAL
-
-    def __init__(self, expected: str) -> None:
-        super().__init__(
-            "a message between the gateway and the engine is malformed",
-            cause=f"expected {expected}",
-            remedy="Install the same version of holdfast in the gateway's and in the engine's environment",
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +66,11 @@ class SharedPrefix:
         Raises:
             MalformedMessage: when a field is missing, unknown, of another type or out of range.
         """
-        record = _record(value, cls)
+        record = wire.record(value, cls)
         digest = record["digest"]
         if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
             raise MalformedMessage("digest: 64 hexadecimal digits")
-        return cls(salt=_label(record, "salt"), tokens=_count(record, "tokens"), digest=digest)
+        return cls(salt=wire.label(record, "salt"), tokens=wire.count(record, "tokens"), digest=digest)
 
 
 def token_digest(token_ids: Sequence[int]) -> str:
@@ -132,17 +115,17 @@ class Lease:
         Raises:
             MalformedMessage: when a field is missing, unknown, of another type or out of range.
         """
-        record = _record(value, cls)
+        record = wire.record(value, cls)
         return cls(
-            session=_label(record, "session"),
-            tenant=_label(record, "tenant"),
-            idle_timeout_s=_number(record, "idle_timeout_s", 0.0, MAX_IDLE_TIMEOUT_S),
-            turn="" if record["turn"] == "" else _label(record, "turn"),
-            strict=_flag(record, "strict"),
-            parent="" if record["parent"] == "" else _label(record, "parent"),
-            tenant_share=_number(record, "tenant_share", 0.0, 1.0),
-            tenant_cap=_number(record, "tenant_cap", 0.0, 1.0),
-            session_cap=_number(record, "session_cap", 0.0, 1.0),
+            session=wire.label(record, "session"),
+            tenant=wire.label(record, "tenant"),
+            idle_timeout_s=wire.number(record, "idle_timeout_s", 0.0, MAX_IDLE_TIMEOUT_S),
+            turn="" if record["turn"] == "" else wire.label(record, "turn"),
+            strict=wire.flag(record, "strict"),
+            parent="" if record["parent"] == "" else wire.label(record, "parent"),
+            tenant_share=wire.number(record, "tenant_share", 0.0, 1.0),
+            tenant_cap=wire.number(record, "tenant_cap", 0.0, 1.0),
+            session_cap=wire.number(record, "session_cap", 0.0, 1.0),
             shared=None if record["shared"] is None else SharedPrefix.from_wire(record["shared"]),
         )
 
@@ -175,14 +158,14 @@ class TurnEnd:
         Raises:
             MalformedMessage: when a field is missing, unknown, of another type or out of range.
         """
-        record = _record(value, cls)
+        record = wire.record(value, cls)
         return cls(
-            session=_label(record, "session"),
-            tenant=_label(record, "tenant"),
-            turn=_label(record, "turn"),
-            stop=_one_of(record, "stop", STOPS),
-            output_tokens=_count(record, "output_tokens"),
-            idle_timeout_s=_number(record, "idle_timeout_s", 0.0, MAX_IDLE_TIMEOUT_S),
+            session=wire.label(record, "session"),
+            tenant=wire.label(record, "tenant"),
+            turn=wire.label(record, "turn"),
+            stop=wire.one_of(record, "stop", STOPS),
+            output_tokens=wire.count(record, "output_tokens"),
+            idle_timeout_s=wire.number(record, "idle_timeout_s", 0.0, MAX_IDLE_TIMEOUT_S),
         )
 
 
@@ -212,13 +195,13 @@ class TurnAccount:
         Raises:
             MalformedMessage: when a field is missing, unknown, of another type or out of range.
         """
-        record = _record(value, cls)
+        record = wire.record(value, cls)
         return cls(
-            turn=_label(record, "turn"),
-            device_tokens=_count(record, "device_tokens"),
-            dram_tokens=_count(record, "dram_tokens"),
-            disk_tokens=_count(record, "disk_tokens"),
-            reason=_one_of(record, "reason", MISSES),
+            turn=wire.label(record, "turn"),
+            device_tokens=wire.count(record, "device_tokens"),
+            dram_tokens=wire.count(record, "dram_tokens"),
+            disk_tokens=wire.count(record, "disk_tokens"),
+            reason=wire.one_of(record, "reason", MISSES),
         )
 
 
@@ -263,21 +246,21 @@ class LeaseReport:
         Raises:
             MalformedMessage: when a field is missing, unknown or of another type.
         """
-        record = _record(value, cls)
+        record = wire.record(value, cls)
         leases = record["leases"]
         if not isinstance(leases, Sequence) or isinstance(leases, str | bytes):
             raise MalformedMessage("a list of leases")
         due_in = record["next_expiry_in_s"]
         return cls(
             leases=tuple(_lease_state(lease) for lease in leases),
-            leased_blocks=_count(record, "leased_blocks"),
-            free_blocks=_count(record, "free_blocks"),
-            total_blocks=_count(record, "total_blocks"),
-            block_size=_count(record, "block_size"),
-            next_expiry_in_s=None if due_in is None else _number(record, "next_expiry_in_s"),
-            reclaimed_blocks_total=_count(record, "reclaimed_blocks_total"),
-            expired_total=_count(record, "expired_total"),
-            ignored_total=_count(record, "ignored_total"),
+            leased_blocks=wire.count(record, "leased_blocks"),
+            free_blocks=wire.count(record, "free_blocks"),
+            total_blocks=wire.count(record, "total_blocks"),
+            block_size=wire.count(record, "block_size"),
+            next_expiry_in_s=None if due_in is None else wire.number(record, "next_expiry_in_s"),
+            reclaimed_blocks_total=wire.count(record, "reclaimed_blocks_total"),
+            expired_total=wire.count(record, "expired_total"),
+            ignored_total=wire.count(record, "ignored_total"),
         )
 
 
@@ -308,7 +291,7 @@ def read_release_request(body: bytes) -> tuple[str, ...]:
     labels = message.get("release", [])
     if not isinstance(labels, list) or len(labels) > MAX_RELEASES:
         raise MalformedMessage(f"a list of at most {MAX_RELEASES} labels")
-    if not all(isinstance(label, str) and _LABEL.fullmatch(label) for label in labels):
+    if not all(isinstance(label, str) and wire.LABEL.fullmatch(label) for label in labels):
         raise MalformedMessage("labels of 1 to 64 letters, digits, dots, dashes or underscores")
     return tuple(labels)
 
@@ -324,7 +307,7 @@ def read_turn_ends_request(body: bytes) -> tuple[TurnEnd, ...]:
     Raises:
         MalformedMessage: when the body is anything else.
     """
-    return tuple(TurnEnd.from_wire(end) for end in _only_list(_json(body), "ends"))
+    return tuple(TurnEnd.from_wire(end) for end in _only_list(wire.read_json(body), "ends"))
 
 
 def turn_accounts_answer(accounts: Iterable[TurnAccount | None]) -> dict[str, object]:
@@ -338,7 +321,7 @@ def read_turn_accounts_answer(body: bytes) -> tuple[TurnAccount | None, ...]:
     Raises:
         MalformedMessage: when the body is anything else.
     """
-    accounts = _only_list(_json(body), "accounts")
+    accounts = _only_list(wire.read_json(body), "accounts")
     return tuple(None if account is None else TurnAccount.from_wire(account) for account in accounts)
 
 
@@ -412,21 +395,14 @@ def connector_arguments(
 
 
 def _lease_state(value: object) -> LeaseState:
-    record = _record(value, LeaseState)
+    record = wire.record(value, LeaseState)
     return LeaseState(
-        session=_label(record, "session"),
-        tenant=_label(record, "tenant"),
-        blocks=_count(record, "blocks"),
-        tokens=_count(record, "tokens"),
-        expires_in_s=_number(record, "expires_in_s"),
+        session=wire.label(record, "session"),
+        tenant=wire.label(record, "tenant"),
+        blocks=wire.count(record, "blocks"),
+        tokens=wire.count(record, "tokens"),
+        expires_in_s=wire.number(record, "expires_in_s"),
     )
-
-
-def _json(body: bytes) -> object:
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        raise MalformedMessage("a JSON object") from None
 
 
 def _only_list(message: object, name: str) -> list[object]:
@@ -436,48 +412,3 @@ def _only_list(message: object, name: str) -> list[object]:
     if not isinstance(values, list) or len(values) > MAX_TURN_ENDS:
         raise MalformedMessage(f"`{name}`: a list of at most {MAX_TURN_ENDS} values")
     return values
-
-
-def _record(value: object, shape: type) -> Mapping[str, object]:
-    names = {field.name for field in fields(shape)}
-    if not isinstance(value, Mapping) or set(value) != names:
-        raise MalformedMessage(f"an object with the fields {', '.join(sorted(names))} and no other")
-    return value
-
-
-def _label(record: Mapping[str, object], name: str) -> str:
-    value = record[name]
-    if not isinstance(value, str) or not _LABEL.fullmatch(value):
-        raise MalformedMessage(f"{name}: 1 to 64 letters, digits, dots, dashes or underscores")
-    return value
-
-
-def _flag(record: Mapping[str, object], name: str) -> bool:
-    value = record[name]
-    if not isinstance(value, bool):
-        raise MalformedMessage(f"{name}: true or false")
-    return value
-
-
-def _one_of(record: Mapping[str, object], name: str, values: Sequence[str]) -> str:
-    value = record[name]
-    if not isinstance(value, str) or value not in values:
-        raise MalformedMessage(f"{name}: one of {', '.join(repr(each) for each in values)}")
-    return value
-
-
-def _count(record: Mapping[str, object], name: str) -> int:
-    value = record[name]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise MalformedMessage(f"{name}: a whole number, not negative")
-    return value
-
-
-def _number(record: Mapping[str, object], name: str, low: float = -math.inf, high: float = math.inf) -> float:
-    value = record[name]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise MalformedMessage(f"{name}: a number")
-    # The comparison is exact for whole numbers of any size, and false for what is not a number.
-    if not max(low, -_LARGEST) <= value <= min(high, _LARGEST):
-        raise MalformedMessage(f"{name}: a finite number between {low:g} and {high:g}")
-    return float(value)

@@ -17,8 +17,8 @@ def test_a_picture_is_that_of_the_pool(engine: EngineInProcess) -> None:
     held = POOL - engine.pool.get_num_free_blocks()
     assert (device.tier, device.capacity_blocks, device.used_blocks) == ("device", POOL, held)
     assert device.leased_blocks == len(engine.connector.leased_block_ids()) == held
-    assert [(each.session, each.tokens) for each in seen.sessions] == [("long", 288), ("short", 96)]
-    assert (seen.tenants[0].sessions, seen.tenants[0].blocks) == (2, held)
+    assert [(each.session, each.held[0].tokens) for each in seen.sessions] == [("long", 288), ("short", 96)]
+    assert (seen.tenants[0].sessions, seen.tenants[0].blocks) == (2, {"device": held})
     assert seen.leased_sessions_total == 2
     assert all(each.worth_hits_per_s is not None and each.worth_hits_per_s > 0 for each in seen.sessions)
     assert len(seen.worths_hits_per_s) == 3

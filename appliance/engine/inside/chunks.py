@@ -25,6 +25,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from typing import Final, NamedTuple, Protocol
 
 from appliance.engine.inside.quotas import Owner, Quota, Quotas
+from appliance.engine.picture import HeldPicture
 
 _ORDER_HOLDS_S: Final = 1.0
 _SESSIONS_A_SECOND: Final = 4000  # for each so many sessions the order holds a second longer
@@ -203,6 +204,31 @@ class ChunkOrder:
         """How many chunks a tenant's sessions have."""
         return self._held[tenant]
 
+    @property
+    def owners(self) -> int:
+        """How many sessions have something."""
+        return len(self._of)
+
+    def sizes(self) -> Iterator[tuple[Owner, int]]:
+        """The sessions that have something, and how many chunks."""
+        return ((owner, len(keys)) for owner, keys in self._of.items())
+
+    def kept_of(self, session: Owner) -> HeldPicture | None:
+        """What a session has; None: nothing."""
+        keys = self._of.get(session)
+        if not keys:
+            return None
+        kept_for = "worth"
+        if any(key in self._awaited for key in keys):
+            kept_for = "in_use"
+        elif self.quotas.above_share(session[0], self._held[session[0]], "") <= 0:
+            kept_for = "share"
+        return HeldPicture("dram", len(keys), max(self._chunks[key].end_token for key in keys), kept_for, None)
+
+    def blocks_by_tenant(self) -> Mapping[str, int]:
+        """How many chunks the sessions of each tenant have; what two of them share counts once."""
+        return self._held
+
     def is_free(self, key: bytes) -> bool:
         """Whether the chunk is there and nothing copies it."""
         return key in self._free
@@ -224,7 +250,7 @@ class ChunkOrder:
             spared: chunks that must not leave.
         """
         tenant, quotas = owner[0], self.quotas
-        quotas.in_force(tenant, quota.tenant_share)
+        quotas.in_force(tenant, quota)
         in_order = sorted(coming, key=coming.__getitem__)
         before = quotas.can_follow(owner, coming.values())
         if before is not None:
@@ -263,8 +289,10 @@ class ChunkOrder:
 
     def _withheld(self, wanted_chunks: int, spared: Collection[bytes], wanted_by: str) -> int:
         """How many of so many chunks have no room because other tenants' shares are kept."""
+        if wanted_chunks <= 0 or not self.quotas.shares:
+            return 0
         could, can = (
-            sum(1 for _ in itertools.islice(self._leaving(spared, tenant), max(0, wanted_chunks)))
+            sum(1 for _ in itertools.islice(self._leaving(spared, tenant), wanted_chunks))
             for tenant in (None, wanted_by)
         )
         return could - can

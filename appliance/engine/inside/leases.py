@@ -32,6 +32,7 @@ from math import isfinite
 from typing import Final, NamedTuple
 
 from appliance.engine.inside.retention import RetentionPolicy
+from appliance.engine.picture import HeldPicture
 from appliance.engine.protocol import Lease, LeaseState, TurnEnd
 
 ORDER_SHARE: Final = 1000
@@ -358,11 +359,38 @@ class LeaseTable:
             sorted(filter(isfinite, worths)),
         )
 
-    def largest(self, most: int) -> tuple[tuple[LeaseState, float], ...]:
-        """The sessions that keep most tokens, at most so many, each with its worth in hits a second."""
-        now = self._clock()
-        keys = heapq.nlargest(most, self._claims, key=lambda key: self._claims[key].tokens)
-        return tuple((self._state(key, now), self._place(key, self._claims[key], now).worth) for key in keys)
+    @property
+    def sessions(self) -> int:
+        """How many sessions keep something."""
+        return len(self._claims)
+
+    def sizes(self) -> Iterator[tuple[_Key, int]]:
+        """The sessions that keep something, and how many blocks."""
+        return ((key, len(claim.ids)) for key, claim in self._claims.items())
+
+    def kept_of(self, session: _Key) -> HeldPicture | None:
+        """What a session keeps; None: nothing."""
+        claim = self._claims.get(session)
+        if claim is None:
+            return None
+        kept_for, ends_in_s = "worth", None
+        if session in self._active:
+            kept_for = "in_use"
+        elif claim.has_rank:
+            kept_for, ends_in_s = "lease", claim.deadline - self._clock()
+        elif self._above_share(session[0], "", None) <= 0:
+            kept_for = "share"
+        return HeldPicture("device", len(claim.ids), claim.tokens, kept_for, ends_in_s)
+
+    def blocks_by_tenant(self) -> Mapping[str, int]:
+        """How many blocks the sessions of each tenant keep; what two of them share counts once."""
+        return self._held_by
+
+    def worth(self, session: _Key) -> float:
+        """What a session's KV is worth, in hits a second; infinite: a request of it waits or runs."""
+        if session in self._active:
+            return _WANTED
+        return self.policy.value(session=session, now=self._clock(), position=0, abandoned=False)
 
     # Private
 

@@ -3,27 +3,43 @@
 Rules:
 
 - Pure, and without vLLM.
-- The lease table counts; here is chosen what of it is said.
+- Each tier counts what it has; here is chosen what of it is said.
 """
 
+import heapq
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from appliance.engine.inside.disk.store import DiskStatus
-from appliance.engine.inside.leases import Kept, TenantKeeps
+from appliance.engine.inside.leases import Kept
+from appliance.engine.inside.quotas import Owner
 from appliance.engine.picture import (
     DISK_FAULTS,
     MAX_TENANTS,
     NOT_STORED,
     OTHER_TENANTS,
     DiskPicture,
+    HeldPicture,
     KvPicture,
     SessionPicture,
     TenantPicture,
     TierPicture,
 )
-from appliance.engine.protocol import LeaseState
+
+
+class Holder(Protocol):
+    """A tier, asked what it has."""
+
+    def sizes(self) -> Iterable[tuple[Owner, int]]:
+        """The sessions that have something, and how many blocks."""
+
+    def kept_of(self, session: Owner) -> HeldPicture | None:
+        """What a session has; None: nothing."""
+
+    def blocks_by_tenant(self) -> Mapping[str, int]:
+        """How many blocks the sessions of each tenant have; what two of them share counts once."""
 
 
 class Totals(NamedTuple):
@@ -36,32 +52,51 @@ class Totals(NamedTuple):
 
 def picture_of(
     kept: Kept,
-    largest: Sequence[tuple[LeaseState, float]],
+    sessions: Sequence[SessionPicture],
     *,
     block_size: int,
     tiers: Sequence[TierPicture],
+    holders: Mapping[str, Holder],
     totals: Totals,
 ) -> KvPicture:
-    """The picture of what is `kept`.
+    """The picture of what is `kept`, with the sessions to name.
 
     Args:
-        largest: the sessions to name, each with its worth in hits a second; infinite: a request of it waits or runs.
+        holders: what the tiers have, by their names.
     """
     worths = kept.worths
     return KvPicture(
         block_size=block_size,
         tiers=tuple(tiers),
-        tenants=_tenants(kept.tenants),
-        sessions=tuple(
-            SessionPicture(lease.tenant, lease.session, lease.blocks, lease.tokens, _finite(worth), lease.expires_in_s)
-            for lease, worth in largest
-        ),
+        tenants=_tenants(kept, holders),
+        sessions=tuple(sessions),
         sessions_total=kept.sessions,
         leased_sessions_total=kept.sessions_with_rank,
         worths_hits_per_s=(worths[0], worths[len(worths) // 2], worths[-1]) if worths else (),
         reclaimed_blocks_total=totals.reclaimed_blocks,
         expired_leases_total=totals.expired_leases,
         ignored_leases_total=totals.ignored_leases,
+    )
+
+
+def largest(holders: Iterable[Holder], most: int, worth: Callable[[Owner], float]) -> tuple[SessionPicture, ...]:
+    """The sessions that keep most, at most so many, and what of them each tier has.
+
+    Args:
+        worth: of a session, in hits a second; infinite: a request of it waits or runs.
+    """
+    if not most:
+        return ()
+    holders, blocks = tuple(holders), Counter[Owner]()
+    for holder in holders:
+        for session, size in holder.sizes():
+            blocks[session] += size
+    named = heapq.nlargest(most, blocks, key=blocks.__getitem__)
+    return tuple(
+        SessionPicture(
+            *session, _finite(worth(session)), tuple(held for holder in holders if (held := holder.kept_of(session)))
+        )
+        for session in named
     )
 
 
@@ -80,14 +115,22 @@ def disk_picture(status: DiskStatus) -> DiskPicture:
     )
 
 
-def _tenants(kept: Mapping[str, TenantKeeps]) -> tuple[TenantPicture, ...]:
-    ranked = sorted(kept.items(), key=lambda item: -item[1].blocks)
-    named = tuple(TenantPicture(tenant, keeps.sessions, keeps.blocks) for tenant, keeps in ranked[:MAX_TENANTS])
-    rest = [keeps for _, keeps in ranked[MAX_TENANTS:]]
-    if not rest:
-        return named
-    others = TenantPicture(OTHER_TENANTS, sum(each.sessions for each in rest), sum(each.blocks for each in rest))
-    return (*named, others)
+def _tenants(kept: Kept, holders: Mapping[str, Holder]) -> tuple[TenantPicture, ...]:
+    by_tier = {tier: holder.blocks_by_tenant() for tier, holder in holders.items()}
+    blocks = Counter[str]()
+    for counts in by_tier.values():
+        blocks.update(counts)
+
+    def picture(label: str, tenants: Iterable[str]) -> TenantPicture:
+        tenants = tuple(tenants)
+        sessions = sum(kept.tenants[tenant].sessions for tenant in tenants if tenant in kept.tenants)
+        held = {tier: sum(counts.get(tenant, 0) for tenant in tenants) for tier, counts in by_tier.items()}
+        return TenantPicture(label, sessions, held)
+
+    ranked = [tenant for tenant, _ in blocks.most_common()]
+    named = tuple(picture(tenant, [tenant]) for tenant in ranked[:MAX_TENANTS])
+    rest = ranked[MAX_TENANTS:]
+    return (*named, picture(OTHER_TENANTS, rest)) if rest else named
 
 
 def _finite(worth: float) -> float | None:

@@ -12,12 +12,13 @@ Rules:
 """
 
 from collections import OrderedDict
-from collections.abc import Collection
-from typing import Final, NamedTuple, Self
+from collections.abc import Collection, Mapping
+from typing import Final, NamedTuple, Self, TypeVar
 
 from appliance.engine.protocol import Lease
 
 _MOST_LOSSES: Final = 10_000
+_T = TypeVar("_T")
 
 Owner = tuple[str, str]  # tenant, session
 
@@ -35,6 +36,9 @@ class Quota(NamedTuple):
         return cls(lease.tenant_share, lease.tenant_cap, lease.session_cap)
 
 
+NO_QUOTA: Final = Quota()
+
+
 class Quotas:
     """The quotas of one tier.
 
@@ -44,27 +48,35 @@ class Quotas:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._shares: dict[str, float] = {}  # of the tenants that have one
+        self._of: dict[str, Quota] = {}  # by tenant, where it has any
+        self._shares: dict[str, float] = {}
         self._lost: OrderedDict[Owner, int] = OrderedDict()
 
     @property
-    def shares(self) -> dict[str, float]:
-        """What others leave, by tenant."""
-        return dict(self._shares)
+    def shares(self) -> Mapping[str, float]:
+        """What others leave, by tenant, where that is anything."""
+        return self._shares
 
-    def in_force(self, tenant: str, share: float) -> bool:
-        """Note a tenant's share; whether it is another than before."""
-        if share == self._shares.get(tenant, 0.0):
+    def of(self, tenant: str) -> Quota:
+        """What was in force for a tenant's session that was heard of last."""
+        return self._of.get(tenant, NO_QUOTA)
+
+    def in_force(self, tenant: str, quota: Quota) -> bool:
+        """Note what is in force for a tenant; whether its share is another than before."""
+        before = self.of(tenant)
+        if quota == before:
             return False
-        if share:
-            self._shares[tenant] = share
-        else:
-            del self._shares[tenant]
-        return True
+        _keep(self._of, tenant, None if quota == NO_QUOTA else quota)
+        _keep(self._shares, tenant, quota.tenant_share or None)
+        return quota.tenant_share != before.tenant_share
+
+    def guaranteed(self, tenant: str) -> int:
+        """How many chunks others leave to a tenant."""
+        return self._part(self._shares.get(tenant, 0.0))
 
     def above_share(self, tenant: str, held_chunks: int, wanted_by: str) -> int:
         """How many of a tenant's chunks may leave for another's."""
-        return held_chunks if tenant == wanted_by else held_chunks - self._part(self._shares.get(tenant, 0.0))
+        return held_chunks if tenant == wanted_by else held_chunks - self.guaranteed(tenant)
 
     def within_cap(self, quota: Quota, wanted_chunks: int, session_chunks: int) -> int:
         """How many of so many chunks a session may bring in beside those it has."""
@@ -108,3 +120,10 @@ class Quotas:
 
     def _part(self, fraction: float) -> int:
         return int(fraction * self._capacity)
+
+
+def _keep(kept: dict[str, _T], tenant: str, value: _T | None) -> None:
+    if value is None:
+        kept.pop(tenant, None)
+    else:
+        kept[tenant] = value

@@ -15,7 +15,8 @@ Rules:
 import enum
 from collections.abc import Mapping, Sequence
 
-from appliance.engine.protocol import LEASE_FIELD, Lease, MalformedMessage, SharedPrefix, token_digest
+from appliance.engine.protocol import LEASE_FIELD, Lease, SharedPrefix, token_digest
+from appliance.engine.wire import MalformedMessage
 
 
 class BlockSalt(enum.Enum):

@@ -34,12 +34,21 @@ def test_the_picture_has_what_the_engine_keeps_and_what_the_gateway_counted(serv
     (tier,) = status.tiers
     assert (tier.tier, tier.capacity_blocks, tier.used_blocks, tier.capacity_bytes) == ("device", 100, 40, 409_600)
     assert (status.kept_sessions, status.reclaimed_blocks_total, status.worths_hits_per_s) == (1, 7, [0.25] * 3)
-    assert status.sessions[0].session_id is None  # the stub names one that this gateway never had
+    assert tier.sessions == 1
+    (session,) = status.sessions
+    assert session.session_id is None  # the stub names one that this gateway never had
+    assert [(each.tier, each.tokens, each.kept_for, each.ends_in_s) for each in session.kept] == [
+        ("device", 960, "lease", 12.5)
+    ]
     assert status.turns >= 1
     times = status.warm or status.cold
     assert times is not None
     assert 0 < times.p50_s <= times.p99_s
     assert {each.tenant_id for each in status.tenants} >= {served.admin.tenants().tenants[0].tenant_id}
+    ours = next(each for each in status.tenants if each.tenant_id == served.admin.tenants().tenants[0].tenant_id)
+    assert [(each.tier, each.blocks, each.share_blocks, each.cap_blocks) for each in ours.kept] == [
+        ("device", 0, 0, None)
+    ]
     assert served.admin.kv(sessions=0).sessions == []
 
 
@@ -88,6 +97,7 @@ def test_no_series_has_a_name_a_label_or_a_salt(served: Served) -> None:
 def test_the_commands_show_it(served: Served) -> None:
     text = holdfast(served, "kv", "status")
     assert "100 blocks, 400.0 KiB" in text
+    assert "960 (lease, 12 s)" in text
     pictures = holdfast(served, "kv", "top", "--json", "--count", "2", "--interval", "0.5").splitlines()
     assert [json.loads(line)["tiers"][0]["tier"] for line in pictures] == ["device", "device"]
     again = holdfast(served, "kv", "top", "--count", "2", "--interval", "0.5")

@@ -164,6 +164,15 @@ def test_a_request_without_a_session_never_leaves_the_device(engine: EngineInPro
     assert len(connector(engine)._tiers._chunks.order) == 0
 
 
+@pytest.mark.parametrize("transfer", [{"holdfast": {}}, {"holdfast": None}, {"holdfast": {"session": "a"}}, {"do": 1}])
+def test_a_request_whose_lease_is_malformed_is_answered_and_never_leaves_the_device(
+    engine: EngineInProcess, transfer: object
+) -> None:
+    assert len(engine.turn(words(1, 10 * BLOCK), transfer=transfer, max_tokens=2).token_ids) == 2
+    settle(engine)
+    assert len(connector(engine)._tiers._chunks.order) == 0
+
+
 def test_dram_that_is_full_keeps_what_is_worth_most(engine: EngineInProcess) -> None:
     turn(engine, 1, "idle")
     engine.clock.advance(3600)

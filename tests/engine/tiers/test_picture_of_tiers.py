@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from appliance.engine.inside.connector import TieredStateConnector
-from appliance.engine.picture import KvPicture
+from appliance.engine.picture import HeldPicture, KvPicture
 from appliance.engine.protocol import disk_tier
 from tests.engine.in_process import BLOCK, EngineInProcess, words
 
@@ -59,6 +59,29 @@ def test_dram_and_disk_are_seen_with_what_they_hold_and_what_went_wrong(engine: 
     engine.report(release=["a"])
     settle(engine)
     assert tiers(engine)["dram"][2] == 0
+
+
+def test_what_each_tier_has_of_a_session_is_seen_with_its_reason(engine: EngineInProcess) -> None:
+    engine.turn(words(1, 6 * BLOCK + 5), session="a", idle_timeout_s=15.0, tenant_share=0.5)
+    engine.turn(words(2, 12 * BLOCK + 5), session="b", tenant="other", idle_timeout_s=0.0)
+    settle(engine)
+    b, a = picture(engine).sessions
+    assert (a.tenant, a.session, b.tenant, b.session) == ("tenant", "a", "other", "b")
+    assert a.held == (HeldPicture("device", 6, 192, "lease", 15.0), HeldPicture("dram", 6, 192, "share", None))
+    assert b.held == (HeldPicture("device", 12, 384, "worth", None), HeldPicture("dram", 12, 384, "worth", None))
+    engine.connector.release_all()
+    assert engine.scheduler.reset_prefix_cache()
+    b, a = picture(engine).sessions
+    assert ([held.tier for held in a.held], [held.tier for held in b.held]) == (["dram"], ["dram"])
+    seen = picture(engine)
+    assert [tier.sessions for tier in seen.tiers] == [0, 2, 0]
+    assert {each.tenant: dict(each.blocks) for each in seen.tenants} == {
+        "tenant": {"device": 0, "dram": 6, "disk": 0},
+        "other": {"device": 0, "dram": 12, "disk": 0},
+    }
+    assert len(KvPicture.from_wire(engine.core.holdfast_kv_picture(1)).sessions) == 1
+    engine.report(release=["a", "b"])
+    assert picture(engine).sessions == ()
 
 
 def test_a_quarantine_is_seen_in_every_tier_that_is_restored_from(engine: EngineInProcess) -> None:

@@ -8,7 +8,7 @@ from api.kv_watch import KvWatch, troubles
 from appliance.engine.client import EngineUnavailable
 from appliance.engine.picture import DISK_FAULTS, NOT_STORED, DiskPicture, KvPicture, TierPicture
 
-PICTURE = KvPicture(32, (TierPicture("device", "ok", 1, 9, 3, 2),), (), (), 0, 0, (), 0, 0, 0)
+PICTURE = KvPicture(32, (TierPicture("device", "ok", 1, 9, 3, 2, 1),), (), (), 0, 0, (), 0, 0, 0)
 
 
 class Engine:
@@ -83,7 +83,7 @@ async def test_more_tiers_are_known_when_they_were_seen() -> None:
     await kv.look()
     assert not kv.has_more_tiers
     clock.now += 2
-    engine.picture = replace(PICTURE, tiers=(*PICTURE.tiers, TierPicture("dram", "ok", 1, 9, 3, 2)))
+    engine.picture = replace(PICTURE, tiers=(*PICTURE.tiers, TierPicture("dram", "ok", 1, 9, 3, 2, 1)))
     await kv.look()
     assert kv.has_more_tiers
 
@@ -93,7 +93,7 @@ async def test_a_tier_that_is_out_of_use_is_named_with_what_went_wrong() -> None
     assert kv.trouble() == {}
     none: dict[str, int] = dict.fromkeys(NOT_STORED, 0)
     disk = DiskPicture(0, 0, 0, 0, 0, none, dict.fromkeys(DISK_FAULTS, 0), "No space left on device (ENOSPC)", 0.5)
-    dram, on_disk = TierPicture("dram", "quarantined", 1, 9, 3, 0), TierPicture("disk", "failed", 1, 9, 3, 0)
+    dram, on_disk = TierPicture("dram", "quarantined", 1, 9, 3, 0, 1), TierPicture("disk", "failed", 1, 9, 3, 0, 1)
     engine.picture = replace(PICTURE, tiers=(*PICTURE.tiers, dram, on_disk), disk=disk)
     await kv.look()
     assert list(kv.trouble()) == ["dram", "disk"]

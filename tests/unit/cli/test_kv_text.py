@@ -10,6 +10,7 @@ TIER = types.KvTier(
     capacity_blocks=1000,
     used_blocks=400,
     leased_blocks=300,
+    sessions=2,
     free_blocks=600,
     capacity_bytes=1000 << 20,
     used_bytes=400 << 20,
@@ -20,11 +21,8 @@ WARM = types.FirstTokens(turns=3, p50_s=0.12, p90_s=0.3, p99_s=1.5, since=1_800_
 SESSION = types.KvSession(
     session_id="ses_1",
     tenant_id="ten_1",
-    tier="device",
-    blocks=30,
-    tokens=960,
     worth_hits_per_s=0.0234,
-    lease_expires_in_s=12.4,
+    kept=[types.KvHeld(tier="device", blocks=30, tokens=960, kept_for="lease", ends_in_s=12.4)],
     last_turn=types.KvLastTurn(
         ended_at=1_800_000_098.0,
         prompt_tokens=1000,
@@ -35,7 +33,7 @@ SESSION = types.KvSession(
 TENANT = types.KvTenant(
     tenant_id="ten_1",
     kept_sessions=2,
-    kept_blocks=30,
+    kept=[types.KvTenantTier(tier="device", blocks=30, share_blocks=0, cap_blocks=None)],
     turns=4,
     prompt_tokens=1000,
     repeated_tokens=850,
@@ -79,20 +77,20 @@ def test_a_picture_says_what_is_kept_why_and_until_when() -> None:
         "1000 blocks, 1000.0 MiB",
         "400 (40.0 %)",
         "800 tokens (80.0 %)",
-        "Kept: 2 sessions, 1 of them with a lease that runs; worth 0.0010 to 0.5000 hits/s",
+        "On the device: 2 sessions, 1 of them with a lease that runs; worth 0.0010 to 0.5000 hits/s",
         "1.5 blocks/s over the last 58 s; 70 blocks in all; 4 leases ran out",
         "Replicated: 85.0 % of them had been sent with the turn before, too",
         "Computed: 15.5 % evicted, 4.5 % new",
         "First token, warm: P50 120 ms, P90 300 ms, P99 1 s (3 turns since 2027-01-15 08:00:00Z)",
         "First token, cold: no streamed turn yet",
         "155 evicted, 45 new",
-        "1 sessions more keep something (--sessions).",
+        "At least 1 sessions more keep something (--sessions).",
     ):
         assert part in text
     session = next(line for line in text.splitlines() if line.startswith("ses_1"))
     assert session.split("  ")[0] == "ses_1"
     assert "0.0234" in session
-    assert "in 12 s" in session
+    assert "960 (lease, 12 s)" in session
     assert "2 s ago" in session
 
 
@@ -111,17 +109,27 @@ def test_without_the_engine_what_was_counted_stands_and_nothing_is_made_up() -> 
     assert "Found: 80.0 % device" in text
 
 
-def test_a_lease_that_ran_out_and_a_session_that_is_not_known_say_so() -> None:
-    session = SESSION.model_copy(
-        update={"session_id": None, "lease_expires_in_s": -3.0, "worth_hits_per_s": None, "last_turn": None}
-    )
-    line = next(
-        line
-        for line in status_text(STATUS.model_copy(update={"sessions": [session]})).splitlines()
-        if line.startswith("not known")
-    )
-    assert "over" in line
-    assert "in use" in line
+def test_what_each_tier_has_of_a_session_and_of_a_tenant_is_told_with_its_reason_and_its_end() -> None:
+    tiers = [TIER, TIER.model_copy(update={"tier": "dram"}), TIER.model_copy(update={"tier": "disk", "sessions": 9})]
+    kept = [
+        types.KvHeld(tier="dram", blocks=30, tokens=960, kept_for="worth", ends_in_s=None),
+        types.KvHeld(tier="disk", blocks=40, tokens=1280, kept_for="share", ends_in_s=7200.0),
+    ]
+    session = SESSION.model_copy(update={"session_id": None, "kept": kept, "worth_hits_per_s": None, "last_turn": None})
+    quotas = [
+        types.KvTenantTier(tier="device", blocks=30, share_blocks=250, cap_blocks=500),
+        types.KvTenantTier(tier="disk", blocks=40, share_blocks=None, cap_blocks=None),
+    ]
+    tenant = TENANT.model_copy(update={"kept": quotas})
+    status = STATUS.model_copy(update={"tiers": tiers, "sessions": [session], "tenants": [tenant]})
+    lines = status_text(status).splitlines()
+    line = next(line for line in lines if line.startswith("not known"))
+    cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
+    assert cells[:5] == ["not known", "-", "960 (worth)", "1280 (share, 2 h)", "in use"]
+    line = next(line for line in lines if line.startswith("ten_1"))
+    cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
+    assert cells[:5] == ["ten_1", "2", "30 (share 250, cap 500)", "-", "40"]
+    assert lines[-1] == "At least 8 sessions more keep something (--sessions)."
 
 
 DISK = types.KvDisk(

@@ -1,5 +1,7 @@
 """Which chunks leave DRAM, in which order."""
 
+import random
+from collections import Counter
 from collections.abc import Hashable
 
 import pytest
@@ -269,3 +271,37 @@ def test_a_chunk_of_two_sessions_counts_once_for_their_tenant_and_abandoned_ones
     assert order.chunks_of_tenant("t") == 1
     order.discard(b"a0")
     assert order.chunks_of_tenant("t") == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_comes_and_goes_shares_and_caps_hold_and_the_counts_are_right(sessions: Sessions, seed: int) -> None:
+    rng = random.Random(seed)  # noqa: S311
+    order = ChunkOrder(sessions.worth, lambda: sessions.now, Quotas(40))
+    quotas = {"t": Quota(0.25), "u": Quota(0.5, 0.6, 0.3), "v": Quota(0.0, 0.3, 0.2), "w": Quota()}
+    owners = [(tenant, str(number)) for tenant in quotas for number in range(4)]
+    for _ in range(400):
+        sessions.now += 2
+        owner = rng.choice(owners)
+        sessions.worths[owner] = rng.random()
+        before = {tenant: order.chunks_of_tenant(tenant) for tenant in quotas}
+        doing = rng.random()
+        if doing < 0.7:
+            name = f"{owner}{rng.choice(('', '+'))}-"
+            brought(order, owner, name, rng.randrange(1, 16), quotas[owner[0]], free=40 - len(order))
+        elif doing < 0.8:
+            kept = list(order.keys_of(owner))
+            order.used(owner, {key: 32 * (place + 1) for place, key in enumerate(kept[: len(kept) // 2])})
+        elif doing < 0.9:
+            for key in order.released([owner]):
+                order.discard(key)
+        else:
+            order.used((owner[0], "0"), dict.fromkeys(order.keys_of(owner)[:2], 32))
+        assert len(order) <= 40
+        alone = Counter(next(iter(chunk.owners))[0] for chunk in order._chunks.values() if chunk.owners)
+        assert alone == Counter(dict(order.blocks_by_tenant()))
+        for tenant, quota in quotas.items():
+            held = order.chunks_of_tenant(tenant)
+            if doing < 0.7:
+                assert held <= max(before[tenant], int(quota.tenant_cap * 40))
+            if tenant != owner[0]:
+                assert held >= min(before[tenant], int(quota.tenant_share * 40))

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.engine.client import EngineClient, EngineLost, EngineRejected, EngineUnavailable, ModelCard
-from appliance.engine.protocol import LeaseReport, MalformedMessage
+from appliance.engine.protocol import LeaseReport
+from appliance.engine.wire import MalformedMessage
 from appliance.errors import Fault
 
 Script = Callable[["Peer"], Awaitable[None]]

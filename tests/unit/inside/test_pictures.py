@@ -3,14 +3,14 @@
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from appliance.engine.inside.leases import LeasedBlock, LeaseTable
-from appliance.engine.inside.pictures import Totals, picture_of
+from appliance.engine.inside.pictures import Totals, largest, picture_of
 from appliance.engine.inside.retention import RetentionPolicy
 from appliance.engine.picture import (
     DISK_FAULTS,
@@ -20,15 +20,17 @@ from appliance.engine.picture import (
     OTHER_TENANTS,
     CanaryPicture,
     DiskPicture,
+    HeldPicture,
     KvPicture,
     SessionPicture,
     TenantPicture,
     TierPicture,
     read_sessions_asked,
 )
-from appliance.engine.protocol import Lease, LeaseState, MalformedMessage
+from appliance.engine.protocol import Lease, LeaseState
+from appliance.engine.wire import MalformedMessage
 
-DEVICE = TierPicture("device", "ok", 4096, 1000, 400, 300)
+DEVICE = TierPicture("device", "ok", 4096, 1000, 400, 300, 2)
 
 
 def lease(number: int, *, tenant: str = "bank", blocks: int = 1, expires_in_s: float = 1.0) -> LeaseState:
@@ -60,21 +62,24 @@ def picture(*leases: LeaseState, sessions: int = 0, worths: Mapping[str, float] 
         blocks = [LeasedBlock(next(block_ids), 32 * (place + 1), place) for place in range(each.blocks)]
         table.finished(Lease(each.session, each.tenant, max(0.0, each.expires_in_s)), blocks)
     table.expire()
-    return picture_of(table.kept(), table.largest(sessions), block_size=32, tiers=[DEVICE], totals=Totals(7, 2, 1))
+    named = largest([table], sessions, table.worth)
+    return picture_of(
+        table.kept(), named, block_size=32, tiers=[DEVICE], holders={"device": table}, totals=Totals(7, 2, 1)
+    )
 
 
 def test_sessions_are_counted_and_those_that_keep_most_are_named() -> None:
     seen = picture(lease(1, blocks=3), lease(2, blocks=9), lease(3, blocks=5, expires_in_s=-1.0), sessions=2)
     assert (seen.sessions_total, seen.leased_sessions_total) == (3, 2)
     assert [each.session for each in seen.sessions] == ["session-2", "session-3"]
-    assert seen.tenants == (TenantPicture("bank", 3, 17),)
+    assert seen.tenants == (TenantPicture("bank", 3, {"device": 17}),)
 
 
 def test_ten_thousand_sessions_make_no_larger_picture_than_a_few() -> None:
     many = [lease(number, tenant=f"tenant-{number % 200}") for number in range(10_000)]
     seen = picture(*many)
     assert len(seen.tenants) == MAX_TENANTS + 1
-    assert seen.tenants[-1] == TenantPicture(OTHER_TENANTS, 136 * 50, 136 * 50)
+    assert seen.tenants[-1] == TenantPicture(OTHER_TENANTS, 136 * 50, {"device": 136 * 50})
     assert sum(each.sessions for each in seen.tenants) == seen.sessions_total == 10_000
     assert len(json.dumps(seen.to_wire())) < 8000
 
@@ -90,11 +95,57 @@ def test_worth_is_told_lowest_middle_highest_and_what_is_in_use_has_none() -> No
     }
 
 
+def test_a_session_is_named_for_what_all_tiers_have_of_it_together() -> None:
+    class Tier:
+        def __init__(self, tier: str, blocks: dict[tuple[str, str], int]) -> None:
+            self.tier, self.blocks = tier, blocks
+
+        def sizes(self) -> Iterable[tuple[tuple[str, str], int]]:
+            return self.blocks.items()
+
+        def kept_of(self, session: tuple[str, str]) -> HeldPicture | None:
+            blocks = self.blocks.get(session)
+            return None if blocks is None else HeldPicture(self.tier, blocks, 32 * blocks, "worth", None)
+
+        def blocks_by_tenant(self) -> Mapping[str, int]:
+            return {}
+
+    dram, disk = Tier("dram", {("t", "a"): 5, ("t", "b"): 3}), Tier("disk", {("t", "b"): 4, ("t", "c"): 6})
+    b, c = largest([dram, disk], 2, lambda _: 0.5)
+    assert (b.session, [(held.tier, held.blocks) for held in b.held]) == ("b", [("dram", 3), ("disk", 4)])
+    assert (c.session, [(held.tier, held.blocks) for held in c.held]) == ("c", [("disk", 6)])
+    assert largest([dram, disk], 0, lambda _: 0.5) == ()
+
+
+def test_why_the_device_keeps_a_session_is_told() -> None:
+    clock = Clock()
+    table = LeaseTable(100, clock, lambda block_id: block_id)
+
+    def finished(session: str, tenant: str, first: int, share: float = 0.0) -> None:
+        blocks = [LeasedBlock(first + place, 32 * (place + 1), place) for place in range(3)]
+        table.finished(Lease(session, tenant, 10.0, tenant_share=share), blocks)
+
+    finished("a", "t", 0, share=0.03)
+    finished("b", "u", 10)
+    assert table.kept_of(("t", "a")) == HeldPicture("device", 3, 96, "lease", 10.0)
+    table.arrived(Lease("a", "t", 10.0))
+    assert table.kept_of(("t", "a")) == HeldPicture("device", 3, 96, "in_use", None)
+    finished("a", "t", 0, share=0.03)
+    clock.now += 10
+    table.expire()
+    assert table.kept_of(("t", "a")) == HeldPicture("device", 3, 96, "share", None)
+    assert table.kept_of(("u", "b")) == HeldPicture("device", 3, 96, "worth", None)
+    assert table.kept_of(("u", "a")) is None
+
+
 WHOLE = KvPicture(
     block_size=32,
-    tiers=(DEVICE, TierPicture("disk", "quarantined", 4096, 10, 0, 0)),
-    tenants=(TenantPicture("bank", 1, 3),),
-    sessions=(SessionPicture("bank", "session", 3, 96, None, -1.5), SessionPicture("bank", "other", 3, 96, 0.1, 2.0)),
+    tiers=(DEVICE, TierPicture("disk", "quarantined", 4096, 10, 0, 0, 0)),
+    tenants=(TenantPicture("bank", 1, {"device": 3, "disk": 4}),),
+    sessions=(
+        SessionPicture("bank", "session", None, (HeldPicture("device", 3, 96, "in_use", None),)),
+        SessionPicture("bank", "other", 0.1, (HeldPicture("disk", 3, 96, "share", 2.0),)),
+    ),
     sessions_total=2,
     leased_sessions_total=1,
     worths_hits_per_s=(0.1, 0.1, 0.1),
@@ -130,9 +181,14 @@ def test_a_picture_is_read_as_it_was_written() -> None:
         (("tiers", 0, "state"), ["ok"]),
         (("tiers", 0, "used_blocks"), 1.5),
         (("tiers",), [None] * 4),
+        (("tiers", 0, "sessions"), None),
         (("tenants", 0, "tenant"), "a b"),
+        (("tenants", 0, "blocks"), {"tape": 1}),
+        (("tenants", 0, "blocks", "device"), -1),
         (("sessions", 0, "worth_hits_per_s"), "much"),
-        (("sessions", 0, "expires_in_s"), math.inf),
+        (("sessions", 1, "held", 0, "ends_in_s"), math.inf),
+        (("sessions", 1, "held", 0, "kept_for"), "love"),
+        (("sessions", 1, "held"), [None] * 4),
         (("sessions",), "none"),
         (("worths_hits_per_s",), [0.1, math.nan, 0.1]),
         (("more",), 1),

@@ -13,7 +13,6 @@ from appliance.engine.protocol import (
     Lease,
     LeaseReport,
     LeaseState,
-    MalformedMessage,
     SharedPrefix,
     TurnAccount,
     TurnEnd,
@@ -28,6 +27,7 @@ from appliance.engine.protocol import (
     turn_accounts_answer,
     turn_ends_request,
 )
+from appliance.engine.wire import MalformedMessage
 
 LEASE: dict[str, Any] = {
     "session": "s-1",

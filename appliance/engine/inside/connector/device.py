@@ -33,7 +33,7 @@ from appliance.engine.inside.accounts import Accounts
 from appliance.engine.inside.connector.amendments import draw_only_for_tokens_that_count, release_leases_before_reset
 from appliance.engine.inside.leases import Change, LeasedBlock, LeaseTable
 from appliance.engine.inside.lessons import Lessons
-from appliance.engine.inside.pictures import Totals, picture_of
+from appliance.engine.inside.pictures import Holder, Totals, largest, picture_of
 from appliance.engine.inside.retention import RetentionPolicy
 from appliance.engine.picture import KvPicture, TierPicture
 from appliance.engine.protocol import (
@@ -42,10 +42,10 @@ from appliance.engine.protocol import (
     LESSONS_FIELD,
     Lease,
     LeaseReport,
-    MalformedMessage,
     TurnAccount,
     TurnEnd,
 )
+from appliance.engine.wire import MalformedMessage
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -107,10 +107,12 @@ class LeaseRetention:
         """Expire what is due, and sum up what is kept."""
         self.tick()
         table, kept = self._table, self._table.kept()
+        holders = self.holders()
         return picture_of(
             kept,
-            table.largest(most_sessions),
+            largest(holders.values(), most_sessions, table.worth),
             block_size=self._block_size,
+            holders=holders,
             tiers=self.tiers(min(kept.blocks_with_rank, table.leased_blocks)),  # what two sessions share counts twice
             totals=Totals(table.reclaimed_blocks_total, table.expired_total, self._ignored_total),
         )
@@ -119,7 +121,12 @@ class LeaseRetention:
         """The tiers that this engine has, the device first; `leased_blocks` of its blocks have a lease that runs."""
         capacity = self._pool.num_gpu_blocks - 1
         used = capacity - self._pool.get_num_free_blocks()
-        return [TierPicture("device", "ok", self._block_bytes, capacity, used, leased_blocks)]
+        sessions = self._table.sessions
+        return [TierPicture("device", "ok", self._block_bytes, capacity, used, leased_blocks, sessions)]
+
+    def holders(self) -> dict[str, Holder]:
+        """Who says what of sessions is in each tier."""
+        return {"device": self._table}
 
     def tick(self) -> float | None:
         """Expire what is due; seconds to the next deadline, or `None` without leases."""

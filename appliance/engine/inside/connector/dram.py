@@ -15,6 +15,7 @@ from appliance.engine.inside.connector.disk import DiskTier
 from appliance.engine.inside.connector.sessions import Released, is_stored, lease_of, owner_of, session_of
 from appliance.engine.inside.disk.files import Owner as DiskOwner
 from appliance.engine.inside.disk.store import DiskStatus
+from appliance.engine.inside.pictures import Holder
 from appliance.engine.inside.quotas import Owner, Quota, Quotas
 from appliance.engine.picture import TierPicture
 
@@ -156,10 +157,17 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         restoring = "quarantined" if self.quarantined else "ok"
         chunk_bytes = primary._mmap_region.base_tensor.nbytes // primary._num_chunks
         used = primary._num_chunks - primary._get_num_free_chunks()
-        yield TierPicture("dram", restoring, chunk_bytes, primary._num_chunks, used, 0)
+        sessions = self._chunks.order.owners
+        yield TierPicture("dram", restoring, chunk_bytes, primary._num_chunks, used, 0, sessions)
         if disk is not None:
             state = restoring if disk.on and disk.answers and not disk.paused else "failed"
-            yield TierPicture("disk", state, disk.chunk_bytes, disk.capacity_bytes // disk.chunk_bytes, disk.chunks, 0)
+            capacity = disk.capacity_bytes // disk.chunk_bytes
+            yield TierPicture("disk", state, disk.chunk_bytes, capacity, disk.chunks, 0, disk.sessions)
+
+    def holders(self) -> dict[str, Holder]:
+        """Who says what of sessions is in the tiers behind the device."""
+        stores = [tier.store for tier in self.secondary_tiers if isinstance(tier, DiskTier)]
+        return {"dram": self._chunks.order, **dict(zip(["disk"], stores, strict=False))}
 
     def row(self, key: bytes) -> torch.Tensor | None:
         """The bytes of a chunk in DRAM that is there whole, as int8."""

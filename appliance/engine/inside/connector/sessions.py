@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from vllm.v1.kv_offload.base import ReqContext
 
 from appliance.engine.inside.quotas import Owner
-from appliance.engine.protocol import LEASE_FIELD, Lease, MalformedMessage
+from appliance.engine.protocol import LEASE_FIELD, Lease
+from appliance.engine.wire import MalformedMessage
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from appliance.engine.inside.canary import MOST_TOKENS, Canary, Place, Sample
 from appliance.engine.inside.connector.device import LeaseRetention
 from appliance.engine.inside.connector.dram import TieredManager
 from appliance.engine.inside.connector.sessions import Released, owner_of, session_of
-from appliance.engine.inside.pictures import disk_picture
+from appliance.engine.inside.pictures import Holder, disk_picture
 from appliance.engine.picture import CanaryPicture, KvPicture, TierPicture
 from appliance.engine.protocol import Lease, LeaseReport, lease_params
 
@@ -72,6 +72,9 @@ class TieredRetention(LeaseRetention):
 
     def tiers(self, leased_blocks: int) -> list[TierPicture]:
         return [*super().tiers(leased_blocks), *self._tiers.pictures()]
+
+    def holders(self) -> dict[str, Holder]:
+        return {**super().holders(), **self._tiers.holders()}
 
     def picture(self, most_sessions: int) -> KvPicture:
         canary, disk = self._canary, self._tiers.disk()

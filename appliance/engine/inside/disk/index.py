@@ -11,6 +11,7 @@ Rules:
 - A session that was not used for `ttl_s` goes as a whole.
 """
 
+import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
@@ -18,6 +19,7 @@ from typing import Final, NamedTuple
 
 from appliance.engine.inside.disk.files import ChunkName, Owner
 from appliance.engine.inside.quotas import Quota, Quotas
+from appliance.engine.picture import HeldPicture
 
 _LOOKED_AT: Final = 512
 _SPARE_SHARE: Final = 50  # room is made for a fiftieth more than is wanted, so that it is not looked for each time
@@ -86,6 +88,27 @@ class DiskIndex:
     def chunks_of_tenant(self, tenant: str) -> int:
         """How many chunks a tenant's sessions have; those that are being written, too."""
         return self._chunks_of[tenant]
+
+    def used_last(self, most: int) -> list[tuple[Owner, int]]:
+        """The sessions that were used last, at most so many, and how many chunks each has."""
+        return [(held.owner, len(held.chunks)) for held in itertools.islice(reversed(self._sessions.values()), most)]
+
+    def kept_of(self, owner: Owner, now: float) -> HeldPicture | None:
+        """What there is of a session; None: nothing."""
+        held = self._sessions.get(owner)
+        if held is None or not held.chunks:
+            return None
+        kept_for = "worth"
+        if held.loading or held.writing:
+            kept_for = "in_use"
+        elif self.quotas.above_share(owner.tenant, self._chunks_of[owner.tenant], "") <= 0:
+            kept_for = "share"
+        last = max(place.position for place in held.chunks.values())
+        return HeldPicture("disk", len(held.chunks), last, kept_for, held.used_at + self._ttl_s - now)
+
+    def chunks_by_tenant(self) -> dict[str, int]:
+        """How many chunks the sessions of each tenant have; those that are being written, too."""
+        return dict(self._chunks_of)
 
     @property
     def room(self) -> int:

@@ -32,7 +32,8 @@ from appliance.engine.inside.disk.cipher import NONCE_BYTES, TAG_BYTES, ChunkCip
 from appliance.engine.inside.disk.files import HEADER_BYTES, ChunkFiles, ChunkName, Owner
 from appliance.engine.inside.disk.index import DiskIndex, Held
 from appliance.engine.inside.disk.keys import NoKey, TierKeys
-from appliance.engine.inside.quotas import Quota
+from appliance.engine.inside.quotas import NO_QUOTA, Quota
+from appliance.engine.picture import HeldPicture
 
 _WRITERS: Final = 3  # one encrypts while the others wait for the disk
 _READERS: Final = 3
@@ -44,7 +45,7 @@ _STOP_S: Final = 5.0
 _ANSWER_S: Final = 2.0  # a disk that takes longer for one read does not answer
 _SLOWEST_READ_BYTES_S: Final = 64 << 20  # computing again is no slower
 _NO_ANSWER: Final = "the disk does not answer"
-_NO_QUOTA: Final = Quota()
+_MOST_LOOKED_THROUGH: Final = 10_000  # sessions, for those that have most
 
 
 class Presence(Enum):
@@ -269,6 +270,21 @@ class DiskStore:
                 if self._index.session(owner) is not None:
                     self._index.used(owner, self._now())
 
+    def sizes(self) -> list[tuple[Owner, int]]:
+        """The sessions that were used last, and how many chunks each has."""
+        with self._lock:
+            return self._index.used_last(_MOST_LOOKED_THROUGH)
+
+    def kept_of(self, session: tuple[str, str]) -> HeldPicture | None:
+        """What a session has; None: nothing."""
+        with self._lock:
+            return self._index.kept_of(Owner(*session), self._now())
+
+    def blocks_by_tenant(self) -> dict[str, int]:
+        """How many chunks the sessions of each tenant have."""
+        with self._lock:
+            return self._index.chunks_by_tenant()
+
     def status(self) -> DiskStatus:
         """How the tier stands."""
         with self._lock:
@@ -296,7 +312,7 @@ class DiskStore:
 
     # Moving
 
-    def store(self, number: int, owner: Owner, pieces: Sequence[Piece], quota: Quota = _NO_QUOTA) -> None:
+    def store(self, number: int, owner: Owner, pieces: Sequence[Piece], quota: Quota = NO_QUOTA) -> None:
         """Write a session's chunks. `finished` tells when their memory is not read any more."""
         job = _Job(number, self._now(), len(pieces), len(pieces) * self._chunk_bytes)
         with self._lock:
@@ -311,7 +327,7 @@ class DiskStore:
                     coming.append(piece)
             fits = 0
             if held is not None:
-                self._shares_changed |= self._index.quotas.in_force(owner.tenant, quota.tenant_share)
+                self._shares_changed |= self._index.quotas.in_force(owner.tenant, quota)
                 ends = [piece.position for piece in coming]
                 fits, evicted = self._index.make_way(held, ends, quota, self._worth)
                 self._evicted += len(evicted)
@@ -462,7 +478,7 @@ class DiskStore:
     def _write_shares(self, files: ChunkFiles) -> None:
         with self._sharing:
             with self._lock:
-                shares = self._index.quotas.shares
+                shares = dict(self._index.quotas.shares)
             try:
                 files.write_shares(shares)
             except OSError as error:
@@ -569,7 +585,7 @@ class DiskStore:
             self._removals.extend(name for name in found.names if not self._index.found(name, used_at))
         for tenant, share in files.read_shares().items():
             if self._index.chunks_of_tenant(tenant):
-                self._index.quotas.in_force(tenant, share)
+                self._index.quotas.in_force(tenant, Quota(share))
         self._expire()
         evicted = self._index.make_room(self._worth)
         self._removals.extend(evicted)

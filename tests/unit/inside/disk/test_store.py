@@ -17,6 +17,7 @@ from appliance.engine.inside.disk.files import ChunkFiles, ChunkName, Owner
 from appliance.engine.inside.disk.index import DiskIndex
 from appliance.engine.inside.disk.store import DiskStore, Piece, Presence
 from appliance.engine.inside.quotas import Quota
+from appliance.engine.picture import HeldPicture
 from tests.unit.inside.disk.tier import (
     ANA,
     BEN,
@@ -359,6 +360,20 @@ def test_behind_a_chunk_that_a_quota_kept_out_nothing_is_written(make: Make) -> 
     assert tier.read(ANA, range(5)) == list(range(5))
 
 
+def test_what_there_is_of_a_session_is_told_with_its_reason_and_its_end(make: Make) -> None:
+    clock = _Clock()
+    tier = make(ttl_s=100.0, now=clock)
+    tier.write(ANA, range(3), tenant_share=0.5)
+    clock.now = 30.0
+    tier.write(EVE, [7])
+    clock.now = 40.0
+    assert list(tier.store.sizes()) == [(EVE, 1), (ANA, 3)]
+    assert tier.store.kept_of(ANA) == HeldPicture("disk", 3, 2, "share", 60.0)
+    assert tier.store.kept_of(EVE) == HeldPicture("disk", 1, 7, "worth", 90.0)
+    assert tier.store.kept_of(BEN) is None
+    assert tier.store.blocks_by_tenant() == {"acme": 3, "other": 1}
+
+
 def test_a_share_holds_after_a_restart_before_its_tenant_comes_again(make: Make) -> None:
     first = make(chunks=10)
     first.write(ANA, range(4), tenant_share=0.2)
@@ -392,7 +407,7 @@ def test_among_thousands_of_sessions_those_that_a_quota_is_about_are_found() -> 
         index.found(ChunkName(owner, chunk_key(owner, len(index)), 32, b"copy"), 0.0)
     friend = index.used(Owner(EVE.tenant, "friend"), 1.0)
     for tenant, share in (("crowd", 0.99), (EVE.tenant, 0.005)):
-        index.quotas.in_force(tenant, share)
+        index.quotas.in_force(tenant, Quota(share))
     fits, gone = index.make_way(friend, range(30), Quota(tenant_cap=0.0125), lambda _: 0.0)
     assert (fits, {name.owner for name in gone}) == (30, {EVE})
     assert index.make_way(index.used(ANA, 1.0), range(100), Quota(), lambda _: 0.0) == (index.room, [])
