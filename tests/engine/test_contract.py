@@ -34,6 +34,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.core_client import AsyncMPClient
@@ -57,7 +58,7 @@ from appliance.engine.inside.connector import (
     check_version,
 )
 from appliance.engine.protocol import CONNECTOR_MODULE, CONNECTOR_NAME, PLUGIN_NAME, TIERED_CONNECTOR_NAME, VLLM_VERSION
-from tests.engine.in_process import EngineInProcess
+from tests.engine.in_process import BLOCK, EngineInProcess, words
 
 
 def test_this_is_the_version_that_the_connector_was_written_for() -> None:
@@ -202,6 +203,23 @@ def test_the_configuration_has_what_is_read_of_it() -> None:
     assert isinstance(inspect.getattr_static(VllmConfig, "num_lookahead_tokens"), property)
     assert isinstance(inspect.getattr_static(VllmConfig, "num_speculative_tokens"), property)
     assert "num_scheduled_tokens" in {field.name for field in dataclasses.fields(SchedulerOutput)}
+
+
+def test_a_request_wants_a_block_only_beyond_those_that_it_has(engine: EngineInProcess) -> None:
+    manager = engine.scheduler.kv_cache_manager
+    (of_attention,) = manager.coordinator.single_type_managers
+    assert type(of_attention).get_num_blocks_to_allocate is SingleTypeKVCacheManager.get_num_blocks_to_allocate
+    name = engine.submit(words(1, BLOCK + 1), max_tokens=2)
+    engine.step()
+    (request,) = engine.scheduler.requests.values()
+    wanted = [
+        manager.coordinator.get_num_blocks_to_allocate(
+            request.request_id, num_tokens, manager.empty_kv_cache_blocks.blocks, 0, BLOCK + 1, BLOCK + 1, num_tokens
+        )
+        for num_tokens in (BLOCK + 2, 2 * BLOCK, 2 * BLOCK + 1)
+    ]
+    assert wanted == [0, 0, 1]
+    engine.cancel(name)
 
 
 def test_a_block_that_is_freed_last_is_evicted_last_and_one_that_is_not_cached_first() -> None:

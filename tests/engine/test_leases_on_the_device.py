@@ -1,6 +1,7 @@
 """What a session's lease does on a real engine's block pool, and what it never does to others."""
 
 import logging
+from typing import Any
 
 import pytest
 
@@ -199,6 +200,24 @@ def test_a_lease_is_reclaimed_before_a_running_request_is_preempted(engine: Engi
     assert engine.preemptions == 0
     assert engine.steps == 190  # nobody missed a step
     assert engine.report().leased_blocks == POOL - 4 * 8
+
+
+def test_what_a_running_request_wants_is_asked_only_when_its_block_is_full(
+    engine: EngineInProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease_whole_bound(engine)
+    asked_at: list[int] = []
+    wanted = engine.connector._wanted
+
+    def ask(*about: Any) -> int:
+        asked_at.append(engine.steps)
+        return wanted(*about)
+
+    monkeypatch.setattr(engine.connector, "_wanted", ask)
+    engine.steps = 0
+    engine.turn(words(9, BLOCK), max_tokens=2 * BLOCK + 2)
+    # The prompt fills a block: the next one is wanted at once, and then every `BLOCK` steps.
+    assert asked_at == [1, 2, BLOCK + 1, BLOCK + 2, 2 * BLOCK + 1, 2 * BLOCK + 2]
 
 
 def test_a_lease_is_reclaimed_at_the_last_moment_when_the_reserve_was_too_small(
