@@ -24,7 +24,7 @@ from appliance.audit.proof import prove as make_proof
 from appliance.audit.proof import verify_proof
 from appliance.audit.reading import LogReader
 from appliance.audit.siem.batches import PUBLIC_KEY as BATCHES_KEY
-from appliance.audit.siem.batches import verify_batches
+from appliance.audit.siem.batches import lines_of, verify_batches
 from appliance.audit.siem.known import Known
 from appliance.audit.siem.verify_export import ExportVerified, verify_export
 from appliance.audit.signing import PUBLIC_KEY
@@ -294,8 +294,7 @@ def check_export(
         console.say(f"{len(batches.paths)} batches hold ({series}).")
         taken = batches.taken
     else:
-        with file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
-            found = verify_export(lines, key, checkpoint=note, asked_from=asked_from, known=known)
+        found = verify_export(lines_of(file), key, checkpoint=note, asked_from=asked_from, known=known)
     shortcomings = found.shortcomings(allow_withheld=allow_withheld)
     if known_file is not None and found.goes_on is None:
         shortcomings.append("these are parts of a log, and nothing from which another check could go on")

@@ -8,6 +8,7 @@ Rules:
 
 - It takes drafts from producers, numbers them, and answers when they are on the disk. Whatever came meanwhile shares
   the next sync.
+- It is the process that started it, and no other, that it takes anything from: not another of the same user either.
 - It has no key but the one that signs checkpoints, which a producer hands over when the vault is open.
 - A checkpoint is made of every `_CHECKPOINT_ENTRIES` entries, and of fewer when they are `_CHECKPOINT_S` old. Without
   the key there is none, and the status says so.
@@ -70,6 +71,7 @@ class Appender:
     """The loop over one log and one listening socket.
 
     Args:
+        starter: the process that may connect.
         lifeline: the writing end of a pipe whose reader is the parent.
     """
 
@@ -78,10 +80,12 @@ class Appender:
         log: AuditLog,
         listener: socket.socket,
         *,
+        starter: int,
         monotonic: Callable[[], float],
         lifeline: int | None = None,
     ) -> None:
         self._log = log
+        self._starter = starter
         self._lifeline = lifeline
         self._listener = listener
         self._monotonic = monotonic
@@ -180,7 +184,7 @@ class Appender:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             connection, _ = self._listener.accept()
-            if len(self._producers) >= _MOST_CONNECTIONS or _uid_of(connection) not in (0, os.getuid()):
+            if len(self._producers) >= _MOST_CONNECTIONS or _peer_of(connection) != self._starter:
                 connection.close()
                 return
             connection.setblocking(False)
@@ -388,7 +392,8 @@ def main() -> int:
     except HoldfastError as error:
         _tell(json.dumps(error.record()))
         return 1
-    appender = Appender(log, socket.socket(fileno=os.dup(0)), monotonic=time.monotonic, lifeline=1)
+    listener = socket.socket(fileno=os.dup(0))
+    appender = Appender(log, listener, starter=os.getppid(), monotonic=time.monotonic, lifeline=1)
     signal.signal(signal.SIGTERM, lambda *_: appender.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's; the gateway drains first
     _tell("ready")
@@ -405,10 +410,10 @@ def _recovered(cut_bytes: int) -> Draft:
     return seal(number, record, keys=None, scope="", actor="", session="", random=os.urandom(32))
 
 
-def _uid_of(connection: socket.socket) -> int:
-    """Whose process the peer is, as the kernel says."""
+def _peer_of(connection: socket.socket) -> int:
+    """Which process connected, as the kernel says."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return int(_CREDENTIALS.unpack(credentials)[1])
+    return int(_CREDENTIALS.unpack(credentials)[0])
 
 
 def _stamp() -> Stamp:

@@ -397,10 +397,11 @@ class _Run:
                     sequence=first + place,
                 )
             frames.append(Frame(entry, sealed))
-        if next(records, None) is not None:
+        rest_bytes = len(held) - sum([2 + len(frame.sealed) for frame in frames])
+        if rest_bytes:
             raise LogTampered(
-                f"there is a record too many behind entry {first + width - 1}",
-                cause=f"{records_path} has more than {width} records",
+                f"there is something behind the record of entry {first + width - 1}",
+                cause=f"{records_path} has {rest_bytes} bytes more than {width} records",
                 sequence=first + width,
             )
         return frames

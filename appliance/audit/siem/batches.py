@@ -39,6 +39,7 @@ NO_PREVIOUS: Final = "0" * 64
 _FIRST_LINE: Final = "holdfast batch v1"  # with spaces: no checkpoint begins so
 _NAME: Final = re.compile(r"batch-([0-9a-f]{16})-([0-9]{12})")
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
+MAX_LINE: Final = 4 << 20  # characters
 _CHUNK: Final = 1 << 20
 
 
@@ -143,9 +144,14 @@ class Batches:
     def lines(self) -> Iterator[str]:
         """The events, without the ends of their lines. Reads the files again."""
         for path in self.paths:
-            with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
-                for line in lines:
-                    yield line.removesuffix("\n")
+            yield from lines_of(path)
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a file, without their ends. Of one that is too long to be an event come pieces that are, too."""
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        while line := file.readline(MAX_LINE + 2):
+            yield line.removesuffix("\n")
 
 
 def verify_batches(folder: Path, key: VerifierKey, *, known: Mapping[str, Taken] | None = None) -> Batches:
@@ -161,6 +167,9 @@ def verify_batches(folder: Path, key: VerifierKey, *, known: Mapping[str, Taken]
     manifests: dict[str, list[Manifest]] = {}
     names = {path.stem for path in folder.iterdir() if _NAME.fullmatch(path.stem) and path.suffix in (BATCH, MANIFEST)}
     for name in sorted(names):
+        for path in (folder / f"{name}{MANIFEST}", folder / f"{name}{BATCH}"):
+            if path.exists() and not path.is_file():
+                raise _invalid(path.name, "it is no file")
         manifest = _checked(folder, name, key)
         manifests.setdefault(manifest.series, []).append(manifest)
     found = Batches(taken=dict(known or {}))

@@ -18,6 +18,7 @@ from typing import Any, Final
 from appliance.audit.siem.facts import (
     PRODUCT,
     Facts,
+    check_same,
     facts_of_checkpoint,
     facts_of_entry,
     facts_of_trial,
@@ -25,7 +26,7 @@ from appliance.audit.siem.facts import (
     read_object,
     utc_moment,
 )
-from appliance.audit.siem.formats import Carried, CheckpointEvent, Disclosed, invalid
+from appliance.audit.siem.formats import Carried, CheckpointEvent, Disclosed
 from appliance.audit.siem.transport import Message
 
 MAPPING: Final = 1
@@ -102,12 +103,7 @@ class Ecs:
         document = read_object(text)
         ours = document.get("holdfast")
         carried, made = made_again(self, ours.get("proof") if isinstance(ours, dict) else None, MAPPING)
-        expected = json.loads(made.payload)
-        if document != expected:
-            names = sorted(
-                name for name in document.keys() | expected.keys() if document.get(name) != expected.get(name)
-            )
-            raise invalid(f"what it says is not what its entry and record say: {', '.join(names)}"[:300])
+        check_same(document, json.loads(made.payload))
         return carried
 
 

@@ -222,6 +222,23 @@ def read_object(text: str) -> dict[str, Any]:
     return found
 
 
+def check_same(event: dict[str, Any], made: dict[str, Any]) -> None:
+    """See that an event is the one that was made again. 1, 1.0 and true are one to Python, and three to receivers.
+
+    Raises:
+        EventInvalid: names the fields that differ.
+    """
+    if event == made and _spelt(event) == _spelt(made):
+        return
+    names = event.keys() | made.keys()
+    differing = sorted(name for name in names if _spelt(event.get(name)) != _spelt(made.get(name)))
+    raise invalid(f"what it says is not what its entry and record say: {', '.join(differing)}"[:300])
+
+
+def _spelt(value: object) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
 def made_again(format_: Format, proof: object, mapping: int) -> tuple[Carried, Message]:
     """What a proof carries, and the event that the format makes of that.
 

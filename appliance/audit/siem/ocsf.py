@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from appliance.audit.entry import Entry, check_commitment
 from appliance.audit.events import CATALOGUE
-from appliance.audit.siem.facts import read_object
+from appliance.audit.siem.facts import check_same, read_object
 from appliance.audit.siem.formats import (
     Carried,
     CheckpointEvent,
@@ -204,9 +204,7 @@ def read_event(event: dict[str, Any]) -> Disclosed | CheckpointEvent | None:
         if isinstance(error, HoldfastError):
             raise
         raise invalid(f"its proof cannot be read: {type(error).__name__}") from None
-    if made != event:
-        differing = sorted(name for name in made.keys() | event.keys() if made.get(name) != event.get(name))
-        raise invalid(f"what it says is not what its entry and record say: {', '.join(differing)}"[:300])
+    check_same(event, made)
     return carried
 
 

@@ -30,13 +30,13 @@ from typing import Any, ClassVar, Final, NamedTuple
 from appliance.audit.entry import PLAINTEXT, Entry
 from appliance.audit.events import CATALOGUE, Scope
 from appliance.audit.notes import Checkpoint, VerifierKey, open_checkpoint
+from appliance.audit.siem.batches import MAX_LINE
 from appliance.audit.siem.destinations import FORMATS
 from appliance.audit.siem.formats import Carried, CheckpointEvent, Disclosed, Withheld
 from appliance.audit.siem.known import KEPT, Known
 from appliance.audit.tree import Frontier, cover, leaf_hash
 from appliance.errors import Fault, HoldfastError
 
-MAX_LINE: Final = 4 << 20  # characters
 _MOST_NAMED: Final = 20
 _MOST_UNPROVED: Final = 1 << 16  # entries: so many checkpoints do not stay away
 _GIVEN: Final = "the given checkpoint"

@@ -18,6 +18,7 @@ from appliance.audit.notes import VerifierKey
 from appliance.audit.reading import LogReader
 from appliance.audit.verify import verify_log
 from tests.e2e.api.conftest import Served, serving, until
+from tests.e2e.api.test_faults import begin, read_until
 
 
 def _entries(served: Served, **wanted: Any) -> list[types.AuditEntry]:
@@ -163,6 +164,21 @@ def test_the_engine_may_begin_but_nothing_is_answered_before_the_admission_is_on
     os.kill(_appender(own), signal.SIGCONT)
     asking.join()
     assert answers.get() == 200
+
+
+def test_a_completion_that_cannot_be_recorded_withholds_the_end_and_says_why(own: Served) -> None:
+    appender = _appender(own)
+    with begin(own, '@stub {"chunks": 3, "pause_s": 0.5}', session="unrecorded") as connection:
+        read_until(connection, b"word0")
+        os.kill(appender, signal.SIGSTOP)
+        try:
+            said = read_until(connection, b"0\r\n\r\n")
+        finally:
+            os.kill(appender, signal.SIGCONT)
+    assert b'"code":"audit_unavailable"' in said
+    assert b"[DONE]" not in said
+    assert b'"finish_reason":"stop"' not in said
+    assert own.ask("hello").status == 200
 
 
 def test_an_appender_that_is_killed_costs_no_turn_and_no_record(own: Served) -> None:

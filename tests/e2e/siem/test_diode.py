@@ -187,6 +187,11 @@ def _signature_of_another(paths: list[Path]) -> None:
     paths[1].with_suffix(".manifest").write_text(one.partition("\n\n")[0] + "\n\n" + other.partition("\n\n")[2])
 
 
+def _fifo(paths: list[Path]) -> None:
+    paths[1].unlink()
+    os.mkfifo(paths[1])
+
+
 def _garbage(paths: list[Path]) -> None:
     paths[1].with_suffix(".manifest").write_bytes(b"\xff\0" * 1000)
 
@@ -203,6 +208,7 @@ def _garbage(paths: list[Path]) -> None:
         (_renamed, r"000000000005\.manifest does not hold: it is the manifest of batch-\w+-000000000004"),
         (_forged, r"000000000002\.manifest does not hold: diode\.vault did not sign it"),
         (_signature_of_another, r"000000000002\.manifest does not hold: the signature of diode\.vault does not belong"),
+        (_fifo, r"batch-\w+-000000000002\.log does not hold: it is no file"),
         (_garbage, r"000000000002\.manifest does not hold: it is not UTF-8"),
     ],
     ids=lambda each: getattr(each, "__name__", ""),

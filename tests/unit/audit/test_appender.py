@@ -41,7 +41,7 @@ class Loop:
         self.log = open_log(directory)
         self.poll = Poll()
         self._sockets = socket.socketpair()
-        self.appender = Appender(self.log, self._sockets[0], monotonic=self._look)
+        self.appender = Appender(self.log, self._sockets[0], starter=0, monotonic=self._look)
         self.appender._poll.close()
         self.appender._poll = self.poll  # type: ignore[assignment]
         self._producer = module._Producer(self._sockets[1])

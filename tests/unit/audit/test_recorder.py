@@ -11,16 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from appliance.audit import protocol
 from appliance.audit.entry import Entry, open_record
 from appliance.audit.events import ANYONE, LOG_RECOVERED, NOT_AUTHENTICATED, VAULT_REFUSED, Event, Outcome
 from appliance.audit.journal import read_journal
 from appliance.audit.launch import SOCKET_NAME, AppenderFailed, Launcher
 from appliance.audit.log import CHECKPOINT, JOURNAL
-from appliance.audit.notes import open_checkpoint
+from appliance.audit.notes import SigningKey, open_checkpoint
 from appliance.audit.recorder import AuditUnavailable, Recorder
 from appliance.audit.verify import verify_log
 from appliance.vault import VaultSealed
-from tests.unit.audit.making import KEY, Keys, event, open_log
+from tests.unit.audit.making import KEY, Keys, draft, event, open_log
 
 pytestmark = pytest.mark.anyio
 
@@ -86,6 +87,35 @@ async def test_a_checkpoint_is_signed_when_the_key_is_there_and_at_the_end(tmp_p
     assert open_checkpoint((it.log / CHECKPOINT).read_text(), KEY.verifier()).size == 2002
     assert verify_log(it.log, KEY.verifier()).unsigned == 0
     assert not (tmp_path / "run" / SOCKET_NAME).exists()
+
+
+_STRANGER = """
+import contextlib, socket, sys
+answer = b""
+with socket.socket(socket.AF_UNIX) as appender, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+    appender.connect("audit.sock")
+    appender.settimeout(20)
+    appender.sendall(bytes.fromhex(sys.argv[1]))
+    answer = appender.recv(1)
+sys.exit(answer != b"")
+"""
+
+
+@pytest.mark.parametrize("kind", [protocol.APPEND, protocol.STATUS, protocol.SIGNING_KEY], ids=str)
+async def test_another_process_of_the_same_user_is_not_heard(kind: int, tmp_path: Path) -> None:
+    bodies = {
+        protocol.APPEND: protocol.pack_drafts([draft(7)]),
+        protocol.SIGNING_KEY: SigningKey("x", b"x" * 32).to_bytes(),
+    }
+    async with recording(tmp_path) as it:
+        await it.recorder.sign_with(KEY.to_bytes())
+        await it.recorder.record(event(1))
+        frame = protocol.pack(kind, 1, bodies.get(kind, b"")).hex()
+        stranger = await asyncio.create_subprocess_exec(sys.executable, "-c", _STRANGER, frame, cwd=tmp_path / "run")
+        assert await stranger.wait() == 0, "it was answered"
+        await it.recorder.record(event(2))
+        assert len(it.entries()) == 2
+        assert (await it.recorder.status())["public_key"] == str(KEY.verifier())
 
 
 async def test_an_appender_that_is_killed_is_started_again_and_repeats_nothing(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from appliance.audit.siem.severity import Severity
 from appliance.audit.siem.verify_export import ExportDiffers, verify_export
 from appliance.audit.tree import Frontier, leaf_hash
 from appliance.errors import HoldfastError
-from tests.unit.audit.making import BOOT, KEY, ORIGIN, Keys, drafts, open_log, sign
+from tests.unit.audit.making import BOOT, KEY, ORIGIN, Keys, drafts, event, open_log, sign
 from tests.unit.audit.siem_parsers import parse_cef, parse_leef
 
 NASTY = 'a\nb\r\0c|d=e^f\t\x1b[31m\x7f\x85\u2028\u202e\u200b <34>1 \U0001f600 "\\ suser=root CEF:0|x| {"unmapped":{}}'
@@ -232,6 +233,21 @@ def test_an_event_that_was_altered_anywhere_is_refused(format_: Format, data: st
     # JSON says the same in several ways; what it carries is what was sent then.
     assert altered[begin:].startswith("{")
     assert carried == Carried(ORIGIN, disclosed)
+
+
+@pytest.mark.parametrize("other", [lambda number: f"{number}.0", lambda _: "true", lambda number: f'"{number}"'])
+@pytest.mark.parametrize("format_", [FORMATS["ocsf"], FORMATS["ecs"]], ids=["ocsf", "ecs"])
+def test_a_number_that_became_another_thing_of_the_same_worth_is_refused(
+    format_: Format, other: Callable[[str], str]
+) -> None:
+    """To Python 1, 1.0 and true are one; a receiver may look for one of them."""
+    line = format_.entry(ORIGIN, disclosed_of(TURN_ADMITTED.number, event().record({}))).payload.decode()
+    format_.read(line)
+    ones = [found.span(1) for found in re.finditer(r'":(1)[,}]', line)]
+    assert ones
+    for begin, end in ones:
+        with pytest.raises(HoldfastError):
+            format_.read(line[:begin] + other(line[begin:end]) + line[end:])
 
 
 @pytest.mark.parametrize("format_", FORMATS.values(), ids=lambda each: each.name)

@@ -210,5 +210,7 @@ def test_the_command_goes_on_and_keeps_what_it_knew_where_something_is_wanting(s
     assert run(sent.part(300, ENTRIES), "--from", "300")[0] == 2
     status, told = run(sent.part(300, 390))
     assert (status, "no more is proved than was known" in told) == (0, True)
+    status, told = run([*sent.part(390, ENTRIES), "x" * (9 << 20)])
+    assert (status, "it has more than 4194304 characters" in told) == (6, True)
     status, told = run(sent.part(390, ENTRIES))
     assert (status, "entries 250 to 399 are proved" in told, "before entry 250 is known" in told) == (0, True, True)

@@ -79,6 +79,20 @@ def test_every_flipped_byte_of_a_small_log_is_found(tmp_path: Path) -> None:
     assert _verify(tmp_path).size == 3
 
 
+@pytest.mark.parametrize("added", [b"\0", b"x", b"\0\0", b"\0\x05hello"])
+def test_whatever_is_added_to_a_file_is_found(log: Path, added: bytes) -> None:
+    """But for the lock, which holds nothing, and zeros at the end of the journal, which are space that was taken."""
+    files = [path for path in log.rglob("*") if path.is_file() and path.name not in ("lock", "log.vkey")]
+    for path in files:
+        if path.name == "journal" and not added.strip(b"\0"):
+            continue
+        content = path.read_bytes()
+        path.write_bytes(content + added)
+        with pytest.raises(LogTampered):
+            verify_log(log, VERIFIER, pause=lambda: None)
+        path.write_bytes(content)
+
+
 @pytest.mark.parametrize("entry", [0, 255, 256, 511, 512, 599])
 def test_the_first_changed_entry_is_named(log: Path, entry: int) -> None:
     bundle, place = divmod(entry, 256)
