@@ -49,7 +49,7 @@ SUMMARIES: Mapping[str, str] = {
     "unseal": "Open the vault with its passphrase.",
     "seal": "Close the vault: nothing is served until it is unsealed.",
     "tenant": "Create, set and list tenants.",
-    "key": "Create, list and revoke API keys.",
+    "key": "Create, list and revoke API keys; rotate encryption keys.",
     "session": "List, read and forget sessions.",
     "kv": "Show what is kept of sessions, why and until when.",
     "audit": "Read, check, prove and witness the audit log.",
