@@ -255,7 +255,7 @@ def _warn_of_demonstration_model(console: Console, settings: "Settings") -> None
 
 def _choose_demo(console: Console) -> None:
     if not console.state_dir_was_named:
-        console.choose_state_dir(console.state_dir.with_name(console.state_dir.name + "-demo"))
+        console.choose_state_dir(console.demonstration_dir)
 
 
 def _make_demo(console: Console) -> None:

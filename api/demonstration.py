@@ -20,12 +20,13 @@ _SHOWN_TURNS = 6
 _CURL = """\
 curl {endpoint}/chat/completions \\
   -H 'Authorization: Bearer {api_key}' -H 'Content-Type: application/json' \\
-  -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello! My name is Anna."}}]}}'"""
+  -d '{{"model": "{model}", "temperature": 0,
+       "messages": [{{"role": "user", "content": "Hello! My name is Anna."}}]}}'"""
 _SDK = """\
 from openai import OpenAI
 client = OpenAI(base_url="{endpoint}", api_key="{api_key}")
 answer = client.chat.completions.create(
-    model="{model}", messages=[{{"role": "user", "content": "What is the capital of France?"}}])
+    model="{model}", messages=[{{"role": "user", "content": "What is the capital of France?"}}], temperature=0)
 print(answer.choices[0].message.content)"""
 _LOOP = """\
 from openai import OpenAI

@@ -49,7 +49,7 @@ SUMMARIES: Mapping[str, str] = {
     "unseal": "Open the vault with its passphrase.",
     "seal": "Close the vault: nothing is served until it is unsealed.",
     "tenant": "Create, set and list tenants.",
-    "key": "Create, list and revoke API keys.",
+    "key": "Create, list and revoke API keys; rotate encryption keys.",
     "session": "List, read and forget sessions.",
     "kv": "Show what is kept of sessions, why and until when.",
     "audit": "Read, check, prove and witness the audit log.",
@@ -137,6 +137,11 @@ class Console:
         named = self._named_state_dir or os.environ.get("HOLDFAST_STATE_DIR")
         return Path(named or default_state_dir(os.environ)).expanduser().absolute()
 
+    @property
+    def demonstration_dir(self) -> Path:
+        """Where `holdfast up --demo` keeps its state when nobody names a place."""
+        return self.state_dir.with_name(f"{self.state_dir.name}-demo")
+
     def settings(self, flags: Mapping[str, Any] | None = None) -> "Settings":
         """The appliance's settings, with what the command line said on top."""
         from appliance.settings import load_settings
@@ -161,6 +166,8 @@ class Console:
                     remedy="Write the key to the descriptor that --api-key-fd names, then close it",
                 )
             api_key = offered.decode()
+        if not self.state_dir_was_named and not self.state_dir.exists() and self.demonstration_dir.exists():
+            self.say(f"There is a demonstration: {COMMAND} --state-dir {shlex.quote(str(self.demonstration_dir))} …")
         return AdminClient(self.state_dir, api_key=api_key, deadline_s=deadline_s)
 
     def suggest(self, words: str) -> str:

@@ -99,6 +99,10 @@ class AdminClient:
         """Close the vault."""
         return self._call(types.VaultState, "POST", "/v1/vault/seal")
 
+    def rotate_keys(self, tenant: str | None) -> types.RotatedKeys:
+        """Put a tenant's encryption keys under another key, or the system's (None). No data is written anew."""
+        return self._call(types.RotatedKeys, "POST", "/v1/vault/rotate", body={"tenant": tenant})
+
     def create_tenant(
         self, name: str, *, idle_timeout_s: float | None = None, isolation: types.IsolationMode = "session"
     ) -> types.Tenant:

@@ -47,6 +47,7 @@ from appliance.audit.events import (
     BACKUP_MADE,
     KEY_CREATED,
     KEY_REVOKED,
+    KEYS_ROTATED,
     NOT_AUTHENTICATED,
     SESSION_SHREDDED,
     SESSIONS_LISTED,
@@ -61,7 +62,7 @@ from appliance.errors import Fault, HoldfastError
 from appliance.identity import ApiKey, Isolation, Permission, Role, Scopes, Tenant
 from appliance.sessions import EXPLAINED_TURNS, NO_TURN, TRANSCRIPT_TURNS, Explanation, SessionSummary, Transcript
 from appliance.sessions.keeping import keeping
-from appliance.vault import VaultSealed
+from appliance.vault import SYSTEM_SCOPE, VaultSealed
 
 MAX_BODY_BYTES = 64 << 10
 _LOG = logging.getLogger("holdfast.admin")
@@ -93,6 +94,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", "/v1/status"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False),
     ("POST", "/v1/vault/unseal"): Rule(_MASTERS, appliance_wide=True, while_sealed=True),
     ("POST", "/v1/vault/seal"): Rule(_MASTERS, appliance_wide=True, while_sealed=True),
+    ("POST", "/v1/vault/rotate"): Rule(_ADMINS, appliance_wide=True),
     ("GET", "/v1/tenants"): Rule(_PEOPLE),
     ("POST", "/v1/tenants"): Rule(_ADMINS, appliance_wide=True),
     ("GET", "/v1/tenants/{tenant_id}"): Rule(_PEOPLE),
@@ -288,6 +290,18 @@ async def _seal(services: ServicesOf, asker: AskerOf) -> types.VaultState:
     return types.VaultState(sealed=True, changed=changed)
 
 
+async def _rotate(wanted: types.KeysToRotate, services: ServicesOf, asker: AskerOf) -> types.RotatedKeys:
+    tenant = None if wanted.tenant is None else await chosen_tenant(services, asker.named, wanted.tenant)
+    scope = SYSTEM_SCOPE if tenant is None else tenant.tenant_id
+    try:
+        keys = await services.identity.rotate_keys(tenant)
+    except HoldfastError as error:
+        await asker.did(KEYS_ROTATED, ("keys", scope), outcome=Outcome.FAILURE, reason=error.code)
+        raise
+    await asker.did(KEYS_ROTATED, ("keys", scope), details={"keys": str(keys)})
+    return types.RotatedKeys(tenant_id=None if tenant is None else tenant.tenant_id, keys=keys)
+
+
 # Tenants and keys
 
 
@@ -460,6 +474,7 @@ _ENDPOINTS: Endpoints = {
     ("GET", "/v1/status"): (_status, types.Status),
     ("POST", "/v1/vault/unseal"): (_unseal, types.VaultState),
     ("POST", "/v1/vault/seal"): (_seal, types.VaultState),
+    ("POST", "/v1/vault/rotate"): (_rotate, types.RotatedKeys),
     ("GET", "/v1/tenants"): (_tenants, types.Tenants),
     ("POST", "/v1/tenants"): (_create_tenant, types.Tenant),
     ("GET", "/v1/tenants/{tenant_id}"): (_tenant, types.Tenant),

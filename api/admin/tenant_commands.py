@@ -22,6 +22,7 @@ _IN_WORDS = {
     "tenant-prefix": "its sessions share tools and system messages, and nothing after them",
     "tenant": "its sessions share everything",
 }
+_ROTATION_DEADLINE_S = 600.0  # it takes a while where there are many sessions
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
@@ -164,7 +165,7 @@ def show_tenant(console: Console, name: str, api_key_fd: int | None) -> None:
 
 @click.group(cls=Group)
 def key() -> None:
-    """Create, list and revoke API keys."""
+    """Create, list and revoke API keys; rotate encryption keys."""
 
 
 @key.command("create")
@@ -262,6 +263,24 @@ def revoke_key(console: Console, key_id: str) -> None:
     """Revoke an API key; it holds for the very next request."""
     revoked = console.admin().revoke_key(key_id)
     console.result(revoked, f"Revoked {revoked.key_id}; requests with it are refused from now on.")
+
+
+@key.command("rotate")
+@click.option("--tenant", "tenant_name", metavar="TENANT", help="This tenant's encryption keys: a name or an id.")
+@click.option("--system", is_flag=True, help="The appliance's own.")
+@api_key_option
+@pass_console
+def rotate_keys(console: Console, tenant_name: str | None, system: bool, api_key_fd: int | None) -> None:
+    """Put encryption keys under another key; what they encrypted stays as it is.
+
+    The key that wrapped them opens none of them any more: a copy of it, or of the database from before, is of no use
+    with what is written from now on. API keys and the passphrase stay the same.
+    """
+    if system == (tenant_name is not None):
+        raise click.UsageError("say whose keys: --tenant TENANT or --system")
+    rotated = console.admin(api_key_fd=api_key_fd, deadline_s=_ROTATION_DEADLINE_S).rotate_keys(tenant_name)
+    whose = "the system" if rotated.tenant_id is None else f"{tenant_name} ({rotated.tenant_id})"
+    console.result(rotated, f"{rotated.keys} keys of {printable(whose)} are under a new key; no data was written anew.")
 
 
 def _tenant_text(shown: "types.Tenant") -> str:

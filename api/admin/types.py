@@ -125,6 +125,19 @@ class VaultState(Wire):
     changed: bool
 
 
+class KeysToRotate(Wire):
+    """Whose encryption keys are to be under another key; None: the system's."""
+
+    tenant: str | None
+
+
+class RotatedKeys(Wire):
+    """A key that wraps others was replaced; `keys` are under the new one."""
+
+    tenant_id: str | None
+    keys: int
+
+
 # Tenants and keys
 
 # What sessions of one tenant may find of each other's in the engine's cache: nothing outside a session tree, the tools

@@ -113,6 +113,13 @@ MODEL_CHANGED: Final = EventClass(
 VAULT_OPENED: Final = EventClass(20, "vault.opened", "The root key was opened.", Scope.SYSTEM, (3002, 1))
 VAULT_REFUSED: Final = EventClass(21, "vault.refused", "Somebody failed to open the vault.", Scope.SYSTEM, (3002, 1))
 VAULT_SEALED: Final = EventClass(22, "vault.sealed", "The vault was sealed.", Scope.SYSTEM, (3002, 2))
+KEYS_ROTATED: Final = EventClass(
+    23,
+    "keys.rotated",
+    "The key that wraps a tenant's keys, or the system's, was replaced by another; `keys` are under the new one.",
+    Scope.SYSTEM,
+    (3004, 3),
+)
 AUTHENTICATED: Final = EventClass(
     30, "key.authenticated", "A request that is not a turn brought a valid key.", Scope.TENANT, (3002, 1)
 )

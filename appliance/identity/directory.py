@@ -115,9 +115,13 @@ class Identity:
 
         Returns:
             How many keys the new one wraps.
+
+        Raises:
+            VaultSealed, TamperedValue: nothing is rotated.
+            StoreFull, StoreBusy, StoreUnavailable: nothing is, or what the old key wraps is in the files still.
         """
         async with self._one_rotation:
-            rotation = self._vault.rotate(SYSTEM_SCOPE if tenant is None else tenant.tenant_id)
+            rotation = await asyncio.to_thread(self._vault.rotate, SYSTEM_SCOPE if tenant is None else tenant.tenant_id)
             await self._store.write(rotation_changes(rotation))
         await self._store.erase()
         return len(rotation.rewrapped)

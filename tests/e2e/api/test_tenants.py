@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from api.admin.client import Refused
+from api.admin.client import AdminClient, Refused
 from api.roots import open_root
 from appliance.cli import holdfast
 from appliance.identity import Identity, Isolation
@@ -152,3 +153,46 @@ def test_what_a_proof_left_that_was_killed_is_removed_at_the_next_start_and_reco
         (record,) = _records(served, "tenant.removed")
         assert record["target"] == {"kind": "tenant", "id": tenant_id}
         assert record["actor"]["kind"] == "system"
+
+
+def _wrapping_keys(state_dir: Path) -> set[str]:
+    """The ids of the keys that others are under now."""
+    with contextlib.closing(sqlite3.connect(state_dir / "holdfast.db")) as db:
+        return {key_id for (key_id,) in db.execute("SELECT DISTINCT parent_id FROM keys WHERE parent_id IS NOT NULL")}
+
+
+def _read(served: Served, session_id: str) -> list[int]:
+    """The numbers of the turns that its own principal reads of a session."""
+    return [turn.number for turn in AdminClient(served.state_dir, api_key=served.api_key).transcript(session_id).turns]
+
+
+def test_keys_are_rotated_while_it_serves_and_all_can_be_read_after_a_restart(place: Path) -> None:
+    with _started(place) as served:
+        assert served.ask(session="job").status == 200
+        session_id = served.newest_session().session_id
+        before = _wrapping_keys(served.state_dir)
+        assert "keys of tenant (ten_" in _told(served, "key", "rotate", "--tenant", "tenant")
+        assert "keys of the system are under a new key" in _told(served, "key", "rotate", "--system")
+        assert not before & _wrapping_keys(served.state_dir)
+        assert served.ask(session="job").status == 200
+        assert _read(served, session_id) == [1, 2]
+        (tenant,) = served.admin.tenants().tenants
+        of_tenant, of_system = _records(served, "keys.rotated")
+        assert of_tenant["target"] == {"kind": "keys", "id": tenant.tenant_id}
+        assert of_tenant["details"] == {"keys": "5"}  # the tenant's four, and the session's
+        assert of_system["target"]["id"] == "system"
+    with _started(place) as served:
+        assert _read(served, session_id) == [1, 2]
+        assert served.ask(session="job").status == 200
+
+
+@pytest.mark.parametrize("words", [(), ("--system", "--tenant", "tenant")])
+def test_whose_keys_are_rotated_has_to_be_said(served: Served, words: tuple[str, ...]) -> None:
+    assert "say whose keys" in _told(served, "key", "rotate", *words)
+    assert _records(served, "keys.rotated") == []
+
+
+def test_keys_of_a_tenant_that_is_not_there_are_not_rotated(served: Served) -> None:
+    with pytest.raises(Refused) as refused:
+        served.admin.rotate_keys("nobody")
+    assert refused.value.code == "admin_not_found"

@@ -188,6 +188,19 @@ def test_what_an_error_suggests_speaks_of_the_same_appliance(tried: Callable[...
     assert "`holdfast status` tells, `holdfast down` stops it; `make" in tried(fail).stderr
 
 
+@pytest.mark.parametrize(("there", "told"), [("holdfast-demo", True), ("holdfast", False)])
+def test_who_speaks_of_no_appliance_is_told_of_the_demonstration(
+    tried: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str, told: bool
+) -> None:
+    monkeypatch.delenv("HOLDFAST_STATE_DIR", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    (tmp_path / "holdfast-demo").mkdir()
+    (tmp_path / there).mkdir(exist_ok=True)
+    outcome = tried(lambda console: console.say(str(console.admin().status())))
+    assert outcome.exit_code == 8
+    assert (f"There is a demonstration: holdfast --state-dir {tmp_path}/holdfast-demo …" in outcome.stderr) == told
+
+
 def test_what_is_suggested_runs_this_program_also_where_no_shell_finds_it(
     tried: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
