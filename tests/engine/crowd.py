@@ -70,6 +70,7 @@ def live(engine: EngineInProcess, deeds: Sequence[Deed], seen: Seen) -> None:
     """Have the deeds done, hold the engine to account after each, and see that nothing is left of them."""
     assert engine.scheduler.reset_prefix_cache(reset_connector=True)
     engine.start_anew()
+    seen.wrong.clear()
     crowd = Crowd(engine)
     with _watched(engine, seen), _copies_of(engine) as crowd.copies:
         try:
