@@ -297,11 +297,12 @@ class LeaseRetention:
         )
         if loads_later:  # nothing is computed before the load is over
             first_chunk = 0
-        needs = [(min(computed + first_chunk, self._max_model_len), False)]
+        needs = [(min(computed + first_chunk, self._max_model_len), False, reserved)]
         if self._whole_prompt_must_fit:
-            needs.append((min(request.num_tokens, self._max_model_len), True))
-        required = max(
-            self._manager.coordinator.get_num_blocks_to_allocate(
+            needs.append((min(request.num_tokens, self._max_model_len), True, 0))
+        required = self._watermark() + max(
+            kept_free
+            + self._manager.coordinator.get_num_blocks_to_allocate(
                 request_id=request.request_id,
                 num_tokens=num_tokens,
                 new_computed_blocks=hits.blocks,
@@ -312,9 +313,8 @@ class LeaseRetention:
                 apply_admission_cap=capped,
                 prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
             )
-            for num_tokens, capped in needs
+            for num_tokens, capped, kept_free in needs
         )
-        required += self._watermark() + reserved
         if required <= free_blocks:
             return
         hit_ids = {block.block_id for group in hits.blocks for block in group}
@@ -328,24 +328,11 @@ class LeaseRetention:
         return int(self._manager.watermark_blocks) if running else 0
 
     def _reserved_for_loads(self, loading: Request) -> int:
-        """At least what vLLM keeps from an asynchronous load: what the prefills under way still want, and one step."""
-        prefills = [
-            request
-            for request in self._requests.values()
-            if request is not loading
-            and self._holds_blocks(request)
-            and request.num_computed_tokens < request.num_tokens
-        ]
+        """What vLLM keeps from an asynchronous load: what the prefills under way still want, and a step of drafts."""
+        prefills = [request for request in self._requests.values() if request is not loading and _is_prefill(request)]
         wanted = sum(self._wanted_in_all(request, request.num_computed_tokens) for request in prefills)
-        step_tokens = 1 + self._draft_tokens + self._lookahead_tokens
-        groups = self._manager.num_kv_cache_groups
-        return int(wanted + (step_tokens // self._block_size + 1) * groups)
-
-    def _holds_blocks(self, request: Request) -> bool:
-        return request.num_computed_tokens > 0 or request.status in (
-            RequestStatus.RUNNING,
-            RequestStatus.WAITING_FOR_REMOTE_KVS,
-        )
+        step_tokens = 1 + self._draft_tokens + self._lookahead_tokens if self._draft_tokens else 0
+        return int(wanted + math.ceil(step_tokens / self._block_size) * self._manager.num_kv_cache_groups)
 
     def _most_to_admit(self, request: Request) -> int:
         """No request takes more blocks than this at its admission; cheap, where looking up its hits is not."""
@@ -444,6 +431,14 @@ class LeaseRetention:
                 if block.ref_cnt > (block.block_id in last_held):
                     break  # somebody else uses it
                 self._pool.evict_blocks({block.block_id})
+
+
+def _is_prefill(request: Request) -> bool:
+    """Whether vLLM counts a request among the prefills under way: it holds blocks, and its prompt is not computed."""
+    if request.status == RequestStatus.RUNNING:
+        # Of a prompt that was let in just now, the part that is computed in this step is not counted yet.
+        return request.is_prefill_chunk or request.num_computed_tokens < request.num_tokens - 1
+    return request.num_computed_tokens > 0 or request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
 
 
 class NothingToTransfer(KVConnectorMetadata):  # type: ignore[misc]
