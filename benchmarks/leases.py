@@ -67,7 +67,7 @@ _HOOKS: Final = (
     "on_new_request",
     "get_num_new_matched_tokens",
     "update_state_after_alloc",
-    "has_pending_block_frees",
+    "make_room",
     "build_connector_meta",
     "request_finished_all_groups",
     "turns_ended",

@@ -46,10 +46,16 @@ class Answer:
 
 
 class EngineInProcess:
-    """See the module. `preemptions` counts requests thrown off the device since `start_anew`."""
+    """See the module. `preemptions` counts requests thrown off the device since `start_anew`; `options` are vLLM's."""
 
     def __init__(
-        self, model: Path, *, dram_bytes: int = 0, disk: Mapping[str, object] | None = None, pool: int = POOL
+        self,
+        model: Path,
+        *,
+        dram_bytes: int = 0,
+        disk: Mapping[str, object] | None = None,
+        pool: int = POOL,
+        **options: Any,
     ) -> None:
         self.clock = Clock()
         (TieredStateConnector if dram_bytes else StateConnector).clock = staticmethod(self.clock)
@@ -66,6 +72,7 @@ class EngineInProcess:
             dtype="bfloat16",
             seed=0,
             kv_transfer_config=connector_config(BOUND / pool, None, dram_bytes, disk),
+            **options,
         )
         self._workers_connector = kv_transfer_state._KV_CONNECTOR_AGENT
         self._front = self._llm.llm_engine
@@ -98,6 +105,7 @@ class EngineInProcess:
         idle_timeout_s: float = 15.0,
         max_tokens: int = 1,
         seed: int | None = None,
+        priority: int = 0,
         transfer: object = None,
         **lease: Any,
     ) -> str:
@@ -118,6 +126,7 @@ class EngineInProcess:
                 ignore_eos=True,
                 extra_args=None if transfer is None else {"kv_transfer_params": transfer},
             ),
+            priority=priority,
         )
         self.answers[name] = Answer()
         return name
@@ -142,6 +151,23 @@ class EngineInProcess:
         """
         self.step(_MOST_STEPS)
         assert not self._front.has_unfinished_requests()
+
+    def settle(self) -> None:
+        """Step as the engine's own loop does, until no copy between tiers is under way.
+
+        Raises:
+            AssertionError: when some copy gets nowhere.
+        """
+        for _ in range(_MOST_STEPS):
+            if not self.scheduler.has_requests():
+                return
+            self.core.step_fn()
+        raise AssertionError("copies between tiers do not come to an end")
+
+    def copying_worker(self) -> Any:
+        """What copies between the device and DRAM; None without tiers."""
+        behind = getattr(self._workers_connector, "connector_worker", None)
+        return None if behind is None else behind.worker
 
     def turn(self, prompt: Sequence[int], **request: Any) -> Answer:
         """Submit a request and run everything to its end."""

@@ -4,15 +4,14 @@
 
 - asks `get_num_new_matched_tokens` of each waiting request that has computed nothing, after it has looked up its hits
   and before it allocates;
-- asks `has_pending_block_frees` when a running request finds no block, before it preempts, and then tries again in the
-  next step;
+- asks the cache manager's `allocate_slots` for the blocks of every request, waiting or running, with all that their
+  number depends on, by name but for the first two; None means that there are too few;
 - calls `build_connector_meta` at the end of each step, before that step's tokens count as computed;
 - calls `request_finished_all_groups` once for each request that ends, however it does, while it still holds its blocks.
 
 The tests in test_leases_on_the_device.py hold that order.
 """
 
-import dataclasses
 import importlib
 import importlib.metadata
 import inspect
@@ -22,7 +21,6 @@ from typing import Any
 
 import pytest
 import vllm
-from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.plugins import ENDPOINT_PLUGINS_GROUP, PLATFORM_PLUGINS_GROUP
@@ -32,7 +30,6 @@ from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -85,7 +82,6 @@ def test_a_local_build_of_the_version_is_accepted(version: str) -> None:
         (KVConnectorBase_V1.bind_kv_cache_manager, ["self", "kv_cache_manager"]),
         (KVConnectorBase_V1.on_new_request, ["self", "request"]),
         (KVConnectorBase_V1.get_num_new_matched_tokens, ["self", "request", "num_computed_tokens"]),
-        (KVConnectorBase_V1.has_pending_block_frees, ["self"]),
         (KVConnectorBase_V1.build_connector_meta, ["self", "scheduler_output"]),
         (KVConnectorBase_V1.update_state_after_alloc, ["self", "request", "blocks", "num_external_tokens"]),
         (KVConnectorBase_V1.reset_cache, ["self"]),
@@ -102,7 +98,24 @@ def test_a_local_build_of_the_version_is_accepted(version: str) -> None:
         (KVConnectorBase_V1.shutdown, ["self"]),
         (EngineCore.shutdown, ["self"]),
         (KVCacheManager.get_blocks, ["self", "request_id"]),
-        (KVCacheManager.get_computed_blocks, ["self", "request"]),
+        (
+            KVCacheManager.allocate_slots,
+            [
+                "self",
+                "request",
+                "num_new_tokens",
+                "num_new_computed_tokens",
+                "new_computed_blocks",
+                "num_lookahead_tokens",
+                "num_external_computed_tokens",
+                "delay_cache_blocks",
+                "num_encoder_tokens",
+                "full_sequence_must_fit",
+                "reserved_blocks",
+                "has_scheduled_reqs",
+                "skip_zeroing_group_ids",
+            ],
+        ),
         (KVCacheManager.reset_prefix_cache, ["self"]),
         (
             KVCacheCoordinator.get_num_blocks_to_allocate,
@@ -175,7 +188,7 @@ def test_the_objects_have_what_is_read_of_them(engine: EngineInProcess) -> None:
     assert manager.block_pool is engine.pool
     assert isinstance(engine.pool, BlockPool)
     assert isinstance(manager.coordinator, KVCacheCoordinator)
-    for name in ("watermark_blocks", "num_kv_cache_groups", "empty_kv_cache_blocks"):
+    for name in ("watermark_blocks", "max_model_len", "retained_hit_group_ids", "empty_kv_cache_blocks"):
         assert hasattr(manager, name), name
     for name in ("blocks", "num_gpu_blocks", "hash_block_size"):
         assert hasattr(engine.pool, name), name
@@ -189,20 +202,9 @@ def test_a_request_has_what_is_read_of_it(engine: EngineInProcess) -> None:
     (request,) = engine.scheduler.requests.values()
     assert isinstance(request, Request)
     assert (request.num_tokens, request.num_prompt_tokens, request.num_computed_tokens) == (3, 3, 0)
-    assert request.num_output_placeholders == 0
     assert request.status == RequestStatus.WAITING
     assert request.kv_transfer_params is not None
-    assert {RequestStatus.RUNNING, RequestStatus.WAITING_FOR_REMOTE_KVS} <= set(RequestStatus)
-
-
-def test_the_configuration_has_what_is_read_of_it() -> None:
-    assert {"max_num_scheduled_tokens", "max_num_batched_tokens", "scheduler_reserve_full_isl"} <= {
-        field.name for field in dataclasses.fields(SchedulerConfig)
-    }
-    assert "max_model_len" in {field.name for field in dataclasses.fields(ModelConfig)}
-    assert isinstance(inspect.getattr_static(VllmConfig, "num_lookahead_tokens"), property)
-    assert isinstance(inspect.getattr_static(VllmConfig, "num_speculative_tokens"), property)
-    assert "num_scheduled_tokens" in {field.name for field in dataclasses.fields(SchedulerOutput)}
+    assert {RequestStatus.RUNNING, RequestStatus.PREEMPTED} <= set(RequestStatus)
 
 
 def test_a_request_wants_a_block_only_beyond_those_that_it_has(engine: EngineInProcess) -> None:

@@ -202,39 +202,11 @@ def test_a_lease_is_reclaimed_before_a_running_request_is_preempted(engine: Engi
     assert engine.report().leased_blocks == POOL - 4 * 8
 
 
-def test_what_a_running_request_wants_is_asked_only_when_its_block_is_full(
-    engine: EngineInProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lease_whole_bound(engine)
-    asked_at: list[int] = []
-    wanted = engine.connector._wanted
-
-    def ask(*about: Any) -> int:
-        asked_at.append(engine.steps)
-        return wanted(*about)
-
-    monkeypatch.setattr(engine.connector, "_wanted", ask)
-    engine.steps = 0
-    engine.turn(words(9, BLOCK), max_tokens=2 * BLOCK + 2)
-    # The prompt fills a block: the next one is wanted at once, and then every `BLOCK` steps.
-    assert asked_at == [1, 2, BLOCK + 1, BLOCK + 2, 2 * BLOCK + 1, 2 * BLOCK + 2]
-
-
-def test_a_lease_is_reclaimed_at_the_last_moment_when_the_reserve_was_too_small(
-    engine: EngineInProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lease_whole_bound(engine)
-    monkeypatch.setattr(engine.connector, "_keep_room_for_next_step", lambda _scheduled: None)
-    grow_beyond_what_is_free(engine)
-    assert engine.preemptions == 0
-
-
 def test_a_long_prompt_taken_in_chunks_never_lacks_room_that_leases_hold(
     engine: EngineInProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Without this rule of vLLM's a prompt is admitted when its first chunk fits.
     monkeypatch.setattr(engine.scheduler, "scheduler_reserve_full_isl", False)
-    monkeypatch.setattr(engine.connector, "_whole_prompt_must_fit", False)
     lease_whole_bound(engine)
     engine.steps = 0
     engine.turn(words(9, MAX_MODEL_LEN - 1), salt="cold")

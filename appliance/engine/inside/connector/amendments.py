@@ -1,4 +1,4 @@
-"""What of vLLM's own is done otherwise: the salts in blocks' hashes, seeds on a CPU, a reset beside leases."""
+"""What of vLLM's own is done otherwise: salts in blocks' hashes, seeds on a CPU, resets and full pools with leases."""
 
 import functools
 from collections.abc import Callable
@@ -96,3 +96,23 @@ def release_leases_before_reset(kv_cache_manager: KVCacheManager, release_all: C
         return done
 
     kv_cache_manager.reset_prefix_cache = reset
+
+
+def make_room_where_there_is_none(kv_cache_manager: KVCacheManager, leases: Any) -> None:
+    """vLLM asks one function for the blocks of every request, waiting or running: where it has none, leases yield.
+
+    Where it is asked from is many places, each with a reckoning of its own (watermarks, what a load must leave, prompts
+    let in whole or in parts): nothing of that is foreseen here.
+
+    Args:
+        leases: whose `make_room` takes what `allocate_slots` takes, and says whether it is worth asking again.
+    """
+    allocate = kv_cache_manager.allocate_slots
+
+    def allocate_slots(request: Request, num_new_tokens: int, **how: Any) -> Any:
+        blocks = allocate(request, num_new_tokens, **how)
+        if blocks is None and leases.make_room(request, num_new_tokens, **how):
+            blocks = allocate(request, num_new_tokens, **how)
+        return blocks
+
+    kv_cache_manager.allocate_slots = allocate_slots

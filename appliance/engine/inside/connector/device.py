@@ -3,13 +3,13 @@
 Rules:
 
 - A reference is taken or given back only as `LeaseTable` says, and at once.
-- A request that could run without leases runs: it finds the room at its admission, and what the running requests will
-  need in the next step is kept free at the end of each step. If that was too little, leases yield before a running
-  request is preempted. Nothing yields to a request that would not fit even then.
+- A request that could run without leases runs: where vLLM finds no room for one, waiting or running, leases yield what
+  it lacks and vLLM looks again. Nothing yields to a request that would not fit even then.
 - No request fails on account of its lease: one that is malformed is counted, named as such in the log without its
   content, and ignored.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,14 +23,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request, RequestStatus
 
 from appliance.engine.inside.accounts import Accounts
-from appliance.engine.inside.connector.amendments import draw_only_for_tokens_that_count, release_leases_before_reset
+from appliance.engine.inside.connector.amendments import (
+    draw_only_for_tokens_that_count,
+    make_room_where_there_is_none,
+    release_leases_before_reset,
+)
 from appliance.engine.inside.leases import Change, LeasedBlock, LeaseTable
 from appliance.engine.inside.lessons import Lessons
 from appliance.engine.inside.pictures import Holder, Totals, largest, picture_of
@@ -59,12 +62,6 @@ class LeaseRetention:
         super().__init__(vllm_config, role, kv_cache_config)  # type: ignore[call-arg]
         extra: dict[str, Any] = vllm_config.kv_transfer_config.kv_connector_extra_config
         self._lease_fraction = float(extra.get(LEASE_FRACTION_FIELD, 0.0))
-        self._lookahead_tokens: int = vllm_config.num_lookahead_tokens
-        self._draft_tokens: int = vllm_config.num_speculative_tokens
-        scheduler = vllm_config.scheduler_config
-        self._step_tokens: int = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
-        self._whole_prompt_must_fit: bool = scheduler.scheduler_reserve_full_isl
-        self._max_model_len: int = vllm_config.model_config.max_model_len
         if role == KVConnectorRole.WORKER:
             draw_only_for_tokens_that_count()
         groups = kv_cache_config.kv_cache_groups
@@ -79,8 +76,6 @@ class LeaseRetention:
         self._lessons = Lessons(path, self.policy, self.clock())
         self._accounts = Accounts()
         self._hit_tokens: dict[str, int] = {}  # of requests that are about to be admitted
-        self._step = 0
-        self._looks_due: dict[str, int] = {}  # by request that was admitted: the step at which it may want a block next
         self._table: LeaseTable
         self._pool: BlockPool
         self._manager: KVCacheManager
@@ -157,11 +152,6 @@ class LeaseRetention:
         self._manager = kv_cache_manager
         self._pool = kv_cache_manager.block_pool
         self._block_size = self._pool.hash_block_size
-        # Not so for a recurrent state, say: then vLLM is asked in each step.
-        self._grows_by_whole_blocks = all(
-            type(manager).get_num_blocks_to_allocate is SingleTypeKVCacheManager.get_num_blocks_to_allocate
-            for manager in kv_cache_manager.coordinator.single_type_managers
-        )
         pool_blocks = self._pool.num_gpu_blocks - 1
         bound = int(self._lease_fraction * pool_blocks)
         blocks = self._pool.blocks
@@ -173,6 +163,7 @@ class LeaseRetention:
             pool_blocks=pool_blocks,
         )
         release_leases_before_reset(kv_cache_manager, self.release_all)
+        make_room_where_there_is_none(kv_cache_manager, self)
 
     def on_new_request(self, request: Request) -> None:
         super().on_new_request(request)  # type: ignore[misc]
@@ -188,13 +179,10 @@ class LeaseRetention:
             request, num_computed_tokens
         )
         self._hit_tokens[request.request_id] = num_computed_tokens
-        if matched[0] is not None and self._table.leased_blocks:
-            self._make_room_to_admit(request, matched[0], loads_later=matched[1])
         return matched
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
         super().update_state_after_alloc(request, blocks, num_external_tokens)  # type: ignore[misc]
-        self._looks_due[request.request_id] = 0
         hit_tokens = self._hit_tokens.pop(request.request_id, None)
         lease = self._leases_asked.get(request.request_id)
         if lease is not None and hit_tokens is not None:
@@ -206,19 +194,8 @@ class LeaseRetention:
             reason = self._why_missed(lease, reason, found)
             self._accounts.admitted(lease, hit_tokens, *tier_tokens, "" if whole else reason)
 
-    def has_pending_block_frees(self) -> bool:
-        # Called when a running request found no block, before it or another one is preempted.
-        running = [request for request in self._requests.values() if request.status == RequestStatus.RUNNING]
-        wanted = sum(self._wanted_to_continue(request, request.num_computed_tokens) for request in running)
-        freed = self._reclaim(max(wanted - self._pool.get_num_free_blocks(), 1))
-        pending: bool = super().has_pending_block_frees()  # type: ignore[misc]
-        return freed > 0 or pending
-
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         self.tick()
-        self._step += 1
-        if self._table.leased_blocks:
-            self._keep_room_for_next_step(scheduler_output.num_scheduled_tokens)
         return super().build_connector_meta(scheduler_output)  # type: ignore[misc]
 
     def request_finished_all_groups(
@@ -226,7 +203,6 @@ class LeaseRetention:
     ) -> tuple[bool, dict[str, Any] | None]:
         self._requests.pop(request.request_id, None)
         self._hit_tokens.pop(request.request_id, None)
-        self._looks_due.pop(request.request_id, None)
         lease = self._leases_asked.pop(request.request_id, None)
         if lease is not None:
             blocks = list(self._cached_blocks(request, block_ids))
@@ -291,147 +267,76 @@ class LeaseRetention:
         ]
         return iter(sorted(cached, key=lambda block: block.end_token))
 
-    def _make_room_to_admit(self, request: Request, external_tokens: int, *, loads_later: bool) -> None:
-        """Reclaim what `allocate_slots` will find missing for a waiting request, if that lets it in."""
-        free_blocks = self._pool.get_num_free_blocks()
-        reserved = self._reserved_for_loads(request) if loads_later else 0
-        if free_blocks >= self._most_to_admit(request) + reserved:
-            return
-        hits, local_tokens, _ = self._manager.get_computed_blocks(request)
-        computed = local_tokens + external_tokens
-        first_chunk = (
-            min(request.num_tokens - computed, self._step_tokens) + self._draft_tokens + self._lookahead_tokens
-        )
-        if loads_later:  # nothing is computed before the load is over
-            first_chunk = 0
-        needs = [(min(computed + first_chunk, self._max_model_len), False)]
-        if self._whole_prompt_must_fit:
-            needs.append((min(request.num_tokens, self._max_model_len), True))
-        required = max(
-            self._manager.coordinator.get_num_blocks_to_allocate(
-                request_id=request.request_id,
-                num_tokens=num_tokens,
-                new_computed_blocks=hits.blocks,
-                num_encoder_tokens=0,
-                total_computed_tokens=computed,
-                num_local_computed_tokens=local_tokens,
-                num_tokens_main_model=num_tokens,
-                apply_admission_cap=capped,
-                prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
-            )
-            for num_tokens, capped in needs
-        )
-        required += self._watermark() + reserved
-        if required <= free_blocks:
-            return
-        hit_ids = {block.block_id for group in hits.blocks for block in group}
-        if self._table.can_yield(required - free_blocks, lambda block_id: self._is_busy(block_id, hit_ids)):
-            lease = self._leases_asked.get(request.request_id)
-            self._reclaim(required - free_blocks, hit_ids, "" if lease is None else lease.tenant)
+    def make_room(self, request: Request, num_new_tokens: int, **how: Any) -> bool:
+        """Have leases yield what a request lacks, if that is enough; whether they did.
 
-    def _watermark(self) -> int:
-        """What vLLM leaves free when it lets a waiting request in beside running ones."""
-        running = any(request.status == RequestStatus.RUNNING for request in self._requests.values())
-        return int(self._manager.watermark_blocks) if running else 0
+        Args:
+            how: what else vLLM's `allocate_slots` was asked for.
+        """
+        if not self._table.leased_blocks:
+            return False
+        lacking = self._lacking(request, num_new_tokens, **how)
+        hits = how.get("new_computed_blocks")
+        hit_ids = frozenset() if hits is None else frozenset(it.block_id for group in hits.blocks for it in group)
 
-    def _reserved_for_loads(self, loading: Request) -> int:
-        """At least what vLLM keeps from an asynchronous load: what the prefills under way still want, and one step."""
-        prefills = [
-            request
-            for request in self._requests.values()
-            if request is not loading
-            and self._holds_blocks(request)
-            and request.num_computed_tokens < request.num_tokens
-        ]
-        wanted = sum(self._wanted_in_all(request, request.num_computed_tokens) for request in prefills)
-        step_tokens = 1 + self._draft_tokens + self._lookahead_tokens
-        groups = self._manager.num_kv_cache_groups
-        return int(wanted + (step_tokens // self._block_size + 1) * groups)
+        def is_busy(block_id: int) -> bool:
+            # One reference is the table's.
+            return block_id in hit_ids or self._pool.blocks[block_id].ref_cnt > 1
 
-    def _holds_blocks(self, request: Request) -> bool:
-        return request.num_computed_tokens > 0 or request.status in (
-            RequestStatus.RUNNING,
-            RequestStatus.WAITING_FOR_REMOTE_KVS,
-        )
+        if not self._table.can_yield(lacking, is_busy):
+            return False
+        lease = self._leases_asked.get(request.request_id)
+        self._apply(self._table.reclaim(lacking, is_busy, "" if lease is None else lease.tenant))
+        return True
 
-    def _most_to_admit(self, request: Request) -> int:
-        """No request takes more blocks than this at its admission; cheap, where looking up its hits is not."""
-        most_tokens = request.num_tokens + self._draft_tokens + self._lookahead_tokens
-        most_blocks = (most_tokens // self._block_size + 1) * self._manager.num_kv_cache_groups
-        return int(most_blocks + self._manager.watermark_blocks)
-
-    def _keep_room_for_next_step(self, scheduled_tokens: dict[str, int]) -> None:
-        """Reclaim what the requests that hold blocks will want in the next step beyond what is free."""
-        wanted = 0
-        for name, due in self._looks_due.items():
-            if self._step < due:
-                continue
-            request = self._requests[name]
-            # This step's tokens are added to num_computed_tokens after this hook.
-            computed = request.num_computed_tokens + scheduled_tokens.get(name, 0)
-            if not computed:
-                continue  # it was preempted, or its load failed: it is admitted anew
-            if request.status != RequestStatus.RUNNING:
-                # Its KV is loaded or loads: it is let in without `get_num_new_matched_tokens` being asked again.
-                wanted += self._wanted_to_come_in(request, computed)
-                continue
-            wants = self._wanted_to_continue(request, computed)
-            if not wants:
-                self._looks_due[name] = self._step + 1 + self._steps_without_a_block(request, computed)
-            wanted += wants
-        self._reclaim(wanted - self._pool.get_num_free_blocks())
-
-    def _steps_without_a_block(self, request: Request, computed_tokens: int) -> int:
-        """For how many steps after the next one, in which it wants no block, a running request goes on wanting none."""
-        next_tokens = self._left_to_continue(request, computed_tokens) + self._draft_tokens
-        if not self._grows_by_whole_blocks or next_tokens > self._step_tokens:
-            return 0
-        room_tokens = -(computed_tokens + next_tokens + self._lookahead_tokens) % self._block_size
-        return int(room_tokens // (1 + self._draft_tokens))
-
-    def _wanted_to_come_in(self, request: Request, computed_tokens: int) -> int:
-        wanted = self._wanted_to_continue(request, computed_tokens)
-        if self._whole_prompt_must_fit:
-            wanted = max(wanted, self._wanted_in_all(request, computed_tokens))
-        return wanted + self._watermark()
-
-    def _wanted_in_all(self, request: Request, computed_tokens: int) -> int:
-        left = max(request.num_tokens - computed_tokens, 0)
-        return self._wanted(request, computed_tokens, left + self._draft_tokens)
-
-    def _wanted_to_continue(self, request: Request, computed_tokens: int) -> int:
-        left = self._left_to_continue(request, computed_tokens)
-        return self._wanted(request, computed_tokens, min(left + self._draft_tokens, self._step_tokens))
-
-    def _left_to_continue(self, request: Request, computed_tokens: int) -> int:
-        return max(int(request.num_tokens + request.num_output_placeholders - computed_tokens), 1)
-
-    def _wanted(self, request: Request, computed_tokens: int, next_tokens: int) -> int:
-        num_tokens = min(computed_tokens + next_tokens + self._lookahead_tokens, self._max_model_len)
-        wanted: int = self._manager.coordinator.get_num_blocks_to_allocate(
-            request_id=request.request_id,
-            num_tokens=num_tokens,
-            new_computed_blocks=self._manager.empty_kv_cache_blocks.blocks,
-            num_encoder_tokens=0,
-            total_computed_tokens=computed_tokens,
-            num_local_computed_tokens=computed_tokens,
-            num_tokens_main_model=num_tokens,
-            prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
-        )
-        return wanted
-
-    def _reclaim(
-        self, wanted_blocks: int, hit_ids: set[int] | frozenset[int] = frozenset(), wanted_by: str = ""
+    def _lacking(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        *,
+        num_new_computed_tokens: int = 0,
+        new_computed_blocks: KVCacheBlocks | None = None,
+        num_lookahead_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+        num_encoder_tokens: int = 0,
+        full_sequence_must_fit: bool = False,
+        reserved_blocks: int = 0,
+        has_scheduled_reqs: bool = True,
+        **_: Any,
     ) -> int:
-        if wanted_blocks <= 0 or not self._table.leased_blocks:
-            return 0
-        change = self._table.reclaim(wanted_blocks, lambda block_id: self._is_busy(block_id, hit_ids), wanted_by)
-        self._apply(change)
-        return len(change.freed)
+        """How many blocks more `allocate_slots` wanted to be free, reckoned from what it was asked as it reckons."""
+        manager = self._manager
+        local_tokens = request.num_computed_tokens + num_new_computed_tokens
+        computed_tokens = local_tokens + num_external_computed_tokens
+        all_tokens = computed_tokens + num_new_tokens
+        hits = list((new_computed_blocks or manager.empty_kv_cache_blocks).blocks)
+        for group in manager.retained_hit_group_ids:
+            group_block_size = manager.coordinator.single_type_managers[group].block_size
+            reused_tokens = num_new_computed_tokens + num_external_computed_tokens
+            hits[group] = hits[group][: math.ceil(reused_tokens / group_block_size)]
 
-    def _is_busy(self, block_id: int, hit_ids: set[int] | frozenset[int]) -> bool:
-        # One reference is the table's.
-        return block_id in hit_ids or self._pool.blocks[block_id].ref_cnt > 1
+        def wanted(tokens: int, tokens_of_model: int, *, at_admission: bool) -> int:
+            return int(
+                manager.coordinator.get_num_blocks_to_allocate(
+                    request_id=request.request_id,
+                    num_tokens=min(tokens, manager.max_model_len),
+                    new_computed_blocks=tuple(hits),
+                    num_encoder_tokens=num_encoder_tokens,
+                    total_computed_tokens=computed_tokens,
+                    num_local_computed_tokens=local_tokens,
+                    num_tokens_main_model=tokens_of_model,
+                    apply_admission_cap=at_admission,
+                    prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
+                )
+            )
+
+        required = wanted(all_tokens + num_lookahead_tokens, all_tokens, at_admission=False) + reserved_blocks
+        if full_sequence_must_fit:
+            whole_tokens = min(request.num_tokens, manager.max_model_len)
+            required = max(required, wanted(whole_tokens, whole_tokens, at_admission=True))
+        if has_scheduled_reqs and request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+            required += manager.watermark_blocks
+        return int(required - self._pool.get_num_free_blocks())
 
     def _apply(self, change: Change, own: set[int] | frozenset[int] = frozenset()) -> None:
         """Do to the pool what the table decided. `own`: blocks of the request that ends, which still holds them."""
