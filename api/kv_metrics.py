@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from api.kv_watch import Seen
 from api.services import Services
-from appliance.engine.picture import TIER_STATES, CanaryPicture, DiskPicture, TierPicture
+from appliance.engine.picture import TIER_STATES, CanaryPicture, DiskPicture, RecallPicture, TierPicture
 
 _OF_TIERS: dict[str, tuple[str, Callable[[TierPicture], float]]] = {
     "holdfast_kv_tier_capacity_blocks": ("Blocks that a tier can hold.", lambda tier: tier.capacity_blocks),
@@ -106,6 +106,8 @@ class KvCollector(Collector):
             yield from _disk(picture.disk)
         if picture.canary is not None:
             yield from _canary(picture.canary)
+        if picture.recall is not None:
+            yield from _recall(picture.recall)
 
     def _tenants(self, seen: Seen) -> Iterable[Metric]:
         sessions, blocks = Counter[str](), Counter[tuple[str, str]]()
@@ -181,4 +183,26 @@ def _canary(canary: CanaryPicture) -> Iterable[Metric]:
         "holdfast_kv_canary_quarantined",
         "1: a restored block was not what the model computes, and nothing is restored any more.",
         value=float(canary.quarantined),
+    )
+
+
+def _recall(recall: RecallPicture) -> Iterable[Metric]:
+    for name, help_text, total in (
+        (
+            "holdfast_kv_recalled_blocks",
+            "Blocks that were read from the disk into DRAM before a request asked for them.",
+            recall.recalled_blocks_total,
+        ),
+        ("holdfast_kv_recalled_used_blocks", "Recalled blocks that a request loaded.", recall.used_blocks_total),
+        (
+            "holdfast_kv_recalled_in_vain_blocks",
+            "Recalled blocks that left DRAM before a request loaded them.",
+            recall.in_vain_blocks_total,
+        ),
+    ):
+        yield CounterMetricFamily(name, help_text, value=total)
+    yield GaugeMetricFamily(
+        "holdfast_kv_recall_paused_seconds",
+        "For how long nothing is recalled, because the disk was slow or failed; 0: it is not paused.",
+        value=recall.paused_for_s,
     )

@@ -66,6 +66,11 @@ class KvWatch:
         """Whether the engine was last seen to keep KV elsewhere than on the device too."""
         return self.seen is not None and len(self.seen.picture.tiers) > 1
 
+    @property
+    def recalls(self) -> bool:
+        """Whether the engine was last seen to bring KV back from a disk before it is asked for."""
+        return self.seen is not None and self.seen.picture.recall is not None
+
     def trouble(self) -> dict[str, str]:
         """What is wrong with the tiers that were seen last, by their names."""
         return {} if self.seen is None else troubles(self.seen.picture)

@@ -3,8 +3,8 @@
 Rules:
 
 - A turn that finds room goes on at once: nothing is awaited, no task is made.
-- The engine is asked what it holds only while somebody waits, at most once a second. An engine that cannot say is no
-  reason to stop: then the line goes by what the gateway knows itself.
+- The engine is asked what it holds only while somebody waits, at most once a second, and told who does: it keeps and
+  recalls their KV. An engine that cannot say is no reason to stop: then the line goes by what the gateway knows itself.
 - Whoever is cancelled while waiting gives its place back.
 """
 
@@ -16,6 +16,7 @@ from typing import Final
 
 from appliance.engine.admission import AdmissionLine, Place, Wish
 from appliance.engine.client import EngineClient
+from appliance.engine.protocol import MAX_AWAITED
 from appliance.engine.residence import Key, Residence
 from appliance.errors import HoldfastError
 from appliance.identity import Tenant
@@ -56,7 +57,7 @@ class WaitingRoom:
             let_in=self._let_in,
         )
         self._residence = Residence(clock)
-        self._doors: dict[Place, asyncio.Future[None]] = {}
+        self._doors: dict[Place, tuple[Key, asyncio.Future[None]]] = {}  # who waits longest first
         self._asking: asyncio.Task[None] | None = None
 
     @property
@@ -123,7 +124,8 @@ class WaitingRoom:
         )
         if place.admitted_at is not None:
             return place
-        door = self._doors[place] = asyncio.get_running_loop().create_future()
+        door = asyncio.get_running_loop().create_future()
+        self._doors[place] = key, door
         if self._asking is None:
             self._asking = asyncio.create_task(self._ask_engine(), name="holdfast-residence")
         try:
@@ -165,7 +167,7 @@ class WaitingRoom:
             self._asking.cancel()
 
     def _let_in(self, place: Place) -> None:
-        door = self._doors[place]
+        _, door = self._doors[place]
         if not door.done():  # else its turn is being cancelled, and gives the place back
             door.set_result(None)
 
@@ -174,13 +176,18 @@ class WaitingRoom:
             while self._line.waiting:
                 asked_at = self._clock()
                 with contextlib.suppress(HoldfastError):
-                    report = await self._engine.leases(deadline_s=_REPORT_DEADLINE_S)
+                    report = await self._engine.leases(awaited=self._awaited(), deadline_s=_REPORT_DEADLINE_S)
                     self._residence.told(report, asked_at)
                     if report.total_blocks:
                         self._line.told(report.total_blocks * report.block_size)
                 await asyncio.sleep(_REPORT_EVERY_S)
         finally:
             self._asking = None
+
+    def _awaited(self) -> list[Key]:
+        """The sessions whose turns wait, each once."""
+        keys = dict.fromkeys(key for key, door in self._doors.values() if not door.done())
+        return list(keys)[:MAX_AWAITED]
 
 
 def _share(tenant: Tenant | None) -> str:

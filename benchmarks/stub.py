@@ -33,6 +33,7 @@ from appliance.engine.picture import (
     DiskPicture,
     HeldPicture,
     KvPicture,
+    RecallPicture,
     SessionPicture,
     TenantPicture,
     TierPicture,
@@ -43,7 +44,7 @@ from appliance.engine.protocol import (
     LeaseState,
     TurnAccount,
     TurnEnd,
-    read_release_request,
+    read_leases_request,
     read_turn_ends_request,
     turn_accounts_answer,
 )
@@ -102,6 +103,7 @@ class Stub(asyncio.Protocol):
     counts: ClassVar[Counts] = Counts()
     bodies: ClassVar[deque[dict[str, Any]]] = deque(maxlen=_KEPT_BODIES)
     released: ClassVar[deque[str]] = deque(maxlen=_KEPT_BODIES)
+    awaited: ClassVar[deque[tuple[str, str]]] = deque(maxlen=_KEPT_BODIES)
     ends: ClassVar[deque[TurnEnd]] = deque(maxlen=_KEPT_BODIES)
     leases: ClassVar[dict[tuple[str, str], int]] = {}
 
@@ -160,9 +162,10 @@ class Stub(asyncio.Protocol):
                 card = {"id": MODEL, "object": "model", "max_model_len": MAX_MODEL_LEN}
                 self._whole(200, {"object": "list", "data": [card]})
             case b"/holdfast/leases":
-                released = read_release_request(bytes(self._body))
-                self.released.extend(released)
-                self._whole(200, _report(self.leases, released))
+                asked = read_leases_request(bytes(self._body))
+                self.released.extend(asked.release)
+                self.awaited.extend(asked.awaited)
+                self._whole(200, _report(self.leases, asked.release))
             case url if url.startswith(KV_PATH.encode()):
                 self._whole(200, _KEPT.to_wire())
             case b"/holdfast/turns":
@@ -172,7 +175,8 @@ class Stub(asyncio.Protocol):
             case b"/stub":
                 seen = {"requests": self.counts.requests, "abandoned": self.counts.abandoned}
                 told = [end.to_wire() for end in self.ends]
-                self._whole(200, {**seen, "bodies": list(self.bodies), "released": list(self.released), "ends": told})
+                kept = {"bodies": list(self.bodies), "released": list(self.released), "awaited": list(self.awaited)}
+                self._whole(200, {**seen, **kept, "ends": told})
             case b"/health":
                 self._whole(200, {})
             case _:
@@ -388,6 +392,7 @@ _KEPT = KvPicture(
     # Seen, though no prompt is found there: with more tiers than the device the gateway would wait for accounts.
     disk=DiskPicture(5, 4, 3, 2, 1, dict.fromkeys(NOT_STORED, 1), dict.fromkeys(DISK_FAULTS, 2), "full", 9.0),
     canary=CanaryPicture(12, 0.001, quarantined=False),
+    recall=RecallPicture(6, 3, 1, 0.0),
 )
 
 

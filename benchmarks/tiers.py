@@ -44,6 +44,7 @@ BLOCK_BYTES: Final = SHAPE.layers * 2 * SHAPE.key_value_heads * SHAPE.head_size 
 START_TOKENS: Final = 2048  # an agent's first prompt
 STEP_TOKENS: Final = 256  # by how much a prompt is longer than the one before
 LEASE_FRACTION: Final = 0.9
+TENANT: Final = "bench"
 READY_TIMEOUT_S = 300.0
 REQUEST_TIMEOUT_S = 120.0
 
@@ -68,7 +69,7 @@ class Figures:
     ttft_p90_s: float
 
 
-class _Connection(http.client.HTTPConnection):
+class Connection(http.client.HTTPConnection):
     """HTTP over a Unix socket that is reached through its folder: a path may be longer than an address."""
 
     def __init__(self, path: Path) -> None:
@@ -150,7 +151,7 @@ def _wait_until_ready(path: Path, process: "subprocess.Popen[bytes]", timeout_s:
         if process.poll() is not None:
             last = path.with_suffix(".log").read_text(errors="replace")[-20000:]
             raise SystemExit(f"a server ended before it was ready:\n{last}")
-        with contextlib.suppress(OSError), contextlib.closing(_Connection(path)) as connection:
+        with contextlib.suppress(OSError), contextlib.closing(Connection(path)) as connection:
             connection.request("GET", "/health")
             if connection.getresponse().status == 200:
                 return
@@ -158,25 +159,27 @@ def _wait_until_ready(path: Path, process: "subprocess.Popen[bytes]", timeout_s:
     raise SystemExit(f"a server was not ready after {timeout_s:g} s; its log: {path.with_suffix('.log')}")
 
 
-def context_of(agent: int, turn: int) -> list[int]:
-    """The token ids of an agent's prompt: it begins with the one before."""
-    return random.Random(agent).choices(range(10, 250), k=START_TOKENS + turn * STEP_TOKENS)
+def context_of(agent: int, tokens: int) -> list[int]:
+    """The token ids of an agent's prompt: a longer one begins with a shorter one."""
+    return random.Random(agent).choices(range(10, 250), k=tokens)
 
 
-def ask(path: Path, agent: int, turn: int) -> tuple[int, int, float]:
+def ask(
+    path: Path, agent: int, turn: int, *, start_tokens: int = START_TOKENS, step_tokens: int = STEP_TOKENS
+) -> tuple[int, int, float]:
     """One turn: its prompt's tokens, how many of them were computed, seconds to the first token."""
     body = {
         "model": "m",
-        "prompt": context_of(agent, turn),
+        "prompt": context_of(agent, start_tokens + turn * step_tokens),
         "max_tokens": 8,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
         "cache_salt": f"salt-{agent}",
-        "kv_transfer_params": lease_params(Lease(f"agent-{agent}", "bench", 15.0, f"turn-{turn}")),
+        "kv_transfer_params": lease_params(Lease(f"agent-{agent}", TENANT, 15.0, f"turn-{turn}")),
     }
-    with contextlib.closing(_Connection(path)) as connection:
+    with contextlib.closing(Connection(path)) as connection:
         started = time.perf_counter()
         connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
         answer = connection.getresponse()

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from api.admin import types
 from api.kv_watch import Seen
 from api.services import Services
-from appliance.engine.picture import CanaryPicture, DiskPicture, SessionPicture
+from appliance.engine.picture import CanaryPicture, DiskPicture, RecallPicture, SessionPicture
 from appliance.errors import HoldfastError
 from appliance.sessions import LastTurn, Quantiles, Sums
 from appliance.sessions.keeping import Keeping, keeping
@@ -30,6 +30,7 @@ async def kv_status(services: Services, most_sessions: int) -> types.KvStatus:
         tiers=[] if seen is None else _tiers(seen, sums),
         disk=None if picture is None or picture.disk is None else _disk(picture.disk),
         canary=None if picture is None or picture.canary is None else _canary(picture.canary),
+        recall=None if picture is None or picture.recall is None else _recall(picture.recall),
         kept_sessions=None if picture is None else picture.sessions_total,
         leased_sessions=None if picture is None else picture.leased_sessions_total,
         worths_hits_per_s=[] if picture is None else list(picture.worths_hits_per_s),
@@ -91,6 +92,15 @@ def _canary(canary: CanaryPicture) -> types.KvCanary:
         compared_blocks_total=canary.compared_blocks_total,
         worst_error=canary.worst_error,
         quarantined=canary.quarantined,
+    )
+
+
+def _recall(recall: RecallPicture) -> types.KvRecall:
+    return types.KvRecall(
+        recalled_blocks_total=recall.recalled_blocks_total,
+        used_blocks_total=recall.used_blocks_total,
+        in_vain_blocks_total=recall.in_vain_blocks_total,
+        paused_for_s=recall.paused_for_s,
     )
 
 

@@ -166,7 +166,7 @@ def _kept_lines(status: "types.KvStatus") -> list[str]:
     reclaimed += f"; {status.expired_leases_total} leases ran out"
     if status.ignored_leases_total:
         reclaimed += f"; {status.ignored_leases_total} malformed leases were ignored"
-    return [kept, reclaimed, *_disk_lines(status.disk), *_canary_lines(status.canary)]
+    return [kept, reclaimed, *_disk_lines(status.disk), *_recall_lines(status.recall), *_canary_lines(status.canary)]
 
 
 def _disk_lines(disk: "types.KvDisk | None") -> list[str]:
@@ -184,6 +184,15 @@ def _disk_lines(disk: "types.KvDisk | None") -> list[str]:
     if disk.last_error is not None and disk.last_error_age_s is not None:
         lines.append(f"Last error of the disk: {printable(disk.last_error)}, {in_words(disk.last_error_age_s)} before")
     return lines
+
+
+def _recall_lines(recall: "types.KvRecall | None") -> list[str]:
+    if recall is None:
+        return []
+    read, used, in_vain = recall.recalled_blocks_total, recall.used_blocks_total, recall.in_vain_blocks_total
+    came = f"{used} used, {in_vain} in vain, {read - used - in_vain} in DRAM still"
+    paused = f"; paused for {in_words(recall.paused_for_s)}, the disk is slow" if recall.paused_for_s else ""
+    return [f"Recalled ahead: {read} blocks, of them {came}{paused}"]
 
 
 _IN_WORDS = {

@@ -418,6 +418,16 @@ class KvCanary(Wire):
     quarantined: bool
 
 
+class KvRecall(Wire):
+    """What was read from the disk into DRAM before a request asked for it, since the engine began. What is neither used
+    nor in vain is in DRAM still. `paused_for_s`, above zero: the disk was slow or failed, and is left alone."""
+
+    recalled_blocks_total: int
+    used_blocks_total: int
+    in_vain_blocks_total: int
+    paused_for_s: float
+
+
 class FirstTokens(Wire):
     """Times to the first token of the newest streamed turns, in seconds; the oldest of them ended at `since`."""
 
@@ -498,8 +508,8 @@ class KvSession(Wire):
 class KvStatus(Wire):
     """What the engine keeps, at `observed_at`, as it was seen `age_s` before; what came of it since `counted_since`.
 
-    `tiers` is empty when the engine could not be asked. `disk` and `canary` are None where there is no such tier.
-    `sessions` are those that keep most, in all tiers together; of the disk's, the 10,000 that were used last are
+    `tiers` is empty when the engine could not be asked. `disk`, `canary` and `recall` are None where there is no such
+    tier. `sessions` are those that keep most, in all tiers together; of the disk's, the 10,000 that were used last are
     looked through. `kept_sessions` counts all on the device. `found_tokens` names tiers, and "unknown" for what was
     found it is not known where. `repeated_tokens` of all prompts' tokens had been in the turn before.
     `reclaimed_blocks_per_s` is over `reclaimed_over_s` seconds.
@@ -512,6 +522,7 @@ class KvStatus(Wire):
     tiers: list[KvTier]
     disk: KvDisk | None
     canary: KvCanary | None
+    recall: KvRecall | None
     kept_sessions: int | None
     leased_sessions: int | None
     worths_hits_per_s: list[float]

@@ -24,7 +24,7 @@ class AgentHints:
         priority: higher goes first among the tenant's turns, before what is resident; may be negative.
         strict_priority: a tier, before any priority; not negative.
         osl: expected length of the answer, in tokens.
-        speculative_prefill: prepare for the session's next turn.
+        speculative_prefill: the session's next turn follows: have its KV at hand.
     """
 
     priority: int | None = None
@@ -41,8 +41,12 @@ class AgentHints:
             self.speculative_prefill,
         )
 
-    def header(self) -> str | None:
-        """The value of `X-Holdfast-Hints`, of hints as they are acted on; None without any."""
+    def header(self, *, recalls: bool) -> str | None:
+        """The value of `X-Holdfast-Hints`, of hints as they are acted on; None without any.
+
+        Args:
+            recalls: what of the session is on the disk alone can be brought back before it is asked for.
+        """
         said = [
             f"{name}={value}"
             for name, value in (
@@ -53,7 +57,7 @@ class AgentHints:
             if value is not None
         ]
         if self.speculative_prefill is not None:
-            said.append("speculative_prefill=no-effect")  # what the turn leaves is leased: there is nothing to prefill
+            said.append(f"speculative_prefill={'recall' if recalls and self.speculative_prefill else 'no-effect'}")
         return ", ".join(said) or None
 
 

@@ -205,6 +205,7 @@ class Turns:
                 admission.reserve(asked.turn.model, self._reservation(asked, body_bytes))
                 running = await self._place(request, asked, admission, body_bytes)
                 lifecycle.turns.add(running)
+                self._say_hints(request, running)
             finally:
                 lifecycle.placing -= 1
             session_id, model = running.session.session_id, asked.turn.model
@@ -257,10 +258,6 @@ class Turns:
         dropped = asked.dropped.header()
         if dropped is not None:
             request.answer_headers.append((b"x-holdfast-dropped", dropped.encode("ascii")))
-        most_priority = self._services.waiting.most_priority(request.known_caller().tenant)
-        hints = asked.agent_hints.allowed(most_priority).header()
-        if hints is not None:
-            request.answer_headers.append((b"x-holdfast-hints", hints.encode("ascii")))
         return asked, len(body)
 
     async def _prompt_digest(self, request: Request, asked: Asked, body_bytes: int) -> str:
@@ -565,6 +562,15 @@ class Turns:
             first_token_s=running.first_token_s,
         )
 
+    def _say_hints(self, request: Request, running: _Running) -> None:
+        """Have a header say what is made of the client's hints."""
+        services = self._services
+        hints = running.asked.agent_hints.allowed(services.waiting.most_priority(request.known_caller().tenant))
+        recalls = services.kv.recalls and not running.session.keeping.strict
+        said = hints.header(recalls=recalls)
+        if said is not None:
+            request.answer_headers.append((b"x-holdfast-hints", said.encode("ascii")))
+
     def _tell_engine(self, running: _Running) -> "asyncio.Future[TurnAccount | None]":
         session, answer = running.session, running.answer
         stop = stop_of(answer.finish_reason)
@@ -575,6 +581,7 @@ class Turns:
             stop,
             answer.usage.completion_tokens,
             session.keeping.idle_timeout_after_s(stop),
+            returns_soon=bool(running.asked.agent_hints.speculative_prefill),
         )
         return self._services.turn_ends.tell(end, at_once=_wants_account(self._services, running))
 

@@ -32,8 +32,8 @@ from appliance.engine.protocol import (
     LeaseReport,
     TurnAccount,
     TurnEnd,
+    leases_request,
     read_turn_accounts_answer,
-    release_request,
     turn_ends_request,
 )
 from appliance.engine.wire import MalformedMessage
@@ -176,13 +176,22 @@ class EngineClient:
         sent = {**_JSON_HEADERS, "X-Request-Id": request_id, **(headers or {})}
         return EngineStream(self, path, body, sent, _together)
 
-    async def leases(self, release: Sequence[str] = (), *, deadline_s: float = 5.0) -> LeaseReport:
+    async def leases(
+        self,
+        release: Sequence[str] = (),
+        *,
+        awaited: Sequence[tuple[str, str]] = (),
+        deadline_s: float = 5.0,
+    ) -> LeaseReport:
         """Release the leases named by their labels, let the others expire that are due, and say what is held.
+
+        Args:
+            awaited: tenant and session, by their labels, of those whose request waits here for the engine.
 
         Raises:
             MalformedMessage: the engine's environment holds another version of holdfast.
         """
-        body = await self._within(deadline_s, "POST", LEASES_PATH, release_request(release), _JSON_HEADERS)
+        body = await self._within(deadline_s, "POST", LEASES_PATH, leases_request(release, awaited), _JSON_HEADERS)
         try:
             return LeaseReport.from_wire(json.loads(body))
         except MalformedMessage:

@@ -143,6 +143,39 @@ class CanaryPicture:
 
 
 @dataclass(frozen=True, slots=True)
+class RecallPicture:
+    """What was read from the disk into DRAM before a request asked for it, since the engine began.
+
+    What is neither used nor in vain is in DRAM still.
+
+    Attributes:
+        used_blocks_total: that a request loaded later.
+        in_vain_blocks_total: that left DRAM before any did.
+        paused_for_s: for how long nothing is read ahead, because the disk was slow or failed; zero: it is not paused.
+    """
+
+    recalled_blocks_total: int
+    used_blocks_total: int
+    in_vain_blocks_total: int
+    paused_for_s: float
+
+    @classmethod
+    def from_wire(cls, value: object) -> Self:
+        """Read what `KvPicture.to_wire` wrote.
+
+        Raises:
+            MalformedMessage: when a field is missing, unknown or of another type.
+        """
+        record = wire.record(value, cls)
+        return cls(
+            recalled_blocks_total=wire.count(record, "recalled_blocks_total"),
+            used_blocks_total=wire.count(record, "used_blocks_total"),
+            in_vain_blocks_total=wire.count(record, "in_vain_blocks_total"),
+            paused_for_s=wire.number(record, "paused_for_s", 0.0),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class TenantPicture:
     """What the sessions of one tenant keep.
 
@@ -243,6 +276,7 @@ class KvPicture:
         worths_hits_per_s: the lowest, the middle and the highest of all that are known; empty: none is.
         disk: None: there is no tier on disk.
         canary: None: there is no tier that anything is restored from.
+        recall: None: there is no disk to read ahead from.
     """
 
     block_size: int  # tokens
@@ -257,6 +291,7 @@ class KvPicture:
     ignored_leases_total: int
     disk: DiskPicture | None = None
     canary: CanaryPicture | None = None
+    recall: RecallPicture | None = None
 
     def to_wire(self) -> dict[str, object]:
         """The picture as JSON has it."""
@@ -284,6 +319,7 @@ class KvPicture:
             ignored_leases_total=wire.count(record, "ignored_leases_total"),
             disk=None if record["disk"] is None else DiskPicture.from_wire(record["disk"]),
             canary=None if record["canary"] is None else CanaryPicture.from_wire(record["canary"]),
+            recall=None if record["recall"] is None else RecallPicture.from_wire(record["recall"]),
         )
 
 

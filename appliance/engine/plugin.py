@@ -130,8 +130,8 @@ class LeaseEndpoints:
         from appliance.engine.inside import connector
 
         async def report(body: bytes) -> _Message:
-            release = protocol.read_release_request(body)
-            return (await connector.lease_report(self._engine_client, release)).to_wire()
+            asked = protocol.read_leases_request(body)
+            return (await connector.lease_report(self._engine_client, asked.release, asked.awaited)).to_wire()
 
         return await _answer(request, report)
 

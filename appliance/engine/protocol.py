@@ -10,6 +10,7 @@ Rules:
 """
 
 import hashlib
+import itertools
 import json
 import re
 from array import array
@@ -40,6 +41,9 @@ LESSONS_FIELD = "holdfast_lessons"
 MAX_IDLE_TIMEOUT_S = 86_400.0
 MAX_RELEASES = 10_000
 MAX_TURN_ENDS = 1_000  # in one message
+MAX_AWAITED = 1_000
+AWAITED_S = 5.0
+"""For how long a session that was named as awaited is, unless it is named again."""
 STOPS = ("tool_use", "end_turn", "other")
 MISSES = ("", "evicted", "expired", "quota", "tier_fault")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -138,6 +142,7 @@ class TurnEnd:
         turn: the label that the turn's lease had.
         stop: one of `STOPS`.
         idle_timeout_s: how long the session's lease lasts from the turn's end, now that it is known why it ended.
+        returns_soon: its client says that the session's next turn follows.
     """
 
     session: str
@@ -146,6 +151,7 @@ class TurnEnd:
     stop: str
     output_tokens: int
     idle_timeout_s: float
+    returns_soon: bool = False
 
     def to_wire(self) -> dict[str, object]:
         """The message as JSON has it."""
@@ -166,6 +172,7 @@ class TurnEnd:
             stop=wire.one_of(record, "stop", STOPS),
             output_tokens=wire.count(record, "output_tokens"),
             idle_timeout_s=wire.number(record, "idle_timeout_s", 0.0, MAX_IDLE_TIMEOUT_S),
+            returns_soon=wire.flag(record, "returns_soon"),
         )
 
 
@@ -269,31 +276,43 @@ def lease_params(lease: Lease) -> dict[str, object]:
     return {LEASE_FIELD: lease.to_wire()}
 
 
-def release_request(labels: Iterable[str] = ()) -> bytes:
-    """The body of a POST to `LEASES_PATH`: tick, release the sessions so labelled, report."""
-    return json.dumps({"release": list(labels)}).encode()
+@dataclass(frozen=True, slots=True)
+class LeasesRequest:
+    """What the engine is told of sessions that have no request with it.
+
+    Attributes:
+        release: the labels of sessions that are over.
+        awaited: tenant and session of those whose request waits at the gateway, who waits longest first.
+    """
+
+    release: tuple[str, ...] = ()
+    awaited: tuple[tuple[str, str], ...] = ()
 
 
-def read_release_request(body: bytes) -> tuple[str, ...]:
-    """The labels of a body that `release_request` wrote; an empty body releases nothing.
+def leases_request(release: Iterable[str] = (), awaited: Iterable[tuple[str, str]] = ()) -> bytes:
+    """The body of a POST to `LEASES_PATH`: tick, release some sessions, expect others, report."""
+    return json.dumps({"release": list(release), "awaited": list(awaited)}).encode()
+
+
+def read_leases_request(body: bytes) -> LeasesRequest:
+    """What a body that `leases_request` wrote says; an empty body says nothing.
 
     Raises:
         MalformedMessage: when the body is anything else.
     """
-    if not body:
-        return ()
-    try:
-        message = json.loads(body)
-    except (ValueError, RecursionError):
-        raise MalformedMessage("a JSON object") from None
-    if not isinstance(message, dict) or not set(message) <= {"release"}:
-        raise MalformedMessage("an object with no field but `release`")
-    labels = message.get("release", [])
-    if not isinstance(labels, list) or len(labels) > MAX_RELEASES:
+    message = wire.read_json(body) if body else {}
+    if not isinstance(message, dict) or not set(message) <= {"release", "awaited"}:
+        raise MalformedMessage("an object with no fields but `release` and `awaited`")
+    release, awaited = message.get("release", []), message.get("awaited", [])
+    if not isinstance(release, list) or len(release) > MAX_RELEASES:
         raise MalformedMessage(f"a list of at most {MAX_RELEASES} labels")
-    if not all(isinstance(label, str) and wire.LABEL.fullmatch(label) for label in labels):
+    if not isinstance(awaited, list) or len(awaited) > MAX_AWAITED:
+        raise MalformedMessage(f"a list of at most {MAX_AWAITED} pairs of labels")
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in awaited):
+        raise MalformedMessage("pairs of a tenant's and a session's label")
+    if not all(isinstance(label, str) and wire.LABEL.fullmatch(label) for label in itertools.chain(release, *awaited)):
         raise MalformedMessage("labels of 1 to 64 letters, digits, dots, dashes or underscores")
-    return tuple(labels)
+    return LeasesRequest(tuple(release), tuple((tenant, session) for tenant, session in awaited))
 
 
 def turn_ends_request(ends: Iterable[TurnEnd]) -> bytes:

@@ -185,9 +185,9 @@ class EngineInProcess:
             if answer.finish_reason is None:
                 self.cancel(name)
 
-    def report(self, release: Iterable[str] = ()) -> LeaseReport:
+    def report(self, release: Iterable[str] = (), awaited: Iterable[tuple[str, str]] = ()) -> LeaseReport:
         """What `LEASES_PATH` would answer."""
-        return LeaseReport.from_wire(self.core.holdfast_lease_report(list(release)))
+        return LeaseReport.from_wire(self.core.holdfast_lease_report(list(release), list(awaited)))
 
     def ended(self, end: TurnEnd) -> TurnAccount | None:
         """What `TURNS_PATH` would answer."""

@@ -12,6 +12,7 @@
 The tests in test_leases_on_the_device.py hold that order.
 """
 
+import dataclasses
 import importlib
 import importlib.metadata
 import inspect
@@ -38,7 +39,7 @@ from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 from vllm.v1.kv_offload.cpu.policies.base import CachePolicy
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
-from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
+from vllm.v1.kv_offload.tiering.manager import PendingPromotion, TieringOffloadingManager
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -265,6 +266,19 @@ def test_the_engine_core_answers_what_the_front_end_asks() -> None:
         assert callable(getattr(EngineCore, name))
         assert callable(getattr(EngineCoreProc, name))
     assert "engine_core" in inspect.getsource(AsyncLLM.__init__)
+
+
+def test_a_promotion_that_we_submit_is_taken_like_one_of_the_managers_own() -> None:
+    flushed = inspect.getsource(TieringOffloadingManager._flush_pending_promotions)
+    assert "submit_load" in flushed
+    assert "is_promotion=True" in flushed
+    assert [field.name for field in dataclasses.fields(PendingPromotion)] == ["req_context", "keys", "chunk_ids"]
+    assert list(inspect.signature(TieringOffloadingManager._complete_promotion).parameters)[1:] == [
+        "job_metadata",
+        "completed_job",
+    ]
+    assert "_flush_pending_promotions" in inspect.getsource(TieringOffloadingManager.on_schedule_end)
+    assert "bool(self._jobs)" in inspect.getsource(TieringOffloadingManager.has_pending_work)
 
 
 def test_a_salt_is_in_the_first_blocks_hash_and_only_there(engine: EngineInProcess) -> None:

@@ -1,7 +1,6 @@
 """What a session's lease does on a real engine's block pool, and what it never does to others."""
 
 import logging
-from typing import Any
 
 import pytest
 

@@ -26,8 +26,8 @@ from appliance.engine.protocol import (
     TurnEnd,
     connector_arguments,
     lease_params,
+    leases_request,
     read_turn_accounts_answer,
-    release_request,
     turn_ends_request,
 )
 from tests.engine.in_process import BLOCK, words
@@ -111,7 +111,7 @@ class Server:
 
     def report(self, release: tuple[str, ...] = ()) -> LeaseReport:
         """POST to the endpoint."""
-        status, answer = self.post(LEASES_PATH, release_request(release))
+        status, answer = self.post(LEASES_PATH, leases_request(release))
         assert status == 200
         return LeaseReport.from_wire(answer)
 

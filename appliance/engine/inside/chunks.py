@@ -14,6 +14,7 @@ Rules:
   A chunk counts for its tenant while a session owns it; what was abandoned counts for nobody.
 - A chunk that is being copied does not leave: only what is `free` is picked. Nor does one that a request waits for: two
   that come back at once would push each other out for ever.
+- For what nobody has asked for yet, only what is worth less may leave.
 - Worths are reckoned for all sessions at once and hold for a while, longer the more sessions there are, so that the
   reckoning costs a bounded share of the time.
 - The clock and the worth are passed in.
@@ -271,21 +272,41 @@ class ChunkOrder:
         return Way(frozenset(in_order[:fits]), leaving)
 
     def pick(
-        self, wanted_chunks: int, spared: Collection[bytes], wanted_by: str | None = None
+        self,
+        wanted_chunks: int,
+        spared: Collection[bytes],
+        wanted_by: str | None = None,
+        below: float | None = None,
     ) -> tuple[bytes, ...] | None:
         """Take out so many chunks, or none and return None when fewer can leave.
 
         Args:
             spared: chunks that must not be among them.
             wanted_by: the tenant that they leave for; None: whatever is guaranteed leaves, too.
+            below: only what is worth less leaves; None: whatever may.
         """
-        leaving = self._leaving(spared, wanted_by)
+        leaving = self._leaving(spared, wanted_by, below=below)
         picked = tuple(itertools.islice(leaving, wanted_chunks))
         if len(picked) < wanted_chunks:
             return None
         for key in picked:
             self.discard(key)
         return picked
+
+    def room_ahead(self, owner: Owner, wanted_chunks: int, *, free_chunks: int, below: float) -> int:
+        """For how many of so many chunks, that nobody has asked for, a session has room within the quotas in force.
+
+        Args:
+            free_chunks: how many have room without anybody's leaving.
+            below: only what is worth less would leave.
+        """
+        tenant, quota = owner[0], self.quotas.of(owner[0])
+        within = self.quotas.within_cap(quota, wanted_chunks, self.chunks_of(owner))
+        within -= self.quotas.over_cap(quota, self._held[tenant] + within)
+        if within <= free_chunks:
+            return max(0, within)
+        leaving = self._leaving((), tenant, below=below)
+        return free_chunks + sum(1 for _ in itertools.islice(leaving, within - free_chunks))
 
     def _withheld(self, wanted_chunks: int, spared: Collection[bytes], wanted_by: str) -> int:
         """How many of so many chunks have no room because other tenants' shares are kept."""
@@ -298,7 +319,13 @@ class ChunkOrder:
         return could - can
 
     def _leaving(
-        self, spared: Collection[bytes], wanted_by: str | None, *, only: str | None = None, but: Owner | None = None
+        self,
+        spared: Collection[bytes],
+        wanted_by: str | None,
+        *,
+        only: str | None = None,
+        but: Owner | None = None,
+        below: float | None = None,
     ) -> Iterator[bytes]:
         """Every chunk that may leave, in the order in which they do.
 
@@ -306,15 +333,19 @@ class ChunkOrder:
             wanted_by: the tenant that they leave for; None: shares do not count.
             only: a tenant: chunks of its sessions alone.
             but: a session of which nothing leaves.
+            below: what is worth less alone.
         """
         if only is None:
             yield from (key for key in self._orphans if self._may_leave(key, spared))
         passed: set[Owner] = set()
         left: Counter[str] = Counter()
+        now = self._clock()
         for owner in self._lowest_first():
             tenant = owner[0]
             if owner == but or (only is not None and tenant != only):
                 continue
+            if below is not None and self._worth(session=owner, now=now, position=0, abandoned=False) >= below:
+                return
             passed.add(owner)
             # A shared chunk goes with the owner of the highest worth.
             going = sorted(

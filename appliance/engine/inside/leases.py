@@ -181,6 +181,19 @@ class LeaseTable:
             claim.has_rank = True
             claim.version = next(self._versions)
 
+    def awaited(self, sessions: Sequence[_Key], for_s: float) -> None:
+        """A request of each of these sessions waits elsewhere: for so long its lease has rank, and yields last.
+
+        A strict lease ends when it does in any case.
+        """
+        now = self._clock()
+        self.policy.awaited(sessions=sessions, now=now, until=now + for_s)
+        for key in sessions:
+            claim = self._claims.get(key)
+            if claim is not None and key not in self._active and not claim.is_strict:
+                claim.has_rank = True
+                self._set_deadline(key, claim, max(claim.deadline, now + for_s))
+
     def admitted(self, lease: Lease, hit_tokens: int, prompt_hits: bool) -> tuple[Change, str]:
         """A request of the session was given its blocks: what it did not hit, the session has diverged from.
 
@@ -339,6 +352,15 @@ class LeaseTable:
         """Seconds until a lease loses its rank; at or below zero when that is due; `None`: none has any."""
         due = self._next_due()
         return None if due is None else due[0] - self._clock()
+
+    def is_active(self, session: _Key) -> bool:
+        """Whether a request of the session waits or runs."""
+        return session in self._active
+
+    def tokens_of(self, session: _Key) -> int:
+        """How many of a session's tokens are kept."""
+        claim = self._claims.get(session)
+        return 0 if claim is None else claim.tokens
 
     def states(self) -> tuple[LeaseState, ...]:
         """Every lease as it stands, the earliest deadline first; at or below zero: it has no rank."""

@@ -13,7 +13,8 @@ Rules:
 
 - Pure: no clock, no block pool, no I/O. Times are seconds of one clock that the caller passes in and that never goes
   back.
-- What is closed and what a session diverged from is worth less than anything else; a context whose request waits, more.
+- What is closed and what a session diverged from is worth less than anything else; a context whose request waits, more,
+  wherever it waits.
 - A gap that ends teaches, and one that never ended within the horizon teaches too. Old lessons fade.
 - Beyond `_TAIL_S` too few gaps are seen to tell cells apart: the worth falls as 1 / idle time, as the hazard of a heavy
   tail does. So the order among the long idle is that of their last use, weighted by class.
@@ -23,8 +24,8 @@ Rules:
 import math
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import accumulate, islice, pairwise
 from typing import Any, Final, NamedTuple
 
 MAX_SESSIONS: Final = 100_000
@@ -140,6 +141,7 @@ class RetentionPolicy:
         # Both in the order of last use. Those of the second are idle for longer than the horizon.
         self._sessions: OrderedDict[Hashable, _Session] = OrderedDict()
         self._asleep: OrderedDict[Hashable, _Session] = OrderedDict()
+        self._awaited: dict[Hashable, float] = {}  # until when
         self._gaps = {kind: _Gaps() for kind in _CLASSES}
         self._seen = 0.0
         self._unlearned = 0
@@ -149,6 +151,7 @@ class RetentionPolicy:
 
     def arrived(self, *, session: Hashable, now: float) -> None:
         """A request of the session arrived: it waits or runs, until `finished` or `closed`."""
+        self._awaited.pop(session, None)
         known = self._known(session)
         if known.finished_at is not None and not known.waiting:
             gap_s = now - known.finished_at
@@ -161,6 +164,12 @@ class RetentionPolicy:
         known.waiting += 1
         known.closed = False
         self._bound(now)
+
+    def awaited(self, *, sessions: Iterable[Hashable], now: float, until: float) -> None:
+        """A request of each session waits elsewhere, and comes; who is not heard of again by `until` does not."""
+        self._awaited = {session: end for session, end in self._awaited.items() if now < end}
+        for session in sessions:
+            self._awaited[session] = until
 
     def finished(
         self,
@@ -206,6 +215,7 @@ class RetentionPolicy:
     def closed(self, *, session: Hashable, now: float) -> None:  # noqa: ARG002  (kvsim's interface)
         """The session is over: nobody will ask for its KV again. If somebody does, it is a new one."""
         self._asleep.pop(session, None)  # what its gap was worth is learned
+        self._awaited.pop(session, None)
         known = self._sessions.get(session)
         if known is None:
             return
@@ -227,7 +237,11 @@ class RetentionPolicy:
             abandoned: it is a tail that the session has diverged from.
         """
         known = self._sessions.get(session) or self._asleep.get(session)
-        if abandoned or known is None:
+        if abandoned:
+            return _NOTHING
+        if self._awaited and now < self._awaited.get(session, now):
+            return _WANTED
+        if known is None:
             return _NOTHING
         if known.waiting or known.finished_at is None:
             return _WANTED
@@ -238,6 +252,19 @@ class RetentionPolicy:
         if idle_s < _TAIL_S:
             return worth[bisect_right(_EDGES, max(idle_s, 0.0)) - 1]
         return worth[_TAIL_CELL] * _TAIL_S / idle_s
+
+    def expected(self, *, now: float, most: int) -> list[tuple[Hashable, float]]:
+        """Whose return is expected, with what its KV is worth: those who are awaited first, in the order in which they
+        were named; then those whose gap is open, the highest worth first, of the `most` that were used last."""
+        awaited = {session: _WANTED for session, until in self._awaited.items() if now < until}
+        last_used = (session for session, known in reversed(self._sessions.items()) if not known.waiting)
+        open_gaps = [
+            (session, self.value(session=session, now=now, position=0, abandoned=False))
+            for session in islice(last_used, most)
+            if session not in awaited
+        ]
+        open_gaps.sort(key=lambda each: -each[1])
+        return [*awaited.items(), *open_gaps]
 
     # What survives a restart
 

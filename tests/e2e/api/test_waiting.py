@@ -67,12 +67,18 @@ def test_an_agent_s_priority_moves_its_turn_within_what_its_tenant_may_ask_for(t
             hints = {"priority": 50, "osl": 9, "speculative_prefill": True, "latency": 1}
             urgent = clients.submit(served.ask, "hurry", session="urgent", nvext={"agent_hints": hints})
             until(lambda: waiting(served) == 2)
+            until(lambda: len({session for _, session in served.engine_seen()["awaited"]}) == 2)
         assert (plain.result().status, urgent.result().status) == (200, 200)
         assert last_words(served)[-2:] == ["hurry", "plain"]
         headers = urgent.result().headers
-        assert headers["x-holdfast-hints"] == "priority=3, osl=9, speculative_prefill=no-effect"
+        assert headers["x-holdfast-hints"] == "priority=3, osl=9, speculative_prefill=recall"
         assert headers["x-holdfast-dropped"] == "nvext.agent_hints.latency"
-        assert "nvext" not in served.engine_seen()["bodies"][-2]
+        seen = served.engine_seen()
+        assert "nvext" not in seen["bodies"][-2]
+        returns = {end["session"]: end["returns_soon"] for end in seen["ends"]}
+        labels = [body["kv_transfer_params"]["holdfast"]["session"] for body in seen["bodies"][-2:]]
+        assert [returns[label] for label in labels] == [True, False]
+        assert {session for _, session in seen["awaited"]} == set(labels)
 
 
 @pytest.mark.timeout(120)

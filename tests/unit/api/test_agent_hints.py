@@ -43,7 +43,7 @@ def test_what_cannot_be_understood_is_dropped_and_named(nvext: Any, dropped: lis
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.dictionaries(st.text(), v)))
 def test_no_hint_is_an_error(nvext: Any) -> None:
     hints, _ = read(nvext)
-    hints.allowed(10).header()
+    hints.allowed(10).header(recalls=True)
 
 
 def test_a_priority_is_taken_as_far_as_it_may_be_asked_for() -> None:
@@ -53,6 +53,8 @@ def test_a_priority_is_taken_as_far_as_it_may_be_asked_for() -> None:
 
 
 def test_what_was_made_of_the_hints_is_said() -> None:
-    assert NO_HINTS.header() is None
-    assert AgentHints(10, None, 7).header() == "priority=10, osl=7"
-    assert AgentHints(speculative_prefill=True).header() == "speculative_prefill=no-effect"
+    assert NO_HINTS.header(recalls=True) is None
+    assert AgentHints(10, None, 7).header(recalls=True) == "priority=10, osl=7"
+    assert AgentHints(speculative_prefill=True).header(recalls=True) == "speculative_prefill=recall"
+    assert AgentHints(speculative_prefill=True).header(recalls=False) == "speculative_prefill=no-effect"
+    assert AgentHints(speculative_prefill=False).header(recalls=True) == "speculative_prefill=no-effect"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from api.kv_watch import KvWatch, troubles
 from appliance.engine.client import EngineUnavailable
-from appliance.engine.picture import DISK_FAULTS, NOT_STORED, DiskPicture, KvPicture, TierPicture
+from appliance.engine.picture import DISK_FAULTS, NOT_STORED, DiskPicture, KvPicture, RecallPicture, TierPicture
 
 PICTURE = KvPicture(32, (TierPicture("device", "ok", 1, 9, 3, 2, 1),), (), (), 0, 0, (), 0, 0, 0)
 
@@ -99,3 +99,14 @@ async def test_a_tier_that_is_out_of_use_is_named_with_what_went_wrong() -> None
     assert list(kv.trouble()) == ["dram", "disk"]
     assert "ENOSPC" in kv.trouble()["disk"]
     assert troubles(PICTURE) == {}
+
+
+async def test_whether_the_engine_reads_ahead_is_known_when_it_was_seen() -> None:
+    kv, engine, clock, _ = watching()
+    assert not kv.recalls
+    await kv.look()
+    assert not kv.recalls
+    engine.picture = replace(PICTURE, recall=RecallPicture(0, 0, 0, 0.0))
+    clock.now += 10
+    await kv.look()
+    assert kv.recalls

@@ -50,6 +50,7 @@ STATUS = types.KvStatus(
     tiers=[TIER],
     disk=None,
     canary=None,
+    recall=None,
     kept_sessions=2,
     leased_sessions=1,
     worths_hits_per_s=[0.001, 0.02, 0.5],
@@ -167,3 +168,15 @@ def test_what_came_back_wrong_is_told_aloud() -> None:
     assert "DIFFERS: nothing is restored any more" in line(bad)
     none = types.KvCanary(compared_blocks_total=0, worst_error=0.0, quarantined=False)
     assert line(none).endswith("nothing was compared yet")
+
+
+def test_what_was_recalled_is_told_with_what_came_of_it() -> None:
+    def line(recall: types.KvRecall) -> str:
+        text = status_text(STATUS.model_copy(update={"recall": recall}))
+        return next(line for line in text.splitlines() if line.startswith("Recalled ahead"))
+
+    counts = {"recalled_blocks_total": 90, "used_blocks_total": 60, "in_vain_blocks_total": 10}
+    assert line(types.KvRecall(**counts, paused_for_s=0.0)).endswith(
+        "90 blocks, of them 60 used, 10 in vain, 20 in DRAM still"
+    )
+    assert line(types.KvRecall(**counts, paused_for_s=12.0)).endswith("paused for 12 s, the disk is slow")

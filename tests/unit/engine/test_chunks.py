@@ -305,3 +305,35 @@ def test_whatever_comes_and_goes_shares_and_caps_hold_and_the_counts_are_right(s
                 assert held <= max(before[tenant], int(quota.tenant_cap * 40))
             if tenant != owner[0]:
                 assert held >= min(before[tenant], int(quota.tenant_share * 40))
+
+
+def test_for_what_nobody_asked_for_only_what_is_worth_less_leaves(sessions: Sessions, order: ChunkOrder) -> None:
+    sessions.worths = {A: 1.0, B: 4.0}
+    stored(order, A, "a", 3)
+    stored(order, B, "b", 3)
+    assert order.room_ahead(CHILD, 10, free_chunks=1, below=1.0) == 1
+    assert order.room_ahead(CHILD, 10, free_chunks=1, below=4.0) == 4
+    assert order.room_ahead(CHILD, 3, free_chunks=1, below=4.0) == 3
+    assert order.pick(4, (), below=4.0) is None
+    assert order.pick(2, (), below=4.0) == (b"a2", b"a1")
+    assert order.pick(4, ()) == (b"a0", b"b2", b"b1", b"b0")
+
+
+def test_what_a_request_waits_for_makes_no_room_for_what_nobody_asked_for(
+    sessions: Sessions, order: ChunkOrder
+) -> None:
+    sessions.worths = {A: 1.0}
+    stored(order, A, "a", 2)
+    order.await_for("request", b"a1")
+    assert order.room_ahead(CHILD, 10, free_chunks=0, below=9.0) == 1
+
+
+def test_what_nobody_asked_for_keeps_to_the_quotas_in_force_and_loses_nobody_anything(
+    sessions: Sessions, order: ChunkOrder
+) -> None:
+    sessions.worths = {A: 1.0, B: 1.0, OTHERS: 9.0}
+    brought(order, A, "a", 4, Quota(0.3, 0.5, 0.4), free=10)
+    assert order.room_ahead(B, 9, free_chunks=6, below=9.0) == 1  # its tenant's cap
+    assert order.room_ahead(A, 9, free_chunks=6, below=9.0) == 0  # the session's
+    assert order.room_ahead(OTHERS, 9, free_chunks=6, below=9.0) == 7  # A's tenant has a share
+    assert not any(order.quotas.is_lost(session, 9 * 32) for session in (A, B, OTHERS))

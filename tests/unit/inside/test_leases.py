@@ -237,6 +237,30 @@ def test_the_stop_reason_that_is_told_later_decides_worth_and_rank() -> None:
     assert table.reclaim(2, nothing_is_busy).freed == (4, 3)
 
 
+def test_whose_request_waits_elsewhere_keeps_its_rank_meanwhile_and_yields_last() -> None:
+    clock = Clock()
+    table = table_of(10, clock)
+    for session, blocks in (("awaited", chain(1, 2)), ("other", chain(3, 4)), ("strict", chain(5))):
+        table.finished(dataclasses.replace(lease(session, 20.0), strict=session == "strict"), blocks)
+    clock.now += 19
+    table.awaited([("tenant", "awaited"), ("tenant", "strict"), ("tenant", "unknown")], 5.0)
+    clock.now += 1
+    table.expire()
+    assert held(table) == {"other": 2, "awaited": 2}
+    assert table.reclaim(3, nothing_is_busy).freed == (4, 3, 2)
+    clock.now += 4
+    assert table.next_expiry_in_s() == 0.0
+    table.expire()
+    assert table.next_expiry_in_s() is None
+
+
+def test_a_lease_that_runs_longer_is_not_cut_short_by_being_awaited() -> None:
+    table = table_of(10, Clock())
+    table.finished(lease("a", 60.0), chain(1))
+    table.awaited([("tenant", "a")], 5.0)
+    assert table.next_expiry_in_s() == 60.0
+
+
 def test_the_end_of_an_earlier_turn_changes_nothing() -> None:
     table = table_of(10, Clock())
     table.finished(Lease("a", "tenant", 15.0, turn="second"), chain(1))

@@ -22,6 +22,7 @@ from appliance.engine.picture import (
     DiskPicture,
     HeldPicture,
     KvPicture,
+    RecallPicture,
     SessionPicture,
     TenantPicture,
     TierPicture,
@@ -164,11 +165,15 @@ WHOLE = KvPicture(
         last_error_age_s=0.5,
     ),
     canary=CanaryPicture(12, 0.001, quarantined=False),
+    recall=RecallPicture(13, 14, 15, 16.5),
 )
 
 
 def test_a_picture_is_read_as_it_was_written() -> None:
-    for each in (WHOLE, replace(WHOLE, worths_hits_per_s=(), sessions=(), tenants=(), disk=None, canary=None)):
+    for each in (
+        WHOLE,
+        replace(WHOLE, worths_hits_per_s=(), sessions=(), tenants=(), disk=None, canary=None, recall=None),
+    ):
         assert KvPicture.from_wire(json.loads(json.dumps(each.to_wire()))) == each
 
 
@@ -198,6 +203,8 @@ def test_a_picture_is_read_as_it_was_written() -> None:
         (("disk", "not_stored_total", "slow"), -1),
         (("canary", "quarantined"), 0),
         (("canary", "worst_error"), math.nan),
+        (("recall", "used_blocks_total"), -1),
+        (("recall", "paused_for_s"), -0.5),
     ],
 )
 def test_what_is_no_picture_is_refused(where: tuple[Any, ...], value: object) -> None:

@@ -8,10 +8,12 @@ import pytest
 
 from appliance.engine.protocol import (
     LEASE_FIELD,
+    MAX_AWAITED,
     MAX_RELEASES,
     MAX_TURN_ENDS,
     Lease,
     LeaseReport,
+    LeasesRequest,
     LeaseState,
     SharedPrefix,
     TurnAccount,
@@ -19,10 +21,10 @@ from appliance.engine.protocol import (
     connector_arguments,
     connector_config,
     lease_params,
-    read_release_request,
+    leases_request,
+    read_leases_request,
     read_turn_accounts_answer,
     read_turn_ends_request,
-    release_request,
     token_digest,
     turn_accounts_answer,
     turn_ends_request,
@@ -41,7 +43,7 @@ LEASE: dict[str, Any] = {
     "session_cap": 1.0,
     "shared": None,
 }
-END = TurnEnd("s-1", "t_1", "u-1", "tool_use", output_tokens=7, idle_timeout_s=15.0)
+END = TurnEnd("s-1", "t_1", "u-1", "tool_use", output_tokens=7, idle_timeout_s=15.0, returns_soon=True)
 ACCOUNT = TurnAccount("u-1", device_tokens=64, dram_tokens=32, disk_tokens=96, reason="evicted")
 REPORT = LeaseReport(
     leases=(LeaseState("s", "t", blocks=3, tokens=96, expires_in_s=-0.25),),
@@ -137,10 +139,15 @@ def test_a_report_that_is_not_exactly_one_is_refused(change: dict[str, Any]) -> 
 
 
 def test_a_release_survives_the_wire() -> None:
-    assert read_release_request(release_request(["a", "b"])) == ("a", "b")
-    assert read_release_request(release_request()) == ()
-    assert read_release_request(b"{}") == ()
-    assert read_release_request(b"") == ()
+    assert read_leases_request(leases_request(["a", "b"])) == LeasesRequest(("a", "b"))
+    assert read_leases_request(leases_request()) == LeasesRequest()
+    assert read_leases_request(b"{}") == LeasesRequest()
+    assert read_leases_request(b"") == LeasesRequest()
+
+
+def test_who_is_awaited_survives_the_wire() -> None:
+    said = LeasesRequest((), (("t-1", "s-1"), ("t-2", "s-2")))
+    assert read_leases_request(leases_request(awaited=said.awaited)) == said
 
 
 @pytest.mark.parametrize(
@@ -154,6 +161,11 @@ def test_a_release_survives_the_wire() -> None:
         b'{"release": [1]}',
         b'{"release": ["a b"]}',
         b'{"expire": []}',
+        b'{"awaited": ["ab"]}',
+        b'{"awaited": [["a"]]}',
+        b'{"awaited": [["a", "b c"]]}',
+        b'{"awaited": [["a", 1]]}',
+        json.dumps({"awaited": [["a", "b"]] * (MAX_AWAITED + 1)}).encode(),
         b"[" * 100_000,
         json.dumps({"release": ["a"] * (MAX_RELEASES + 1)}).encode(),
     ],
@@ -161,7 +173,7 @@ def test_a_release_survives_the_wire() -> None:
 )
 def test_a_release_that_is_not_exactly_one_is_refused(body: bytes) -> None:
     with pytest.raises(MalformedMessage):
-        read_release_request(body)
+        read_leases_request(body)
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 0.96, math.nan])
@@ -192,6 +204,7 @@ def test_ends_of_turns_and_their_accounts_survive_the_wire() -> None:
         {"stop": None},
         {"output_tokens": -1},
         {"output_tokens": 1.5},
+        {"returns_soon": 1},
         {"idle_timeout_s": math.nan},
         {"more": 1},
     ],

@@ -224,3 +224,38 @@ def test_a_clock_that_stands_still_or_went_back_breaks_nothing(policy: Retention
     policy.arrived(session="one", now=50.0)
     finish(policy, "one", 50.0)
     assert 0 < worth(policy, "one", 40.0) < math.inf
+
+
+def test_a_context_whose_request_waits_elsewhere_is_kept_like_one_whose_request_is_here() -> None:
+    policy = RetentionPolicy()
+    turn(policy, "idle", 0.0)
+    turn(policy, "awaited", 0.0)
+    policy.awaited(sessions=["awaited", "from before a restart"], now=100.0, until=105.0)
+    assert worth(policy, "awaited", 104.9) == worth(policy, "from before a restart", 104.9) == math.inf
+    assert worth(policy, "awaited", 104.9, abandoned=True) < worth(policy, "idle", 104.9)
+    assert worth(policy, "awaited", 105.0) == worth(policy, "idle", 105.0)
+
+
+@pytest.mark.parametrize("over", ["arrived", "closed"])
+def test_who_has_come_or_is_over_is_awaited_no_more(over: str) -> None:
+    policy = RetentionPolicy()
+    turn(policy, "one", 0.0)
+    policy.awaited(sessions=["one"], now=1.0, until=100.0)
+    if over == "arrived":
+        turn(policy, "one", 2.0)
+    else:
+        policy.closed(session="one", now=2.0)
+    assert worth(policy, "one", 3.0) < math.inf
+    assert all(value < math.inf for _, value in policy.expected(now=3.0, most=10))
+
+
+def test_who_is_expected_is_told_with_those_who_wait_first_and_then_the_likeliest(policy: RetentionPolicy) -> None:
+    turn(policy, "long ago", 0.0)
+    turn(policy, "answered", 900.0, "end_turn")
+    turn(policy, "tool", 900.0, "tool_use")
+    policy.arrived(session="runs", now=901.0)
+    policy.awaited(sessions=["second", "tool"], now=901.0, until=910.0)
+    told = policy.expected(now=902.0, most=10)
+    assert [session for session, _ in told] == ["second", "tool", "answered", "long ago"]
+    assert [value for _, value in told[:2]] == [math.inf, math.inf]
+    assert [session for session, _ in policy.expected(now=910.0, most=2)] == ["tool", "answered"]  # those used last

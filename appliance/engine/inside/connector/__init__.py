@@ -2,8 +2,8 @@
 
 `StateConnector` is loaded as a KV connector: it moves no KV, and uses a connector's hooks to keep sessions' blocks on
 the device (`device`). `TieredStateConnector` has the same hooks before vLLM's own connector (`tiered`), whose manager
-(`dram`), memory (`memory`) and secondary tier (`disk`) are ours. `questions` is what the front end asks, `amendments`
-what of vLLM's own is done otherwise.
+(`dram`; `recalling` has it read ahead), memory (`memory`) and secondary tier (`disk`) are ours. `questions` is what the
+front end asks, `amendments` what of vLLM's own is done otherwise.
 
 Rules:
 

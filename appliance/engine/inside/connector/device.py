@@ -40,6 +40,7 @@ from appliance.engine.inside.pictures import Holder, Totals, largest, picture_of
 from appliance.engine.inside.retention import RetentionPolicy
 from appliance.engine.picture import KvPicture, TierPicture
 from appliance.engine.protocol import (
+    AWAITED_S,
     LEASE_FIELD,
     LEASE_FRACTION_FIELD,
     LESSONS_FIELD,
@@ -82,8 +83,14 @@ class LeaseRetention:
 
     # What EngineCore is asked, between two steps.
 
-    def report(self, release: Iterable[str] = ()) -> LeaseReport:
-        """Expire what is due, release the sessions so labelled, and say how things stand."""
+    def report(self, release: Iterable[str] = (), awaited: Sequence[tuple[str, str]] = ()) -> LeaseReport:
+        """Expire what is due, release the sessions so labelled, and say how things stand.
+
+        Args:
+            awaited: tenant and session of those whose request waits elsewhere.
+        """
+        if awaited:
+            self._table.awaited(awaited, AWAITED_S)
         self.tick()
         self._apply(self._table.release(release))
         return LeaseReport(

@@ -13,7 +13,7 @@ from vllm.v1.kv_offload.file_mapper import FileMapper
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from appliance.engine.inside.chunks import Worth
-from appliance.engine.inside.connector.sessions import is_stored, lease_of, owner_of
+from appliance.engine.inside.connector.sessions import Ahead, is_stored, lease_of, owner_of
 from appliance.engine.inside.disk.channel import KeyAsker
 from appliance.engine.inside.disk.files import Owner as DiskOwner
 from appliance.engine.inside.disk.fingerprint import fingerprint
@@ -88,7 +88,9 @@ class DiskTier(SecondaryTierManager):  # type: ignore[misc]
 
     def submit_load(self, job_metadata: TransferJob) -> None:
         owner = owner_of(job_metadata.req_context)
-        self.store.load(job_metadata.job_id, owner[0] if owner is not None else "", self._pieces(job_metadata))
+        tenant = owner[0] if owner is not None else ""
+        ahead = job_metadata.req_context.get_state(Ahead) is not None
+        self.store.load(job_metadata.job_id, tenant, self._pieces(job_metadata), ahead=ahead)
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         return [

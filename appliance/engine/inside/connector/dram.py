@@ -1,5 +1,6 @@
 """The tier in DRAM: vLLM's manager, whose chunks leave in the order of what sessions are worth."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
@@ -28,6 +29,17 @@ class SessionChunks(CachePolicy):  # type: ignore[misc]
         self._chunks: dict[bytes, ChunkStatus] = {}
         self.storing: ReqContext | None = None  # for whom the manager inserts: it does not say
         self.order: ChunkOrder
+        self.on_left: Callable[[bytes], None] = lambda _: None
+        self._below: float | None = None  # only what is worth less leaves
+
+    @contextlib.contextmanager
+    def storing_ahead(self, context: ReqContext, below: float) -> Iterator[None]:
+        """Have room made for chunks that nobody has asked for by what is worth less than `below` alone."""
+        self.storing, self._below = context, below
+        try:
+            yield
+        finally:
+            self._below = None
 
     def get(self, key: bytes) -> ChunkStatus | None:
         return self._chunks.get(key)
@@ -46,6 +58,7 @@ class SessionChunks(CachePolicy):  # type: ignore[misc]
     def take_out(self, key: bytes) -> ChunkStatus:
         """Remove a chunk that is there."""
         self.order.discard(key)
+        self.on_left(key)
         return self._chunks.pop(key)
 
     def touch(self, keys: Iterable[bytes], req_context: ReqContext) -> None:
@@ -67,10 +80,14 @@ class SessionChunks(CachePolicy):  # type: ignore[misc]
 
     def evict(self, n: int, protected: set[bytes]) -> list[tuple[bytes, ChunkStatus]] | None:
         owner = None if self.storing is None else owner_of(self.storing)
-        picked = self.order.pick(n, protected, None if owner is None else owner[0])
+        picked = self.order.pick(n, protected, None if owner is None else owner[0], self._below)
+        for key in picked or ():
+            self.on_left(key)
         return None if picked is None else [(key, self._chunks.pop(key)) for key in picked]
 
     def clear(self) -> None:
+        for key in self._chunks:
+            self.on_left(key)
         self._chunks.clear()
         self.order.clear()
 

@@ -12,7 +12,7 @@ from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from appliance.engine.inside.connector.dram import TieredManager
+from appliance.engine.inside.connector.recalling import RecallingManager
 from appliance.engine.inside.connector.version import UnsupportedEngine
 
 
@@ -22,10 +22,10 @@ class TierSpec(TieringOffloadingSpec):  # type: ignore[misc]
     _manager: Any
     _worker: Any
 
-    def get_manager(self) -> TieredManager:
+    def get_manager(self) -> RecallingManager:
         if self._manager is None:
             made = super().get_manager()
-            self._manager = TieredManager(made.primary_tier, made.secondary_tiers)
+            self._manager = RecallingManager(made.primary_tier, made.secondary_tiers)
             region = made.primary_tier._mmap_region
             _keep_out_of_cores(region)
             # vLLM makes the workers' caches before the scheduler: whoever opens the memory last takes its name away, so
@@ -33,7 +33,7 @@ class TierSpec(TieringOffloadingSpec):  # type: ignore[misc]
             with contextlib.suppress(FileNotFoundError):
                 Path(region.mmap_path).unlink()
             region._creator = False
-        manager: TieredManager = self._manager
+        manager: RecallingManager = self._manager
         return manager
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:

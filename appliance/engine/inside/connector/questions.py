@@ -31,9 +31,12 @@ def install() -> None:
     salt_by_range()
 
 
-async def lease_report(engine_client: Any, release: Sequence[str] = ()) -> LeaseReport:
-    """Ask the engine behind vLLM's front end: expire, release, report."""
-    return LeaseReport.from_wire(await engine_client.engine_core.call_utility_async(_REPORT_METHOD, list(release)))
+async def lease_report(
+    engine_client: Any, release: Sequence[str] = (), awaited: Sequence[tuple[str, str]] = ()
+) -> LeaseReport:
+    """Ask the engine behind vLLM's front end: expect, expire, release, report."""
+    core = engine_client.engine_core
+    return LeaseReport.from_wire(await core.call_utility_async(_REPORT_METHOD, list(release), list(awaited)))
 
 
 async def lease_tick(engine_client: Any) -> float | None:
@@ -67,8 +70,8 @@ def connector_of(engine_core: EngineCore) -> LeaseRetention:
     return connector
 
 
-def _report(self: EngineCore, release: list) -> dict:  # type: ignore[type-arg]
-    return connector_of(self).report(release).to_wire()
+def _report(self: EngineCore, release: list, awaited: list) -> dict:  # type: ignore[type-arg]
+    return connector_of(self).report(release, [(tenant, session) for tenant, session in awaited]).to_wire()
 
 
 def _kv(self: EngineCore, most_sessions: int) -> dict:  # type: ignore[type-arg]

@@ -21,6 +21,11 @@ class Released:
     """Marks a request whose session was released while it was known: nothing more of it is stored."""
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """Marks what is read from the disk before a request asks for it."""
+
+
 def session_of(lease: Lease) -> Owner:
     """Whose a lease is: the tenant's label and the session's."""
     return lease.tenant, lease.session

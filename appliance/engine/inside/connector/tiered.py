@@ -2,9 +2,9 @@
 
 import math
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from vllm import SamplingParams
@@ -15,15 +15,16 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 from vllm.v1.kv_offload.base import ReqContext, get_offload_group_idx
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from appliance.engine.inside.canary import MOST_TOKENS, Canary, Place, Sample
 from appliance.engine.inside.connector.device import LeaseRetention
-from appliance.engine.inside.connector.dram import TieredManager
+from appliance.engine.inside.connector.recalling import Expectations, RecallingManager
 from appliance.engine.inside.connector.sessions import Released, owner_of, session_of
 from appliance.engine.inside.pictures import Holder, disk_picture
+from appliance.engine.inside.quotas import Owner
 from appliance.engine.picture import CanaryPicture, KvPicture, TierPicture
-from appliance.engine.protocol import Lease, LeaseReport, lease_params
+from appliance.engine.protocol import Lease, LeaseReport, TurnAccount, TurnEnd, lease_params
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -42,15 +43,20 @@ class TieredRetention(LeaseRetention):
         if role == KVConnectorRole.SCHEDULER:
             self._tiers.order_by(self.policy.value, self.clock)
             self._tiers.on_stored = self._compare
+            self._tiers.recall_for(
+                Expectations(self._waiting, self._expected, lambda session: self._table.tokens_of(session))
+            )
 
     @property
-    def _tiers(self) -> TieredManager:
-        manager: TieredManager = self.connector_scheduler.manager  # type: ignore[attr-defined]
+    def _tiers(self) -> RecallingManager:
+        manager: RecallingManager = self.connector_scheduler.manager  # type: ignore[attr-defined]
         return manager
 
-    def report(self, release: Iterable[str] = ()) -> LeaseReport:
+    def report(self, release: Iterable[str] = (), awaited: Sequence[tuple[str, str]] = ()) -> LeaseReport:
         labels = frozenset(release)
-        report = super().report(labels)
+        if awaited:
+            self._tiers.look_now()
+        report = super().report(labels, awaited)
         if self._canary.released(labels):
             self._tiers.release(frozenset({_CANARY[1]}))
         if labels:
@@ -67,8 +73,23 @@ class TieredRetention(LeaseRetention):
     def tick(self) -> float | None:
         if self._canary.expire():
             self._tiers.release(frozenset({_CANARY[1]}))
-        due = [due_in_s for due_in_s in (super().tick(), self._canary.next_expiry_in_s()) if due_in_s is not None]
-        return min(due, default=None)
+        due = (super().tick(), self._canary.next_expiry_in_s(), self._tiers.recall_ahead())
+        return min((due_in_s for due_in_s in due if due_in_s is not None), default=None)
+
+    def turns_ended(self, ends: Iterable[TurnEnd]) -> list[TurnAccount | None]:
+        ends = list(ends)
+        accounts = super().turns_ended(ends)
+        for end in ends:
+            session = end.tenant, end.session
+            if end.returns_soon and not self._table.is_active(session):
+                self._tiers.hinted(session)
+        return accounts
+
+    def on_new_request(self, request: Request) -> None:
+        super().on_new_request(request)
+        lease = self._leases_asked.get(request.request_id)
+        if lease is not None:
+            self._tiers.arrived(session_of(lease))
 
     def tiers(self, leased_blocks: int) -> list[TierPicture]:
         return [*super().tiers(leased_blocks), *self._tiers.pictures()]
@@ -86,7 +107,19 @@ class TieredRetention(LeaseRetention):
                 canary.worst if math.isfinite(canary.worst) else None,
                 self._tiers.quarantined,
             ),
+            recall=self._tiers.recalled(),
         )
+
+    def _waiting(self) -> list[Owner]:
+        """The sessions whose request was not begun, the oldest first."""
+        return [
+            session_of(lease)
+            for name, lease in self._leases_asked.items()
+            if (request := self._requests[name]).status == RequestStatus.WAITING and not request.num_computed_tokens
+        ]
+
+    def _expected(self, now: float, most: int) -> list[tuple[Owner, float]]:
+        return cast("list[tuple[Owner, float]]", self.policy.expected(now=now, most=most))
 
     def _asked_lease(self, request: Request) -> Lease | None:
         lease = super()._asked_lease(request)

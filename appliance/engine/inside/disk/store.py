@@ -123,6 +123,7 @@ class _Task(NamedTuple):
     held: Held
     name: ChunkName
     data: memoryview
+    ahead: bool = False  # nobody asked for it: its session is not in use
 
 
 class _Plain:
@@ -251,17 +252,34 @@ class DiskStore:
         with self._lock:
             return self._answers()
 
-    def keys_of(self, owner: Owner) -> tuple[bytes, ...]:
-        """The keys of a session's chunks, head first: for who wants them in memory before they are asked for."""
+    def positions_of(self, owner: Owner) -> dict[bytes, int]:
+        """A session's chunks, head first, and the token that each ends at."""
         with self._lock:
             held = self._index.session(owner)
-            places = {} if held is None else dict(held.chunks)
-        return tuple(sorted(places, key=lambda key: places[key].position))
+            places = {} if held is None else {key: place.position for key, place in held.chunks.items()}
+        return dict(sorted(places.items(), key=lambda place: place[1]))
 
-    def expect(self, owner: Owner) -> None:
-        """A session is about to be used: have its key at hand."""
-        if self._files is not None and self._plain is None:
-            self._keys.look(owner)
+    def chunks_of(self, owner: Owner) -> int:
+        """How many chunks of a session are there."""
+        with self._lock:
+            held = self._index.session(owner)
+            return 0 if held is None else len(held.chunks)
+
+    def is_moving(self) -> bool:
+        """Whether something is read, or waits to be read or written."""
+        with self._lock:
+            return bool(self._reads or self._reading or self._writes)
+
+    def expect(self, owner: Owner) -> Presence:
+        """A session is about to be used: have its key at hand. Whether its chunks could be read now."""
+        if self._files is None:
+            return Presence.ABSENT
+        if self._plain is not None:
+            return Presence.HERE
+        found = self._keys.look(owner)
+        if found is NoKey.ASKED:
+            return Presence.ASK_AGAIN
+        return Presence.ABSENT if found is NoKey.REFUSED else Presence.HERE
 
     def used(self, owners: Iterable[Owner]) -> None:
         """Sessions are in use: they do not expire now."""
@@ -347,8 +365,12 @@ class DiskStore:
                 self._job_over(job)
             self._to_write.notify_all()
 
-    def load(self, number: int, tenant: str, pieces: Sequence[Piece]) -> None:
-        """Read chunks into memory. `finished` tells which of them are there."""
+    def load(self, number: int, tenant: str, pieces: Sequence[Piece], *, ahead: bool = False) -> None:
+        """Read chunks into memory. `finished` tells which of them are there.
+
+        Args:
+            ahead: nobody asked for them yet: that they are read does not keep their session from expiring.
+        """
         job = _Job(number, self._now(), len(pieces), len(pieces) * self._chunk_bytes)
         with self._lock:
             self._open_jobs += 1
@@ -359,9 +381,10 @@ class DiskStore:
                     continue
                 place = held.chunks[piece.key]
                 held.loading += 1
-                self._index.used(held.owner, self._now())
+                if not ahead:
+                    self._index.used(held.owner, self._now())
                 name = ChunkName(held.owner, piece.key, place.position, place.copy)
-                self._reads.append(_Task(job, held, name, piece.data))
+                self._reads.append(_Task(job, held, name, piece.data, ahead))
             self._reads_due_at = max(self._reads_due_at, job.started) + job.moved_bytes / _SLOWEST_READ_BYTES_S
             if not pieces:
                 self._job_over(job)
@@ -539,7 +562,7 @@ class DiskStore:
                     self._to_write.notify_all()
                 self._loaded += not cause
                 self._piece_over(task.job, task.name.key, done=not cause)
-            if not cause:
+            if not cause and not task.ahead:
                 files.touch(task.name.owner, self._wall())
 
     def _read(self, files: ChunkFiles, buffer: memoryview, task: _Task) -> str:

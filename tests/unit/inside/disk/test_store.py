@@ -497,8 +497,40 @@ def test_who_asks_while_the_key_is_on_its_way_is_told_to_ask_again(make: Make) -
 def test_the_heads_of_a_session_come_first_when_it_is_to_be_recalled(make: Make) -> None:
     tier = make()
     tier.write(ANA, [3, 1, 2])
-    assert tier.store.keys_of(ANA) == tuple(chunk_key(ANA, number) for number in (1, 2, 3))
-    assert tier.store.keys_of(BEN) == ()
+    assert list(tier.store.positions_of(ANA).items()) == [(chunk_key(ANA, number), number) for number in (1, 2, 3)]
+    assert (tier.store.chunks_of(ANA), tier.store.chunks_of(BEN)) == (3, 0)
+    assert tier.store.positions_of(BEN) == {}
+
+
+def test_whoever_expects_a_session_hears_whether_its_key_is_there(make: Make) -> None:
+    gateway = Gateway()
+    gateway.silent = True
+    gateway.without = {BEN}
+    tier = make(gateway=gateway)
+    assert tier.store.expect(ANA) is Presence.ASK_AGAIN
+    gateway.answer(ANA)
+    assert tier.store.expect(ANA) is Presence.HERE
+    tier.store.expect(BEN)
+    gateway.answer(BEN)
+    assert tier.store.expect(BEN) is Presence.ABSENT
+    assert tier.store.status().faults == {}  # nobody missed anything
+
+
+def test_what_is_read_ahead_does_not_keep_its_session_from_expiring(make: Make) -> None:
+    now = [0.0]
+    tier = make(now=lambda: now[0], wall=lambda: now[0], ttl_s=100.0)
+    tier.write(ANA, [1])
+    tier.write(BEN, [1])
+    (folder,) = (path.parent for path in tier.files() if "ana" in path.parent.name)
+    os.utime(folder, (1.0, 1.0))
+    now[0] = 90.0
+    assert tier.read(ANA, [1], ahead=True) == [1]
+    assert tier.read(BEN, [1]) == [1]
+    assert folder.stat().st_mtime == 1.0
+    now[0] = 101.0
+    tier.write(EVE, [1])  # the threads look at the clock when they have something to do
+    until(lambda: tier.store.status().expired_chunks == 1)
+    assert (tier.store.chunks_of(ANA), tier.store.chunks_of(BEN)) == (0, 1)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS])

@@ -81,12 +81,15 @@ class Tier:
     def write(self, owner: Owner, numbers: Sequence[int], **quota: float) -> Done:
         return self.wait(self.begin(owner, numbers, **quota))
 
-    def read(self, owner: Owner, numbers: Sequence[int], tenant: str | None = None) -> list[int]:
+    def read(
+        self, owner: Owner, numbers: Sequence[int], tenant: str | None = None, *, ahead: bool = False
+    ) -> list[int]:
         """The numbers of the chunks that could be read; what they hold is what was written."""
         job = next(self.numbers)
         keys = {chunk_key(owner, number): number for number in numbers}
         buffers = {key: bytearray(CHUNK_BYTES) for key in keys}
-        self.store.load(job, tenant or owner.tenant, [Piece(k, n, memoryview(buffers[k])) for k, n in keys.items()])
+        pieces = [Piece(key, number, memoryview(buffers[key])) for key, number in keys.items()]
+        self.store.load(job, tenant or owner.tenant, pieces, ahead=ahead)
         done = self.wait(job)
         assert done.whole == (len(done.keys) == len(keys))
         for key in done.keys:
