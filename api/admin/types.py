@@ -509,7 +509,7 @@ class KvStatus(Wire):
     """What the engine keeps, at `observed_at`, as it was seen `age_s` before; what came of it since `counted_since`.
 
     `tiers` is empty when the engine could not be asked. `disk`, `canary` and `recall` are None where there is no such
-    tier. `sessions` are those that keep most, in all tiers together; of the disk's, the 10,000 that were used last are
+    tier. `sessions` are those that keep most in some tier; of the disk's, the 10,000 that were used last are
     looked through. `kept_sessions` counts all on the device. `found_tokens` names tiers, and "unknown" for what was
     found it is not known where. `repeated_tokens` of all prompts' tokens had been in the turn before.
     `reclaimed_blocks_per_s` is over `reclaimed_over_s` seconds.

@@ -271,7 +271,7 @@ class KvPicture:
     Attributes:
         tiers: those that are there; the device is the first.
         tenants: those that keep most.
-        sessions: those that keep most in all tiers together, as many as were asked for.
+        sessions: those that keep most in some tier, as many as were asked for.
         sessions_total: all that keep something on the device; of them `leased_sessions_total` have a lease that runs.
         worths_hits_per_s: the lowest, the middle and the highest of all that are known; empty: none is.
         disk: None: there is no tier on disk.

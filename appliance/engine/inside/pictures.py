@@ -10,6 +10,7 @@ import heapq
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import NamedTuple, Protocol
 
 from appliance.engine.inside.disk.store import DiskStatus
@@ -80,17 +81,19 @@ def picture_of(
 
 
 def largest(holders: Iterable[Holder], most: int, worth: Callable[[Owner], float]) -> tuple[SessionPicture, ...]:
-    """The sessions that keep most, at most so many, and what of them each tier has.
+    """The sessions that keep most in some tier, at most so many, and what of them each tier has.
 
     Args:
         worth: of a session, in hits a second; infinite: a request of it waits or runs.
     """
     if not most:
         return ()
-    holders, blocks = tuple(holders), Counter[Owner]()
+    holders = tuple(holders)
+    # What one tier has another has a copy of: their sum would say nothing.
+    blocks: dict[Owner, int] = {}
     for holder in holders:
-        for session, size in holder.sizes():
-            blocks[session] += size
+        for session, size in heapq.nlargest(most, holder.sizes(), key=itemgetter(1)):
+            blocks[session] = max(size, blocks.get(session, 0))
     named = heapq.nlargest(most, blocks, key=blocks.__getitem__)
     return tuple(
         SessionPicture(

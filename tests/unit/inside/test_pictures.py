@@ -96,7 +96,7 @@ def test_worth_is_told_lowest_middle_highest_and_what_is_in_use_has_none() -> No
     }
 
 
-def test_a_session_is_named_for_what_all_tiers_have_of_it_together() -> None:
+def test_a_session_is_named_for_the_tier_that_has_most_of_it() -> None:
     class Tier:
         def __init__(self, tier: str, blocks: dict[tuple[str, str], int]) -> None:
             self.tier, self.blocks = tier, blocks
@@ -111,9 +111,9 @@ def test_a_session_is_named_for_what_all_tiers_have_of_it_together() -> None:
         def blocks_by_tenant(self) -> Mapping[str, int]:
             return {}
 
-    dram, disk = Tier("dram", {("t", "a"): 5, ("t", "b"): 3}), Tier("disk", {("t", "b"): 4, ("t", "c"): 6})
+    dram, disk = Tier("dram", {("t", "a"): 5, ("t", "b"): 3}), Tier("disk", {("t", "b"): 9, ("t", "c"): 6})
     b, c = largest([dram, disk], 2, lambda _: 0.5)
-    assert (b.session, [(held.tier, held.blocks) for held in b.held]) == ("b", [("dram", 3), ("disk", 4)])
+    assert (b.session, [(held.tier, held.blocks) for held in b.held]) == ("b", [("dram", 3), ("disk", 9)])
     assert (c.session, [(held.tier, held.blocks) for held in c.held]) == ("c", [("disk", 6)])
     assert largest([dram, disk], 0, lambda _: 0.5) == ()
 
