@@ -252,6 +252,17 @@ BENCHMARKS: Final = (
         environment=".venv-engine",
     ),
     Benchmark(
+        "recall",
+        "What it is worth to have read KV from the disk before its request comes",
+        "recall",
+        (
+            Figure("first token sooner, median", TIMES, _at("sooner"), least=engine_bars.NO_LATER),
+            Figure("recalled blocks that were used", PERCENT, _at("used_share"), least=1),
+        ),
+        short=("--agents", "2", "--tokens", "512"),
+        environment=".venv-engine",
+    ),
+    Benchmark(
         "leases",
         "What retention costs the engine at 10,000 idle sessions",
         "leases",

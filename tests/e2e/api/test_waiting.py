@@ -75,8 +75,9 @@ def test_an_agent_s_priority_moves_its_turn_within_what_its_tenant_may_ask_for(t
         assert headers["x-holdfast-dropped"] == "nvext.agent_hints.latency"
         seen = served.engine_seen()
         assert "nvext" not in seen["bodies"][-2]
-        returns = {end["session"]: end["returns_soon"] for end in seen["ends"]}
         labels = [body["kv_transfer_params"]["holdfast"]["session"] for body in seen["bodies"][-2:]]
+        until(lambda: set(labels) <= {end["session"] for end in served.engine_seen()["ends"]})
+        returns = {end["session"]: end["returns_soon"] for end in served.engine_seen()["ends"]}
         assert [returns[label] for label in labels] == [True, False]
         assert {session for _, session in seen["awaited"]} == set(labels)
 

@@ -228,7 +228,10 @@ def test_who_waits_in_the_engine_is_read_for_before_its_turn(engine: EngineInPro
     assert engine.running() == 1
     engine.submit(words(6, 30 * BLOCK + 5))  # which there is no room for
     behind = engine.submit(prompt, session="ana", max_tokens=2)
-    until(engine, lambda: counts(engine)[0] == 6)
+    until(engine, lambda: tiers(engine)._ahead is not None)
+    store(engine).drain()
+    engine.step()
+    assert counts(engine)[0] == 6
     assert engine.running() == 1
     assert engine.answers[running].finish_reason is None
     run(engine)

@@ -404,6 +404,10 @@ class TableAgainstPool(RuleBasedStateMachine):
         self.table.arrived(lease(session))
         self.apply(self.table.admitted(lease(session), hit_tokens, prompt_hits=not hit_tokens)[0])
 
+    @rule(sessions=st.lists(st.sampled_from(string.ascii_lowercase[:6])))
+    def awaited(self, sessions: list[str]) -> None:
+        self.table.awaited([("tenant", session) for session in sessions], 5.0)
+
     @rule(seconds=st.sampled_from([0.0, 1.0, 6.0, 20.0]))
     def expire(self, seconds: float) -> None:
         self.clock.now += seconds
