@@ -374,23 +374,34 @@ if libc.unshare(wanted) and libc.unshare(wanted | USER):
 
 def check_swap(subject: Subject) -> Finding:
     """Whether memory may be written to a disk in plaintext."""
-    from appliance.vault.process import plaintext_swap_devices
+    from appliance.vault.process import lockable_bytes, plaintext_swap_devices
 
+    settings = subject.settings
     return judge_swap(
         plaintext_swap_devices(),
-        refused=subject.settings is not None and subject.settings.vault.plaintext_swap == "refuse",
+        refused=settings is not None and settings.vault.plaintext_swap == "refuse",
+        kv_bytes=0 if settings is None else settings.engine.kv_cache_bytes + settings.tiers.dram_bytes,
+        lockable=lockable_bytes(),
     )
 
 
-def judge_swap(devices: Sequence[str], *, refused: bool) -> Finding:
-    """WARN with plaintext swap, FAIL where the settings refuse it."""
+def judge_swap(devices: Sequence[str], *, refused: bool, kv_bytes: int, lockable: int | None) -> Finding:
+    """WARN with plaintext swap, FAIL where the settings refuse it.
+
+    Args:
+        kv_bytes: of KV in memory, at most; an engine locks it in memory where it may.
+        lockable: bytes that it may lock; None: as many as it likes.
+    """
     if not devices:
         return Finding("swap", Verdict.PASS, "none that is in plaintext on a disk")
+    kv_too = "is locked in memory"
+    if lockable is not None and lockable < kv_bytes:
+        kv_too = f"too: of {kv_bytes / _GIB:.1f} GiB the engine may lock {lockable / _GIB:.1f} in memory (`ulimit -l`)"
     return Finding(
         "swap",
         Verdict.FAIL if refused else Verdict.WARN,
         f"plaintext swap on {', '.join(devices)}",
-        "keys and transcripts in memory may be written to that disk, and stay there",
+        f"keys and transcripts in memory may be written to that disk, and stay there; KV {kv_too}",
         "`swapoff -a` and take it out of /etc/fstab, or put swap on dm-crypt or zram",
     )
 

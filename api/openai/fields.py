@@ -10,6 +10,10 @@ Rules:
 """
 
 from dataclasses import dataclass
+from typing import Final
+
+MAX_STOPS: Final = 4
+"""How many texts may end an answer: the engine takes no more, and OpenAI neither."""
 
 
 @dataclass(frozen=True, slots=True)

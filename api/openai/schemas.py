@@ -7,12 +7,13 @@ vLLM's front end with it. So what is compiled is bounded here.
 Rules:
 
 - What is bounded is counted over all the schemas of a request, before anything is kept or sent.
-- A schema within the bounds is not judged: the engine says what it does not know.
+- A schema within the bounds is not judged: the engine says what it does not know. Except one that nothing can fulfil
+  because it is defined by itself alone: the engine compiles it, and fails when no token may come.
 - The bounds on choices and on texts are OpenAI's own for structured outputs, those on patterns and on numbers are ours.
 - No I/O.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from api.openai.errors import RequestError
@@ -40,9 +41,10 @@ def check_schemas(param: str, schemas: Iterable[Mapping[str, Any]]) -> None:
     """
     values = choices = characters = deepest = 0
     referred_to: set[str] = set()
-    left: list[tuple[Any, int]] = [(schema, 1) for schema in schemas]
+    objects: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []  # each with the schema that it is in
+    left: list[tuple[Any, int, Mapping[str, Any]]] = [(schema, 1, schema) for schema in schemas]
     while left:
-        value, depth = left.pop()
+        value, depth, root = left.pop()
         values += 1
         deepest = max(deepest, depth)
         if isinstance(value, dict):
@@ -51,15 +53,18 @@ def check_schemas(param: str, schemas: Iterable[Mapping[str, Any]]) -> None:
             choices += sum(len(value[name]) for name in _CHOICES if isinstance(value.get(name), list))
             if isinstance(reference := value.get("$ref"), str):
                 referred_to.add(reference)
-            left.extend((within, depth + 1) for within in value.values())
+            objects.append((value, root))
+            left.extend((within, depth + 1, root) for within in value.values())
         elif isinstance(value, list):
-            left.extend((within, depth + 1) for within in value)
+            left.extend((within, depth + 1, root) for within in value)
         elif isinstance(value, str):
             characters += len(value)
     _bound(param, "values", values, MOST_VALUES)
     _bound(param, "choices (enum, anyOf and the like)", choices, MOST_CHOICES)
     _bound(param, "characters of names and texts", characters, MOST_CHARACTERS)
     _bound(param, "levels times what it refers to", deepest * len(referred_to), MOST_DEPTH)
+    if _some_is_itself_alone(objects):
+        raise _refusal(param, "a reference of its schema leads back to itself and to nothing else")
 
 
 def _check_object(param: str, value: Mapping[str, Any]) -> None:
@@ -84,6 +89,49 @@ def _check_object(param: str, value: Mapping[str, Any]) -> None:
             len(properties) * min(most, len(properties)),
             MOST_COUNTED_PROPERTIES,
         )
+
+
+def _some_is_itself_alone(objects: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> bool:
+    """Whether whatever some schema may be leads back to it. Looks at each once."""
+    open_ids: set[int] = set()
+    closed_ids: list[int] = []  # of what has an end, and was not looked at from there
+    led_to_by: dict[int, list[int]] = {}
+    for value, root in objects:
+        ways = _ways(value, root)
+        if any(not isinstance(way, dict) for way in ways) or not ways:
+            closed_ids.append(id(value))
+            continue
+        open_ids.add(id(value))
+        for way in ways:
+            led_to_by.setdefault(id(way), []).append(id(value))
+    while closed_ids:
+        now_closed = open_ids.intersection(led_to_by.pop(closed_ids.pop(), ()))
+        open_ids -= now_closed
+        closed_ids += now_closed
+    return bool(open_ids)
+
+
+def _ways(value: Mapping[str, Any], root: Mapping[str, Any]) -> Sequence[Any]:
+    """What an answer follows in a schema's place. What stands beside a reference counts for nothing, as in the engine."""
+    if isinstance(reference := value.get("$ref"), str):
+        return [_referred_to(reference, root)]
+    return next((value[name] for name in ("anyOf", "oneOf", "allOf") if isinstance(value.get(name), list)), ())
+
+
+def _referred_to(reference: str, root: Any) -> Any:
+    """What a reference within a schema names (RFC 6901); None: nothing there, or somewhere else."""
+    if not reference.startswith("#"):
+        return None
+    at = root
+    for part in reference[1:].split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(at, dict):
+            at = at.get(name)
+        elif isinstance(at, list) and name.isascii() and name.isdecimal() and int(name) < len(at):
+            at = at[int(name)]
+        else:
+            return None
+    return at
 
 
 def _check_pattern(param: str, pattern: str) -> None:

@@ -21,7 +21,7 @@ from pydantic_core import from_json, to_json
 
 from api.openai.agent_hints import AgentHints, read_agent_hints
 from api.openai.errors import MalformedBody, RequestError
-from api.openai.fields import CHAT, COMPLETION, Fields
+from api.openai.fields import CHAT, COMPLETION, MAX_STOPS, Fields
 from api.openai.schemas import check_schemas
 from appliance.sessions import Message, SessionHints, Turn, TurnKind
 
@@ -30,7 +30,6 @@ _MAX_NAME = 256  # characters
 _MAX_TOOLS = 512
 _MAX_TOOL_CALLS = 256
 _MAX_PARTS = 1024
-_MAX_STOPS = 16
 _MAX_PROMPT_IDS = 1 << 20
 _INT64 = 1 << 63
 _NAMED = 20
@@ -413,8 +412,8 @@ def _one_of(*words: str) -> _Check:
 
 def _stop(param: str, value: Any, _: Dropped) -> str | list[str]:
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or len(texts) > _MAX_STOPS or not all(isinstance(text, str) for text in texts):
-        raise _invalid(param, f"it must be a text or a list of at most {_MAX_STOPS} texts")
+    if not isinstance(texts, list) or len(texts) > MAX_STOPS or not all(isinstance(text, str) for text in texts):
+        raise _invalid(param, f"it must be a text or a list of at most {MAX_STOPS} texts")
     if any(not 0 < len(text) <= 1024 for text in texts):
         raise _invalid(param, "each text must have 1 to 1024 characters")
     return texts

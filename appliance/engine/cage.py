@@ -13,6 +13,7 @@ Rules:
 - As root, vLLM keeps the rights to read, to pin memory and to place threads, and none else; no right can be gained.
 - No core dumps. The limit is one byte, not none: a limit of none still lets a dump go to a pipe, one byte does not
   (core(5), fs/coredump.c).
+- vLLM may lock as much memory as its user may at most: KV is kept out of swap.
 - Nothing stays behind: the socket, the private folder for temporary files, shared memory.
 
 ::
@@ -93,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     order = _order(sys.argv[1:] if arguments is None else arguments)
     core_limit = 0 if resource.getrlimit(resource.RLIMIT_CORE)[1] == 0 else 1  # none at all cannot be raised again
     resource.setrlimit(resource.RLIMIT_CORE, (core_limit, core_limit))
+    lockable = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (lockable, lockable))
     os.umask(0o077)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the gateway, and the gateway says what follows
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)

@@ -191,6 +191,9 @@ def command_line(spec: EngineSpec) -> list[str]:
         *("--uvicorn-log-level", "error"),
         "--disable-fastapi-docs",
         "--enable-scale-out",  # for what the gateway asks to have rendered
+        # Left to itself vLLM has one library judge what another compiles: what that does not know it leaves out of the
+        # answer's grammar without a word, or fails at.
+        *("--structured-outputs-config", '{"backend": "xgrammar"}'),
         *connector_arguments(spec.lease_fraction, str(spec.run_dir / _LESSONS_NAME), spec.dram_bytes, _disk(spec)),
     ]
     if spec.max_model_len is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 _PR_SET_DUMPABLE = 4
+_CAP_IPC_LOCK = 14
 # How cryptsetup begins the UUID of a mapping that encrypts; CRYPT-VERITY and CRYPT-INTEGRITY hide nothing.
 _ENCRYPTING_MAPPINGS = ("CRYPT-LUKS", "CRYPT-PLAIN", "CRYPT-TCRYPT", "CRYPT-BITLK", "CRYPT-FVAULT2", "CRYPT-LOOPAES")
 _MAX_LAYERS = 16  # of block devices under one another
@@ -30,6 +31,13 @@ def forbid_core_dumps() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE) failed")
+
+
+def lockable_bytes(status: Path = Path("/proc/self/status")) -> int | None:
+    """How much memory a process that this one starts may keep out of swap (mlock(2)); None: as much as it likes."""
+    _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    rights = next((line.split()[1] for line in status.read_text().splitlines() if line.startswith("CapEff:")), "0")
+    return None if hard == resource.RLIM_INFINITY or int(rights, 16) >> _CAP_IPC_LOCK & 1 else hard
 
 
 def plaintext_swap_devices(

@@ -181,11 +181,11 @@ class _WouldFit(Exception):
 
 @contextmanager
 def _watched(engine: EngineInProcess, seen: Seen) -> Iterator[None]:
-    """Look at every request that vLLM finds no room for, and at each that it throws off the device."""
+    """Look at every request that vLLM finds no room for: it waits then, or another is thrown off the device."""
     scheduler, manager = engine.scheduler, engine.scheduler.kv_cache_manager
     allocate, preempt = manager.allocate_slots, scheduler._preempt_request
 
-    def idle_leased(hit_ids: frozenset[int] = frozenset()) -> int:
+    def idle_leased(hit_ids: frozenset[int]) -> int:
         leased = engine.connector.leased_block_ids()
         return sum(engine.pool.blocks[each].ref_cnt == 1 and each not in hit_ids for each in leased)
 
@@ -214,15 +214,13 @@ def _watched(engine: EngineInProcess, seen: Seen) -> Iterator[None]:
                 )
         return None
 
-    def preempt_and_look(*arguments: Any, **named: Any) -> None:
+    def preempt_and_count(*arguments: Any, **named: Any) -> None:
         seen.happened["preempted"] += 1
-        if idle_leased():
-            seen.wrong.append("a running request is preempted while leases hold what it lacks")
         preempt(*arguments, **named)
 
     with (
         patch.object(manager, "allocate_slots", allocate_and_look),
-        patch.object(scheduler, "_preempt_request", preempt_and_look),
+        patch.object(scheduler, "_preempt_request", preempt_and_count),
     ):
         yield
 

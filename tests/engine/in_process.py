@@ -164,6 +164,10 @@ class EngineInProcess:
             self.core.step_fn()
         raise AssertionError("copies between tiers do not come to an end")
 
+    def kv_tensors(self) -> list[Any]:
+        """The memory of the device's pool."""
+        return list(self.core.model_executor.driver_worker.model_runner.kv_caches)
+
     def copying_worker(self) -> Any:
         """What copies between the device and DRAM; None without tiers."""
         behind = getattr(self._workers_connector, "connector_worker", None)

@@ -17,6 +17,7 @@ from typing import IO, Any
 import pytest
 
 from appliance.engine.protocol import (
+    LEASE_FIELD,
     LEASES_PATH,
     PLUGIN_ENVIRONMENT,
     TURNS_PATH,
@@ -221,3 +222,39 @@ def test_the_endpoint_refuses_what_the_protocol_does_not_write(server: Server, b
 def test_the_endpoint_bounds_its_body(server: Server) -> None:
     status, _ = server.post(LEASES_PATH, b" " * ((1 << 20) + 1))
     assert status == 413
+
+
+@pytest.mark.parametrize("fault", [{"temperature": -1}, {"prompt": words(9, 3000)}, {"max_tokens": 5000}])
+def test_a_rejected_request_that_carries_control_fields_ends_nobody_s_lease(
+    server: Server, fault: dict[str, Any]
+) -> None:
+    server.turn(70, "victim", 600.0)
+    (before,) = (lease for lease in server.report().leases if lease.session == "victim")
+    control = {"release": ["victim"], "session": "victim", "sessions": ["victim"], "idle_timeout_s": 0.0}
+    body = {
+        "model": "tiny",
+        "prompt": words(71, 40),
+        "max_tokens": 1,
+        # Of a request that names a remote prefill, vLLM tells the connector when it rejects it.
+        "kv_transfer_params": {"do_remote_prefill": True, LEASE_FIELD: control, **control},
+        "vllm_xargs": {"session_id": "victim", "release": "victim"},
+        "session_id": "victim",
+    }
+    status, _ = server.post("/v1/completions", json.dumps(body | fault).encode())
+    assert 400 <= status < 500
+    (after,) = (lease for lease in server.report().leases if lease.session == "victim")
+    assert after.blocks == before.blocks
+    assert before.expires_in_s - 60.0 < after.expires_in_s <= before.expires_in_s
+    server.report(release=("victim",))
+
+
+def test_a_connector_hears_of_a_rejected_request_and_takes_nothing_from_it(server: Server) -> None:
+    ignored = server.report().ignored_total
+    body = {
+        "model": "tiny",
+        "prompt": words(9, 3000),  # longer than the model takes
+        "kv_transfer_params": {"do_remote_prefill": True, LEASE_FIELD: {"release": ["victim"]}},
+    }
+    status, _ = server.post("/v1/completions", json.dumps(body).encode())
+    assert status == 400
+    assert server.report().ignored_total == ignored + 1

@@ -1,10 +1,11 @@
 """Every field that vLLM's request models know is on one of our lists: a new one has to be decided on by a person."""
 
 import pytest
+from pydantic import ValidationError
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from api.openai.fields import CHAT, COMPLETION, Fields
+from api.openai.fields import CHAT, COMPLETION, MAX_STOPS, Fields
 from appliance.engine.protocol import Lease, lease_params
 
 # What the gateway itself puts into the engine's body.
@@ -48,6 +49,18 @@ def test_what_the_gateway_adds_is_known_to_the_engine(
     assert request.return_token_ids is True
     assert request.stream_options is not None
     assert request.stream_options.include_usage is True
+
+
+@MODELS
+def test_as_many_stops_may_pass_as_the_engine_takes(
+    model: type[ChatCompletionRequest] | type[CompletionRequest], fields: Fields
+) -> None:
+    asked: dict[str, object] = (
+        {"messages": [{"role": "user", "content": "hello"}]} if "messages" in fields.handled else {"prompt": "hello"}
+    )
+    model.model_validate({"model": "m", **asked, "stop": ["x" * 1024] * MAX_STOPS})
+    with pytest.raises(ValidationError, match="stop"):
+        model.model_validate({"model": "m", **asked, "stop": ["x"] * (MAX_STOPS + 1)})
 
 
 def test_no_field_that_says_whose_cache_it_is_may_pass() -> None:

@@ -153,7 +153,7 @@ OUT_OF_BOUNDS: list[dict[str, Any]] = [
     {"max_completion_tokens": -1},
     {"seed": 1 << 64},
     {"stop": [""]},
-    {"stop": ["x"] * 17},
+    {"stop": ["x"] * 5},
     {"stop": {"a": 1}},
     {"stop_token_ids": [-1]},
     {"logit_bias": {"x": 1}},
@@ -215,6 +215,30 @@ def test_a_field_that_is_not_on_the_list_is_dropped_and_named_in_a_chat(served: 
     assert answer.headers["x-holdfast-dropped"] == name
     reached = served.engine_seen()["bodies"][-1]
     assert name not in reached or reached[name] != VALUES.get(name, True)
+
+
+CONTROL = {
+    "kv_transfer_params": {"do_remote_prefill": True, "release": ["another's"], "holdfast": {"session": "another's"}},
+    "vllm_xargs": {"session_id": "another's", "release": "another's"},
+    "session_id": "another's",
+    "cache_salt": "another's",
+}
+
+
+def test_control_fields_of_a_request_that_is_refused_here_do_not_come_to_the_engine(served: Served) -> None:
+    before = served.engine_seen()
+    assert chat(served, {"model": MODEL, "messages": HELLO, "temperature": 99, **CONTROL}).status == 400
+    assert served.engine_seen()["bodies"] == before["bodies"]
+
+
+def test_control_fields_of_a_request_that_the_engine_rejects_did_not_come_to_it(served: Served) -> None:
+    asked = [{"role": "user", "content": '@stub {"status": 400}'}]
+    answer = chat(served, {"model": MODEL, "messages": asked, **CONTROL})
+    assert (answer.status, answer.code) == (400, "engine_refused")
+    reached = served.engine_seen()["bodies"][-1]
+    assert reached["messages"] == asked
+    assert "another's" not in json.dumps(reached)
+    assert set(reached["kv_transfer_params"]) == {"holdfast"}
 
 
 @pytest.mark.parametrize("name", sorted(COMPLETION.denied | {"unheard_of", "best_of", "messages"}))

@@ -1,6 +1,7 @@
 """What leaves the device comes back from DRAM: for its own session, as it was, and for as long as it should."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -196,7 +197,30 @@ def test_the_memory_has_no_name_that_could_be_left_behind(engine: EngineInProces
     assert not list(Path("/dev/shm").glob("vllm_offload*"))
     mapped = Path("/proc/self/smaps").read_text().split("vllm_offload")[1:]
     assert len(mapped) == 2  # the scheduler's and the worker's
-    assert all(" dd" in region.partition("VmFlags:")[2].partition("\n")[0] for region in mapped)
+    assert all({"dd", "lo"} <= set(flags_of(region)) for region in mapped)
+
+
+def test_the_device_s_pool_in_memory_is_locked_too_and_in_no_core(engine: EngineInProcess) -> None:
+    for tensor in engine.kv_tensors():
+        address = tensor.untyped_storage().data_ptr()
+        for line, region in mappings():
+            begin, _, end = line.partition(" ")[0].partition("-")
+            if int(begin, 16) <= address < int(end, 16):
+                assert {"dd", "lo"} <= set(flags_of(region))
+                break
+        else:
+            raise AssertionError("the pool is nowhere")
+
+
+def flags_of(region: str) -> list[str]:
+    """The flags of a mapping, as /proc/self/smaps has them (proc(5))."""
+    return region.partition("VmFlags:")[2].partition("\n")[0].split()
+
+
+def mappings() -> list[tuple[str, str]]:
+    """Each mapping of this process: its first line, and all that /proc/self/smaps says of it."""
+    parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    return [(part.partition("\n")[0], part) for part in parts if part]
 
 
 def restored_with_canary(engine: EngineInProcess) -> None:

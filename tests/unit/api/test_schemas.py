@@ -100,7 +100,10 @@ def test_what_a_request_has_the_engine_compile_is_counted_together() -> None:
         {"properties": {"pattern": {"type": "string"}, "enum": {"type": "string"}, "minLength": {"type": "integer"}}},
         {"properties": {f"p{number}": {"type": "string"} for number in range(5000)}, "minProperties": 0},
         {"type": "object", "maxProperties": 1000},
-        {"$ref": "#"},
+        {"type": "array", "items": {"$ref": "#"}},
+        {"anyOf": [{"$ref": "#"}, {"type": "string"}]},
+        {"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"type": "object", "properties": {"c": {"$ref": "#/$defs/a~1b"}}}}},
+        {"properties": {"$ref": {"type": "string"}, "anyOf": {"$ref": "#"}}},
         chain(100, 5),
         chain(15, 50),
         {},
@@ -108,6 +111,28 @@ def test_what_a_request_has_the_engine_compile_is_counted_together() -> None:
 )
 def test_a_schema_within_the_bounds_passes_as_it_is(schema: dict[str, Any]) -> None:
     check_schemas("schema", [schema])
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"$ref": "#", "type": "object"},
+        {"anyOf": [{"$ref": "#"}]},
+        {"oneOf": [{"$ref": "#"}, {"allOf": [{"$ref": "#"}]}]},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+        {"properties": {"x": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}}},
+    ],
+)
+def test_a_schema_that_is_defined_by_itself_alone_is_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="leads back to itself"):
+        check_schemas("schema", [schema])
+
+
+def test_whether_a_schema_is_itself_alone_is_soon_known() -> None:
+    twice = {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{(n + 1) % 100}"}] * 2} for n in range(100)}
+    with pytest.raises(RequestError, match="leads back to itself"):
+        check_schemas("schema", [{"$ref": "#/$defs/d0", "$defs": twice}])
 
 
 def test_a_refusal_repeats_nothing_of_the_schema() -> None:

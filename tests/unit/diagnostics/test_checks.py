@@ -119,7 +119,16 @@ def test_a_port_is_free_somebody_elses_or_our_own(appliance_dir: Path) -> None:
     [([], True, "PASS"), (["/dev/sda2"], False, "WARN"), (["/dev/sda2"], True, "FAIL")],
 )
 def test_plaintext_swap_warns_and_fails_where_it_is_refused(devices: list[str], refused: bool, verdict: str) -> None:
-    assert checks.judge_swap(devices, refused=refused).verdict == verdict
+    assert checks.judge_swap(devices, refused=refused, kv_bytes=0, lockable=None).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("lockable", "said"),
+    [(None, "KV is locked in memory"), (8 << 30, "KV is locked in memory"), (8 << 20, "KV too: of 6.0 GiB")],
+)
+def test_it_is_told_whether_kv_may_be_swapped_with_the_rest(lockable: int | None, said: str) -> None:
+    finding = checks.judge_swap(["/dev/sda2"], refused=False, kv_bytes=6 << 30, lockable=lockable)
+    assert said in finding.cause
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from appliance.vault import (
     open_with_passphrase,
     seal_kind,
 )
-from appliance.vault.process import plaintext_swap_devices, swap_warning
+from appliance.vault.process import lockable_bytes, plaintext_swap_devices, swap_warning
 
 _CHEAP = {"memory_kib": 64, "iterations": 1}
 
@@ -360,6 +361,19 @@ def test_a_mapping_that_only_checks_what_it_stores_is_not_encrypted(tmp_path: Pa
     (devices / "dm-0" / "dm").mkdir(parents=True)
     (devices / "dm-0" / "dm" / "uuid").write_text("CRYPT-INTEGRITY-swap")
     assert plaintext_swap_devices(swaps, devices) == ["/dev/dm-0"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "rights", "lockable"),
+    [(resource.RLIM_INFINITY, 0, None), (8 << 20, 1 << 14, None), (8 << 20, ~(1 << 14) & 0xFFFF, 8 << 20)],
+)
+def test_who_may_pin_memory_or_has_no_limit_locks_as_much_as_it_likes(
+    limit: int, rights: int, lockable: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (0, limit))
+    status = tmp_path / "status"
+    status.write_text(f"Name:\tholdfast\nCapEff:\t{rights:016x}\n")
+    assert lockable_bytes(status) == lockable
 
 
 def test_no_swap_no_warning(tmp_path: Path) -> None:

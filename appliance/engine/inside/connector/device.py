@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -34,6 +35,7 @@ from appliance.engine.inside.connector.amendments import (
     make_room_where_there_is_none,
     release_leases_before_reset,
 )
+from appliance.engine.inside.connector.memory import keep_kv_private
 from appliance.engine.inside.leases import Change, LeasedBlock, LeaseTable
 from appliance.engine.inside.lessons import Lessons
 from appliance.engine.inside.pictures import Holder, Totals, largest, picture_of
@@ -151,6 +153,12 @@ class LeaseRetention:
     def leased_block_ids(self) -> tuple[int, ...]:
         """The blocks that leases hold a reference on."""
         return self._table.leased_block_ids()
+
+    # What the worker calls.
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        super().register_kv_caches(kv_caches)  # type: ignore[misc]
+        keep_kv_private(kv_caches.values(), "device's pool")
 
     # What the scheduler calls.
 

@@ -1,12 +1,13 @@
-"""Where the tier in DRAM is, and who copies to it: memory without a name, which no core dump has."""
+"""Where KV lies in the machine's memory, and who copies it: memory without a name, locked, and in no core dump."""
 
 import contextlib
-import mmap
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import CanonicalKVCaches, GPULoadStoreSpec, OffloadingWorker, TransferResult
 from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
@@ -14,6 +15,9 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from appliance.engine.inside.connector.recalling import RecallingManager
 from appliance.engine.inside.connector.version import UnsupportedEngine
+from appliance.engine.inside.private_memory import keep_private
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class TierSpec(TieringOffloadingSpec):  # type: ignore[misc]
@@ -27,7 +31,7 @@ class TierSpec(TieringOffloadingSpec):  # type: ignore[misc]
             made = super().get_manager()
             self._manager = RecallingManager(made.primary_tier, made.secondary_tiers)
             region = made.primary_tier._mmap_region
-            _keep_out_of_cores(region)
+            keep_kv_private([region.base_tensor], "DRAM tier")
             # vLLM makes the workers' caches before the scheduler: whoever opens the memory last takes its name away, so
             # that no way of dying leaves it behind.
             with contextlib.suppress(FileNotFoundError):
@@ -54,7 +58,7 @@ class TierSpec(TieringOffloadingSpec):  # type: ignore[misc]
                 cpu_page_size=self.cpu_page_size_per_worker,
             )
             worker = CopyingWorker(kv_caches, region, self.blocks_per_chunk)
-        _keep_out_of_cores(region)
+        keep_kv_private([region.base_tensor], "DRAM tier")
         region._creator = False
         return worker
 
@@ -113,6 +117,14 @@ class CopyingWorker(OffloadingWorker):  # type: ignore[misc]
         return True
 
 
-def _keep_out_of_cores(region: SharedOffloadRegion) -> None:
-    if region.mmap_obj is not None:
-        region.mmap_obj.madvise(mmap.MADV_DONTDUMP)
+def keep_kv_private(tensors: Iterable[torch.Tensor], what: str) -> None:
+    """Keep what tensors hold out of swap and of cores, where it is in this machine's memory; say so if it cannot be."""
+    memories = {it.untyped_storage().data_ptr(): it.untyped_storage() for it in tensors if it.device.type == "cpu"}
+    whys = {keep_private(address, memory.nbytes()) for address, memory in memories.items()} - {""}
+    if whys:
+        logger.warning(
+            "KV of the %s (%d MiB) cannot be locked in memory and may be swapped: %s. `holdfast doctor` says where to.",
+            what,
+            sum(memory.nbytes() for memory in memories.values()) >> 20,
+            "; ".join(whys),
+        )
