@@ -208,7 +208,8 @@ class LeaseRetention:
         return freed > 0 or pending
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        self.tick()
+        if self._table.is_due():  # the rest of a tick can wait for the front end's
+            self.tick()
         self._step += 1
         if self._table.leased_blocks:
             self._keep_room_for_next_step(scheduler_output.num_scheduled_tokens)
@@ -355,9 +356,9 @@ class LeaseRetention:
 
     def _keep_room_for_next_step(self, scheduled_tokens: dict[str, int]) -> None:
         """Reclaim what the requests that hold blocks will want in the next step beyond what is free."""
-        wanted = 0
+        wanted, step = 0, self._step
         for name, due in self._looks_due.items():
-            if self._step < due:
+            if step < due:
                 continue
             request = self._requests[name]
             # This step's tokens are added to num_computed_tokens after this hook.
@@ -370,9 +371,10 @@ class LeaseRetention:
                 continue
             wants = self._wanted_to_continue(request, computed)
             if not wants:
-                self._looks_due[name] = self._step + 1 + self._steps_without_a_block(request, computed)
+                self._looks_due[name] = step + 1 + self._steps_without_a_block(request, computed)
             wanted += wants
-        self._reclaim(wanted - self._pool.get_num_free_blocks())
+        if wanted:
+            self._reclaim(wanted - self._pool.get_num_free_blocks())
 
     def _steps_without_a_block(self, request: Request, computed_tokens: int) -> int:
         """For how many steps after the next one, in which it wants no block, a running request goes on wanting none."""
