@@ -217,7 +217,26 @@ def test_what_a_running_request_wants_is_asked_only_when_its_block_is_full(
     engine.steps = 0
     engine.turn(words(9, BLOCK), max_tokens=2 * BLOCK + 2)
     # The prompt fills a block: the next one is wanted at once, and then every `BLOCK` steps.
-    assert asked_at == [1, 2, BLOCK + 1, BLOCK + 2, 2 * BLOCK + 1, 2 * BLOCK + 2]
+    assert asked_at == [1, BLOCK + 1, 2 * BLOCK + 1]
+
+
+def test_who_was_left_out_of_a_step_is_asked_again(engine: EngineInProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    lease_whole_bound(engine)
+    engine.submit(words(9, BLOCK), max_tokens=4)
+    engine.step(2)
+    (running,) = engine.scheduler.running
+    asked: list[int] = []
+
+    def ask(_request: object, computed_tokens: int, _next_tokens: int) -> int:
+        asked.append(computed_tokens)
+        return 0
+
+    monkeypatch.setattr(engine.connector, "_wanted", ask)
+    engine.connector._keep_room_for_next_step({running.request_id: 1})
+    assert not asked
+    engine.connector._keep_room_for_next_step({})
+    assert asked
+    engine.drain()
 
 
 def test_a_lease_is_reclaimed_at_the_last_moment_when_the_reserve_was_too_small(

@@ -357,8 +357,10 @@ class LeaseRetention:
     def _keep_room_for_next_step(self, scheduled_tokens: dict[str, int]) -> None:
         """Reclaim what the requests that hold blocks will want in the next step beyond what is free."""
         wanted, step = 0, self._step
+        # Who was left out of this step has not been given the block that it may have wanted in it.
+        everybody_ran = len(scheduled_tokens) == len(self._looks_due)
         for name, due in self._looks_due.items():
-            if step < due:
+            if step < due and everybody_ran:
                 continue
             request = self._requests[name]
             # This step's tokens are added to num_computed_tokens after this hook.
@@ -369,15 +371,13 @@ class LeaseRetention:
                 # Its KV is loaded or loads: it is let in without `get_num_new_matched_tokens` being asked again.
                 wanted += self._wanted_to_come_in(request, computed)
                 continue
-            wants = self._wanted_to_continue(request, computed)
-            if not wants:
-                self._looks_due[name] = step + 1 + self._steps_without_a_block(request, computed)
-            wanted += wants
+            wanted += self._wanted_to_continue(request, computed)
+            self._looks_due[name] = step + 1 + self._steps_without_a_block(request, computed)
         if wanted:
             self._reclaim(wanted - self._pool.get_num_free_blocks())
 
     def _steps_without_a_block(self, request: Request, computed_tokens: int) -> int:
-        """For how many steps after the next one, in which it wants no block, a running request goes on wanting none."""
+        """For how many steps after the next, in which it is given what it wants, a running request wants no block."""
         next_tokens = self._left_to_continue(request, computed_tokens) + self._draft_tokens
         if not self._grows_by_whole_blocks or next_tokens > self._step_tokens:
             return 0
