@@ -306,7 +306,9 @@ def main() -> int:
             continue
         runs: dict[str, list[dict[str, Run]]] = {}
         for setting in settings_of(sample):
-            runs.setdefault(setting.name, []).extend(simulator.run(setting))
+            these = list(simulator.run(setting))
+            runs.setdefault(setting.name, []).extend(these)
+            sys.stderr.write(f"{part}, {setting.name}: {json.dumps(figures_of(these))}\n")
         for name, seen in runs.items():
             figures = figures_of(seen)
             print(json.dumps({part: {"setting": name, **figures}}), flush=True)

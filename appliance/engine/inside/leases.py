@@ -348,6 +348,10 @@ class LeaseTable:
 
     # What is asked
 
+    def is_due(self) -> bool:
+        """Whether a lease may lose its rank now; cheap, and where it says no, none does."""
+        return bool(self._deadlines) and self._deadlines[0][0] <= self._clock()
+
     def next_expiry_in_s(self) -> float | None:
         """Seconds until a lease loses its rank; at or below zero when that is due; `None`: none has any."""
         due = self._next_due()

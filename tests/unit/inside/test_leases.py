@@ -182,6 +182,20 @@ def test_a_lease_loses_its_rank_at_its_deadline_and_not_before_and_keeps_its_blo
     assert held(table) == {"a": 1, "b": 2}
 
 
+def test_a_lease_that_may_lose_its_rank_is_found_without_a_look_at_any_other() -> None:
+    clock = Clock()
+    table = table_of(10, clock)
+    assert not table.is_due()
+    table.finished(lease("a", 15.0), chain(1))
+    table.finished(lease("b", 20.0), chain(2))
+    clock.now += 14.9
+    assert not table.is_due()
+    clock.now += 0.1
+    assert table.is_due()
+    table.expire()
+    assert not table.is_due()
+
+
 def test_a_strict_lease_gives_up_all_at_its_deadline_and_what_it_left_is_forgotten() -> None:
     clock = Clock()
     table = table_of(2, clock)

@@ -210,7 +210,8 @@ class LeaseRetention:
             self._accounts.admitted(lease, hit_tokens, *tier_tokens, "" if whole else reason)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        self.tick()
+        if self._table.is_due():  # the rest of a tick can wait for the front end's
+            self.tick()
         return super().build_connector_meta(scheduler_output)  # type: ignore[misc]
 
     def request_finished_all_groups(
