@@ -13,6 +13,7 @@ Everything in one run, on this machine's disk:
   64 writers are held to three times both of them; the bare one is the harder. One writer is held to 2.5 times of one
   bare sync. Beside it stands `paced_sync`: the same sync with a pause before it that is about as long as one writer's
   disk has between two records. A disk, a hypervisor and a processor that nobody keeps awake are slower, for everybody.
+- What an admission waits for when requests come at a steady rate, with nothing awake from the one before.
 - Full verification of a log, against hashing the same bytes once and nothing else. The memory is that of `holdfast
   audit verify`, a process of its own, over a tenth of the log and over the whole: `--entries 10000000` takes 5 GB of
   disk, and a quarter of an hour.
@@ -53,6 +54,8 @@ APPENDS_PER_S: Final = 10_000.0
 APPEND_P99_MS: Final = 20.0
 TIMES_OF_SINGLE_SYNCS: Final = 3.0
 ONE_WRITER_TIMES: Final = 2.5
+ADMISSIONS_PER_S: Final = 50.0
+ADMISSION_MS: Final = 1.0
 VERIFIED_PER_S: Final = 200_000.0
 SHARE_OF_HASHING: Final = 0.6
 MORE_MEMORY_MB: Final = 8.0  # what two runs over one log differ by, and some more
@@ -116,16 +119,27 @@ async def append(place: Path, vault: Vault, *, seconds: float) -> dict[str, floa
         until = time.perf_counter() + part_s
         await asyncio.gather(*(write(until, took) for _ in range(writers)))
 
+    async def write_at_rate(part_s: float, took: list[float]) -> None:
+        begun = time.perf_counter()
+        for number in range(int(part_s * ADMISSIONS_PER_S)):
+            await asyncio.sleep(max(0.0, begun + number / ADMISSIONS_PER_S - time.perf_counter()))
+            began = time.perf_counter()
+            await recorder.record(_EVENT)
+            took.append(time.perf_counter() - began)
+
     each = _SyncedEach(place / "each", vault)
     bare = _BareSyncs(place / "bare")
     await write_at_once(WRITERS, 0.5, [])
-    took: dict[str, list[float]] = {name: [] for name in ("many", "one", "bare_sync", "paced_sync", "sync_each")}
+    took: dict[str, list[float]] = {
+        name: [] for name in ("many", "one", "admission", "bare_sync", "paced_sync", "sync_each")
+    }
     many_s = 0.0
     for _ in range(_TURNS):
         _timed_until(seconds / _TURNS, bare.sync, took["bare_sync"])
         _timed_until(seconds / _TURNS, bare.sync, took["paced_sync"], pause_s=_PACE_S)
         _timed_until(seconds / _TURNS, each.append, took["sync_each"])
         await write_at_once(1, seconds / _TURNS, took["one"])
+        await write_at_rate(seconds / _TURNS, took["admission"])
         began = time.perf_counter()
         await write_at_once(WRITERS, seconds / _TURNS, took["many"])
         many_s += time.perf_counter() - began
@@ -306,6 +320,10 @@ def _promises(figures: dict[str, float]) -> Iterator[tuple[str, bool]]:
     yield (
         f"one writer within {ONE_WRITER_TIMES:g} times of one bare sync ({alone:.1f}; of a paced one {paced:.1f})",
         alone <= ONE_WRITER_TIMES,
+    )
+    yield (
+        f"an admission at {ADMISSIONS_PER_S:g} requests/s: under {ADMISSION_MS:g} ms, median",
+        figures["admission_p50_ms"] < ADMISSION_MS,
     )
     verified, share = figures["verified_per_s"], figures["share_of_hashing"]
     yield (

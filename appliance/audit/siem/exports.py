@@ -54,6 +54,7 @@ from appliance.vault import VaultSealed
 FOLDER: Final = "siem"  # in the state directory
 _SAVED: Final = "destinations.json"
 _STOP_S: Final = 5.0
+_STARTED_WITHIN_S: Final = 20.0  # on a machine that is busy with engines
 _PAUSE_S: Final = 0.5
 _LONGEST_PAUSE_S: Final = 30.0
 LONGEST_SILENCE_S: Final = 30.0  # an exporter that does not hang says something four times a second
@@ -418,7 +419,7 @@ class Exports:
         """The link with the exporter, which is started if there is none."""
         self._wanted.set()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_STOP_S):
+            async with asyncio.timeout(_STARTED_WITHIN_S):
                 await self._connected.wait()
         if self._link is None:
             raise link.ExporterLost(

@@ -24,7 +24,8 @@ from tests.rsyslog import Pki, Rsyslog
 from tests.unit.audit.making import drafts, sign
 
 pytestmark = pytest.mark.anyio
-DEADLINE_S = 1.0
+DEADLINE_S = 2.0
+WITHIN_S = 60.0  # whatever else the machine does
 ENTRIES = 600
 _SO_ATTACH_FILTER = 26  # asm-generic/socket.h
 _BPF_RET = 0x06  # and how many bytes of the packet are kept
@@ -113,16 +114,15 @@ async def test_packets_dropped_on_a_living_connection_delay_export_and_lose_noth
     async with receiving(tmp_path, pki) as (port, transport, received):
         shipped = Shipped(tmp_path, transport, entries=ENTRIES)
         async with shipped.running() as shipper:
-            await until(lambda: _names(received(), ENTRIES))
+            await until(lambda: _names(received(), ENTRIES), WITHIN_S)
             assert drop_packets(port)
-            delivered = shipper.view().delivered
             shipped.log.append(drafts(range(ENTRIES, ENTRIES + 100)))
             shipped.log.publish(sign)
-            await until(lambda: bool(shipped.errors))
-            assert shipper.view().delivered == delivered
-            await until(lambda: _names(received(), ENTRIES + 100))
-            await until(lambda: shipper.view().sent == ENTRIES + 100 and shipper.view().error is None)
-        await until(lambda: not connected(port))  # sooner than TLS gives up a goodbye that never comes
+            await until(lambda: bool(shipped.errors), WITHIN_S)
+            assert shipper.view().delivered <= ENTRIES, "what came after counts for nothing"
+            await until(lambda: _names(received(), ENTRIES + 100), WITHIN_S)
+            await until(lambda: shipper.view().sent == ENTRIES + 100 and shipper.view().error is None, WITHIN_S)
+        await until(lambda: not connected(port), 20.0)  # sooner than TLS gives up a goodbye that never comes
         shipped.check(received())
 
 
@@ -137,7 +137,7 @@ async def test_dropped_packets_are_noticed_where_nothing_is_sent(
         connection = await transport.connect()
         try:
             assert drop_packets(port) == 1
-            assert await connection.ended_within(DEADLINE_S + 10)
+            assert await connection.ended_within(WITHIN_S)
             with pytest.raises(ExportUnreachable, match="timed out"):
                 connection.check()
         finally:

@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,30 +190,35 @@ def test_a_full_disk_leaves_room_for_an_administrator(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("call", ["open", "pwrite", "fsync", "replace"])
 def test_a_checkpoint_that_cannot_be_written_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
+    """The disk fails at the first such call, then at the second, and so on, until none is left to fail."""
     log = open_log(tmp_path)
     log.append(drafts(range(600)))
-    real = os.fsync
-    calls = 0
+    real, calls, fails_at, failed = getattr(os, call), 0, 0, True
 
-    def sometimes(descriptor: int) -> None:
+    def sometimes(*given: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls % 2 == 0:
+        if calls == fails_at:
             raise OSError(number, os.strerror(number))
-        real(descriptor)
+        return real(*given, **named)
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", sometimes)
-        for _ in range(5):
-            with pytest.raises(LogUnwritable):
+        patched.setattr(os, call, sometimes)
+        while failed:
+            calls, fails_at = 0, fails_at + 1
+            with contextlib.suppress(LogUnwritable):
                 log.publish(sign)
-    log.append(drafts(range(600, 700)))
+            failed, calls = calls >= fails_at, fails_at
+            log.append(drafts([fails_at]))
+    assert fails_at > 4
     log.publish(sign)
+    size = log.size
     log.close()
-    assert verify_log(tmp_path, VERIFIER).size == 700
+    assert verify_log(tmp_path, VERIFIER).size == size == 600 + fails_at
 
 
 def test_files_are_for_their_user_only(tmp_path: Path) -> None:
@@ -233,39 +236,40 @@ def test_a_file_that_is_no_journal_is_not_written_over(tmp_path: Path) -> None:
     assert (tmp_path / JOURNAL).read_bytes().startswith(b"something")
 
 
-_APPENDING = """
-import sys
-from pathlib import Path
-from tests.unit.audit.making import drafts, open_log, real_clock, sign
-log = open_log(Path(sys.argv[1]), clock=real_clock)
-print(log.size, flush=True)
-size = log.size
-while True:
-    log.append(drafts(range(size, size + 40)))
-    size += 40
-    print(size, flush=True)
-    if size % 320 == 0:
-        log.publish(sign)
-"""
+def _append_until_killed(directory: Path, told: int) -> None:
+    """Append, and write how many entries there are to `told`, first those that were found."""
+    log = open_log(directory, clock=real_clock)
+    os.write(told, b"%d\n" % log.size)
+    while True:
+        log.append(drafts(range(log.size, log.size + 10)))
+        os.write(told, b"%d\n" % log.size)
+        if log.size % 320 == 0:
+            log.publish(sign)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_killed_at_any_moment_no_acknowledged_entry_is_lost(tmp_path: Path) -> None:
     rng = random.Random(3)  # noqa: S311 (no secret)
     acknowledged = 0
-    for _ in range(25):
-        process = subprocess.Popen([sys.executable, "-c", _APPENDING, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        found = int(process.stdout.readline())
-        assert found >= acknowledged
-        for _ in range(rng.randint(1, 30)):
-            acknowledged = int(process.stdout.readline())
-        process.send_signal(signal.SIGKILL)
-        acknowledged = max([acknowledged, *map(int, process.stdout.read().split())])
-        process.wait()
-        process.stdout.close()
+    for _ in range(300):
+        told, telling = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                _append_until_killed(tmp_path, telling)
+            finally:
+                os._exit(1)
+        os.close(telling)
+        with os.fdopen(told) as said:
+            found = int(said.readline())
+            assert found >= acknowledged
+            for _ in range(rng.randint(0, 6)):
+                said.readline()
+            os.kill(child, signal.SIGKILL)
+            acknowledged = max([found, *map(int, said.read().split())])
+        os.waitpid(child, 0)
     log = open_log(tmp_path, clock=real_clock)
-    assert log.size >= acknowledged
+    assert log.size >= acknowledged > 3000
     log.publish(sign)
     log.close()
     assert verify_log(tmp_path, VERIFIER).size >= acknowledged
