@@ -317,6 +317,7 @@ BENCHMARKS: Final = (
         "retention",
         tuple(_retention()),
         arguments=("--only", "bars"),
+        environment=".venv-engine",
         replays=True,
     ),
     Benchmark(
