@@ -185,7 +185,7 @@ def _cache_dir() -> Path:
 
 
 def _make_random_model(console: Console, folder: Path) -> None:
-    from appliance.engine.launcher import engine_python
+    from appliance.engine.command_line import engine_python
 
     console.say(f"Making {folder}, once")
     folder.parent.mkdir(parents=True, exist_ok=True)

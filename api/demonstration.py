@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from api.stateful_bench import Sample, Target, run_loop
 from appliance.cli import table
 from appliance.engine.client import EngineClient
+from appliance.engine.command_line import SOCKET_NAME
 from appliance.engine.demo.agent_loop import AGENT_LONG_FROM
-from appliance.engine.launcher import SOCKET_NAME
 
 if TYPE_CHECKING:
     from api.admin import types

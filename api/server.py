@@ -56,7 +56,8 @@ from appliance.audit.configuration import digest, effective
 from appliance.audit.events import ENGINE_LOST, ENGINE_READY, GATEWAY_STARTED, GATEWAY_STOPPED, SYSTEM, TENANT_REMOVED
 from appliance.audit.siem.exports import Exports
 from appliance.engine.client import EngineClient
-from appliance.engine.launcher import SOCKET_NAME, EngineFailed, EngineProcess, EngineSpec, engine_python
+from appliance.engine.command_line import SOCKET_NAME, EngineSpec, engine_python
+from appliance.engine.launcher import EngineFailed, EngineProcess
 from appliance.engine.template import template_fingerprint
 from appliance.engine.tier_keys import KeyChannel
 from appliance.errors import Fault, HoldfastError

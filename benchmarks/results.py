@@ -1,4 +1,5 @@
-"""README's table of results. `.venv/bin/python -m benchmarks.results [--only NAME]… [--json] [--short] [--check]`.
+"""README's table of results. `.venv/bin/python -m benchmarks.results [--only NAME]… [--json] [--short] [--check]
+[--simulator FILE --traces FOLDER] [--readme]`.
 
 Runs every benchmark that is held to a bar, one after another, each in the environment that it needs, and prints what
 came of them as a table in Markdown, or with `--json` as one object. It takes about half an hour; what else the machine
@@ -10,7 +11,9 @@ Rules:
 - What could not be measured is a line that says why, never one that is missing.
 - `--short` asks each benchmark for a fraction of its work, to see that it runs: its figures are for nobody.
 
-`--check` leaves with 1 when a figure misses its bar; when one could not be measured it is 1 in any case.
+`--simulator` and `--traces` are what `retention` replays, which is not in this repository. `--readme` puts what was
+measured into README's table, and leaves what was not as it stands there. `--check` leaves with 1 when a figure misses
+its bar; when one could not be measured it is 1 in any case.
 """
 
 import argparse
@@ -19,14 +22,19 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import audit, disk_tier, engine_bars, gateway_overhead, siem, stateful, streams
+from benchmarks import audit, disk_tier, engine_bars, gateway_overhead, retention, siem, stateful, streams
 
 REPOSITORY: Final = Path(__file__).parent.parent
+README: Final = REPOSITORY / "README.md"
+TABLE_BEGINS: Final = "<!-- from here on: python -m benchmarks.results --readme -->\n"
+TABLE_ENDS: Final = "<!-- up to here -->\n"
+REPLAYED: Final = ("--simulator", "FILE", "--traces", "FOLDER")
+_HEADINGS: Final = ("| | measured | bar |", "|---|---|---|")
 _DEADLINE_S: Final = 3600.0
 
 
@@ -97,6 +105,7 @@ class Benchmark:
         title: what it says something about.
         arguments: in any case; `short`: for a fraction of its work.
         environment: the folder of the environment that it needs.
+        replays: it needs `REPLAYED`, too.
     """
 
     name: str
@@ -106,11 +115,15 @@ class Benchmark:
     arguments: Sequence[str] = ()
     short: Sequence[str] = ()
     environment: str = ".venv"
+    replays: bool = False
 
     @property
     def command(self) -> str:
         """What a person types for it alone."""
-        return " ".join((f"{self.environment}/bin/python", "-m", f"benchmarks.{self.module}", *self.arguments))
+        replayed = REPLAYED if self.replays else ()
+        return " ".join(
+            (f"{self.environment}/bin/python", "-m", f"benchmarks.{self.module}", *self.arguments, *replayed)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +201,31 @@ def _tier(arm: str, figure: str) -> Callable[[Any], float]:
 def _more_than_vanilla(printed: Any) -> float:
     computed = {each["arm"]: each["computed_tokens"] for each in printed}
     return float(computed["leases"] - computed["vanilla"])
+
+
+def _retention() -> Iterator[Figure]:
+    for setting, least in retention.LEAST_DISTANCE.items():
+        yield Figure(f"{setting}: in tokens recomputed", PERCENT, _at("bars", setting, "distance"), least=least)
+    yield Figure(
+        "DRAM for all: in loads from DRAM",
+        PERCENT,
+        _at("bars", "DRAM for all", "distance_in_loads"),
+        least=retention.LEAST_DISTANCE_IN_LOADS,
+    )
+    yield Figure("tokens recomputed more than by LRU, in the worst run", PERCENT, _worst("recomputed"), most=0)
+    yield Figure(
+        "waiting more than with LRU, in the worst run", PERCENT, _worst("waited"), most=retention.MOST_MORE_WAITING
+    )
+
+
+def _worst(what: str) -> Callable[[Any], float]:
+    return lambda printed: max(float(figures[f"{what}_more_worst"]) for figures in printed["bars"].values())
+
+
+def _reclaimed(printed: Any) -> float:
+    """Of the blocks that were new: what the next step wants is reclaimed in the one before, for each request."""
+    decode = printed["decode"]
+    return float(decode["reclaimed_blocks"] / (decode["new_blocks"] - decode["running"]))
 
 
 def _errors(printed: Any) -> float:
@@ -273,6 +311,7 @@ BENCHMARKS: Final = (
                 _at("decode", "demo_share"),
                 most=engine_bars.MOST_SHARE,
             ),
+            Figure("new blocks meanwhile that were reclaimed from an idle session", PERCENT, _reclaimed, least=1),
             Figure("an idle session's memory", BYTES, _at("memory", "bytes_per_session"), most=engine_bars.MOST_BYTES),
             Figure(
                 "first token of 80 % of a pool that is wholly leased, later than on an empty one",
@@ -282,6 +321,15 @@ BENCHMARKS: Final = (
             ),
         ),
         environment=".venv-engine",
+    ),
+    Benchmark(
+        "retention",
+        "What is kept when the device holds a quarter of what 16 agents need: the way from LRU to an oracle, replayed",
+        "retention",
+        tuple(_retention()),
+        arguments=("--only", "bars"),
+        environment=".venv-engine",
+        replays=True,
     ),
     Benchmark(
         "disk",
@@ -396,12 +444,15 @@ BENCHMARKS: Final = (
 # Measuring
 
 
-def measure(benchmark: Benchmark, *, short: bool) -> Measured:
+def measure(benchmark: Benchmark, *, short: bool, replayed: Sequence[str] = ()) -> Measured:
     """Run a benchmark and take its figures; what it says of its progress goes to stderr."""
     interpreter = REPOSITORY / benchmark.environment / "bin" / "python"
     if not interpreter.exists():
         return Measured(benchmark, failure=f"there is no {benchmark.environment}: `make test` installs it")
+    if benchmark.replays and not replayed:
+        return Measured(benchmark, failure=f"it needs {' '.join(REPLAYED)}")
     command = [str(interpreter), "-m", f"benchmarks.{benchmark.module}", *benchmark.arguments, "--json"]
+    command += replayed if benchmark.replays else ()
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(
         [*command, *(benchmark.short if short else ())], cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE
@@ -428,14 +479,14 @@ def taken(benchmark: Benchmark, printed: bytes, status: int) -> Measured:
 
 def machine() -> str:
     """What this machine is, in a few words."""
-    model = next((line for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "an unknown processor")
-    memory = next(line for line in _lines("/proc/meminfo") if line.startswith("MemTotal"))
+    model = next((line for line in _lines_of("/proc/cpuinfo") if line.startswith("model name")), "an unknown processor")
+    memory = next(line for line in _lines_of("/proc/meminfo") if line.startswith("MemTotal"))
     gib = int(memory.split()[1]) / (1 << 20)
     cores = len(os.sched_getaffinity(0))
     return f"{cores} cores of {model.partition(':')[2].strip() or model}, {gib:.0f} GiB, Linux {platform.release()}"
 
 
-def _lines(path: str) -> list[str]:
+def _lines_of(path: str) -> list[str]:
     return Path(path).read_text().splitlines()
 
 
@@ -444,16 +495,43 @@ def _lines(path: str) -> list[str]:
 
 def table(measured: Iterable[Measured]) -> str:
     """The table, in Markdown."""
-    lines = ["| | measured | bar |", "|---|---|---|"]
-    for each in measured:
-        lines.append(f"| **{each.benchmark.title}** (`{each.benchmark.command}`) | | |")
-        if each.failure:
-            lines.append(f"| not measured | {each.failure} | |")
-            continue
-        for figure, value in zip(each.benchmark.figures, each.values, strict=True):
-            missed = "" if figure.holds(value) else ", **missed**"
-            lines.append(f"| {figure.what} | {figure.unit.of(value)}{missed} | {figure.bar} |")
-    return "\n".join(lines)
+    return "\n".join((*_HEADINGS, *(line for each in measured for line in (_head(each.benchmark), *_lines(each)))))
+
+
+def _head(benchmark: Benchmark) -> str:
+    return f"| **{benchmark.title}** (`{benchmark.command}`) | | |"
+
+
+def _lines(measured: Measured) -> Iterator[str]:
+    if measured.failure:
+        yield f"| not measured | {measured.failure} | |"
+        return
+    for figure, value in zip(measured.benchmark.figures, measured.values, strict=True):
+        missed = "" if figure.holds(value) else ", **missed**"
+        yield f"| {figure.what} | {figure.unit.of(value)}{missed} | {figure.bar} |"
+
+
+def with_results(page: str, measured: Iterable[Measured]) -> str:
+    """A page with what was measured in its table, and of the other benchmarks what stood there.
+
+    Raises:
+        ValueError: the page has no place for the table.
+    """
+    before, begins, rest = page.partition(TABLE_BEGINS)
+    stood, ends, after = rest.partition(TABLE_ENDS)
+    if not begins or not ends:
+        raise ValueError("the page has no place for a table")
+    parts = {_head(each.benchmark): list(_lines(each)) for each in measured}
+    old = ""
+    for line in stood.splitlines():
+        if line.startswith("| **"):
+            old = "" if line in parts else line
+        elif old:
+            parts.setdefault(old, []).append(line)
+    nothing = ["| not measured | yet | |"]
+    heads = map(_head, BENCHMARKS)
+    rows = (row for head in heads for row in (head, *parts.get(head, nothing)))
+    return "\n".join((f"{before}{begins}{machine()}:\n", *_HEADINGS, *rows, f"{ends}{after}"))
 
 
 def record(measured: Sequence[Measured], *, short: bool) -> dict[str, Any]:
@@ -490,17 +568,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--short", action="store_true", help="a fraction of the work, to see that it runs")
     parser.add_argument("--check", action="store_true", help="leave with 1 when a figure misses its bar")
+    parser.add_argument("--simulator", type=Path, metavar="FILE", help="what `retention` replays with: kvsim.py")
+    parser.add_argument("--traces", type=Path, metavar="FOLDER", help="what it replays")
+    parser.add_argument("--readme", action="store_true", help="put the table in README")
     given = parser.parse_args(arguments)
+    if given.readme and given.short:
+        parser.error("README has no figures of a fraction of the work")
+    replayed: Sequence[str] = ()
+    if given.simulator and given.traces:
+        replayed = ("--simulator", str(given.simulator.absolute()), "--traces", str(given.traces.absolute()))
     measured = []
     for benchmark in BENCHMARKS:
         if given.only is None or benchmark.name in given.only:
             print(f"{benchmark.name}: {benchmark.command}", file=sys.stderr, flush=True)
-            measured.append(measure(benchmark, short=given.short))
+            measured.append(measure(benchmark, short=given.short, replayed=replayed))
     if given.json:
         print(json.dumps(record(measured, short=given.short), indent=2))
     else:
         short = ", a fraction of the work: these figures are for nobody" if given.short else ""
         print(f"{machine()}{short}:\n\n{table(measured)}")
+    if given.readme:
+        README.write_text(with_results(README.read_text(), measured))
     failed = any(each.failure for each in measured)
     return int(failed or (given.check and not all(each.holds for each in measured)))
 

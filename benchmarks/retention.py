@@ -1,5 +1,5 @@
 """How much of what can be known of the future retention makes use of. `.venv-engine/bin/python -m benchmarks.retention
---simulator KVSIM.PY --traces FOLDER [--check]`.
+--simulator KVSIM.PY --traces FOLDER [--json] [--check]`.
 
 A simulator replays sessions of agents, with the policy that the engine runs. Of each setting: how far the policy is on
 the way from LRU to an oracle that knows who returns when, in tokens recomputed and in loads from DRAM: the mean of the
@@ -291,16 +291,18 @@ _PARTS: Final[dict[str, tuple[Callable[[Sequence[Session]], Iterator[Setting]], 
 
 
 def main() -> int:
-    """Replay, print each setting's figures as JSON when they are there, and say which misses."""
+    """Replay, print each setting's figures as JSON when they are there (`--json`: all in the end), and what misses."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("`")[0])
     parser.add_argument("--simulator", type=Path, required=True, metavar="FILE", help="kvsim.py")
     parser.add_argument("--traces", type=Path, required=True, metavar="FOLDER", help="what it replays")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--only", choices=sorted(_PARTS))
+    parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args()
     simulator = Simulator(chosen.simulator)
     sample = simulator.sessions(chosen.traces)
     held = True
+    measured: dict[str, dict[str, dict[str, float]]] = {}
     for part, (settings_of, holds) in _PARTS.items():
         if chosen.only not in (None, part):
             continue
@@ -311,10 +313,14 @@ def main() -> int:
             sys.stderr.write(f"{part}, {setting.name}: {json.dumps(figures_of(these))}\n")
         for name, seen in runs.items():
             figures = figures_of(seen)
-            print(json.dumps({part: {"setting": name, **figures}}), flush=True)
+            measured.setdefault(part, {})[name] = figures
+            if not chosen.json:
+                print(json.dumps({part: {"setting": name, **figures}}), flush=True)
             if not holds(name, figures):
                 held = False
                 sys.stderr.write(f"MISSED: {part}, {name}\n")
+    if chosen.json:
+        print(json.dumps(measured))
     return 1 if chosen.check and not held else 0
 
 

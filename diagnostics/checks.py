@@ -615,7 +615,7 @@ def _engine_python(subject: Subject) -> Path | None:
     if subject.settings is not None and subject.settings.engine.python is not None:
         python = subject.settings.engine.python
         return python if python.exists() else None
-    from appliance.engine.launcher import engine_python
+    from appliance.engine.command_line import engine_python
 
     beside = engine_python()
     return beside if beside.exists() else None

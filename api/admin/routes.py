@@ -19,7 +19,7 @@ import asyncio
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 from fastapi import Depends, FastAPI, Query, Request
@@ -29,7 +29,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.admin import audit_routes, prove_routes, status, types
+from api.admin import audit_routes, prove_routes, status, types, views
 from api.admin.asking import Asker, AskerOf, Endpoints, ServicesOf, chosen_tenant, unknown, while_there, with_first
 from api.admin.kv import kv_status
 from api.admin.peers import pid_of, uid_of
@@ -59,9 +59,8 @@ from appliance.audit.events import (
     VAULT_SEALED,
 )
 from appliance.errors import Fault, HoldfastError
-from appliance.identity import ApiKey, Isolation, Permission, Role, Scopes, Tenant
-from appliance.sessions import EXPLAINED_TURNS, NO_TURN, TRANSCRIPT_TURNS, Explanation, SessionSummary, Transcript
-from appliance.sessions.keeping import keeping
+from appliance.identity import Isolation, Role, Tenant
+from appliance.sessions import EXPLAINED_TURNS, NO_TURN, TRANSCRIPT_TURNS
 from appliance.vault import SYSTEM_SCOPE, VaultSealed
 
 MAX_BODY_BYTES = 64 << 10
@@ -308,14 +307,14 @@ async def _rotate(wanted: types.KeysToRotate, services: ServicesOf, asker: Asker
 async def _tenants(services: ServicesOf, asker: AskerOf) -> types.Tenants:
     own = asker.named.tenant
     tenants = [own] if own is not None else await services.identity.tenants()
-    return types.Tenants(tenants=[_tenant_view(services, tenant) for tenant in tenants])
+    return types.Tenants(tenants=[views.tenant_view(services, tenant) for tenant in tenants])
 
 
 async def _tenant(tenant_id: str, services: ServicesOf, asker: AskerOf) -> types.Tenant:
     tenant = await chosen_tenant(services, asker.named, tenant_id)
     if tenant is None:
         raise unknown("tenant", tenant_id, "tenant list")
-    return _tenant_view(services, tenant)
+    return views.tenant_view(services, tenant)
 
 
 async def _create_tenant(new: types.NewTenant, services: ServicesOf, asker: AskerOf) -> types.Tenant:
@@ -324,7 +323,7 @@ async def _create_tenant(new: types.NewTenant, services: ServicesOf, asker: Aske
     )
     details = {"isolation": tenant.isolation.value}
     await asker.did(TENANT_CREATED, ("tenant", tenant.tenant_id), tenant_id=tenant.tenant_id, details=details)
-    return _tenant_view(services, tenant)
+    return views.tenant_view(services, tenant)
 
 
 async def _change_tenant(
@@ -348,7 +347,7 @@ async def _change_tenant(
         changed = await services.identity.choose_isolation(tenant, Isolation(chosen.isolation))
         details = {"setting": "isolation", "old": tenant.isolation.value, "new": changed.isolation.value}
         await asker.did(TENANT_CHANGED, ("tenant", tenant_id), tenant_id=tenant_id, details=details)
-    return _tenant_view(services, changed)
+    return views.tenant_view(services, changed)
 
 
 def _on_off(chosen: bool) -> str:
@@ -358,7 +357,7 @@ def _on_off(chosen: bool) -> str:
 async def _keys(services: ServicesOf, asker: AskerOf, tenant: str | None = None) -> types.Keys:
     chosen = await chosen_tenant(services, asker.named, tenant)
     keys = await services.identity.keys(chosen)
-    return types.Keys(keys=await _key_views(services, keys))
+    return types.Keys(keys=await views.key_views(services, keys))
 
 
 async def _create_key(new: types.NewKey, services: ServicesOf, asker: AskerOf) -> types.CreatedKey:
@@ -369,11 +368,11 @@ async def _create_key(new: types.NewKey, services: ServicesOf, asker: AskerOf) -
         principal = await services.identity.create_principal(tenant, new.principal, Role(new.role))
     expires_at = None if new.expires_in_s is None else services.now() + new.expires_in_s
     key, secret = await services.identity.create_key(
-        principal, _scopes(new.limits), label=new.label, expires_at=expires_at
+        principal, views.scopes(new.limits), label=new.label, expires_at=expires_at
     )
     details = {"principal_id": principal.principal_id, "role": principal.role.value}
     await asker.did(KEY_CREATED, ("key", key.key_id), tenant_id=key.tenant_id, details=details)
-    (view,) = await _key_views(services, [key])
+    (view,) = await views.key_views(services, [key])
     return types.CreatedKey(key=view, secret=secret)
 
 
@@ -383,7 +382,7 @@ async def _revoke_key(key_id: str, services: ServicesOf, asker: AskerOf) -> type
         raise unknown("key", key_id, "key list")
     revoked = await services.identity.revoke_key(key_id)
     await asker.did(KEY_REVOKED, ("key", key_id), tenant_id=revoked.tenant_id)
-    (view,) = await _key_views(services, [revoked])
+    (view,) = await views.key_views(services, [revoked])
     return view
 
 
@@ -402,11 +401,13 @@ async def _sessions(
     )
     scope = ("sessions", "" if chosen is None else chosen.tenant_id)
     await asker.did(SESSIONS_LISTED, scope, tenant_id=scope[1])
-    return types.SessionPage(sessions=[_session_view(each) for each in found[:limit]], truncated=len(found) > limit)
+    return types.SessionPage(
+        sessions=[views.session_view(each) for each in found[:limit]], truncated=len(found) > limit
+    )
 
 
 async def _session(session_id: str, services: ServicesOf, asker: AskerOf) -> types.Session:
-    return _session_view(await services.sessions.summary(asker.named, session_id))
+    return views.session_view(await services.sessions.summary(asker.named, session_id))
 
 
 async def _transcript(
@@ -424,7 +425,7 @@ async def _transcript(
         await asker.did(TRANSCRIPT_READ, ("session", session_id), outcome=Outcome.REFUSED, reason=error.code)
         raise
     await asker.did(TRANSCRIPT_READ, ("session", session_id), tenant_id=transcript.session.tenant_id)
-    return _transcript_view(transcript)
+    return views.transcript_view(transcript)
 
 
 async def _why(
@@ -435,7 +436,7 @@ async def _why(
     limit: Annotated[int, Query(ge=1, le=EXPLAINED_TURNS)] = EXPLAINED_TURNS,
 ) -> types.Explanation:
     explaining = services.sessions.explanation(asker.named, session_id, limit=limit)
-    return _explanation_view(await while_there(request, explaining))
+    return views.explanation_view(await while_there(request, explaining))
 
 
 async def _forget(session_id: str, services: ServicesOf, asker: AskerOf) -> types.Forgotten:
@@ -494,9 +495,6 @@ _ENDPOINTS: Endpoints = {
 }
 
 
-# What the rooms' values look like from outside
-
-
 async def _only_tenant(services: Services) -> Tenant:
     tenants = await services.identity.tenants()
     if len(tenants) != 1:
@@ -506,153 +504,6 @@ async def _only_tenant(services: Services) -> Tenant:
             remedy="Name one with --tenant; `holdfast tenant list` names them",
         )
     return tenants[0]
-
-
-def _tenant_view(services: Services, tenant: Tenant) -> types.Tenant:
-    models = services.watch.models
-    model = models[0].id if models else None
-    kept = keeping(services.settings.sessions, tenant, model or "")
-    return types.Tenant(
-        tenant_id=tenant.tenant_id,
-        name=tenant.name,
-        idle_timeout_s=tenant.idle_timeout_s,
-        isolation=tenant.isolation.value,
-        audit_digests=tenant.audit_digests,
-        takes_out_harness_lines=tenant.takes_out_harness_lines,
-        keeping=types.TenantKeeping(
-            model=model,
-            retention="strict" if kept.strict else "soft",
-            idle_timeout_s=kept.idle_timeout_s,
-            idle_timeout_after_tool_use_s=kept.idle_timeout_after_tool_use_s,
-            kv_share=kept.tenant_share,
-            kv_cap=kept.tenant_cap,
-            session_kv_cap=kept.session_cap,
-        ),
-        created_at=tenant.created_at,
-    )
-
-
-async def _key_views(services: Services, keys: Sequence[ApiKey]) -> list[types.Key]:
-    """Keys with the names of whose they are."""
-    wanted = {key.tenant_id for key in keys}
-    tenants = {tenant.tenant_id: tenant for tenant in await services.identity.tenants()}
-    principals: dict[str, str] = {}
-    for tenant_id in wanted:
-        tenant = None if tenant_id is None else tenants[tenant_id]
-        principals |= {each.principal_id: each.name for each in await services.identity.principals(tenant)}
-    return [
-        types.Key(
-            key_id=key.key_id,
-            tenant_id=key.tenant_id,
-            tenant=None if key.tenant_id is None else tenants[key.tenant_id].name,
-            principal_id=key.principal_id,
-            principal=principals.get(key.principal_id),
-            label=key.label,
-            limits=_limits_view(key.scopes),
-            created_at=key.created_at,
-            expires_at=key.expires_at,
-            revoked_at=key.revoked_at,
-        )
-        for key in keys
-    ]
-
-
-def _limits_view(scopes: Scopes) -> types.Limits:
-    return types.Limits(
-        models=None if scopes.models is None else sorted(scopes.models),
-        requests_per_minute=scopes.requests_per_minute,
-        concurrent_requests=scopes.concurrent_requests,
-        tokens_per_day=scopes.tokens_per_day,
-        permissions=[permission.value for permission in scopes.permissions],
-    )
-
-
-def _scopes(limits: types.Limits) -> Scopes:
-    return Scopes(
-        models=None if limits.models is None else frozenset(limits.models),
-        requests_per_minute=limits.requests_per_minute,
-        concurrent_requests=limits.concurrent_requests,
-        tokens_per_day=limits.tokens_per_day,
-        permissions=frozenset(Permission(permission) for permission in limits.permissions),
-    )
-
-
-def _session_view(summary: SessionSummary) -> types.Session:
-    return types.Session(
-        session_id=summary.session_id,
-        tenant_id=summary.tenant_id,
-        principal_id=summary.principal_id,
-        tree_id=summary.tree_id,
-        parent_session_id=summary.parent_session_id,
-        model=summary.model,
-        origin=summary.origin.value,
-        turns=summary.turns,
-        prompt_tokens=summary.prompt_tokens,
-        cached_tokens=summary.cached_tokens,
-        completion_tokens=summary.completion_tokens,
-        created_at=summary.created_at,
-        last_used_at=summary.last_used_at,
-    )
-
-
-def _explanation_view(explanation: Explanation) -> types.Explanation:
-    return types.Explanation(
-        session=_session_view(explanation.session),
-        turns=[
-            types.ExplainedTurn(
-                number=turn.number,
-                started_at=turn.started_at,
-                prompt_tokens=turn.account.prompt_tokens,
-                served_tokens=turn.account.served_tokens,
-                computed_tokens={cause.value: tokens for cause, tokens in turn.account.computed.items()},
-                served_from=None if (served := turn.account.served) is None else served.by_tier(),
-                divergence=None
-                if (where := turn.divergence) is None
-                else types.Divergence(token=where.token, message=where.message, role=where.role, change=where.change),
-            )
-            for turn in explanation.turns
-        ],
-        findings=[
-            types.Finding(
-                what=found.what,
-                message=found.message,
-                role=found.role,
-                turns=list(found.turns),
-                tokens=found.tokens,
-                remedy=found.remedy,
-            )
-            for found in explanation.findings
-        ],
-        truncated=explanation.truncated,
-    )
-
-
-def _transcript_view(transcript: Transcript) -> types.Transcript:
-    return types.Transcript(
-        session=_session_view(transcript.session),
-        client_id=transcript.client_id,
-        turns=[
-            types.TranscriptTurn(
-                number=turn.number,
-                response_id=turn.response_id,
-                model=turn.model,
-                state=turn.state.value,
-                new_messages=[dict(message) for message in turn.new_messages],
-                answer=dict(turn.answer),
-                parameters=turn.parameters,
-                prompt_token_ids=turn.prompt_token_ids,
-                completion_token_ids=turn.completion_token_ids,
-                prompt_tokens=turn.prompt_tokens,
-                cached_tokens=turn.cached_tokens,
-                completion_tokens=turn.completion_tokens,
-                finish_reason=turn.finish_reason,
-                started_at=turn.started_at,
-                ended_at=turn.ended_at,
-            )
-            for turn in transcript.turns
-        ],
-        truncated=transcript.truncated,
-    )
 
 
 # Answers that are errors

@@ -112,7 +112,7 @@ def _some_is_itself_alone(objects: Iterable[tuple[Mapping[str, Any], Mapping[str
 
 
 def _ways(value: Mapping[str, Any], root: Mapping[str, Any]) -> Sequence[Any]:
-    """What an answer follows in a schema's place. What stands beside a reference counts for nothing, as in the engine."""
+    """What an answer follows in a schema's place; beside a reference nothing counts, as in the engine."""
     if isinstance(reference := value.get("$ref"), str):
         return [_referred_to(reference, root)]
     return next((value[name] for name in ("anyOf", "oneOf", "allOf") if isinstance(value.get(name), list)), ())

@@ -40,7 +40,7 @@ from appliance.engine.wire import MalformedMessage
 from appliance.errors import Fault, HoldfastError
 
 _JSON_HEADERS = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
-_IDLE_TIMEOUT_S = 30.0  # the engine keeps a connection open for longer: see launcher.environment
+_IDLE_TIMEOUT_S = 30.0  # the engine keeps a connection open for longer: see command_line.environment
 _DONE = b"[DONE]"
 _ERROR = b'{"error":'  # how vLLM begins the event of a failure in mid-stream; it says [DONE] behind it all the same
 

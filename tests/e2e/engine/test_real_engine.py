@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from appliance.engine.client import EngineClient, EngineLost, EngineRejected
-from appliance.engine.launcher import EngineFailed, EngineProcess, EngineSpec, EngineState, compute_threads
+from appliance.engine.command_line import EngineSpec, compute_threads
+from appliance.engine.launcher import EngineFailed, EngineProcess, EngineState
 
 ROOT = Path(__file__).parents[3]
 PYTHON = Path(f"{sys.prefix}-engine") / "bin" / "python"

@@ -13,7 +13,8 @@ import pytest
 from api.admin import types
 from api.admin.client import AdminClient
 from appliance.engine.client import EngineClient
-from appliance.engine.launcher import EngineProcess, EngineSpec, compute_threads
+from appliance.engine.command_line import EngineSpec, compute_threads
+from appliance.engine.launcher import EngineProcess
 from benchmarks.running import REPOSITORY, make_appliance, running_gateway
 
 PYTHON = Path(f"{sys.prefix}-engine") / "bin" / "python"

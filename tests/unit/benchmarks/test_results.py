@@ -85,3 +85,54 @@ def test_a_benchmark_is_run_and_its_figures_are_taken(capsys: pytest.CaptureFixt
     assert (disk["name"], disk["failure"], record["short"]) == ("disk", None, True)
     assert all(each["value"] > 0 for each in disk["figures"])
     assert [each["bar"] for each in disk["figures"]] == ["at least 80.0 %"] * 2 + ["at most 1.00 cores"] * 2
+
+
+def page(*rows: str) -> str:
+    return "\n".join(("Before.", results.TABLE_BEGINS, *rows, results.TABLE_ENDS, "After."))
+
+
+def test_what_was_measured_goes_into_the_page_and_what_was_not_stays_as_it_stands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other, new = (dataclasses.replace(MADE_UP, title=title) for title in ("Another one", "A new one"))
+    monkeypatch.setattr(results, "BENCHMARKS", (MADE_UP, other, new))
+    first = results.with_results(page(), [Measured(MADE_UP, (0.95, 1.0)), Measured(other, (0.96, 1.0))])
+    second = results.with_results(first, [Measured(MADE_UP, (0.97, 1.0))])
+    assert second.startswith("Before.\n")
+    assert second.endswith("After.")
+    assert [line.split(" | ")[:2] for line in second.splitlines() if line.startswith("| ")] == [
+        ["|", "measured"],
+        ["| **A made-up one** (`.venv/bin/python -m benchmarks.made_up`)", "| |"],
+        ["| sooner", "97.0 %"],
+        ["| added", "1.00 ms"],
+        ["| **Another one** (`.venv/bin/python -m benchmarks.made_up`)", "| |"],
+        ["| sooner", "96.0 %"],
+        ["| added", "1.00 ms"],
+        ["| **A new one** (`.venv/bin/python -m benchmarks.made_up`)", "| |"],
+        ["| not measured", "yet"],
+    ]
+
+
+def test_a_page_without_a_place_for_the_table_is_left_alone() -> None:
+    with pytest.raises(ValueError, match="no place"):
+        results.with_results("Before.\nAfter.", [])
+
+
+def test_what_is_replayed_has_to_be_given() -> None:
+    needy = dataclasses.replace(MADE_UP, replays=True)
+    assert results.measure(needy, short=True).failure == "it needs --simulator FILE --traces FOLDER"
+
+
+def test_readme_has_every_benchmark_and_each_of_its_figures_beside_its_bar() -> None:
+    _, begins, rest = results.README.read_text().partition(results.TABLE_BEGINS)
+    assert begins
+    stands: dict[str, list[tuple[str, str]]] = {}
+    for line in rest.partition(results.TABLE_ENDS)[0].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| **"):
+            figures = stands.setdefault(line, [])
+        elif stands and line:
+            figures.append((cells[0], cells[2]))
+    assert list(stands) == [results._head(each) for each in results.BENCHMARKS], "run it with --readme"
+    for each, figures in zip(results.BENCHMARKS, stands.values(), strict=True):
+        assert figures in ([("not measured", "")], [(figure.what, figure.bar) for figure in each.figures])

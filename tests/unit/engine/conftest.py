@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance.engine.launcher import EngineSpec
+from appliance.engine.command_line import EngineSpec
 
 # An interpreter that runs the cage with one of its functions replaced.
 _SHIM = """#!{python}

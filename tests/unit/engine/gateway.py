@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from appliance.engine.client import EngineClient
-from appliance.engine.launcher import EngineProcess, EngineSpec
+from appliance.engine.command_line import EngineSpec
+from appliance.engine.launcher import EngineProcess
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 

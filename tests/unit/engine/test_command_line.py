@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from appliance.engine import launcher
-from appliance.engine.launcher import EngineSpec, command_line, device_of, environment, too_much_dram
+from appliance.engine.command_line import EngineSpec, cage_line, command_line, device_of, environment
+from appliance.engine.launcher import too_much_dram
 from appliance.settings import EngineSettings, TierSettings
 
 SPEC = EngineSpec(
@@ -194,7 +194,7 @@ def test_the_tier_on_disk_is_named_with_its_bounds_and_stays_visible_in_the_cage
     (tier,) = configured["kv_connector_extra_config"]["secondary_tiers"]
     assert (tier["type"], tier["root_dir"]) == ("DiskTier", "/state/tiers")
     assert (tier["capacity_bytes"], tier["ttl_s"]) == (1 << 40, 60.0)
-    line = launcher._cage_line(spec, (7, 9), ["vllm"])
+    line = cage_line(spec, (7, 9), ["vllm"])
     kept = [value for name, value in pairwise(line) if name == "--keep"]
     assert "/state/tiers" in kept
     assert option(line, "--key-fd") == "9"

@@ -16,7 +16,8 @@ import pytest
 
 from appliance.engine import cage, launcher
 from appliance.engine.client import EngineClient, EngineLost, EngineUnavailable
-from appliance.engine.launcher import EngineFailed, EngineProcess, EngineSpec, EngineState, Patience
+from appliance.engine.command_line import EngineSpec
+from appliance.engine.launcher import EngineFailed, EngineProcess, EngineState, Patience
 from tests.unit.engine.conftest import left_behind
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from appliance.engine.client import EngineClient
+from appliance.engine.command_line import EngineSpec
 from appliance.engine.inside.disk.channel import KeyAsker
 from appliance.engine.inside.disk.cipher import NONCE_BYTES, AesGcm
 from appliance.engine.inside.disk.files import Owner
 from appliance.engine.inside.disk.keys import NoKey
-from appliance.engine.launcher import EngineProcess, EngineSpec
+from appliance.engine.launcher import EngineProcess
 from appliance.engine.tier_keys import (
     KEY_SOCKET,
     KeyChannel,
