@@ -17,7 +17,8 @@ Rules:
   wherever it waits.
 - A gap that ends teaches, and one that never ended within the horizon teaches too. Old lessons fade.
 - Beyond `_TAIL_S` too few gaps are seen to tell cells apart: the worth falls as 1 / idle time, as the hazard of a heavy
-  tail does. So the order among the long idle is that of their last use, weighted by class.
+  tail does. Nor are enough seen to trust what tells classes apart there: two thirds of it are taken away. So the order
+  among the long idle is that of their last use, weighted a little by class.
 - So many sessions are known at most; those idle longest are forgotten first, and worth nothing then.
 """
 
@@ -36,6 +37,7 @@ _WANTED: Final = math.inf
 
 _HORIZON_S: Final = 4 * 3600.0
 _TAIL_S: Final = 300.0
+_TRUST_IN_CLASS: Final = 1 / 3  # beyond `_TAIL_S`; at 0 all classes are one, at 1 each stands alone
 _CELL_RATIO: Final = 1.25
 _STRENGTH_OF_PRIOR: Final = 60.0  # gaps that it weighs as much as
 _STRENGTH_OF_WIDER: Final = 30.0
@@ -245,13 +247,13 @@ class RetentionPolicy:
             return _NOTHING
         if known.waiting or known.finished_at is None:
             return _WANTED
-        worth = self._worth.get(known.kind)
-        if worth is None:
-            worth = self._worth[known.kind] = _hit_densities(self._hazards(known.kind))
+        if not self._worth:
+            self._worth = self._reckoned()
+        worth = self._worth[known.kind]
         idle_s = now - known.finished_at
         if idle_s < _TAIL_S:
             return worth[bisect_right(_EDGES, max(idle_s, 0.0)) - 1]
-        return worth[_TAIL_CELL] * _TAIL_S / idle_s
+        return worth[-1] * _TAIL_S / idle_s
 
     def expected(self, *, now: float, most: int) -> list[tuple[Hashable, float]]:
         """Whose return is expected, with what its KV is worth: those who are awaited first, in the order in which they
@@ -347,6 +349,17 @@ class RetentionPolicy:
             gaps.ended = [count / 2 for count in gaps.ended]
             gaps.lasted /= 2
         self._seen /= 2
+
+    def _reckoned(self) -> dict[_Class, tuple[float, ...]]:
+        """The worth of each class at the beginning of each cell up to that of `_TAIL_S`, and then at `_TAIL_S`."""
+        densities = {kind: _hit_densities(self._hazards(kind)) for kind in _CLASSES}
+        seen = {kind: 1.0 + gaps.lasted + math.fsum(gaps.ended) for kind, gaps in self._gaps.items()}
+        logs = {kind: math.log(density[_TAIL_CELL]) for kind, density in densities.items()}
+        mean = math.fsum(seen[kind] * logs[kind] for kind in _CLASSES) / math.fsum(seen.values())
+        return {
+            kind: (*density, math.exp(mean + _TRUST_IN_CLASS * (logs[kind] - mean)))
+            for kind, density in densities.items()
+        }
 
     def _hazards(self, kind: _Class) -> list[float]:
         """The probability that a gap that reached a cell ends in it."""
