@@ -71,6 +71,17 @@ def test_among_the_long_idle_the_one_used_last_is_worth_most(policy: RetentionPo
     assert worths == sorted(worths)
 
 
+def test_why_a_turn_stopped_weighs_less_among_the_long_idle(policy: RetentionPolicy) -> None:
+    turn(policy, "tool", 0.0, "tool_use")
+    turn(policy, "answer", 0.0, "end_turn")
+
+    def apart(idle_s: float) -> float:
+        return abs(math.log(worth(policy, "tool", idle_s) / worth(policy, "answer", idle_s)))
+
+    assert 0 < apart(300.0) < apart(299.0) / 2
+    assert apart(HOUR) == pytest.approx(apart(300.0))
+
+
 def test_what_a_sessions_own_gaps_were_says_when_it_returns(policy: RetentionPolicy) -> None:
     for number in range(20):
         turn(policy, "quick", 5.0 * number)
