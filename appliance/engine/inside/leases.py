@@ -330,8 +330,19 @@ class LeaseTable:
         """Whether so many blocks would be free if every lease yielded all it can; `busy` blocks make no room."""
         if wanted_blocks > self.leased_blocks:
             return False
-        free = (block_id for block_id, claims in enumerate(self._claims_on) if claims and not busy(block_id))
-        return sum(1 for _ in itertools.islice(free, max(wanted_blocks, 0))) >= wanted_blocks
+        left, shared = wanted_blocks, set[int]()
+        for claim in self._claims.values():  # who has been idle for longest comes first, and seldom has a busy block
+            for block_id in reversed(claim.ids):
+                if left <= 0 or busy(block_id):
+                    break
+                if self._claims_on[block_id] == 1:
+                    left -= 1
+                elif block_id not in shared:
+                    shared.add(block_id)
+                    left -= 1
+            if left <= 0:
+                break
+        return left <= 0
 
     def reclaim(self, wanted_blocks: int, busy: Callable[[int], bool], wanted_by: str = "") -> Change:
         """Give up `wanted_blocks` blocks, or as many as there are.
