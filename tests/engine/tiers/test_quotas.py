@@ -132,6 +132,7 @@ def test_at_its_tenants_cap_a_session_pushes_the_tenants_others_out_of_dram_and_
         engine.clock.advance(60)
     for tier in (in_dram, on_disk):
         assert (tier(engine, "acme"), tier(engine, "crowd")) == (16, 10)
+    engine.clock.advance(3600)  # nobody is expected, and nothing is read ahead
     push_off(engine, "device", "dram")
     assert found(turn(engine, 2, "acme", tenant_cap=0.4)) == (0, 0, 10, "")
     assert found(turn(engine, 1, "acme", tenant_cap=0.4)) == (0, 0, 6, "quota")

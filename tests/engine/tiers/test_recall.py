@@ -253,12 +253,13 @@ def test_a_request_that_comes_meanwhile_waits_for_the_same_read(
     loaded = store(engine).status().loaded_chunks
     reads = SlowReads(engine, monkeypatch)
     until(engine, reads.begun.is_set)
-    name = engine.submit(prompt, session="ana", max_tokens=2)
+    name = asked(engine, prompt, "ana")
     engine.step(20)
     assert engine.answers[name].cached_tokens is None  # it waits
     reads.go_on.set()
     run(engine)
     assert engine.answers[name].cached_tokens == 10 * BLOCK
+    assert ended(engine, "ana").disk_tokens == 10 * BLOCK  # for that it waited
     assert store(engine).status().loaded_chunks == loaded + 10
     assert counts(engine) == (10, 10, 0)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from math import inf
 from typing import Any, Final, NamedTuple
 
-from vllm.v1.kv_offload.base import LoadStoreSpec, ReqContext, ScheduleEndContext
+from vllm.v1.kv_offload.base import LoadStoreSpec, LookupResult, ReqContext, ScheduleEndContext
 from vllm.v1.kv_offload.tiering.base import JobResult
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, JobMetadata, PendingPromotion
 
@@ -123,6 +123,13 @@ class RecallingManager(TieredManager):
         return None if self._due_at == inf else max(self._due_at - now, 0.0)
 
     # What vLLM asks
+
+    def lookup(self, key: bytes, req_context: ReqContext, *, exclude_tier_idx: int | None = None) -> LookupResult:
+        found = super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
+        ahead = self._ahead is not None and self._ahead.get_offload_key_position(key) is not None
+        if ahead and found is LookupResult.HIT_PENDING:  # the request waits for the disk, whoever asked first
+            self._request_load_sources.setdefault(req_context.req_id, {})[key] = DiskTier.cache_hit_source
+        return found
 
     def prepare_load(self, keys: Collection[bytes], req_context: ReqContext) -> LoadStoreSpec:
         self._recall.loaded(keys)
