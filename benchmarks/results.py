@@ -176,7 +176,7 @@ _STATEFUL: Final = (
     Figure("time to first token less than stateless", PERCENT, _at("ttft_reduction"), least=stateful.TTFT_REDUCTION),
     Figure("tokens a turn that vanilla vLLM finds again and it does not", COUNT, _lost, most=0),
     Figure(
-        f"time to first token over vanilla vLLM's and {stateful.TTFT_NOISE:.0%} of it",
+        f"time to first token over vanilla vLLM's and {PERCENT.of(stateful.TTFT_NOISE)} of it",
         S_IN_MS,
         _later_s,
         most=stateful.TTFT_ADDED_S,
