@@ -410,6 +410,12 @@ BENCHMARKS: Final = (
                 most=audit.ONE_WRITER_TIMES,
             ),
             Figure(
+                f"an admission at {audit.ADMISSIONS_PER_S:g} requests/s, median",
+                MS,
+                _at("figures", "admission_p50_ms"),
+                most=audit.ADMISSION_MS,
+            ),
+            Figure(
                 f"verified, of {audit.VERIFIED_PER_S:,.0f} entries/s or {audit.SHARE_OF_HASHING:.0%} of hashing alone",
                 TIMES,
                 _verified,
