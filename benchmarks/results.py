@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -466,10 +467,13 @@ def measure(benchmark: Benchmark, *, short: bool, replayed: Sequence[str] = ()) 
         try:
             printed, _ = process.communicate(timeout=_DEADLINE_S)
         except subprocess.TimeoutExpired:
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # at which it ends what it started
             return Measured(benchmark, failure=f"it was not done after {_DEADLINE_S:,.0f} s")
         except KeyboardInterrupt:
-            process.wait()  # it was told too, and ends what it started
+            process.wait()  # it was told too
+            raise
+        except SystemExit:
+            process.send_signal(signal.SIGINT)
             raise
     return taken(benchmark, printed, process.returncode)
 
@@ -584,6 +588,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.simulator and given.traces:
         replayed = ("--simulator", str(given.simulator.absolute()), "--traces", str(given.traces.absolute()))
     measured = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for benchmark in BENCHMARKS:
         if given.only is None or benchmark.name in given.only:
             print(f"{benchmark.name}: {benchmark.command}", file=sys.stderr, flush=True)
