@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -176,7 +177,7 @@ _STATEFUL: Final = (
     Figure("time to first token less than stateless", PERCENT, _at("ttft_reduction"), least=stateful.TTFT_REDUCTION),
     Figure("tokens a turn that vanilla vLLM finds again and it does not", COUNT, _lost, most=0),
     Figure(
-        f"time to first token over vanilla vLLM's and {stateful.TTFT_NOISE:.0%} of it",
+        f"time to first token over vanilla vLLM's and {PERCENT.of(stateful.TTFT_NOISE)} of it",
         S_IN_MS,
         _later_s,
         most=stateful.TTFT_ADDED_S,
@@ -410,6 +411,12 @@ BENCHMARKS: Final = (
                 most=audit.ONE_WRITER_TIMES,
             ),
             Figure(
+                f"an admission at {audit.ADMISSIONS_PER_S:g} requests/s, median",
+                MS,
+                _at("figures", "admission_p50_ms"),
+                most=audit.ADMISSION_MS,
+            ),
+            Figure(
                 f"verified, of {audit.VERIFIED_PER_S:,.0f} entries/s or {audit.SHARE_OF_HASHING:.0%} of hashing alone",
                 TIMES,
                 _verified,
@@ -460,10 +467,13 @@ def measure(benchmark: Benchmark, *, short: bool, replayed: Sequence[str] = ()) 
         try:
             printed, _ = process.communicate(timeout=_DEADLINE_S)
         except subprocess.TimeoutExpired:
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # at which it ends what it started
             return Measured(benchmark, failure=f"it was not done after {_DEADLINE_S:,.0f} s")
         except KeyboardInterrupt:
-            process.wait()  # it was told too, and ends what it started
+            process.wait()  # it was told too
+            raise
+        except SystemExit:
+            process.send_signal(signal.SIGINT)
             raise
     return taken(benchmark, printed, process.returncode)
 
@@ -578,6 +588,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.simulator and given.traces:
         replayed = ("--simulator", str(given.simulator.absolute()), "--traces", str(given.traces.absolute()))
     measured = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for benchmark in BENCHMARKS:
         if given.only is None or benchmark.name in given.only:
             print(f"{benchmark.name}: {benchmark.command}", file=sys.stderr, flush=True)

@@ -253,6 +253,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true", help="leave with 1 when a figure is missed")
     chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # servers are ended on the way out
     blocks_each = (START_TOKENS + (chosen.turns - 1) * STEP_TOKENS) // BLOCK + 2
     needed_blocks = chosen.agents * blocks_each
     needed_bytes = (needed_blocks + chosen.agents) * BLOCK_BYTES
