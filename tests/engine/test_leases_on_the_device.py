@@ -1,9 +1,11 @@
 """What a session's lease does on a real engine's block pool, and what it never does to others."""
 
 import logging
+import time
 
 import pytest
 
+from appliance.engine.inside.connector import LeaseRetention
 from appliance.engine.protocol import LEASE_FIELD, Lease, TurnAccount, TurnEnd
 from tests.engine.in_process import BLOCK, BOUND, MAX_MODEL_LEN, POOL, EngineInProcess, words
 
@@ -336,6 +338,10 @@ def test_a_clock_that_jumps_costs_rank_and_nothing_else(engine: EngineInProcess)
     assert engine.turn(words(1, 300), session="session").cached_tokens == 288
     engine.assert_references_add_up()
     engine.clock.advance(500.0)
+
+
+def test_no_step_of_the_wall_clock_reaches_a_lease() -> None:
+    assert LeaseRetention.clock is time.monotonic
 
 
 def test_a_lease_without_rank_leaves_its_blocks_in_the_cache_until_the_room_is_wanted(engine: EngineInProcess) -> None:

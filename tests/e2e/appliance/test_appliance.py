@@ -8,7 +8,7 @@ import subprocess
 import sys
 import urllib.parse
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import openai
 import pytest
@@ -241,6 +241,39 @@ def test_the_sdk_raises_what_its_users_expect(appliance: Appliance) -> None:
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(model=model, messages=hello, temperature=99)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "pattern": "("},
+        {"type": "string", "pattern": "a\\"},
+        {"type": "string", "pattern": "\\p{L}+"},
+        {"type": "string", "pattern": "(?<=a)b"},
+        {"type": "strange"},
+        {"type": "integer", "multipleOf": 5},
+        {"type": "integer", "maximum": 1 << 63},
+        {"type": "array", "items": [{"type": "string"}]},
+        {"type": "object", "patternProperties": []},
+        {"$ref": "#/$defs/missing", "$defs": {}},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+    ],
+    ids=json.dumps,
+)
+def test_a_schema_that_nothing_can_be_held_to_is_the_client_s_error(appliance: Appliance, schema: Any) -> None:
+    client, model = appliance.client(), _model(appliance)
+    hello: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hello!"}]
+
+    def ask(schema: Any) -> str:
+        described = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+        asked: Any = {"messages": hello, "response_format": described, "max_tokens": 64}
+        answer = client.chat.completions.create(model=model, **asked)
+        return answer.choices[0].message.content or ""
+
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(schema)
+    assert refused.value.code in ("invalid_request", "engine_refused")
+    assert json.loads(ask({"enum": ["yes", "no"]})) in ("yes", "no")
 
 
 def test_the_engine_is_reached_by_its_socket_only(appliance: Appliance) -> None:

@@ -301,9 +301,9 @@ def test_a_canary_that_is_never_computed_is_let_go(engine: EngineInProcess) -> N
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("phase", ["store", "load"])
-def test_an_engine_that_is_killed_while_it_copies_leaves_nothing_in_shared_memory(tiny_model: Path, phase: str) -> None:
-    script = Path(__file__).with_name("killed_while_copying.py")
+@pytest.mark.parametrize("phase", ["store", "load", "reclaim", "close"])
+def test_an_engine_that_is_killed_in_any_phase_leaves_nothing_in_shared_memory(tiny_model: Path, phase: str) -> None:
+    script = Path(__file__).with_name("killed_in_a_phase.py")
     root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, str(script), str(tiny_model), phase],

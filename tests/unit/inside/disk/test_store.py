@@ -447,6 +447,21 @@ def test_a_session_expires_over_a_restart_and_a_wall_clock_that_was_set_back_kee
     tier.settle()
 
 
+def test_a_wall_clock_that_steps_by_a_day_and_back_while_the_tier_runs_expires_nothing(make: Make) -> None:
+    now, wall = _Clock(), _Clock()
+    wall.now = 1e9
+    tier = make(now=now, wall=wall)
+    for owner, step_s in ((ANA, 86_400.0), (BEN, -2 * 86_400.0), (EVE, 86_400.0)):
+        tier.write(owner, [1])
+        wall.now += step_s
+        now.now += 60.0
+    assert [tier.read(owner, [1]) for owner in (ANA, BEN, EVE)] == [[1]] * 3
+    tier.settle()
+    assert tier.store.status().expired_chunks == 0
+    tier.store.close()
+    assert make(wall=wall).store.status().chunks == 3  # and who was used at a time that is to come is not lost
+
+
 def test_no_key_is_a_miss_and_costs_nothing_but_that(make: Make) -> None:
     make().write(ANA, [1])
     gateway = Gateway()
