@@ -350,11 +350,14 @@ class LeaseTable:
         Args:
             wanted_blocks: how many blocks the pool is short of.
             busy: says of a block that giving it up makes no room, because a request uses it or is about to. Whoever
-                uses a block uses all before it, so a lease whose tail is busy has nothing to give.
+                uses a block uses all before it, or copies of them: a lease whose tail is busy gives last.
             wanted_by: the tenant whose request it is for; empty: nobody's in particular.
         """
         taken = self._take(wanted_blocks, busy=busy, wanted_by=wanted_by)
-        self.reclaimed_blocks_total += len(taken.freed)
+        room = len(taken.freed)
+        for key in list(self._claims) if room < wanted_blocks else ():
+            room += self._yield_before_the_tail(key, wanted_blocks - room, busy, taken)
+        self.reclaimed_blocks_total += room
         return Change(freed=tuple(taken.freed), forgotten=tuple(taken.forgotten))
 
     # What is asked
@@ -514,6 +517,26 @@ class LeaseTable:
         if not ids:
             self._remove(key)
             self._gone(key, claim.reason)
+
+    def _yield_before_the_tail(self, key: _Key, most: int, busy: Callable[[int], bool], taken: "_Taken") -> int:
+        """Give up blocks of which a request uses copies, and what it uses behind them; how much room that makes."""
+        claim = self._claims[key]
+        room, cut = 0, len(claim.ids)
+        for at in range(len(claim.ids) - 1, -1, -1):
+            if room >= most:
+                break
+            if self._claims_on[claim.ids[at]] == 1 and not busy(claim.ids[at]):
+                room, cut = room + 1, at
+        yielded = claim.ids[cut:]
+        if yielded:
+            taken.forgotten.extend(self._left(claim, yielded))
+            taken.freed.extend(self._drop(key, yielded))
+            del claim.ids[cut:]
+            claim.reason = "evicted" if claim.has_rank else "expired"
+        if not claim.ids:
+            self._remove(key)
+            self._gone(key, claim.reason)
+        return room
 
     def _over_cap(self, lease: Lease) -> int:
         """How many blocks a tenant has above its cap."""

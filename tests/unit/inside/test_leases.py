@@ -147,6 +147,15 @@ def test_a_lease_whose_tail_is_in_use_yields_nothing() -> None:
     assert table.reclaim(2, {1, 2, 3}.__contains__) == Change(freed=(6, 5))
 
 
+def test_where_a_request_uses_a_copy_of_a_block_the_block_yields_after_all_others() -> None:
+    table = table_of(10, Clock())
+    table.finished(lease("copied", 5.0), chain(1, 2, 3))
+    table.finished(lease("idle", 30.0), chain(4))
+    assert table.can_yield(2, {1, 3}.__contains__)
+    assert table.reclaim(2, {1, 3}.__contains__) == Change(freed=(4, 3, 2))  # 3 is in use, and makes no room
+    assert table.reclaimed_blocks_total == 2
+
+
 def test_what_lies_beyond_the_part_in_use_can_be_reclaimed() -> None:
     table = table_of(10, Clock())
     table.finished(lease("a"), chain(1, 2, 3, 4))
