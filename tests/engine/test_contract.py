@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
@@ -333,3 +334,7 @@ def test_the_connector_is_where_vllm_is_told_to_look() -> None:
     module = importlib.import_module(CONNECTOR_MODULE)
     assert getattr(module, CONNECTOR_NAME) is StateConnector
     assert getattr(module, TIERED_CONNECTOR_NAME) is TieredStateConnector
+
+
+def test_a_process_can_ask_for_the_tile_registers_of_its_cpu() -> None:
+    assert torch.cpu._init_amx() == torch.cpu._is_amx_tile_supported()

@@ -1,9 +1,10 @@
-"""What of vLLM's own is done otherwise: salts in blocks' hashes, seeds on a CPU, resets and full pools with leases."""
+"""What of vLLM's own is done otherwise: salts in blocks' hashes, tiles and seeds on a CPU, full pools and resets."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from vllm.platforms import current_platform
 from vllm.v1.core import block_pool, kv_cache_utils
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -52,6 +53,17 @@ def _shared_prefix_of(request: Request) -> Any:
         found = shared_prefix(request.kv_transfer_params, request.cache_salt, request.prompt_token_ids)
         request.holdfast_shared_prefix = found
         return found
+
+
+def ask_for_tiles() -> None:
+    """Have Linux let this process use the tile registers (AMX) of its CPU, where it has them.
+
+    Who uses them unasked is killed (`ARCH_REQ_XCOMP_PERM`, Documentation/arch/x86/xstate.rst). vLLM leaves the asking
+    to oneDNN's first large matrix product, and its attention on tiles may come before that: in an engine whose first
+    prompt was found on the disk nearly whole.
+    """
+    if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
 
 
 def draw_only_for_tokens_that_count() -> None:

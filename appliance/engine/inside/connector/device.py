@@ -31,6 +31,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from appliance.engine.inside.accounts import Accounts
 from appliance.engine.inside.connector.amendments import (
+    ask_for_tiles,
     draw_only_for_tokens_that_count,
     make_room_where_there_is_none,
     release_leases_before_reset,
@@ -66,6 +67,7 @@ class LeaseRetention:
         extra: dict[str, Any] = vllm_config.kv_transfer_config.kv_connector_extra_config
         self._lease_fraction = float(extra.get(LEASE_FRACTION_FIELD, 0.0))
         if role == KVConnectorRole.WORKER:
+            ask_for_tiles()
             draw_only_for_tokens_that_count()
         groups = kv_cache_config.kv_cache_groups
         self._block_bytes = max(group.kv_cache_spec.page_size_bytes * len(group.layer_names) for group in groups)
