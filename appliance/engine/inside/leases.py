@@ -333,8 +333,10 @@ class LeaseTable:
         left, shared = wanted_blocks, set[int]()
         for claim in self._claims.values():  # who has been idle for longest comes first, and seldom has a busy block
             for block_id in reversed(claim.ids):
-                if left <= 0 or busy(block_id):
+                if left <= 0:
                     break
+                if busy(block_id):
+                    continue
                 if self._claims_on[block_id] == 1:
                     left -= 1
                 elif block_id not in shared:

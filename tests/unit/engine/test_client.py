@@ -402,7 +402,7 @@ async def test_leases_are_released_and_reported(engine: Engine, client: EngineCl
     await engine.follow(answering(json.dumps(REPORT.to_wire()).encode()))
     assert await client.leases(["label-1"]) == REPORT
     assert engine.peers[0].head.startswith(b"POST /holdfast/leases ")
-    assert json.loads(engine.peers[0].body) == {"release": ["label-1"]}
+    assert json.loads(engine.peers[0].body) == {"release": ["label-1"], "awaited": []}
 
 
 @pytest.mark.parametrize(("body", "kind"), [(b"{}", MalformedMessage), (b"not json", EngineLost)])
