@@ -1,8 +1,9 @@
 """What the gateway adds to a streamed chat completion, everything on. `python -m benchmarks.gateway_overhead`.
 
 Three targets in one run, in turns: the engine's stub directly, the bare FastAPI proxy over it, the gateway over it
-(authentication, session, encryption, durable store). The proxy and the gateway have one core to themselves; the stub
-and this load generator share the others.
+(authentication, session, encryption, durable store). At the fixed rate everybody may run on every core, as on a machine
+that serves; in the closed loop the proxy and the gateway have one core to themselves, and the stub and this load
+generator share the others.
 
 Reported: milliseconds to the first byte of the stream and to its end at a fixed rate; requests a second of 16
 connections in a closed loop, and the processor time of one; the median of three starts of the gateway, from its
@@ -34,6 +35,15 @@ START_S = 1.5
 RESIDENT_BYTES = 150e6
 CONNECTIONS = 16
 _STARTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """Who may run where: everybody, or what is measured by itself and the rest beside it."""
+
+    all: Sequence[int]
+    one: Sequence[int]
+    others: Sequence[int]
 
 
 @dataclass(slots=True)
@@ -69,15 +79,22 @@ class Measured:
 
 
 async def measure(
-    targets: Sequence[tuple[Target, Running]], *, rounds: int, rate: float, seconds: float
+    targets: Sequence[tuple[Target, Running]], *, rounds: int, rate: float, seconds: float, cores: "Cores"
 ) -> dict[str, Measured]:
-    """Every target in every round; the first round warms up and does not count."""
+    """Every target in every round; the first round warms up and does not count. The first target is the stub."""
+    (_, stub), *_ = targets
     measured = {target.name: Measured() for target, _ in targets}
     agents = {target.name: Agents(target.name, 64) for target, _ in targets}
     for number in range(rounds + 1):
         for target, running in targets:
             mine = agents[target.name]
+            for one in (stub, running):
+                one.pin(cores.all)
+            os.sched_setaffinity(0, cores.all)
             paced = await at_rate(target, mine, per_second=rate, seconds=seconds if number else 1.0)
+            running.pin(cores.one)
+            stub.pin(cores.others)
+            os.sched_setaffinity(0, cores.others)
             used = running.cpu_s
             loop, took = await closed_loop(target, mine, connections=CONNECTIONS, seconds=seconds / 2)
             if number:
@@ -94,17 +111,16 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true", help="leave with 1 when a figure misses its bound")
     given = parser.parse_args()
-    cores = sorted(os.sched_getaffinity(0))
-    one, others = cores[:1], cores[1:] or cores
-    os.sched_setaffinity(0, others)
+    everywhere = sorted(os.sched_getaffinity(0))
+    cores = Cores(everywhere, everywhere[:1], everywhere[1:] or everywhere)
     with tempfile.TemporaryDirectory(prefix="holdfast-overhead-") as place:
         engine, state = Path(place) / "engine.sock", Path(place) / "state"
         key = make_appliance(state)
-        start_s = _start_s(state, engine, one)
+        start_s = _start_s(state, engine)
         with (
-            running_stub(engine, cores=others) as stub,
-            running_bare_proxy(engine, cores=one) as bare,
-            running_gateway(state, engine, cores=one) as gateway,
+            running_stub(engine) as stub,
+            running_bare_proxy(engine) as bare,
+            running_gateway(state, engine) as gateway,
         ):
             targets = (
                 (Target("direct", socket=str(engine)), stub),
@@ -112,7 +128,7 @@ def main() -> int:
                 (Target("gateway", port=gateway.port, api_key=key), gateway),
             )
             measured = uvloop.run(
-                measure(targets, rounds=given.rounds, rate=given.rate, seconds=given.seconds), debug=False
+                measure(targets, rounds=given.rounds, rate=given.rate, seconds=given.seconds, cores=cores), debug=False
             )
             memory = gateway.rss_bytes
     return _report(
@@ -120,11 +136,11 @@ def main() -> int:
     )
 
 
-def _start_s(state: Path, engine: Path, cores: Sequence[int]) -> float:
+def _start_s(state: Path, engine: Path) -> float:
     """The median of a few starts; the first of them may have to compile what an installed appliance has compiled."""
     taken = []
     for _ in range(_STARTS):
-        with running_gateway(state, engine, cores=cores, ready=False) as gateway:
+        with running_gateway(state, engine, ready=False) as gateway:
             taken.append(gateway.accepting_after_s)
     return sorted(taken)[_STARTS // 2]
 
