@@ -51,15 +51,6 @@ class Running:
         user, system = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
-    def pin(self, cores: Sequence[int]) -> None:
-        """Have the process, its threads and its children run on these cores."""
-        waiting = [self.process.pid]
-        while waiting:
-            for thread in Path(f"/proc/{waiting.pop()}/task").iterdir():
-                with contextlib.suppress(OSError):  # it has ended
-                    os.sched_setaffinity(int(thread.name), cores)
-                    waiting += [int(child) for child in (thread / "children").read_text().split()]
-
     def end(self, number: int = signal.SIGTERM, timeout_s: float = _DEADLINE_S) -> int:
         """Send a signal and wait for the end; the exit status."""
         if self.process.poll() is None:

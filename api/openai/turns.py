@@ -524,7 +524,7 @@ class Turns:
         except HoldfastError as error:
             with contextlib.suppress(AuditUnavailable, VaultSealed):
                 await services.audit.record(trail.not_kept(request, session_id=session_id, error=error))
-            with contextlib.suppress(AuditUnavailable):
+            with contextlib.suppress(AuditUnavailable, VaultSealed):  # the client is told that it was not stored
                 await recorded
             raise
         await recorded

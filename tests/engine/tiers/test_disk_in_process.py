@@ -9,33 +9,12 @@ from typing import Any, cast
 import pytest
 from vllm.v1.kv_offload.base import ReqContext, make_offload_key
 
-from appliance.engine.protocol import Lease, disk_tier, lease_params
-from appliance.engine.tier_keys import KEY_SOCKET
+from appliance.engine.protocol import Lease, lease_params
 from tests.engine.in_process import BLOCK, EngineInProcess, words
-from tests.engine.tiers.test_disk_tier import Gateway
 
 CHUNKS = 24
 CHUNK_BYTES = 2 * 2 * 64 * 2 * BLOCK  # layers, keys and values, hidden size, bfloat16, tokens
 DEADLINE_S = 30.0
-
-
-@pytest.fixture(scope="module")
-def on_disk(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EngineInProcess, Path]]:
-    """An engine whose DRAM holds less than its device, and a disk that holds everything."""
-    folder = tmp_path_factory.mktemp("tier")
-    gateway = Gateway()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv(KEY_SOCKET, str(gateway.open()))
-        disk = disk_tier(str(folder), 64 << 20, 3600.0)
-        engine = EngineInProcess(tiny_model, dram_bytes=CHUNKS * CHUNK_BYTES, disk=disk)
-        yield engine, folder
-        engine.close()
-    gateway.close()
-
-
-@pytest.fixture
-def folder(on_disk: tuple[EngineInProcess, Path]) -> Path:
-    return on_disk[1]
 
 
 @pytest.fixture

@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 
 from appliance.engine.picture import KvPicture, RecallPicture
-from appliance.engine.protocol import TurnAccount, TurnEnd, disk_tier
-from appliance.engine.tier_keys import KEY_SOCKET
+from appliance.engine.protocol import TurnAccount, TurnEnd
 from tests.engine.in_process import BLOCK, EngineInProcess, words
 from tests.engine.tiers.test_disk_in_process import (
-    CHUNK_BYTES,
     CHUNKS,
     DEADLINE_S,
     empty_all_but_the_disk,
@@ -23,30 +21,10 @@ from tests.engine.tiers.test_disk_in_process import (
     store,
     tiers,
 )
-from tests.engine.tiers.test_disk_tier import Gateway
 
 LATE_S = 2000.0  # nobody is expected who has been idle for so long
 NUMBERS = itertools.count()
 TURNS: dict[str, str] = {}  # what each session's newest turn is called
-
-
-@pytest.fixture(scope="module")
-def on_disk(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EngineInProcess, Path]]:
-    """An engine whose DRAM holds less than its device, and a disk that holds everything."""
-    folder = tmp_path_factory.mktemp("tier")
-    gateway = Gateway()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv(KEY_SOCKET, str(gateway.open()))
-        disk = disk_tier(str(folder), 64 << 20, 3600.0)
-        engine = EngineInProcess(tiny_model, dram_bytes=CHUNKS * CHUNK_BYTES, disk=disk)
-        yield engine, folder
-        engine.close()
-    gateway.close()
-
-
-@pytest.fixture
-def folder(on_disk: tuple[EngineInProcess, Path]) -> Path:
-    return on_disk[1]
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ def test_what_holds_every_promise_of_the_gateway_s_misses_none() -> None:
 @pytest.mark.parametrize(
     ("target", "figure", "value", "promise"),
     [
+        ("gateway", "end_p50_ms", 3.1, "added to the durable end, median"),
         ("gateway", "first_p99_ms", 5.1, "added to the first byte, p99"),
         ("gateway", "requests_per_s", 249.0, "requests/s"),
         ("bare", "errors", 1.0, "no error"),
