@@ -42,7 +42,7 @@ from appliance.audit.events import MODELS_READ, TURN_ADMITTED, Actor, Event
 from appliance.audit.launch import Launcher
 from appliance.audit.log import AuditLog, Head, Stamp
 from appliance.audit.notes import Checkpoint, SigningKey, sign_checkpoint
-from appliance.audit.recorder import Recorder
+from appliance.audit.recorder import Recorder, spelled
 from appliance.audit.tree import HASH_BYTES, inclusion_proof, node_hash, root_of, verify_inclusion
 from appliance.audit.verify import verify_log
 from appliance.store import DatabaseKeys, Store, key_changes
@@ -200,7 +200,7 @@ def _timed_until(seconds: float, work: Callable[[], None], took: list[float], *,
 def _draft(vault: Vault | None, event: Event = _EVENT, versions: Mapping[str, str] = _VERSIONS) -> Draft:
     return seal(
         event.kind.number,
-        event.record(versions),
+        spelled(event, versions),
         keys=vault,
         scope="ten_1",
         actor=event.actor.id,
