@@ -1,4 +1,4 @@
-"""The gateway, except that an admission is taken as recorded at once: what `benchmarks.audit` holds the real one against.
+"""The gateway, with admissions taken as recorded at once: what `benchmarks.audit` holds the real one against.
 
 `python -m benchmarks.without_admissions`. Of use for nothing else: what it serves leaves no record of its beginning.
 """
