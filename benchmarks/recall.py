@@ -1,6 +1,6 @@
 """What it is worth to have read a session's KV before its request comes: the same engine with recall and without.
 
-    .venv-engine/bin/python -m benchmarks.recall [--agents 6] [--tokens 8192] [--json] [--check]
+    .venv-engine/bin/python -m benchmarks.recall [--agents 6] [--tokens 6144] [--json] [--check]
 
 Agents have a turn each on a real server with DRAM for all of them and the encrypted disk behind it, on the model of
 about 140 million random weights. Then the server is started again: everything is on the disk alone. Every other agent's
@@ -37,7 +37,7 @@ def main() -> int:
     """1 with `--check` when recall makes the first token come later, or reads in vain."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--agents", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=8192, help="of each agent's first prompt")
+    parser.add_argument("--tokens", type=int, default=6144, help="of each agent's first prompt")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true", help="leave with 1 when the figure is missed")
     chosen = parser.parse_args()

@@ -87,6 +87,7 @@ def running_gateway(
     cores: Sequence[int] = (),
     certificate: Path | None = None,
     ready: bool = True,
+    module: str = "api",
 ) -> Iterator[Running]:
     """A gateway on a port of its own choosing; ready to answer turns.
 
@@ -94,6 +95,7 @@ def running_gateway(
         engine: the Unix socket of its engine; None: it starts one, as its settings say.
         certificate: it serves TLS with this one, as `environment` says.
         ready: False: it listens, and may not be ready.
+        module: what is run.
     """
     log = state_dir / "log" / "gateway.log"
     log.parent.mkdir(mode=0o700, exist_ok=True)
@@ -105,7 +107,9 @@ def running_gateway(
     }
     with log.open("ab") as into:
         said_before = into.tell()
-        with _started([sys.executable, "-P", "-m", "api"], environment=chosen, stderr=into.fileno(), cores=cores) as it:
+        with _started(
+            [sys.executable, "-P", "-m", module], environment=chosen, stderr=into.fileno(), cores=cores
+        ) as it:
 
             def listens() -> bool:
                 found = _ACCEPTING.search(log.read_bytes()[said_before:].decode())

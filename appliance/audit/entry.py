@@ -121,7 +121,7 @@ class Entry(NamedTuple):
 
 def seal(
     event_class: int,
-    record: Mapping[str, Any],
+    record: Mapping[str, Any] | bytes,
     *,
     keys: AuditKeys | None,
     scope: str,
@@ -133,13 +133,14 @@ def seal(
     """Seal a record for the scope's key, or leave it in plaintext when there are no keys yet.
 
     Args:
+        record: or its one spelling, where that is known: what `canonical` makes of it.
         scope: a tenant's id, or the system's.
         actor, session: what to find the entry by; empty for none.
         random: 32 bytes that were never used before: the nonce, and the salt.
         tag: `search_tag`, or what remembers its answers.
     """
     nonce, salt = random[:16], random[16:32]
-    content = canonical(record)
+    content = record if isinstance(record, bytes) else canonical(record)
     salted = salt + content
     commitment = hashlib.sha256(_RECORD + salted).digest()
     if len(salted) + 16 > MAX_SEALED_BYTES:

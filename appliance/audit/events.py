@@ -256,43 +256,53 @@ class Event:
         return self.tenant_id if self.kind.scope is Scope.TENANT and self.tenant_id else system_scope
 
     def record(self, versions: Mapping[str, str]) -> dict[str, Any]:
-        """What is sealed: names to values, without what is empty, every text bounded."""
+        """What is sealed: names to values, without what is empty, every text bounded; names in their sorted order.
+
+        Args:
+            versions: of what runs here; in their sorted order too.
+        """
         cut: list[str] = []
 
-        def bounded(name: str, text: str) -> str:
-            if len(text) <= MAX_TEXT and text.isascii() and text.isprintable():
-                return text
-            if len(text) > MAX_TEXT:
-                cut.append(name)
-                text = text[:MAX_TEXT]
-            # Lone surrogates have no UTF-8, and control characters would be commands to who prints the record.
-            return text.translate(_UNPRINTABLE).encode("utf-8", "replace").decode()
+        def put(place: dict[str, Any], name: str, text: str, full_name: str = "") -> None:
+            if text:
+                plain = len(text) <= MAX_TEXT and text.isascii() and text.isprintable()
+                place[name] = text if plain else _bounded(full_name or name, text, cut)
 
-        record: dict[str, Any] = {
-            "action": self.kind.action,
-            "outcome": self.outcome.value,
-            "actor": {
-                name: bounded(f"actor.{name}", text)
-                for name, text in (("kind", self.actor.kind), ("id", self.actor.id), ("role", self.actor.role))
-                if text
-            },
-            "versions": dict(versions),
-        }
-        for name in ("tenant_id", "source", "reason", "request_id", "session_id"):
-            if text := getattr(self, name):
-                record[name] = bounded(name, text)
-        if self.target[0]:
-            record["target"] = {
-                "kind": bounded("target.kind", self.target[0]),
-                "id": bounded("target.id", self.target[1]),
-            }
+        actor: dict[str, Any] = {}
+        put(actor, "id", self.actor.id, "actor.id")
+        put(actor, "kind", self.actor.kind, "actor.kind")
+        put(actor, "role", self.actor.role, "actor.role")
+        after: dict[str, Any] = {"outcome": self.outcome.value}
+        put(after, "reason", self.reason)
+        put(after, "request_id", self.request_id)
+        put(after, "session_id", self.session_id)
+        put(after, "source", self.source)
+        kind, identifier = self.target
+        if kind:
+            after["target"] = target = {"id": ""}
+            put(target, "id", identifier, "target.id")
+            put(target, "kind", kind, "target.kind")
+        put(after, "tenant_id", self.tenant_id)
+        after["versions"] = versions
+        details = dict(sorted(self.details.items()))
+        for name, text in details.items():
+            put(details, name, text, f"details.{name}")
+        record: dict[str, Any] = {"action": self.kind.action, "actor": actor}
         if self.counts:
-            record["counts"] = dict(self.counts)
-        if self.details:
-            record["details"] = {name: bounded(f"details.{name}", text) for name, text in self.details.items()}
+            record["counts"] = dict(sorted(self.counts.items()))
         if cut:
             record["cut"] = cut
-        return record
+        if details:
+            record["details"] = details
+        return record | after
+
+
+def _bounded(name: str, text: str, cut: list[str]) -> str:
+    if len(text) > MAX_TEXT:
+        cut.append(name)
+        text = text[:MAX_TEXT]
+    # Lone surrogates have no UTF-8, and control characters would be commands to who prints the record.
+    return text.translate(_UNPRINTABLE).encode("utf-8", "replace").decode()
 
 
 def documentation() -> str:

@@ -18,8 +18,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Final, NamedTuple, cast
 
+from pydantic_core import to_json
+
 from appliance.audit import protocol
-from appliance.audit.entry import AuditKeys, Draft, seal, search_tag
+from appliance.audit.entry import AuditKeys, Draft, canonical, seal, search_tag
 from appliance.audit.events import ANYONE, Event, Scope
 from appliance.errors import ErrorRecord, Fault, HoldfastError
 from appliance.vault import VaultSealed
@@ -120,7 +122,7 @@ class Recorder:
     ) -> None:
         self._keys = keys
         self._system_scope = system_scope
-        self._versions = dict(versions)
+        self._versions = dict(sorted(versions.items()))
         self._random_bytes = random_bytes
         self._monotonic = monotonic
         self._numbers = 0
@@ -245,7 +247,7 @@ class Recorder:
             raise VaultSealed
         return seal(
             event.kind.number,
-            event.record(self._versions),
+            spelled(event, self._versions),
             keys=keys,
             scope=scope,
             actor=event.actor.id,
@@ -332,6 +334,16 @@ class Recorder:
         for waiting in refused.values():
             if not waiting.answer.done():
                 waiting.answer.set_exception(_refused(error.record()))
+
+
+def spelled(event: Event, versions: Mapping[str, str]) -> bytes:
+    """The event's record as `canonical` spells it. So does `to_json` of ordered names and whole numbers, faster."""
+    record = event.record(versions)
+    return canonical(record) if any(map(_is_fraction, event.counts.values())) else to_json(record)
+
+
+def _is_fraction(value: float) -> bool:
+    return not isinstance(value, int)
 
 
 def _refused(record: Mapping[str, Any]) -> AuditUnavailable:

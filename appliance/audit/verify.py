@@ -22,19 +22,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import sha256
+from itertools import islice
+from operator import gt, sub
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-from appliance.audit.entry import ENTRY_BYTES, FORMAT, Entry
+from appliance.audit.entry import ENTRY_BYTES, FORMAT
 from appliance.audit.journal import Frame, JournalContent, read_journal
 from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED, record_path
 from appliance.audit.notes import Checkpoint, NoteInvalid, VerifierKey, cosignatures, decode_note, open_checkpoint
 from appliance.audit.reading import LogReader, prefixed_parts, read_wider
 from appliance.audit.retention import Removal, newest_removal
-from appliance.audit.tree import HASH_BYTES, TILE_HEIGHT, TILE_WIDTH, Frontier, leaf_hash, root_of_row, tile_path
+from appliance.audit.tree import (
+    HASH_BYTES,
+    TILE_HEIGHT,
+    TILE_WIDTH,
+    Frontier,
+    leaf_hash,
+    leaf_hashes,
+    root_of_row,
+    tile_path,
+)
 from appliance.errors import Fault, HoldfastError
 
 _PREFIXED: Final = struct.Struct(f">H{ENTRY_BYTES}s")
+_ENTRY_LENGTH: Final = struct.pack(">H", ENTRY_BYTES)
 _FIELDS: Final = struct.Struct(">BxxxQqQ16s112x32s")  # format, sequence, wall, monotonic, boot id, sealed hash
 _CLOCK_STEP_NS: Final = 1_000_000_000
 _MOST_STEPS: Final = 1000
@@ -386,25 +398,29 @@ class _Run:
                 cause=f"{entries_path} has {len(data)} bytes instead of {width * _PREFIXED.size}",
                 sequence=first,
             )
-        records = prefixed_parts(held)
-        frames = []
-        for place, (length, entry) in enumerate(_PREFIXED.iter_unpack(data)):
-            sealed = next(records, None)
-            if length != ENTRY_BYTES or sealed is None:
-                raise LogTampered(
-                    f"entry {first + place} is damaged",
-                    cause=f"{entries_path if length != ENTRY_BYTES else records_path} does not hold it whole",
-                    sequence=first + place,
-                )
-            frames.append(Frame(entry, sealed))
-        rest_bytes = len(held) - sum([2 + len(frame.sealed) for frame in frames])
+        size = _PREFIXED.size
+        records = list(islice(prefixed_parts(held), width))
+        if (data[::size], data[1::size]) != (_ENTRY_LENGTH[:1] * width, _ENTRY_LENGTH[1:] * width) or len(
+            records
+        ) < width:
+            place, in_entries = next(
+                (place, data[place * size : place * size + 2] != _ENTRY_LENGTH)
+                for place in range(width)
+                if place >= len(records) or data[place * size : place * size + 2] != _ENTRY_LENGTH
+            )
+            raise LogTampered(
+                f"entry {first + place} is damaged",
+                cause=f"{entries_path if in_entries else records_path} does not hold it whole",
+                sequence=first + place,
+            )
+        rest_bytes = len(held) - sum(map(len, records)) - 2 * width
         if rest_bytes:
             raise LogTampered(
                 f"there is something behind the record of entry {first + width - 1}",
                 cause=f"{records_path} has {rest_bytes} bytes more than {width} records",
                 sequence=first + width,
             )
-        return frames
+        return list(map(Frame, [data[at : at + ENTRY_BYTES] for at in range(2, len(data), size)], records))
 
     def _tile(self, level: int, index: int, width: int, sequence: int) -> bytes:
         names = partial(tile_path, level, index)
@@ -434,8 +450,35 @@ class _Run:
 
     def _checked(self, frames: Sequence[Frame], first: int) -> list[bytes]:
         """The leaf hashes of frames that are what they have to be."""
-        hashes = []
-        found, boot = self.found, self._boot
+        if not frames:
+            return []
+        entries, records = zip(*frames, strict=True)
+        formats, sequences, walls, monotonics, boots, sealed_hashes = zip(
+            *_FIELDS.iter_unpack(b"".join(entries)), strict=True
+        )
+        wall, monotonic = self._clocks
+        ahead = [*map(sub, walls, monotonics), wall - monotonic]
+        # All that holds of the whole at once, as it does of nearly every bundle, need not be asked of each entry.
+        if (
+            formats.count(FORMAT) != len(frames)
+            or sequences != tuple(range(first, first + len(frames)))
+            or boots.count(self._boot) != len(frames)
+            or monotonics[0] < monotonic
+            or any(map(gt, monotonics, monotonics[1:]))
+            or max(ahead) - min(ahead) >= _CLOCK_STEP_NS
+            or sealed_hashes != tuple([sha256(record).digest() for record in records])
+        ):
+            self._check_each(frames, first)
+        found = self.found
+        if found.first_wall_ns is None:
+            found.first_wall_ns = walls[0]
+        found.last_wall_ns = walls[-1]
+        self._boot, self._clocks = boots[-1], (walls[-1], monotonics[-1])
+        return leaf_hashes(entries)
+
+    def _check_each(self, frames: Sequence[Frame], first: int) -> None:
+        """Name the first frame that is not what it has to be, or the steps of the clock that there are."""
+        boot = self._boot
         wall, monotonic = self._clocks
         for expected, (entry, sealed) in enumerate(frames, first):
             known, sequence, now_wall, now_monotonic, now_boot, sealed_hash = _FIELDS.unpack(entry)
@@ -465,13 +508,6 @@ class _Run:
             elif not -_CLOCK_STEP_NS < (now_wall - wall) - (now_monotonic - monotonic) < _CLOCK_STEP_NS:
                 self._step(expected, (now_wall - wall) - (now_monotonic - monotonic))
             wall, monotonic = now_wall, now_monotonic
-            hashes.append(leaf_hash(entry))
-        if frames:
-            if found.first_wall_ns is None:
-                found.first_wall_ns = Entry.unpack(frames[0].entry).wall_ns
-            found.last_wall_ns = wall
-        self._boot, self._clocks = boot, (wall, monotonic)
-        return hashes
 
     def _step(self, sequence: int, step_ns: int) -> None:
         if len(self.found.clock_steps) < _MOST_STEPS:

@@ -59,8 +59,27 @@ _MAX_USES = 1 << 32
 _RESERVED_USES = 4096
 _CACHED_KEYS = 16_384  # a key that is not stored yet can be dropped too: who makes one uses it before waiting
 _CACHED_LABELS = 64  # of one key
+_BLOCK_BYTES = 64  # of SHA-256
 _ENCRYPTING = frozenset({KeyPurpose.RECORDS, KeyPurpose.SESSION})
 _HASHING = frozenset({KeyPurpose.LOOKUP, KeyPurpose.SALT, KeyPurpose.AUDIT})
+
+
+class _Mac:
+    """HMAC-SHA256 under one key (RFC 2104): its two hashes are begun once, not for each message."""
+
+    __slots__ = ("_inner", "_outer")
+
+    def __init__(self, key: bytes) -> None:
+        padded = key.ljust(_BLOCK_BYTES, b"\0")
+        self._inner = hashlib.sha256(bytes(byte ^ 0x36 for byte in padded))
+        self._outer = hashlib.sha256(bytes(byte ^ 0x5C for byte in padded))
+
+    def of(self, message: bytes) -> bytes:
+        """Its 32 bytes."""
+        inner, outer = self._inner.copy(), self._outer.copy()
+        inner.update(message)
+        outer.update(inner.digest())
+        return outer.digest()
 
 
 class _Key:
@@ -79,7 +98,7 @@ class _Key:
         self.used = used
         self.reserved = record.uses_reserved
         self.unstored = unstored
-        self.macs: dict[str, hmac.HMAC] = {}
+        self.macs: dict[str, _Mac] = {}
         self.aead = AESGCM(secret) if record.purpose in _ENCRYPTING else None
         # What encrypts is needed a second time only where other keys come of it; the rest can be overwritten.
         self.secret = bytearray(b"" if record.purpose is KeyPurpose.RECORDS else secret)
@@ -279,9 +298,8 @@ class Vault:
             VaultSealed, KeyMissing: the key is not to be had.
         """
         with self._lock:
-            digest = _keyed_hash(self._key_of(scope, purpose), label)
-        digest.update(b"".join(map(length_prefixed, parts)))
-        return digest.digest()
+            keyed = _mac_of(self._key_of(scope, purpose), label)
+        return keyed.of(b"".join(map(length_prefixed, parts)))
 
     def mac_chain(
         self, scope: str, purpose: KeyPurpose, label: str, first: bytes, parts: Iterable[bytes]
@@ -292,12 +310,10 @@ class Vault:
             VaultSealed, KeyMissing: the key is not to be had.
         """
         with self._lock:
-            keyed = _keyed_hash(self._key_of(scope, purpose), label)
+            keyed = _mac_of(self._key_of(scope, purpose), label)
         links = []
         for part in parts:
-            digest = keyed.copy()
-            digest.update(length_prefixed(first) + length_prefixed(part))
-            first = digest.digest()
+            first = keyed.of(length_prefixed(first) + length_prefixed(part))
             links.append(first)
         return links
 
@@ -332,9 +348,8 @@ class Vault:
             key = self._by_id(named)
             if key is None or key.record.purpose is not KeyPurpose.AUDIT:
                 raise KeyMissing(named)
-            digest = _keyed_hash(key, label)
-        digest.update(b"".join(map(length_prefixed, parts)))
-        return digest.digest()
+            keyed = _mac_of(key, label)
+        return keyed.of(b"".join(map(length_prefixed, parts)))
 
     # Private
 
@@ -453,18 +468,18 @@ class Vault:
         key.used += 1
 
 
-def _keyed_hash(key: _Key, label: str) -> hmac.HMAC:
-    """A hash under the key's subkey for `label`, ready for what is to be hashed."""
-    keyed = key.macs.get(label)
-    if keyed is None:
+def _mac_of(key: _Key, label: str) -> _Mac:
+    """HMAC under the key's subkey for `label`."""
+    known = key.macs.get(label)
+    if known is None:
         if key.record.purpose not in _HASHING:
             raise TypeError(f"a key for {key.record.purpose} does not hash")
         info = b"holdfast-mac-1" + label.encode()
         subkey = HKDFExpand(SHA256(), _KEY_BYTES, info).derive(bytes(key.secret))
         if len(key.macs) >= _CACHED_LABELS:
             key.macs.clear()
-        keyed = key.macs[label] = hmac.new(subkey, digestmod=hashlib.sha256)
-    return keyed.copy()
+        known = key.macs[label] = _Mac(subkey)
+    return known
 
 
 def _unwrapped(record: KeyRecord, unwrap: Callable[[bytes], bytes]) -> bytes:

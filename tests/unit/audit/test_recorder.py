@@ -7,18 +7,29 @@ import resource
 import signal
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from appliance.audit import protocol
-from appliance.audit.entry import Entry, open_record
-from appliance.audit.events import ANYONE, LOG_RECOVERED, NOT_AUTHENTICATED, VAULT_REFUSED, Event, Outcome
+from appliance.audit.entry import Entry, canonical, open_record
+from appliance.audit.events import (
+    ANYONE,
+    CATALOGUE,
+    LOG_RECOVERED,
+    NOT_AUTHENTICATED,
+    VAULT_REFUSED,
+    Actor,
+    Event,
+    EventClass,
+    Outcome,
+)
 from appliance.audit.journal import read_journal
 from appliance.audit.launch import SOCKET_NAME, AppenderFailed, Launcher
 from appliance.audit.log import CHECKPOINT, JOURNAL
 from appliance.audit.notes import SigningKey, open_checkpoint
-from appliance.audit.recorder import AuditUnavailable, Recorder
+from appliance.audit.recorder import AuditUnavailable, Recorder, spelled
 from appliance.audit.verify import verify_log
 from appliance.vault import VaultSealed
 from tests.unit.audit.making import KEY, Keys, draft, event, open_log
@@ -65,6 +76,26 @@ async def test_what_record_returned_for_is_on_the_disk(tmp_path: Path) -> None:
         assert content is not None
         opened = [open_record(Entry.unpack(frame.entry), frame.sealed, Keys()).record for frame in content.frames]
         assert [record["request_id"] for record in opened] == ["req_1", "req_2", "req_3"]
+
+
+@pytest.mark.parametrize("kind", CATALOGUE.values(), ids=lambda kind: str(kind.action))
+def test_a_record_is_spelled_in_its_one_way(kind: EventClass) -> None:
+    nasty = "".join(map(chr, (*range(0x300), 0x2028, 0xD800, 0xFFFE, 0x1F600))) + '"\\/'
+    plain = Event(kind, Actor("principal", "prn_1", "client"), tenant_id="ten_1", target=("model", "m"))
+    whole = replace(
+        plain,
+        outcome=Outcome.REFUSED,
+        source="::1",
+        reason=nasty,
+        request_id=nasty[0x80:],
+        session_id=nasty[0x280:],
+        counts={"z": 1, "b": 2**63, "a": -5},
+        details={"z": nasty[-40:], "a": "", "é": "x" * 300},
+    )
+    for each in (Event(kind, ANYONE), plain, whole, replace(whole, counts={"b": 1e22, "a": 0.1 + 0.2, "c": 1e-7})):
+        assert spelled(each, {"holdfast": "0", "python": "3"}) == canonical(
+            each.record({"python": "3", "holdfast": "0"})
+        )
 
 
 async def test_many_at_once_share_their_syncs_and_keep_their_order(tmp_path: Path) -> None:
