@@ -16,7 +16,6 @@ from typing import Protocol
 
 from api.bodies import HeldBodies
 from api.engine_watch import EngineWatch
-from api.identifiers import RandomIds
 from api.kv_watch import KvWatch
 from api.metrics import Metrics
 from api.turn_ends import TurnEnds
@@ -27,6 +26,7 @@ from appliance.engine.client import EngineClient
 from appliance.engine.launcher import EngineProcess
 from appliance.errors import HoldfastError
 from appliance.identity import Identity, Quotas
+from appliance.randomness import RandomIds
 from appliance.sessions import Ledger, Sessions, Throwaways
 from appliance.settings import Settings
 from appliance.store import Store

@@ -120,7 +120,7 @@ async def chosen_tenant(services: Services, caller: Caller, named: str | None) -
 
 
 async def while_there(request: Request, answering: Coroutine[Any, Any, _Answer]) -> _Answer:
-    """What `answering` returns; when who asked hangs up before, it is cancelled.
+    """What `answering` returns; when who asked hangs up before, it is cancelled, and over when this raises.
 
     Raises:
         AskerGone: who asked hung up.
@@ -133,8 +133,9 @@ async def while_there(request: Request, answering: Coroutine[Any, Any, _Answer])
             raise AskerGone("who asked is gone", cause="the connection was closed", remedy="Ask again")
         return work.result()
     finally:
-        work.cancel()
         hanging_up.cancel()
+        work.cancel()
+        await asyncio.wait((work,))
 
 
 async def _hung_up(request: Request) -> None:

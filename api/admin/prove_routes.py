@@ -1,6 +1,7 @@
 """The admin API's route to proofs. Who may call it stands in `routes.RULES`.
 
-Rule: what a proof found is recorded before it is shown; that it was asked for, before it begins.
+Rule: what a proof found is recorded before it is shown; that it was asked for, before it begins. Who
+hangs up ends the proof, and what it made is removed.
 """
 
 import time
@@ -9,7 +10,7 @@ from typing import ClassVar
 from fastapi import Request
 
 from api.admin import types
-from api.admin.asking import AskerOf, Endpoints, ServicesOf
+from api.admin.asking import AskerOf, Endpoints, ServicesOf, while_there
 from api.proving.isolation import Check, Verdict, prove_isolation, verdict_of
 from appliance.audit import Outcome
 from appliance.audit.events import ISOLATION_PROVED
@@ -34,7 +35,7 @@ async def _prove_isolation(
     async with proving:
         began = time.monotonic()
         try:
-            checks = await prove_isolation(services, asker.named, rounds=asked.rounds)
+            checks = await while_there(request, prove_isolation(services, asker.named, rounds=asked.rounds))
         except HoldfastError as error:
             await asker.did(ISOLATION_PROVED, ("system", ""), outcome=Outcome.FAILURE, reason=error.code)
             raise

@@ -39,8 +39,9 @@ def tenant_view(services: Services, tenant: Tenant) -> types.Tenant:
 
 async def key_views(services: Services, keys: Sequence[ApiKey]) -> list[types.Key]:
     """Keys with the names of whose they are."""
-    wanted = {key.tenant_id for key in keys}
     tenants = {tenant.tenant_id: tenant for tenant in await services.identity.tenants()}
+    keys = [key for key in keys if key.tenant_id is None or key.tenant_id in tenants]  # a proof's may be gone by now
+    wanted = {key.tenant_id for key in keys}
     principals: dict[str, str] = {}
     for tenant_id in wanted:
         tenant = None if tenant_id is None else tenants[tenant_id]

@@ -14,6 +14,7 @@ A frame: a 16-bit length of the sealed record, the entry, the sealed record, CRC
 import contextlib
 import errno
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Sequence
@@ -205,7 +206,7 @@ def first_sequence(descriptor: int) -> int:
 def read_journal(path: Path) -> JournalContent | None:
     """Read a journal without opening it for writing; None: there is none."""
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except FileNotFoundError:
         return None
     magic, base = _HEAD.unpack_from(content) if len(content) >= _HEAD.size else (b"", 0)
@@ -273,6 +274,21 @@ def write_at(descriptor: int, data: bytes, offset: int) -> None:
     written = 0
     while written < len(data):
         written += os.pwrite(descriptor, data[written:], offset + written)
+
+
+def read_file(path: Path) -> bytes:
+    """What is in a file of the log.
+
+    Raises:
+        OSError: it cannot be read, or is something else: whoever opens a pipe would wait for ever.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        return _read_all(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _read_all(descriptor: int) -> bytes:

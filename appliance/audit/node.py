@@ -23,6 +23,7 @@ from appliance.audit.recorder import AuditUnavailable, Recorder
 from appliance.audit.retention import Retention
 from appliance.audit.signing import signing_key
 from appliance.errors import ErrorRecord, HoldfastError
+from appliance.randomness import DrawnAhead
 from appliance.vault import SYSTEM_SCOPE, Vault
 
 _TELL_S = 5.0
@@ -48,7 +49,12 @@ class NodeAudit:
         self.directory = state_dir / "audit"
         self._vault = vault
         self._launcher = Launcher(self.directory, state_dir / "run")
-        self._recorder = Recorder(lambda: None if vault.sealed else vault, system_scope=SYSTEM_SCOPE, versions=versions)
+        self._recorder = Recorder(
+            lambda: None if vault.sealed else vault,
+            system_scope=SYSTEM_SCOPE,
+            versions=versions,
+            random_bytes=DrawnAhead(),  # a record's key comes of what it says, too
+        )
         self._tasks: list[asyncio.Task[None]] = []
         self._signing_error: ErrorRecord | None = None
         self.opened = asyncio.Event()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from appliance.audit.entry import ENTRY_BYTES, Entry
-from appliance.audit.journal import Frame, read_journal
+from appliance.audit.journal import Frame, read_file, read_journal
 from appliance.audit.log import CHECKPOINT, JOURNAL, record_path
 from appliance.audit.notes import decode_note, size_of_note
 from appliance.audit.tree import HASH_BYTES, TILE_WIDTH, TileHashes, tile_path
@@ -145,7 +145,7 @@ class LogReader:
     def _note(self) -> str:
         path = self._directory / CHECKPOINT
         try:
-            return decode_note(path.read_bytes())
+            return decode_note(read_file(path))
         except FileNotFoundError:
             return ""
         except OSError as error:
@@ -172,7 +172,7 @@ def hashes_of(directory: Path, size: int) -> TileHashes:
     def read_tile(level: int, index: int, width: int) -> bytes:
         path = directory / tile_path(level, index, width)
         try:
-            return path.read_bytes()
+            return read_file(path)
         except OSError as error:
             wider = read_wider(directory, partial(tile_path, level, index), width)
             if wider is None:
@@ -189,7 +189,7 @@ def read_wider(directory: Path, name_of: Callable[[int], str], width: int) -> by
     """
     for more in range(width + 1, TILE_WIDTH + 1):
         with contextlib.suppress(OSError):
-            return (directory / name_of(more)).read_bytes()
+            return read_file(directory / name_of(more))
     return None
 
 
@@ -246,6 +246,6 @@ def unreadable(path: Path, error: OSError) -> LogUnreadable:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         raise unreadable(path, error) from None

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from appliance.audit.entry import ENTRY_BYTES, FORMAT
-from appliance.audit.journal import Frame, JournalContent, read_journal
+from appliance.audit.journal import Frame, JournalContent, read_file, read_journal
 from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED, record_path
 from appliance.audit.notes import Checkpoint, NoteInvalid, VerifierKey, cosignatures, decode_note, open_checkpoint
 from appliance.audit.reading import LogReader, prefixed_parts, read_wider
@@ -437,7 +437,7 @@ class _Run:
         """A tile of some kind, or what is cut of the wider one that newer checkpoints put in its place; None: none."""
         path = self._directory / name_of(width)
         try:
-            return path.read_bytes()
+            return read_file(path)
         except FileNotFoundError:
             if width == TILE_WIDTH or _newest(self._directory, self._key).size <= self._size:
                 return None
@@ -581,7 +581,15 @@ def _view(directory: Path, key: VerifierKey, pause: Callable[[], None]) -> _View
     The journal lets go of entries that a checkpoint names: it may have done so since the one that was read.
     """
     for _ in range(_MOST_VIEWS):
-        view = _View(directory, checkpoint := _newest(directory, key), _journal(directory, checkpoint.size, pause))
+        checkpoint = _newest(directory, key)
+        try:
+            view = _View(directory, checkpoint, _journal(directory, checkpoint.size, pause))
+        except OSError as error:
+            raise LogTampered(
+                "the journal cannot be read",
+                cause=f"{directory / JOURNAL}: {error.strerror}",
+                sequence=checkpoint.size,
+            ) from None
         if view.journal is None or view.journal.base <= checkpoint.size:
             break
     return view
@@ -608,7 +616,7 @@ def _journal(directory: Path, size: int, pause: Callable[[], None]) -> JournalCo
 def _newest(directory: Path, key: VerifierKey) -> Checkpoint:
     path = directory / CHECKPOINT
     try:
-        return open_checkpoint(decode_note(path.read_bytes()), key)
+        return open_checkpoint(decode_note(read_file(path)), key)
     except OSError as error:
         raise LogTampered("there is no checkpoint", cause=f"{path}: {error.strerror}") from None
     except NoteInvalid as error:
@@ -623,12 +631,14 @@ def _witnessed(directory: Path, key: VerifierKey, witnesses: Sequence[VerifierKe
         if path.name.startswith("."):
             continue  # it is being written
         try:
-            note = decode_note(path.read_bytes())
+            note = decode_note(read_file(path))
             checkpoint = open_checkpoint(note, key)
             by = {}
             for witness in witnesses:
                 if f"\n\N{EM DASH} {witness.name} " in note:
                     by[witness.name] = max(each.time_s for each in cosignatures(note, witness))
+        except OSError as error:
+            raise LogTampered("a co-signed checkpoint cannot be read", cause=f"{path}: {error.strerror}") from None
         except NoteInvalid as error:
             raise LogTampered("a co-signed checkpoint does not hold", cause=f"{path}: {error.cause}") from None
         found.append(_Witnessed(path, checkpoint, by))

@@ -1,8 +1,14 @@
 """`prove isolation` on a real engine: it passes on the product, and fails on every one that was broken on purpose."""
 
+from pathlib import Path
+
 import pytest
 
 from api.admin import types
+from api.admin.client import AdminClient
+from appliance.errors import HoldfastError
+from benchmarks.running import make_appliance, running_gateway
+from tests.e2e.api.conftest import until
 from tests.e2e.proving.conftest import Prove
 
 pytestmark = pytest.mark.timeout(600)
@@ -126,3 +132,20 @@ def test_a_wrong_prefix_and_what_crosses_or_leaks_besides_are_found(
     prove: Prove, patch: str, sharing: tuple[str, ...], besides: str
 ) -> None:
     assert failed(prove(patch)) == {*(("tenant-prefix", pair) for pair in sharing), ("", besides)}
+
+
+def test_a_proof_that_nobody_waits_for_is_broken_off_and_leaves_nothing(engine: Path, tmp_path: Path) -> None:
+    state_dir = tmp_path / "state"
+    make_appliance(state_dir)
+    with running_gateway(state_dir, engine):
+        client = AdminClient(state_dir)
+        with pytest.raises(HoldfastError, match="answer"):
+            AdminClient(state_dir, deadline_s=3.0).prove_isolation(rounds=500)
+
+        def recorded() -> list[str]:
+            page = client.audit_entries(action="isolation.proved")
+            return [str(each.record["reason"]) for each in page.entries if each.record is not None]
+
+        until(lambda: recorded() == ["asker_gone"])
+        assert [tenant.name for tenant in client.tenants().tenants] == ["tenant"]
+        assert [key.tenant for key in client.keys().keys if key.tenant != "tenant" and key.revoked_at is None] == []

@@ -8,7 +8,6 @@ import pytest
 from api import bodies
 from api.answers import Receive, Request
 from api.bodies import ClientGone, HeldBodies, read_body, refuse_many_values
-from api.identifiers import RandomIds
 from api.openai.errors import BodyTooLarge, BodyTooSlow, TooManyTurns, TooManyValues
 
 
@@ -89,10 +88,3 @@ def test_a_body_has_so_many_values_and_no_more(value: bytes) -> None:
     with pytest.raises(TooManyValues):
         refuse_many_values(b"[" + b",".join([value] * 1001) + b"]", 1000)
     refuse_many_values(b"[" + b",".join([value] * 300) + b"]", 1000)
-
-
-def test_identifiers_are_not_given_out_twice() -> None:
-    new_id = RandomIds()
-    made = [new_id() for _ in range(1000)]
-    assert len(set(made)) == 1000
-    assert all(len(each) == 32 and int(each, 16) >= 0 for each in made)

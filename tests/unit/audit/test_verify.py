@@ -1,5 +1,6 @@
 """Whoever changes a log is found, and the first entry that is wrong is named."""
 
+import os
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -40,6 +41,19 @@ def test_a_whole_log_holds(log: Path) -> None:
     found = verify_log(log, VERIFIER, progress=lambda done, of: seen.append((done, of)))
     assert (found.size, found.unsigned, found.boots, found.clock_steps) == (600, 0, 1, [])
     assert seen[-1] == (600, 600)
+
+
+@pytest.mark.parametrize(
+    "name", ["tile/0/001", "tile/entries/001", "record/000", "tile/0/002.p/88", CHECKPOINT, JOURNAL, f"{WITNESSED}/600"]
+)
+def test_nobody_waits_at_a_pipe_in_the_place_of_a_file(log: Path, name: str) -> None:
+    path = log / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(LogTampered) as caught:
+        _verify(log)
+    assert str(path) in caught.value.cause
 
 
 def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
