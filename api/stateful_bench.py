@@ -206,13 +206,18 @@ def first_divergence(samples: dict[str, list[Sample]]) -> Divergence | None:
 
 
 def summary(samples: dict[str, list[Sample]], target: Target) -> dict[str, Any]:
-    """The figures as `--json` prints them. Those of an arm, and the reductions, are of the last turns."""
+    """The figures as `--json` prints them. Those of an arm, and the reductions, are of the last turns.
+
+    `ttft_over_vanilla_p50_s` is of all turns but the first: the median of how much later the first token came than in
+    the same turn of `vanilla`, which what slows the machine for a while changes less than a difference of medians.
+    """
     divergence = first_divergence(samples)
     figures: dict[str, Any] = {name: _arm_figures(arm[-COMPARED_TURNS:]) for name, arm in samples.items()}
     stateless, stateful = figures["stateless"], figures["stateful"]
     return figures | {
         "prefill_reduction": 1 - stateful["prefill_tokens_per_turn"] / stateless["prefill_tokens_per_turn"],
         "ttft_reduction": 1 - stateful["ttft_p50_s"] / stateless["ttft_p50_s"],
+        "ttft_over_vanilla_p50_s": _later_p50_s(samples["stateful"], samples["vanilla"]),
         "identical_output": divergence is None,
         "first_divergence": None if divergence is None else dataclasses.asdict(divergence),
         "model": target.model,
@@ -226,6 +231,12 @@ def percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that at least `share` of the values do not exceed (nearest rank)."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def _later_p50_s(arm: Sequence[Sample], other: Sequence[Sample]) -> float:
+    """Seconds by which the first token came later, turn by turn; of a single turn, that one's."""
+    later = [mine.ttft_s - its.ttft_s for mine, its in zip(arm, other, strict=True)]
+    return percentile(later[1:] or later, _HALF)
 
 
 def _arm_figures(samples: Sequence[Sample]) -> dict[str, Any]:

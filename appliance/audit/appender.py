@@ -206,7 +206,7 @@ class Appender:
             return []
         producer.received += memoryview(self._buffer)[:count]
         try:
-            return list(protocol.take_messages(producer.received))
+            return protocol.take_messages(producer.received)
         except Malformed:
             self._drop(producer)
             return []

@@ -8,7 +8,7 @@ Rules:
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from appliance.audit.entry import MAX_SEALED_BYTES, Draft
@@ -50,25 +50,26 @@ def pack(kind: int, number: int, body: bytes = b"") -> bytes:
     return _HEAD.pack(len(body), kind, number) + body
 
 
-def take_messages(buffer: bytearray) -> Iterator[Message]:
+def take_messages(buffer: bytearray) -> list[Message]:
     """The whole frames at the beginning of `buffer`, which they leave.
 
     Raises:
         Malformed: a frame is longer than any that is sent.
     """
+    messages: list[Message] = []
+    received, size = bytes(buffer), _HEAD.size
     at = 0
-    try:
-        while at + _HEAD.size <= len(buffer):
-            length, kind, number = _HEAD.unpack_from(buffer, at)
-            if length > MAX_FRAME_BYTES:
-                raise Malformed(f"a frame of {length} bytes")
-            end = at + _HEAD.size + length
-            if end > len(buffer):
-                break
-            yield Message(kind, number, bytes(buffer[at + _HEAD.size : end]))
-            at = end
-    finally:
-        del buffer[:at]
+    while at + size <= len(received):
+        length, kind, number = _HEAD.unpack_from(received, at)
+        if length > MAX_FRAME_BYTES:
+            raise Malformed(f"a frame of {length} bytes")
+        begin = at + size
+        if begin + length > len(received):
+            break
+        at = begin + length
+        messages.append(Message(kind, number, received[begin:at]))
+    del buffer[:at]
+    return messages
 
 
 def pack_drafts(drafts: Sequence[Draft]) -> bytes:

@@ -48,6 +48,24 @@ def test_a_request_without_a_lease_gets_none(engine: EngineInProcess) -> None:
     assert engine.report().leases == ()
 
 
+def test_ten_thousand_sessions_that_are_abandoned_leave_an_engine_as_it_was(engine: EngineInProcess) -> None:
+    at_once = 8
+    for first in range(0, 10_000, at_once):
+        for number in range(first, first + at_once):
+            engine.submit(words(number, BLOCK + 1), salt=f"salt-{number}", session=f"session-{number}")
+        engine.drain()
+        engine.clock.advance(0.01)
+        assert engine.report().leased_blocks <= BOUND
+    engine.assert_references_add_up()
+    assert engine.preemptions == 0
+    engine.answers.clear()
+    kept = words(1, 6 * BLOCK)
+    engine.turn(kept, salt="new", session="new")
+    assert engine.turn(kept, salt="new", session="new").cached_tokens == 5 * BLOCK
+    engine.report([each.session for each in engine.report().leases])
+    engine.assert_nothing_is_held()
+
+
 def test_the_next_turn_extends_a_lease(engine: EngineInProcess) -> None:
     first = words(1, 100)
     answer = engine.turn(first, session="session", max_tokens=30)
