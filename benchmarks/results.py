@@ -169,21 +169,21 @@ def _later_s(printed: Any) -> float:
     return float(printed["ttft_over_vanilla_p50_s"] - stateful.TTFT_NOISE * printed["vanilla"]["ttft_p50_s"])
 
 
-_SOONER: Final = Figure(
-    "time to first token less than stateless", PERCENT, _at("ttft_reduction"), least=stateful.TTFT_REDUCTION
-)
-_STATEFUL: Final = (
-    Figure(
-        "prefilled tokens fewer than stateless", PERCENT, _at("prefill_reduction"), least=stateful.PREFILL_REDUCTION
-    ),
-    _SOONER,
-    Figure("tokens a turn that vanilla vLLM finds again and it does not", COUNT, _lost, most=0),
+_TIMES: Final = (
+    Figure("time to first token less than stateless", PERCENT, _at("ttft_reduction"), least=stateful.TTFT_REDUCTION),
     Figure(
         f"first token later than vanilla vLLM's of the same turn, less {PERCENT.of(stateful.TTFT_NOISE)} of it",
         S_IN_MS,
         _later_s,
         most=stateful.TTFT_ADDED_S,
     ),
+)
+_STATEFUL: Final = (
+    Figure(
+        "prefilled tokens fewer than stateless", PERCENT, _at("prefill_reduction"), least=stateful.PREFILL_REDUCTION
+    ),
+    Figure("tokens a turn that vanilla vLLM finds again and it does not", COUNT, _lost, most=0),
+    *_TIMES,
 )
 
 
@@ -256,8 +256,8 @@ BENCHMARKS: Final = (
         "What keeping state is worth: the last ten turns of an agent loop of 50, demonstration model",
         "stateful",
         (
-            # Of a model that prefills 2,000 tokens in some milliseconds, the gateway's own few are a part that counts.
-            *(replace(figure, least=None) if figure is _SOONER else figure for figure in _STATEFUL),
+            # What is promised of times is so of the larger model: to this one the gateway's few milliseconds are many.
+            *(replace(figure, least=None, most=None) if figure in _TIMES else figure for figure in _STATEFUL),
             Figure("turns before an answer differs between the arms", PERCENT, _same_turns, least=1),
         ),
         arguments=("--model", "demo"),

@@ -20,28 +20,32 @@ TTFT_ADDED_S = 0.002
 TTFT_NOISE = 0.05
 
 
-def missed(figures: Mapping[str, Any], *, sooner_by: float = TTFT_REDUCTION) -> list[str]:
+def missed(figures: Mapping[str, Any], *, times: bool = True) -> list[str]:
     """What `figures`, as the command prints them, do not reach; empty when they hold.
 
     Args:
-        sooner_by: the share of the time to first token that is to be saved.
+        times: False: those of times are left out. They are the larger model's: a small one prefills so fast that the
+            gateway's own milliseconds count.
     """
     stateful, vanilla = figures["stateful"], figures["vanilla"]
     few = vanilla["prefill_tokens_per_turn"]
     # Where the answers differ (random weights), so do the prompts after them: then each arm's own account compares.
     comparable = bool(figures["identical_output"])
     lost, lost_by_vanilla = stateful["account_per_turn"]["lost"], vanilla["account_per_turn"]["lost"]
-    allowed_s = vanilla["ttft_p50_s"] * TTFT_NOISE + TTFT_ADDED_S
-    fewer, sooner = figures["prefill_reduction"], figures["ttft_reduction"]
-    prefilled, later_s = stateful["prefill_tokens_per_turn"], figures["ttft_over_vanilla_p50_s"]
+    fewer, prefilled = figures["prefill_reduction"], stateful["prefill_tokens_per_turn"]
     checks = {
         f"prefills {fewer:.2%} fewer tokens, not {PREFILL_REDUCTION:.1%}": fewer >= PREFILL_REDUCTION,
-        f"the first token comes {sooner:.1%} sooner, not {sooner_by:.0%}": sooner >= sooner_by,
         f"prefills {prefilled:g} tokens a turn; vanilla {few:g}": prefilled <= few or not comparable,
         f"loses {lost:g} tokens a turn that could be found again; vanilla {lost_by_vanilla:g}": lost <= lost_by_vanilla,
-        f"the first token comes {later_s * 1e3:.1f} ms after vanilla's; allowed are {allowed_s * 1e3:.1f}": later_s
-        <= allowed_s,
     }
+    if times:
+        sooner, later_s = figures["ttft_reduction"], figures["ttft_over_vanilla_p50_s"]
+        allowed_s = vanilla["ttft_p50_s"] * TTFT_NOISE + TTFT_ADDED_S
+        said = f"the first token comes {later_s * 1e3:.1f} ms after vanilla's; allowed are {allowed_s * 1e3:.1f}"
+        checks |= {
+            f"the first token comes {sooner:.1%} sooner, not {TTFT_REDUCTION:.0%}": sooner >= TTFT_REDUCTION,
+            said: later_s <= allowed_s,
+        }
     return [text for text, holds in checks.items() if not holds]
 
 
@@ -61,8 +65,7 @@ def main() -> int:
     sys.stdout.write(said.decode())
     if process.returncode != 0:
         return process.returncode
-    # The promise is of the larger model: the small one prefills so fast that the gateway's own milliseconds count.
-    misses = missed(json.loads(said), sooner_by=0.0 if chosen.model == "demo" else TTFT_REDUCTION)
+    misses = missed(json.loads(said), times=chosen.model != "demo")
     for miss in misses:
         print(f"missed: {miss}", file=sys.stderr)
     return int(bool(misses) and chosen.check)
