@@ -84,6 +84,7 @@ class Services:
         throwaways: tenants that a proof made for itself.
         waiting: where turns wait until it has room.
         now: wall clock, epoch seconds.
+        monotonic: a clock that nobody sets, seconds.
         new_id: the next identifier of a request or a response.
     """
 
@@ -107,6 +108,7 @@ class Services:
     template: str | None = None
     ledger: Ledger = field(default_factory=Ledger)
     now: Callable[[], float] = field(default=time.time)
+    monotonic: Callable[[], float] = field(default=time.monotonic)
     new_id: Callable[[], str] = field(default_factory=RandomIds)
 
     @property

@@ -101,6 +101,7 @@ class _Running:
     response_id: str
     prompt_bytes: int
     started_at: float
+    began_s: float
     prefix: Prefix | None = None
     recorded: "asyncio.Future[bytes] | None" = None
     broken_off_by: HoldfastError | None = None
@@ -296,7 +297,7 @@ class Turns:
                 remedy="GET /v1/models lists those that are",
                 param="model",
             )
-        started_at = services.now()
+        started_at, began_s = services.now(), services.monotonic()
         session = await services.sessions.resolve(request.known_caller(), asked.turn)
         request.session_id = session.visible_id.encode("latin-1", "replace")
         response_id = f"{self._endpoint.id_prefix}{services.new_id()}"
@@ -311,7 +312,7 @@ class Turns:
         prefix = None
         if session.shared_salt is not None:
             prefix = await self._prefixes.of(session.tenant_id, asked.turn)
-        return _Running(asked, session, admission, answer, response_id, prompt_bytes, started_at, prefix)
+        return _Running(asked, session, admission, answer, response_id, prompt_bytes, started_at, began_s, prefix)
 
     @contextlib.asynccontextmanager
     async def _at_the_engine(self, request: Request, running: _Running) -> AsyncIterator[Callable[[], None]]:
@@ -501,6 +502,7 @@ class Turns:
             finish_reason=answer.finish_reason,
             started_at=running.started_at,
             ended_at=services.now(),
+            ran_s=(running.began_s, services.monotonic()),
         )
         running.settled = True
         told = self._tell_engine(running)
@@ -598,7 +600,7 @@ class Turns:
                 "prompt_tokens": usage.prompt_tokens,
                 "cached_tokens": usage.cached_tokens or 0,
                 "completion_tokens": usage.completion_tokens,
-                "duration_ms": round(1000 * (self._services.now() - running.started_at)),
+                "duration_ms": round(1000 * (self._services.monotonic() - running.began_s)),
             },
             answer_digest=self._answer_digest(request, running.answer),
         )

@@ -167,6 +167,7 @@ class Circumstances:
         served_known: the engine said how much of the prompt it found; not of a turn that was broken off.
         template: tells one chat template from another.
         served: from where, where that is certain.
+        paused_s: since the turn before was over, by a clock that nobody sets; negative: it still ran.
     """
 
     block_size: int | None = None
@@ -177,6 +178,7 @@ class Circumstances:
     served_known: bool = True
     template: str | None = None
     served: Served | None = None
+    paused_s: float | None = None
 
     def to_wire(self) -> list[Any]:
         """As it is written down with a turn."""
@@ -189,6 +191,7 @@ class Circumstances:
             self.served_known,
             self.template,
             None if self.served is None else list(self.served),
+            self.paused_s,
         ]
 
     @classmethod
@@ -466,13 +469,15 @@ def _lost(before: Ran, now: Ran) -> Cause:
         return Cause.ENDED
     if here.epoch != there.epoch:
         return Cause.SALT_CHANGED
-    if now.started_at < before.ended_at:
+    # What two gateways ran one after the other, only the wall clock can tell.
+    paused_s = now.started_at - before.ended_at if here.paused_s is None else here.paused_s
+    if paused_s < 0:
         return Cause.CONCURRENT
     if said is not Cause.UNKNOWN:
         return said
     if there.idle_timeout_s is None:
         return Cause.UNKNOWN
-    return Cause.EXPIRED if now.started_at - before.ended_at > there.idle_timeout_s else Cause.EVICTED
+    return Cause.EXPIRED if paused_s > there.idle_timeout_s else Cause.EVICTED
 
 
 def _counted(ranges: Sequence[tuple[Cause, int]], served: int) -> dict[Cause, int]:

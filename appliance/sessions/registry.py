@@ -92,6 +92,7 @@ class _Live:
     stored: bool = False
     forgotten: bool = False
     last_used_at: float = 0.0  # when its latest turn ended, by the wall clock
+    ran_until_s: float | None = None  # when its latest turn ended, by a clock that nobody sets, if it ran here
     over_at: float | None = None  # when its client said last that it is over
     label: tuple[str, str] | None = None  # what the engine calls its tenant and itself
     salt: tuple[int, str] | None = None  # its epoch, and its own salt in that
@@ -543,6 +544,7 @@ class Registry(Archive):
                 served_known=outcome.cached_tokens is not None,
                 template=template,
                 served=served,
+                paused_s=_paused_s(live, outcome),
             )
             try:
                 over_at = outcome.ended_at if last else live.over_at
@@ -555,6 +557,7 @@ class Registry(Archive):
                 raise
             live.turns, live.stored = number, True
             live.last_used_at = outcome.ended_at
+            live.ran_until_s = None if outcome.ran_s is None else outcome.ran_s[1]
             if last:
                 live.over_at = over_at  # else: what was said meanwhile stands
             self._tips.put(live.session_id, new_tip)
@@ -732,6 +735,13 @@ def _own_tree(session_id: str) -> str:
 def _was_over(live: _Live, started_at: float) -> bool:
     """Whether its client had called a session over, and nothing of it was written down since, when a turn began."""
     return live.over_at is not None and live.last_used_at <= live.over_at <= started_at
+
+
+def _paused_s(live: _Live, outcome: Outcome) -> float | None:
+    """How long before a turn the session's last one was over; negative: it was not."""
+    if live.ran_until_s is None or outcome.ran_s is None:
+        return None
+    return outcome.ran_s[0] - live.ran_until_s
 
 
 def _owner(caller: Caller) -> tuple[str, str]:

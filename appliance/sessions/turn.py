@@ -64,7 +64,8 @@ class Turn:
 class Outcome:
     """How a turn ended. Token ids are the engine's own, in order; `answer` is the assistant's message or the text.
 
-    `cached_tokens` is None where the engine did not get to say how much of the prompt it found.
+    `cached_tokens` is None where the engine did not get to say how much of the prompt it found. `ran_s` is from when to
+    when it ran by a clock that nobody sets, which no other process's can be compared with; None: not known.
     """
 
     response_id: str
@@ -78,3 +79,4 @@ class Outcome:
     finish_reason: str | None
     started_at: float
     ended_at: float
+    ran_s: tuple[float, float] | None = None

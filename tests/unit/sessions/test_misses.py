@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -87,6 +88,15 @@ def test_what_could_have_been_found_has_a_cause_of_its_own(now: Ran, cause: Caus
     assert account_of(BEFORE, now) == Account(20, 0, {cause: 12, Cause.BLOCK_TAIL: 1, Cause.NEW: 7})
 
 
+@pytest.mark.parametrize("at", [-700_000.0, 0.5, 2.0, 700_000.0])
+@pytest.mark.parametrize(
+    ("paused_s", "cause"), [(-0.5, Cause.CONCURRENT), (14.0, Cause.EVICTED), (16.0, Cause.EXPIRED)]
+)
+def test_a_clock_that_was_set_between_two_turns_changes_no_cause(at: float, paused_s: float, cause: Cause) -> None:
+    now = ran(range(20), at=at, circumstances=replace(HERE, paused_s=paused_s))
+    assert account_of(BEFORE, now) == Account(20, 0, {cause: 12, Cause.BLOCK_TAIL: 1, Cause.NEW: 7})
+
+
 def test_all_that_the_turn_before_had_is_lost_to_another_model_and_nothing_of_it_diverged() -> None:
     other = ran(range(100, 120), at=2, model="other")
     assert account_of(BEFORE, other) == Account(20, 0, {Cause.MODEL_CHANGED: 13, Cause.NEW: 7})
@@ -114,7 +124,7 @@ def test_of_a_turn_that_was_broken_off_it_is_not_known_what_was_found() -> None:
 
 def test_what_was_written_down_before_there_was_more_of_it_can_be_read() -> None:
     assert Circumstances.from_wire([4, "one", 15.0, 0, True]) == Circumstances(4, "one", 15.0, 0, was_over=True)
-    broken_off = Circumstances(4, "one", 15.0, 0, served_known=False)
+    broken_off = Circumstances(4, "one", 15.0, 0, served_known=False, paused_s=0.25)
     assert Circumstances.from_wire(broken_off.to_wire()) == broken_off
 
 

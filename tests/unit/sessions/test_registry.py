@@ -275,12 +275,26 @@ def explaining(world: World) -> Sessions:
 
 
 async def ask(
-    sessions: Sessions, turn: Turn, *, tokens: int, cached: int | None = 0, at: float = 0.0, engine: str = "one"
+    sessions: Sessions,
+    turn: Turn,
+    *,
+    tokens: int,
+    cached: int | None = 0,
+    at: float = 0.0,
+    steady: float | None = None,
+    engine: str = "one",
 ) -> tuple[Session, Account]:
-    """A turn of the principal `prn_1` with a prompt of so many tokens; each is the beginning of the next longer one."""
+    """A turn of the principal `prn_1` with a prompt of so many tokens; each is the beginning of the next longer one.
+
+    It takes a second, from `at` by the wall clock and from `steady` by one that nobody sets, where that is known.
+    """
     session = await sessions.resolve(caller(), turn)
     said = dataclasses.replace(
-        outcome("Hello.", ids=(list(range(tokens)), [tokens])), cached_tokens=cached, started_at=at, ended_at=at + 1
+        outcome("Hello.", ids=(list(range(tokens)), [tokens])),
+        cached_tokens=cached,
+        started_at=at,
+        ended_at=at + 1,
+        ran_s=None if steady is None else (steady, steady + 1),
     )
     return session, await sessions.record(session, turn, said, engine=engine)
 
@@ -314,6 +328,25 @@ async def test_why_is_told_from_the_transcript_as_it_was_told_with_each_turn(wor
     ]
     assert [turn.number for turn in explanation.turns] == list(range(1, 9))
     assert not explanation.truncated
+
+
+async def test_a_wall_clock_that_is_set_blames_nobody(world: World) -> None:
+    sessions, turn = explaining(world), chat(HELLO, client_id="job")
+    session, first = await ask(sessions, turn, tokens=16, at=0, steady=50)
+    told = [first]
+    told.append((await ask(sessions, turn, tokens=24, at=-700_000, steady=52))[1])
+    told.append((await ask(sessions, turn, tokens=32, at=700_000, steady=54))[1])
+    told.append((await ask(sessions, turn, tokens=40, at=700_002, steady=90))[1])
+    told.append((await ask(sessions, turn, tokens=48, at=900_000, steady=90.5))[1])
+    explanation = await explaining(world).explanation(caller(), session.session_id)
+    assert [turn.account for turn in explanation.turns] == told
+    assert [next(iter(each.computed)) for each in told] == [
+        Cause.FIRST_TURN,
+        Cause.EVICTED,
+        Cause.EVICTED,
+        Cause.EXPIRED,
+        Cause.CONCURRENT,
+    ]
 
 
 async def test_why_is_known_of_a_turn_whose_predecessor_had_left_the_memory(world: World) -> None:
