@@ -38,9 +38,9 @@ class DrawnAhead:
 class RandomIds:
     """Gives out identifiers of 32 hexadecimal digits that say nothing, cannot be guessed, and are there once."""
 
-    def __init__(self, random_bytes: Callable[[int], bytes] | None = None) -> None:
-        self._random_bytes = random_bytes or DrawnAhead()
+    def __init__(self) -> None:
+        self._drawn = DrawnAhead()
 
     def __call__(self) -> str:
         """The next one."""
-        return self._random_bytes(_ID_BYTES).hex()
+        return self._drawn(_ID_BYTES).hex()

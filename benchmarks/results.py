@@ -169,7 +169,7 @@ def _later_s(printed: Any) -> float:
     return float(printed["ttft_over_vanilla_p50_s"] - stateful.TTFT_NOISE * printed["vanilla"]["ttft_p50_s"])
 
 
-_TIMES: Final = (
+_PROMPTNESS: Final = (
     Figure("time to first token less than stateless", PERCENT, _at("ttft_reduction"), least=stateful.TTFT_REDUCTION),
     Figure(
         f"first token later than vanilla vLLM's of the same turn, less {PERCENT.of(stateful.TTFT_NOISE)} of it",
@@ -183,7 +183,7 @@ _STATEFUL: Final = (
         "prefilled tokens fewer than stateless", PERCENT, _at("prefill_reduction"), least=stateful.PREFILL_REDUCTION
     ),
     Figure("tokens a turn that vanilla vLLM finds again and it does not", COUNT, _lost, most=0),
-    *_TIMES,
+    *_PROMPTNESS,
 )
 
 
@@ -257,7 +257,7 @@ BENCHMARKS: Final = (
         "stateful",
         (
             # What is promised of times is so of the larger model: to this one the gateway's few milliseconds are many.
-            *(replace(figure, least=None, most=None) if figure in _TIMES else figure for figure in _STATEFUL),
+            *(replace(figure, least=None, most=None) if figure in _PROMPTNESS else figure for figure in _STATEFUL),
             Figure("turns before an answer differs between the arms", PERCENT, _same_turns, least=1),
         ),
         arguments=("--model", "demo"),

@@ -5,6 +5,7 @@ Rule: what an asker did is in the audit log, under the asker's id, before the an
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -22,6 +23,7 @@ from appliance.vault import VaultSealed
 
 Endpoints = Mapping[tuple[str, str], tuple[Callable[..., Awaitable[Any]], type[types.Wire] | None]]
 """Method and path, to what answers and the schema of the answer."""
+_LOG = logging.getLogger("holdfast.gateway")
 _Answer = TypeVar("_Answer")
 
 
@@ -129,9 +131,13 @@ async def while_there(request: Request, answering: Coroutine[Any, Any, _Answer])
     hanging_up = asyncio.create_task(_hung_up(request))
     try:
         await asyncio.wait((work, hanging_up), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise AskerGone("who asked is gone", cause="the connection was closed", remedy="Ask again")
-        return work.result()
+        if work.done():
+            return work.result()
+        work.cancel()
+        await asyncio.wait((work,))
+        if not work.cancelled() and (failure := work.exception()) is not None:
+            _LOG.warning("what somebody asked for who hung up did not end well: %s", failure)
+        raise AskerGone("who asked is gone", cause="the connection was closed", remedy="Ask again")
     finally:
         hanging_up.cancel()
         work.cancel()

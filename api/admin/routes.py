@@ -382,8 +382,10 @@ async def _revoke_key(key_id: str, services: ServicesOf, asker: AskerOf) -> type
         raise unknown("key", key_id, "key list")
     revoked = await services.identity.revoke_key(key_id)
     await asker.did(KEY_REVOKED, ("key", key_id), tenant_id=revoked.tenant_id)
-    (view,) = await views.key_views(services, [revoked])
-    return view
+    shown = await views.key_views(services, [revoked])
+    if not shown:
+        raise unknown("key", key_id, "key list")  # a proof's, and the proof is over
+    return shown[0]
 
 
 # Sessions

@@ -127,7 +127,11 @@ async def prove_isolation(services: Services, administrator: Caller, *, rounds: 
             *await proof.words(),
         ]
     finally:
-        await asyncio.shield(proof.remove())
+        removing = asyncio.create_task(proof.remove())
+        try:
+            await asyncio.shield(removing)
+        finally:
+            await asyncio.wait((removing,))  # another proof may begin when this one is over: not before
 
 
 class _Proof:

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from appliance.audit.journal import FRAMES_AT, Frame, first_sequence, frames_of
+from appliance.audit.journal import FRAMES_AT, Frame, first_sequence, frames_of, open_file, read_file
 from appliance.audit.log import CHECKPOINT, JOURNAL, record_path
 from appliance.audit.notes import decode_note, size_of_note
 from appliance.audit.reading import LogUnreadable, hashes_of, read_bundle, unreadable
@@ -49,7 +49,7 @@ class LogFollower:
         try:
             status = path.stat()
             if self._note[:2] != (status.st_ino, status.st_mtime_ns):
-                note = decode_note(path.read_bytes())
+                note = decode_note(read_file(path))
                 published = Published(note, size_of_note(note))
                 self._note = (status.st_ino, status.st_mtime_ns, published)
         except FileNotFoundError:
@@ -69,7 +69,7 @@ class LogFollower:
             return []
         path = self._directory / JOURNAL
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = open_file(path)
             try:
                 base = self._open(descriptor)
                 if first >= base:
@@ -91,7 +91,7 @@ class LogFollower:
         """
         path = self._directory / JOURNAL
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = open_file(path)
             try:
                 base = first_sequence(descriptor)
             finally:

@@ -24,6 +24,7 @@ from typing import Final, NamedTuple
 from appliance.audit.entry import ENTRY_BYTES, FORMAT
 
 RESERVE_BYTES: Final = 512 << 10
+_MOST_BYTES: Final = 32 << 20  # of a file other than the journal: a bundle of the longest records has half as many
 _AHEAD_BYTES: Final = 4 << 20
 _HEAD: Final = struct.Struct(">16sQ")
 FRAMES_AT: Final = _HEAD.size
@@ -206,7 +207,7 @@ def first_sequence(descriptor: int) -> int:
 def read_journal(path: Path) -> JournalContent | None:
     """Read a journal without opening it for writing; None: there is none."""
     try:
-        content = read_file(path)
+        content = read_file(path, most=None)
     except FileNotFoundError:
         return None
     magic, base = _HEAD.unpack_from(content) if len(content) >= _HEAD.size else (b"", 0)
@@ -276,17 +277,35 @@ def write_at(descriptor: int, data: bytes, offset: int) -> None:
         written += os.pwrite(descriptor, data[written:], offset + written)
 
 
-def read_file(path: Path) -> bytes:
-    """What is in a file of the log.
+def open_file(path: Path) -> int:
+    """A descriptor to read a file of the log.
 
     Raises:
         OSError: it cannot be read, or is something else: whoever opens a pipe would wait for ever.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+def read_file(path: Path, *, most: int | None = _MOST_BYTES) -> bytes:
+    """What is in a file of the log.
+
+    Args:
+        most: bytes that it may have; None: as many as there is memory for.
+
+    Raises:
+        OSError: as `open_file`; `errno.EFBIG`: there is more in it.
+    """
+    descriptor = open_file(path)
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        if most is not None and os.fstat(descriptor).st_size > most:
+            raise OSError(errno.EFBIG, f"it is longer than {most} bytes", str(path))
         return _read_all(descriptor)
+    except MemoryError:
+        raise OSError(errno.EFBIG, "it is longer than there is memory for", str(path)) from None
     finally:
         os.close(descriptor)
 

@@ -57,17 +57,16 @@ def take_messages(buffer: bytearray) -> list[Message]:
         Malformed: a frame is longer than any that is sent.
     """
     messages: list[Message] = []
-    received, size = bytes(buffer), _HEAD.size
-    at = 0
-    while at + size <= len(received):
-        length, kind, number = _HEAD.unpack_from(received, at)
+    at, size = 0, _HEAD.size
+    while at + size <= len(buffer):
+        length, kind, number = _HEAD.unpack_from(buffer, at)
         if length > MAX_FRAME_BYTES:
             raise Malformed(f"a frame of {length} bytes")
         begin = at + size
-        if begin + length > len(received):
+        if begin + length > len(buffer):
             break
         at = begin + length
-        messages.append(Message(kind, number, received[begin:at]))
+        messages.append(Message(kind, number, bytes(buffer[begin:at])))
     del buffer[:at]
     return messages
 

@@ -23,7 +23,7 @@ from appliance.audit.tree import HASH_BYTES, TILE_WIDTH, TileHashes, tile_path
 from appliance.errors import Fault, HoldfastError
 
 _CACHED_BUNDLES: Final = 8
-_STRIDE: Final = 2 + ENTRY_BYTES
+STRIDE: Final = 2 + ENTRY_BYTES
 
 
 class NoSuchEntry(HoldfastError, LookupError):
@@ -202,8 +202,8 @@ def read_bundle(directory: Path, index: int) -> list[Frame]:
     entries = _read(directory / tile_path("entries", index))
     sealed = list(prefixed_parts(_read(directory / record_path(index))))
     frames = [
-        Frame(entries[at + 2 : at + _STRIDE], record)
-        for at, record in zip(range(0, len(entries), _STRIDE), sealed, strict=False)
+        Frame(entries[at + 2 : at + STRIDE], record)
+        for at, record in zip(range(0, len(entries), STRIDE), sealed, strict=False)
     ]
     if len(frames) != TILE_WIDTH:
         raise LogUnreadable(

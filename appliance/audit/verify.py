@@ -31,7 +31,7 @@ from appliance.audit.entry import ENTRY_BYTES, FORMAT
 from appliance.audit.journal import Frame, JournalContent, read_file, read_journal
 from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED, record_path
 from appliance.audit.notes import Checkpoint, NoteInvalid, VerifierKey, cosignatures, decode_note, open_checkpoint
-from appliance.audit.reading import LogReader, prefixed_parts, read_wider
+from appliance.audit.reading import STRIDE, LogReader, prefixed_parts, read_wider
 from appliance.audit.retention import Removal, newest_removal
 from appliance.audit.tree import (
     HASH_BYTES,
@@ -45,7 +45,6 @@ from appliance.audit.tree import (
 )
 from appliance.errors import Fault, HoldfastError
 
-_PREFIXED: Final = struct.Struct(f">H{ENTRY_BYTES}s")
 _ENTRY_LENGTH: Final = struct.pack(">H", ENTRY_BYTES)
 _FIELDS: Final = struct.Struct(">BxxxQqQ16s112x32s")  # format, sequence, wall, monotonic, boot id, sealed hash
 _CLOCK_STEP_NS: Final = 1_000_000_000
@@ -388,29 +387,24 @@ class _Run:
         entries_path = self._directory / tile_path("entries", bundle, width)
         records_path = self._directory / record_path(bundle, width)
         names = partial(tile_path, "entries", bundle), partial(record_path, bundle)
-        data = self._part(names[0], width, first, lambda wider: wider[: width * _PREFIXED.size])
+        data = self._part(names[0], width, first, lambda wider: wider[: width * STRIDE])
         held = self._part(names[1], width, first, lambda wider: _first_parts(wider, width))
         if data is None or held is None:
             return None
-        if len(data) != width * _PREFIXED.size:
+        if len(data) != width * STRIDE:
             raise LogTampered(
                 f"the bundle from entry {first} on is damaged",
-                cause=f"{entries_path} has {len(data)} bytes instead of {width * _PREFIXED.size}",
+                cause=f"{entries_path} has {len(data)} bytes instead of {width * STRIDE}",
                 sequence=first,
             )
-        size = _PREFIXED.size
         records = list(islice(prefixed_parts(held), width))
-        if (data[::size], data[1::size]) != (_ENTRY_LENGTH[:1] * width, _ENTRY_LENGTH[1:] * width) or len(
-            records
-        ) < width:
-            place, in_entries = next(
-                (place, data[place * size : place * size + 2] != _ENTRY_LENGTH)
-                for place in range(width)
-                if place >= len(records) or data[place * size : place * size + 2] != _ENTRY_LENGTH
-            )
+        starts = range(0, len(data), STRIDE)
+        wrong = next((place for place, at in enumerate(starts) if data[at : at + 2] != _ENTRY_LENGTH), width)
+        if wrong < width or len(records) < width:
+            place = min(wrong, len(records))
             raise LogTampered(
                 f"entry {first + place} is damaged",
-                cause=f"{entries_path if in_entries else records_path} does not hold it whole",
+                cause=f"{entries_path if place == wrong else records_path} does not hold it whole",
                 sequence=first + place,
             )
         rest_bytes = len(held) - sum(map(len, records)) - 2 * width
@@ -420,7 +414,7 @@ class _Run:
                 cause=f"{records_path} has {rest_bytes} bytes more than {width} records",
                 sequence=first + width,
             )
-        return list(map(Frame, [data[at : at + ENTRY_BYTES] for at in range(2, len(data), size)], records))
+        return list(map(Frame, [data[at + 2 : at + STRIDE] for at in starts], records))
 
     def _tile(self, level: int, index: int, width: int, sequence: int) -> bytes:
         names = partial(tile_path, level, index)

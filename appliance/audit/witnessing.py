@@ -12,7 +12,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from appliance.audit.journal import sync_directory, write_at
+from appliance.audit.journal import read_file, sync_directory, write_at
 from appliance.audit.log import WITNESSED
 from appliance.audit.notes import Checkpoint, NoteInvalid, VerifierKey, cosignatures, decode_note, open_checkpoint
 from appliance.audit.reading import LogReader, NoSuchEntry
@@ -62,7 +62,7 @@ def last_seen(directory: Path, witness: VerifierKey) -> int:
     sizes = [0]
     for path in folder.iterdir() if folder.is_dir() else ():
         try:
-            cosignatures(decode_note(path.read_bytes()), witness)
+            cosignatures(decode_note(read_file(path)), witness)
             sizes.append(int(path.name))
         except (NoteInvalid, ValueError, OSError):
             continue
@@ -75,7 +75,7 @@ def largest_witnessed(directory: Path) -> int:
     sizes = [0]
     for path in folder.iterdir() if folder.is_dir() else ():
         with contextlib.suppress(NoteInvalid, ValueError, OSError):
-            _, _, signatures = decode_note(path.read_bytes()).partition("\n\n")
+            _, _, signatures = decode_note(read_file(path)).partition("\n\n")
             if signatures.count("\n") > 1:
                 sizes.append(int(path.name))
     return max(sizes)
@@ -83,7 +83,7 @@ def largest_witnessed(directory: Path) -> int:
 
 def _kept(directory: Path, size: int) -> str:
     try:
-        return decode_note((directory / WITNESSED / str(size)).read_bytes())
+        return decode_note(read_file(directory / WITNESSED / str(size)))
     except FileNotFoundError:
         return ""
 

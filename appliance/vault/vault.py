@@ -65,7 +65,7 @@ _HASHING = frozenset({KeyPurpose.LOOKUP, KeyPurpose.SALT, KeyPurpose.AUDIT})
 
 
 class _Mac:
-    """HMAC-SHA256 under one key (RFC 2104): its two hashes are begun once, not for each message."""
+    """HMAC-SHA256 under one key of at most 64 bytes (RFC 2104): its two hashes are begun once, not for each message."""
 
     __slots__ = ("_inner", "_outer")
 

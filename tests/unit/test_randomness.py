@@ -3,7 +3,7 @@
 from appliance.randomness import DrawnAhead, RandomIds
 
 
-def test_every_byte_is_given_out_once_and_in_order() -> None:
+def test_no_byte_is_given_out_twice_and_each_in_its_order() -> None:
     asked: list[int] = []
 
     def source(count: int) -> bytes:

@@ -148,4 +148,3 @@ def test_a_proof_that_nobody_waits_for_is_broken_off_and_leaves_nothing(engine: 
 
         until(lambda: recorded() == ["asker_gone"])
         assert [tenant.name for tenant in client.tenants().tenants] == ["tenant"]
-        assert [key.tenant for key in client.keys().keys if key.tenant != "tenant" and key.revoked_at is None] == []

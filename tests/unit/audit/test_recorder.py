@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from appliance.audit import protocol
-from appliance.audit.entry import Entry, canonical, open_record
+from appliance.audit.entry import Entry, canonical, check_commitment, open_record
 from appliance.audit.events import (
     ANYONE,
     CATALOGUE,
@@ -48,7 +48,10 @@ class Recording:
         self.launcher = Launcher(self.log, run_dir)
         self.now_s = 0.0
         self.recorder = Recorder(
-            lambda: self.keys, system_scope="system", versions={"holdfast": "0"}, monotonic=lambda: self.now_s
+            lambda: self.keys,
+            system_scope="system",
+            versions={"vllm": "1", "holdfast": "0"},
+            monotonic=lambda: self.now_s,
         )
 
     def entries(self) -> list[Entry]:
@@ -96,6 +99,16 @@ def test_a_record_is_spelled_in_its_one_way(kind: EventClass) -> None:
         assert spelled(each, {"holdfast": "0", "python": "3"}) == canonical(
             each.record({"python": "3", "holdfast": "0"})
         )
+
+
+async def test_what_is_sealed_is_the_records_one_spelling(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        await it.recorder.record(event(1))
+        content = read_journal(it.log / JOURNAL)
+        assert content is not None
+        entry = Entry.unpack(content.frames[0].entry)
+        opened = open_record(entry, content.frames[0].sealed, Keys())
+        check_commitment(entry, opened.salt, canonical(opened.record))
 
 
 async def test_many_at_once_share_their_syncs_and_keep_their_order(tmp_path: Path) -> None:

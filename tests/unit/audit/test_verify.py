@@ -56,6 +56,14 @@ def test_nobody_waits_at_a_pipe_in_the_place_of_a_file(log: Path, name: str) -> 
     assert str(path) in caught.value.cause
 
 
+@pytest.mark.parametrize("name", ["tile/0/001", "record/000", CHECKPOINT, JOURNAL])
+def test_a_file_longer_than_any_can_be_is_not_read(log: Path, name: str) -> None:
+    os.truncate(log / name, 1 << 42)
+    with pytest.raises(LogTampered) as caught:
+        _verify(log)
+    assert f"{log / name}: it is longer than" in caught.value.cause
+
+
 def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
     log, one = open_log(tmp_path), draft()
     peaks = []

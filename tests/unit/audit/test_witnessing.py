@@ -1,15 +1,18 @@
 """A checkpoint travels to a witness and back, and the log is held to it from then on."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from appliance.audit.following import LogFollower
+from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED
 from appliance.audit.notes import Algorithm, NoteInvalid, SigningKey
-from appliance.audit.reading import NoSuchEntry
+from appliance.audit.reading import LogUnreadable, NoSuchEntry
 from appliance.audit.verify import LogTampered, verify_log
 from appliance.audit.witness import ReplyInvalid, Witness
-from appliance.audit.witnessing import last_seen, make_request, take_reply
+from appliance.audit.witnessing import largest_witnessed, last_seen, make_request, take_reply
 from tests.unit.audit.making import KEY, drafts, make_log, open_log, sign
 
 WITNESS = SigningKey("witness.example", b"w" * 32, Algorithm.COSIGNATURE)
@@ -92,3 +95,16 @@ def test_there_is_nothing_to_co_sign_before_the_first_checkpoint(tmp_path: Path)
     open_log(tmp_path).close()
     with pytest.raises(NoSuchEntry, match="nothing to co-sign"):
         make_request(tmp_path, old_size=0)
+
+
+def test_who_looks_at_a_running_log_does_not_wait_at_a_pipe(tmp_path: Path) -> None:
+    make_log(tmp_path, 3)
+    (tmp_path / WITNESSED).mkdir(exist_ok=True)
+    for path in (tmp_path / WITNESSED / "3", tmp_path / CHECKPOINT, tmp_path / JOURNAL):
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+    assert largest_witnessed(tmp_path) == last_seen(tmp_path, KEY.verifier()) == 0
+    follower = LogFollower(tmp_path)
+    for look in (follower.published, lambda: follower.frames(0, 3, most=3), lambda: follower.oldest(0)):
+        with pytest.raises(LogUnreadable):
+            look()
