@@ -78,12 +78,17 @@ def refuse_many_values(body: bytes | bytearray, most: int) -> None:
 
     Brackets, braces and commas are counted in texts too: each is about a token there, and no model takes so many.
     """
-    if body.count(b",") + body.count(b"[") + body.count(b"{") > most:
+    if count_of(body, b",[{") > most:
         raise TooManyValues(
             "the request's body has too many values",
             cause=f"allowed are {most} brackets, braces and commas (gateway.max_json_values)",
             remedy="Send less, or have an administrator raise the bound",
         )
+
+
+def count_of(body: bytes | bytearray, characters: bytes) -> int:
+    """How many bytes of a body are one of `characters`: in one pass, where `count` takes a slower one for each."""
+    return len(body) - len(body.translate(None, characters))
 
 
 def too_large(max_bytes: int) -> BodyTooLarge:

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from pydantic_core import from_json, to_json
 
+from api.bodies import count_of
 from api.openai.agent_hints import AgentHints, read_agent_hints
 from api.openai.errors import MalformedBody, RequestError
 from api.openai.fields import CHAT, COMPLETION, MAX_STOPS, Fields
@@ -191,7 +192,7 @@ def _object(body: bytes | bytearray) -> dict[str, Any]:
         request = from_json(bytes(body), allow_inf_nan=False)
         # Duplicates, which from_json lets pass. Each has a colon that what was read has not, and where nothing is
         # written as \u003a a text has as many here as there: equal counts spare reading it all a second time.
-        if b"\\u" in body or body.count(b":") != to_json(request).count(b":"):
+        if b"\\u" in body or count_of(body, b":") != count_of(to_json(request), b":"):
             json.loads(body, object_pairs_hook=_refuse_duplicates)
     except (ValueError, RecursionError) as error:
         raise MalformedBody(
