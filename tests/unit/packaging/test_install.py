@@ -247,7 +247,9 @@ def test_ctrl_c_ends_pip_too_and_says_how_to_go_on(clone: Path) -> None:
     _environment_whose_python_says(environment, "echo Collecting; exec sleep 60")
     (clone / ".venv" / install.STAMP).write_text("{}")
     program = (
-        "import sys; from pathlib import Path; from requirements import install\n"
+        "import signal, sys; from pathlib import Path; from requirements import install\n"
+        # Whoever is started in a shell's background ignores it, and so would all that it starts.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"install.ROOT = Path({str(clone)!r}); install._refuse_unfit_machine = lambda *_, **__: None\n"
         "install._LINE_EVERY_S = 0.0\n"
         "sys.exit(install.main(['gateway']))"
