@@ -91,13 +91,14 @@ def _put(path: Path, at: int, byte: int) -> None:
 @pytest.mark.timeout(600)
 def test_every_flipped_byte_of_a_small_log_is_found(tmp_path: Path) -> None:
     make_log(tmp_path, 3)
-    size = _verify(tmp_path).size
-    assert size == 3
+    journal = tmp_path / JOURNAL
+    os.truncate(journal, len(journal.read_bytes().rstrip(b"\0")) + 5_000)  # of the megabytes that it took ahead
+    assert _verify(tmp_path).size == 3
     for path in sorted(path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size):
         content = path.read_bytes()
         # Behind the frames lie zeros that were taken ahead: a few of them stand for all.
         end = len(content.rstrip(b"\0"))
-        for at in [*range(end), *range(end, len(content), 100_003)]:
+        for at in [*range(end), *range(end, len(content), 1_003)]:
             _put(path, at, content[at] ^ 0x01)
             with pytest.raises(LogTampered):
                 verify_log(tmp_path, VERIFIER, pause=lambda: None)
