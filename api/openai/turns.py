@@ -228,7 +228,7 @@ class Turns:
                 watcher.cancel()
                 if ends and running.is_recorded:
                     services.sessions.end_with_turn(running.session)
-                if running.session.was_ended_since(running.started_at):
+                if running.session.was_ended():
                     await release(services, [running.session.lease_label])
         finally:
             if running is not None:

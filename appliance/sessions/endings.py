@@ -23,7 +23,7 @@ from sqlalchemy.engine import RowMapping
 from appliance.errors import HoldfastError
 from appliance.identity import Caller, Role
 from appliance.sessions.archive import SessionSummary, unknown_session
-from appliance.sessions.registry import Registry, Session
+from appliance.sessions.registry import Registry, Session, is_over
 from appliance.settings import SessionSettings
 from appliance.store import Change, Store, tables
 from appliance.vault import Vault
@@ -98,7 +98,7 @@ class Sessions(Registry):
             TamperedValue: a row of its tree was changed outside the appliance; it is named.
         """
         live = await self._named(caller, visible_id)
-        together = {live.session_id: _is_over(live.last_used_at, live.over_at)}
+        together = {live.session_id: live.is_over}
         if live.is_first_of_its_tree:
             together |= await self._of_tree(live.tenant_id, live.principal_id, live.tree_id)
         return Ended(
@@ -118,10 +118,10 @@ class Sessions(Registry):
         )
         rows = await self._store.read(lambda db: db.execute(query).mappings().all())
         verified = await asyncio.to_thread(lambda: [self._verified(row) for row in rows])
-        found = {row["session_id"]: _is_over(row["last_used_at"], row["over_at"]) for row in verified}
+        found = {row["session_id"]: is_over(row["last_used_at"], row["over_at"]) for row in verified}
         for live in list(self._live.values()):  # a first turn may run, and nothing of it be stored yet
             if (live.tenant_id, live.principal_id, live.tree_id) == (tenant_id, principal_id, tree_id):
-                found[live.session_id] = _is_over(live.last_used_at, live.over_at)
+                found[live.session_id] = live.is_over
         return found
 
     async def end(self, ended: Ended) -> None:
@@ -134,7 +134,8 @@ class Sessions(Registry):
         for session_id in ended.session_ids:
             live = self._live.get(session_id)
             if live is not None:
-                live.over_at = now
+                live.is_over = True
+                live.ends += 1
         if ended.session_ids:
             await self._store.write(
                 [Change(_END_SESSION, {"b_session_id": each, "b_over_at": now}) for each in ended.session_ids]
@@ -142,7 +143,8 @@ class Sessions(Registry):
 
     def end_with_turn(self, session: Session) -> None:
         """A session is over though its last turn was not written down."""
-        session._live.over_at = max(self._now(), session._live.over_at or 0.0)
+        session._live.is_over = True
+        session._live.ends += 1
 
     # Forgetting
 
@@ -217,10 +219,6 @@ class Sessions(Registry):
             await self._store.erase()
             done = delete(meta).where(meta.c.name == _ERASURE_DUE, meta.c.value == due)
             await self._store.transact(lambda db: db.execute(done))
-
-
-def _is_over(last_used_at: float, over_at: float | None) -> bool:
-    return over_at is not None and over_at >= last_used_at
 
 
 def _shred(db: Connection, session_id: str, tree_id: str, due: str) -> None:

@@ -91,9 +91,9 @@ class _Live:
     parent_session_id: str | None = None
     stored: bool = False
     forgotten: bool = False
-    last_used_at: float = 0.0  # when its latest turn ended, by the wall clock
     ran_until_s: float | None = None  # when its latest turn ended, by a clock that nobody sets, if it ran here
-    over_at: float | None = None  # when its client said last that it is over
+    is_over: bool = False  # its client has said so, and nothing of it was written down since
+    ends: int = 0  # how often its client has said so while it was in memory
     label: tuple[str, str] | None = None  # what the engine calls its tenant and itself
     salt: tuple[int, str] | None = None  # its epoch, and its own salt in that
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -131,12 +131,13 @@ class Session:
     is_new: bool
     _live: _Live = field(repr=False, compare=False)
     _epoch: int = field(repr=False, compare=False)
+    _was_over: bool = field(repr=False, compare=False)
+    _ends: int = field(repr=False, compare=False)
     _links: Sequence[bytes] = field(default=(), repr=False, compare=False)  # of the request, where they were needed
 
-    def was_ended_since(self, moment: float) -> bool:
-        """Whether it was forgotten, or its client has said that it is over, at `moment` (epoch seconds) or later."""
-        over_at = self._live.over_at
-        return self._live.forgotten or (over_at is not None and over_at >= moment)
+    def was_ended(self) -> bool:
+        """Whether it was forgotten, or its client has said that it is over, since the turn was placed in it."""
+        return self._live.forgotten or self._live.ends != self._ends
 
 
 class Registry(Archive):
@@ -364,8 +365,7 @@ class Registry(Archive):
             origin=Origin(row["origin"]),
             parent_session_id=row["parent_session_id"],
             stored=True,
-            last_used_at=row["last_used_at"],
-            over_at=row["over_at"],
+            is_over=is_over(row["last_used_at"], row["over_at"]),
         )
         self._live[session_id] = live
         return live
@@ -430,6 +430,8 @@ class Registry(Archive):
             is_new=not live.stored,
             _live=live,
             _epoch=live.epoch + cache_epoch,  # neither ever falls: where the sum is the same, both are
+            _was_over=live.is_over,
+            _ends=live.ends,
             _links=links,
         )
 
@@ -540,15 +542,15 @@ class Registry(Archive):
                 engine,
                 session.keeping.idle_timeout_s,
                 session._epoch,
-                _was_over(live, outcome.started_at),
+                session._was_over,
                 served_known=outcome.cached_tokens is not None,
                 template=template,
                 served=served,
                 paused_s=_paused_s(live, outcome),
             )
+            ends = live.ends
             try:
-                over_at = outcome.ended_at if last else live.over_at
-                session_changes = self._session_changes(live, turn, outcome, number, over_at)
+                session_changes = self._session_changes(live, turn, outcome, number, last=last)
                 changes, new_tip, account = self._turn_changes(live, turn, outcome, number, links, tip, circumstances)
                 await self._store.write([*session_changes, *changes, *also])
             except BaseException:
@@ -556,10 +558,10 @@ class Registry(Archive):
                     self._vault.forget(live.session_id)  # the next try makes a key of its own
                 raise
             live.turns, live.stored = number, True
-            live.last_used_at = outcome.ended_at
             live.ran_until_s = None if outcome.ran_s is None else outcome.ran_s[1]
-            if last:
-                live.over_at = over_at  # else: what was said meanwhile stands
+            if live.ends == ends:  # else: what was said meanwhile stands
+                live.is_over = last
+            live.ends += last
             self._tips.put(live.session_id, new_tip)
             if links:
                 _keep(self._by_link, links[-1], (live.session_id, number), _KNOWN_LINKS)
@@ -571,16 +573,14 @@ class Registry(Archive):
         said = [*turn.messages, outcome.answer]
         return self._links(session.tenant_id, session.principal_id, said, session._links)
 
-    def _session_changes(
-        self, live: _Live, turn: Turn, outcome: Outcome, number: int, over_at: float | None
-    ) -> list[Change]:
+    def _session_changes(self, live: _Live, turn: Turn, outcome: Outcome, number: int, *, last: bool) -> list[Change]:
         totals = {
             "turns": number,
             "prompt_tokens": outcome.prompt_tokens,
             "cached_tokens": outcome.cached_tokens or 0,
             "completion_tokens": outcome.completion_tokens,
             "last_used_at": outcome.ended_at,
-            "over_at": over_at,
+            "over_at": outcome.ended_at if last else None,
         }
         if live.stored:
             named = {f"b_{name}": value for name, value in totals.items()}
@@ -732,9 +732,9 @@ def _own_tree(session_id: str) -> str:
     return f"tre_{session_id.removeprefix('ses_')}"
 
 
-def _was_over(live: _Live, started_at: float) -> bool:
-    """Whether its client had called a session over, and nothing of it was written down since, when a turn began."""
-    return live.over_at is not None and live.last_used_at <= live.over_at <= started_at
+def is_over(last_used_at: float, over_at: float | None) -> bool:
+    """What a session's row says of it: by the wall clock, which is all that a row has."""
+    return over_at is not None and over_at >= last_used_at
 
 
 def _paused_s(live: _Live, outcome: Outcome) -> float | None:

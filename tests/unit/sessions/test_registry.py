@@ -251,10 +251,29 @@ async def test_that_a_session_is_over_is_known_after_a_restart(world: World) -> 
 async def test_a_turn_that_runs_while_its_session_ends_lets_go_and_one_that_begins_later_does_not(world: World) -> None:
     turn = chat(HELLO, client_id="job")
     first = await say(world.sessions, caller(), turn, "Hello.")
-    assert not first.was_ended_since(900.0)
+    assert not first.was_ended()
+    world.clock -= 1000.0  # somebody sets it
     await end(world.sessions, caller(), "job")
-    assert first.was_ended_since(world.clock - 1)
-    assert not first.was_ended_since(world.clock + 1)
+    assert first.was_ended()
+    assert await end(world.sessions, caller(), "job") == set()
+    second = await world.sessions.resolve(caller(), turn)
+    assert not second.was_ended()
+    account = await world.sessions.record(second, turn, outcome("x"), engine="one")
+    assert await end(world.sessions, caller(), "job") == {first.session_id}
+    assert account.prompt_tokens == 3
+
+
+async def test_what_ends_a_session_while_its_turn_is_written_down_stands(world: World) -> None:
+    turn = chat(HELLO, client_id="job")
+    first = await say(world.sessions, caller(), turn, "Hello.")
+    running = await world.sessions.resolve(caller(), turn)
+    writing = asyncio.create_task(world.sessions.record(running, turn, outcome("x")))
+    await asyncio.sleep(0)
+    assert await end(world.sessions, caller(), "job") == {first.session_id}
+    await writing
+    assert running.was_ended()
+    for sessions in (world.sessions, world.reopened()):
+        assert await end(sessions, caller(), "job") == set()
 
 
 # Why prompts were computed
@@ -601,9 +620,9 @@ async def test_a_turn_that_ends_after_its_session_was_forgotten_is_not_written(w
     turn = chat(HELLO, client_id="job-7")
     await say(world.sessions, caller(), turn, "Hello.")
     running = await world.sessions.resolve(caller(), turn)
-    assert not running.was_ended_since(0.0)
+    assert not running.was_ended()
     await world.sessions.forget(caller(), running.session_id)
-    assert running.was_ended_since(0.0), "what the engine computes for it meanwhile is let go of when it ends"
+    assert running.was_ended(), "what the engine computes for it meanwhile is let go of when it ends"
     with pytest.raises(SessionForgotten):
         await world.sessions.record(running, turn, outcome("late"))
     assert await world.sessions.summaries(caller()) == []
