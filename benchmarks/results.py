@@ -58,7 +58,7 @@ class Unit:
 
 PERCENT: Final = Unit("{:.1f} %", 100)
 PERCENT_2: Final = Unit("{:.2f} %", 100)
-TIMES: Final = Unit("{:.2f} times")
+TIMES: Final = Unit("{:.1f} times")
 MS: Final = Unit("{:.2f} ms")
 S_IN_MS: Final = Unit("{:.2f} ms", 1000)
 S: Final = Unit("{:.2f} s")

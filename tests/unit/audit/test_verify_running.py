@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from appliance.audit import verify
+from appliance.audit.journal import read_file
 from appliance.audit.launch import Launcher
 from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED, AuditLog
 from appliance.audit.notes import Algorithm, SigningKey, cosign
@@ -161,15 +163,14 @@ def test_a_journal_that_is_begun_anew_behind_the_checkpoint_that_was_read_is_no_
 ) -> None:
     log = open_log(tmp_path)
     _grow(log, 600)
-    real = Path.read_bytes
 
     def read(path: Path) -> bytes:
-        content = real(path)
+        content = read_file(path)
         if path.name == CHECKPOINT and log.size == 600:
             _grow(log, 6000)
         return content
 
-    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(verify, "read_file", read)
     assert verify_log(tmp_path, VERIFIER).size == 6000
     log.close()
 
