@@ -101,7 +101,7 @@ class _Running:
     response_id: str
     prompt_bytes: int
     started_at: float
-    began_s: float
+    began_s: float  # the same moment, by a clock that nobody sets
     prefix: Prefix | None = None
     recorded: "asyncio.Future[bytes] | None" = None
     broken_off_by: HoldfastError | None = None

@@ -24,7 +24,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from appliance.audit.events import CONFIG_CHANGED, CONFIG_RECORDED, MODEL_CHANGED, SYSTEM, Event, Outcome
-from appliance.audit.journal import sync_directory, write_at
+from appliance.audit.files import sync_directory, write_at
 from appliance.settings import SIX_MONTHS_DAYS, Settings, is_loopback
 from appliance.vault import SYSTEM_SCOPE, Binding, KeyMissing, KeyPurpose, TamperedValue, Vault
 

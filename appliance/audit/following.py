@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from appliance.audit.journal import FRAMES_AT, Frame, first_sequence, frames_of, open_file, read_file
+from appliance.audit.files import open_regular, read_file
+from appliance.audit.journal import FRAMES_AT, Frame, first_sequence, frames_of
 from appliance.audit.log import CHECKPOINT, JOURNAL, record_path
 from appliance.audit.notes import decode_note, size_of_note
 from appliance.audit.reading import LogUnreadable, hashes_of, read_bundle, unreadable
@@ -69,7 +70,7 @@ class LogFollower:
             return []
         path = self._directory / JOURNAL
         try:
-            descriptor = open_file(path)
+            descriptor = open_regular(path)
             try:
                 base = self._open(descriptor)
                 if first >= base:
@@ -91,7 +92,7 @@ class LogFollower:
         """
         path = self._directory / JOURNAL
         try:
-            descriptor = open_file(path)
+            descriptor = open_regular(path)
             try:
                 base = first_sequence(descriptor)
             finally:

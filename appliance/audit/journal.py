@@ -14,7 +14,6 @@ A frame: a 16-bit length of the sealed record, the entry, the sealed record, CRC
 import contextlib
 import errno
 import os
-import stat
 import struct
 import zlib
 from collections.abc import Sequence
@@ -22,9 +21,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from appliance.audit.entry import ENTRY_BYTES, FORMAT
+from appliance.audit.files import read_all, read_file, sync_directory, write_at
 
 RESERVE_BYTES: Final = 512 << 10
-_MOST_BYTES: Final = 32 << 20  # of a file other than the journal: a bundle of the longest records has half as many
 _AHEAD_BYTES: Final = 4 << 20
 _HEAD: Final = struct.Struct(">16sQ")
 FRAMES_AT: Final = _HEAD.size
@@ -83,7 +82,7 @@ class Journal:
         except OSError as error:
             raise JournalUnusable(path, error.errno or errno.EIO) from error
         try:
-            content = _read_all(descriptor)
+            content = read_all(descriptor)
             magic, base = _HEAD.unpack_from(content) if len(content) >= _HEAD.size else (b"", 0)
             if magic != _MAGIC:
                 raise JournalUnusable(path, errno.EILSEQ)
@@ -259,62 +258,3 @@ def _write_new(path: Path, base: int, data: bytes) -> None:
         os.close(descriptor)
     staged.replace(path)
     sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_at(descriptor: int, data: bytes, offset: int) -> None:
-    """Write all of `data` at a place."""
-    written = 0
-    while written < len(data):
-        written += os.pwrite(descriptor, data[written:], offset + written)
-
-
-def open_file(path: Path) -> int:
-    """A descriptor to read a file of the log.
-
-    Raises:
-        OSError: it cannot be read, or is something else: whoever opens a pipe would wait for ever.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
-    raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-
-
-def read_file(path: Path, *, most: int | None = _MOST_BYTES) -> bytes:
-    """What is in a file of the log.
-
-    Args:
-        most: bytes that it may have; None: as many as there is memory for.
-
-    Raises:
-        OSError: as `open_file`; `errno.EFBIG`: there is more in it.
-    """
-    descriptor = open_file(path)
-    try:
-        if most is not None and os.fstat(descriptor).st_size > most:
-            raise OSError(errno.EFBIG, f"it is longer than {most} bytes", str(path))
-        return _read_all(descriptor)
-    except MemoryError:
-        raise OSError(errno.EFBIG, "it is longer than there is memory for", str(path)) from None
-    finally:
-        os.close(descriptor)
-
-
-def _read_all(descriptor: int) -> bytes:
-    size = os.fstat(descriptor).st_size
-    parts = []
-    at = 0
-    while at < size and (part := os.pread(descriptor, size - at, at)):
-        parts.append(part)
-        at += len(part)
-    return b"".join(parts)

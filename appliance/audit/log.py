@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
 
 from appliance.audit.entry import Draft, Entry, number
-from appliance.audit.journal import Frame, Journal, JournalUnusable, sync_directory, write_at
+from appliance.audit.files import sync_directory, write_at
+from appliance.audit.journal import Frame, Journal, JournalUnusable
 from appliance.audit.tree import (
     EMPTY_ROOT,
     HASH_BYTES,

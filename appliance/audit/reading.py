@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from appliance.audit.entry import ENTRY_BYTES, Entry
-from appliance.audit.journal import Frame, read_file, read_journal
+from appliance.audit.files import read_file
+from appliance.audit.journal import Frame, read_journal
 from appliance.audit.log import CHECKPOINT, JOURNAL, record_path
 from appliance.audit.notes import decode_note, size_of_note
 from appliance.audit.tree import HASH_BYTES, TILE_WIDTH, TileHashes, tile_path

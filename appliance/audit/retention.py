@@ -27,7 +27,8 @@ from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 from appliance.audit.entry import PLAINTEXT, Entry, EntryInvalid, check_commitment
 from appliance.audit.events import ENTRIES_MISSING, ENTRIES_REMOVED, SYSTEM, Event, Outcome
-from appliance.audit.journal import Frame, sync_directory
+from appliance.audit.files import sync_directory
+from appliance.audit.journal import Frame
 from appliance.audit.log import record_path
 from appliance.audit.reading import LogReader
 from appliance.audit.tree import TILE_WIDTH, root_of, tile_path

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import ClassVar, Final
 
-from appliance.audit.journal import sync_directory, write_at
+from appliance.audit.files import sync_directory, write_at
 from appliance.audit.log import CHECKPOINT
 from appliance.audit.notes import SigningKey, VerifierKey
 from appliance.errors import Fault, HoldfastError

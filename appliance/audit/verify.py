@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from appliance.audit.entry import ENTRY_BYTES, FORMAT
-from appliance.audit.journal import Frame, JournalContent, read_file, read_journal
+from appliance.audit.files import read_file
+from appliance.audit.journal import Frame, JournalContent, read_journal
 from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED, record_path
 from appliance.audit.notes import Checkpoint, NoteInvalid, VerifierKey, cosignatures, decode_note, open_checkpoint
 from appliance.audit.reading import STRIDE, LogReader, prefixed_parts, read_wider

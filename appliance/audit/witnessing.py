@@ -12,7 +12,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from appliance.audit.journal import read_file, sync_directory, write_at
+from appliance.audit.files import read_file, sync_directory, write_at
 from appliance.audit.log import WITNESSED
 from appliance.audit.notes import Checkpoint, NoteInvalid, VerifierKey, cosignatures, decode_note, open_checkpoint
 from appliance.audit.reading import LogReader, NoSuchEntry

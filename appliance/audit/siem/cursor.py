@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from appliance.audit.journal import sync_directory, write_at
+from appliance.audit.files import sync_directory, write_at
 
 _MODE: Final = 0o600
 

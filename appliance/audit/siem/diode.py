@@ -25,10 +25,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
-from appliance.audit.journal import sync_directory
+from appliance.audit.files import open_regular, sync_directory
 from appliance.audit.notes import KeyInvalid, SigningKey
 from appliance.audit.siem.batches import BATCH, MANIFEST, NO_PREVIOUS, PUBLIC_KEY, Manifest
-from appliance.audit.siem.files import DEADLINE_S, in_own_thread, open_regular, read_in_time
+from appliance.audit.siem.files import DEADLINE_S, MAX_FILE_BYTES, in_own_thread, read_in_time
 from appliance.audit.siem.transport import ExportUnreachable, ExportUnusable, Message
 from appliance.errors import HoldfastError
 
@@ -198,7 +198,7 @@ def load_key(path: Path, name: str) -> SigningKey:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
-        with open(open_regular(path), "rb") as file:  # noqa: PTH123  (a descriptor)
+        with open(open_regular(path, most=MAX_FILE_BYTES), "rb") as file:  # noqa: PTH123  (a descriptor)
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             if mode & 0o077:
                 raise ValueError(f"others may read it: its mode is {mode:04o}")

@@ -9,14 +9,13 @@ Rules:
 
 import asyncio
 import contextlib
-import errno
 import os
-import stat
 import threading
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from appliance.audit.files import open_regular
 from appliance.audit.siem.transport import ExportUnusable
 
 DEADLINE_S: Final = 20.0
@@ -25,32 +24,13 @@ _T = TypeVar("_T")
 _READING: Final[dict[tuple[Hashable, ...], asyncio.Future[Any]]] = {}
 
 
-def open_regular(path: Path) -> int:
-    """A descriptor of a regular file, to read it.
-
-    Raises:
-        OSError: it cannot be opened, is no regular file, or has more than `MAX_FILE_BYTES`.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError("it is no file")
-        if found.st_size > MAX_FILE_BYTES:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
 def check_regular(path: Path) -> None:
     """See that it is a regular file that can be read. Blocks.
 
     Raises:
-        OSError: see `open_regular`.
+        OSError: as `open_regular`, of at most `MAX_FILE_BYTES`.
     """
-    os.close(open_regular(path))
+    os.close(open_regular(path, most=MAX_FILE_BYTES))
 
 
 def in_own_thread(do: Callable[..., _T], *given: object) -> asyncio.Future[_T]:

@@ -24,7 +24,8 @@ from typing import Any, Final, NamedTuple
 import aiohttp
 import yarl
 
-from appliance.audit.siem.files import open_regular, read_in_time
+from appliance.audit.files import open_regular
+from appliance.audit.siem.files import MAX_FILE_BYTES, read_in_time
 from appliance.audit.siem.syslog import Receiver, in_words, tls_context, unreachable
 from appliance.audit.siem.transport import ExportUnusable
 
@@ -149,7 +150,7 @@ def read_secret(path: Path, receiver: Receiver) -> str:
         ExportUnusable: it cannot be read, others can read it too, or it is no token.
     """
     try:
-        descriptor = open_regular(path)
+        descriptor = open_regular(path, most=MAX_FILE_BYTES)
         try:
             found = os.fstat(descriptor)
             content = os.read(descriptor, _MAX_SECRET_BYTES + 1)

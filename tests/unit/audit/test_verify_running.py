@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from appliance.audit import verify
-from appliance.audit.journal import read_file
+from appliance.audit.files import read_file
 from appliance.audit.launch import Launcher
 from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED, AuditLog
 from appliance.audit.notes import Algorithm, SigningKey, cosign
