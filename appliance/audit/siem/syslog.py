@@ -285,6 +285,9 @@ def in_words(error: OSError) -> str:
         return f"its certificate does not hold: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
         return f"TLS: {(error.reason or 'it failed').replace('_', ' ').lower()}"
+    if error.filename is not None and error.strerror:
+        return error.strerror
+    # What the loop says of a connection has addresses in it; the number says enough.
     return (os.strerror(error.errno) if error.errno else str(error)) or type(error).__name__
 
 
