@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Final, NamedTuple, cast
+from typing import Any, ClassVar, Final, cast
 
 from pydantic_core import to_json
 
@@ -28,7 +28,8 @@ from appliance.vault import VaultSealed
 
 _WAIT_S: Final = 10.0
 _MOST_WAITING: Final = 4096
-_SENT_TOGETHER: Final = 4  # frames: the appender works at these while the next are sealed
+_SENT_TOGETHER: Final = 16  # appends in a frame: the appender works at these while the next are sealed
+_ALONE_BYTES: Final = 32 << 10  # a longer append has a frame of its own
 _PATIENCE_S: Final = 3.0  # with an appender that does not start: its predecessor may be ending
 _SWEEP_S: Final = 1.0
 _TAGS: Final = 8192  # of actors and sessions, remembered
@@ -36,6 +37,8 @@ _MOST_COUNTED: Final = 64  # kinds of counted events between two tellings
 _TELL_EVERY_S: Final = 60.0
 _PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 5.0
+
+_APPENDS: Final = frozenset({protocol.APPEND, protocol.APPEND_AGAIN})
 
 Connect = Callable[[asyncio.Protocol], Awaitable[None]]
 
@@ -47,11 +50,55 @@ class AuditUnavailable(HoldfastError):
     fault: ClassVar[Fault] = Fault.UNAVAILABLE
 
 
-class _Waiting(NamedTuple):
-    kind: int
-    body: bytes
-    answer: "asyncio.Future[bytes]"
-    until: float
+class _Asked:
+    """What one frame asks, and who waits for its answer: of appends, several.
+
+    Attributes:
+        entries: how many each of them appends; 0 for what is no append.
+    """
+
+    __slots__ = ("answers", "bodies", "entries", "kind", "number", "until")
+
+    def __init__(self, kind: int, number: int, until: float) -> None:
+        self.kind = kind
+        self.number = number
+        self.until = until
+        self.bodies: list[bytes] = []
+        self.entries: list[int] = []
+        self.answers: list[asyncio.Future[bytes]] = []
+
+    def add(self, body: bytes, entries: int, answer: "asyncio.Future[bytes]") -> None:
+        self.bodies.append(body)
+        self.entries.append(entries)
+        self.answers.append(answer)
+
+    def frame(self) -> bytes:
+        return protocol.pack(self.kind, self.number, b"".join(self.bodies))
+
+    @property
+    def is_over(self) -> bool:
+        """Nobody waits any more."""
+        return all(answer.done() for answer in self.answers)
+
+    def succeed(self, body: bytes) -> None:
+        """Give everybody the answer; to an append, the sequence of its own last entry."""
+        if len(self.answers) == 1:
+            _give(self.answers[0], body)
+            return
+        (last,) = protocol.SEQUENCE.unpack(body)
+        for answer, entries in zip(reversed(self.answers), reversed(self.entries), strict=True):
+            _give(answer, protocol.SEQUENCE.pack(last))
+            last -= entries
+
+    def fail(self, error: AuditUnavailable) -> None:
+        for answer in self.answers:
+            if not answer.done():
+                answer.set_exception(error)
+
+
+def _give(answer: "asyncio.Future[bytes]", body: bytes) -> None:
+    if not answer.done():
+        answer.set_result(body)
 
 
 class _Connection(asyncio.Protocol):
@@ -60,8 +107,7 @@ class _Connection(asyncio.Protocol):
     def __init__(self, recorder: "Recorder") -> None:
         self._recorder = recorder
         self._received = bytearray()
-        self._unsent: list[bytes] = []
-        self._unanswered = 0
+        self.unanswered = 0  # frames
         self.transport: asyncio.WriteTransport | None = None
         self.lost = asyncio.get_running_loop().create_future()
 
@@ -71,27 +117,16 @@ class _Connection(asyncio.Protocol):
         self.transport.set_write_buffer_limits(0)
 
     def send(self, frame: bytes) -> None:
-        """Write a frame if the appender is there still: at once, unless it has others to work at.
-
-        If it is not, its successor is sent whatever waits.
-        """
-        self._unsent.append(frame)
-        if not self._unanswered or len(self._unsent) >= _SENT_TOGETHER:
-            self._flush()
-        elif len(self._unsent) == 1:
-            asyncio.get_running_loop().call_soon(self._flush)
-
-    def _flush(self) -> None:
-        frames, self._unsent = self._unsent, []
-        self._unanswered += len(frames)
-        if frames and self.transport is not None and not self.transport.is_closing():
-            self.transport.write(b"".join(frames))
+        """Write a frame if the appender is there still. If it is not, its successor is sent whatever waits."""
+        self.unanswered += 1
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(frame)
 
     def data_received(self, data: bytes) -> None:
         self._received += data
         try:
             for message in protocol.take_messages(self._received):
-                self._unanswered -= 1
+                self.unanswered -= 1
                 self._recorder._answered(message)
         except protocol.Malformed:
             if self.transport is not None:
@@ -128,7 +163,9 @@ class Recorder:
         self._numbers = 0
         self._sweeping = False
         self._tags: dict[tuple[bytes, str, str], bytes] = {}
-        self._waiting: dict[int, _Waiting] = {}
+        self._waiting: dict[int, _Asked] = {}  # by number
+        self._waiters = 0
+        self._gathering: _Asked | None = None  # appends that are not sent yet, and others may join
         self._connection: _Connection | None = None
         self._signing_key = b""
         self._counted: dict[tuple[int, str, str, str], Event] = {}
@@ -178,11 +215,12 @@ class Recorder:
         """As `record`, for who has something else to do meanwhile: the events are on their way when this returns.
 
         The future is done when they are on the disk, and its result is the last one's sequence, packed; what `record`
-        raises is the future's. Cancelled, they are written all the same.
+        raises is the future's. Cancelled, what was sent already is written all the same.
         """
         kind = protocol.APPEND_PRIVILEGED if privileged else protocol.APPEND
         try:
-            return self._ask(kind, protocol.pack_drafts([self._sealed(event) for event in events]))
+            body = protocol.pack_drafts([self._sealed(event) for event in events])
+            return self._ask(kind, body, entries=len(events))
         except HoldfastError as error:
             failed: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
             failed.set_exception(error)
@@ -256,33 +294,60 @@ class Recorder:
             tag=self._tag,
         )
 
-    def _ask(self, kind: int, body: bytes) -> "asyncio.Future[bytes]":
-        if len(self._waiting) >= _MOST_WAITING:
+    def _ask(self, kind: int, body: bytes, *, entries: int = 0) -> "asyncio.Future[bytes]":
+        if self._waiters >= _MOST_WAITING:
             raise _lost(f"{_MOST_WAITING} events wait already")
         if self._connection is None and self._impatient() and self.error is not None:
             raise _refused(self.error)
-        self._numbers += 1
-        number = self._numbers
+        if len(body) > protocol.MAX_FRAME_BYTES:
+            raise ValueError(f"{entries} events of {len(body)} bytes do not fit into a frame: record fewer at once")
         loop = asyncio.get_running_loop()
+        answer = loop.create_future()
+        self._waiters += 1
+        together = kind == protocol.APPEND and len(body) <= _ALONE_BYTES
+        if self._gathering is not None and together:
+            self._gathering.add(body, entries, answer)
+            if len(self._gathering.bodies) == _SENT_TOGETHER:
+                self._send_gathered()
+            return answer
+        self._send_gathered()
+        asked = self._new_asked(kind, loop)
+        asked.add(body, entries, answer)
+        if together and self._connection is not None and self._connection.unanswered:
+            # The appender has others to work at: whoever comes before the loop is round goes along.
+            self._gathering = asked
+            loop.call_soon(self._send_gathered)
+        elif self._connection is not None:
+            self._connection.send(asked.frame())
+        return answer
+
+    def _new_asked(self, kind: int, loop: asyncio.AbstractEventLoop) -> _Asked:
         if not self._sweeping:
             self._sweeping = True
             loop.call_later(_SWEEP_S, self._sweep)
-        answer = loop.create_future()
-        self._waiting[number] = _Waiting(kind, body, answer, loop.time() + _WAIT_S)
-        if self._connection is not None:
-            self._connection.send(protocol.pack(kind, number, body))
-        return answer
+        self._numbers += 1
+        asked = self._waiting[self._numbers] = _Asked(kind, self._numbers, loop.time() + _WAIT_S)
+        return asked
+
+    def _send_gathered(self) -> None:
+        gathered, self._gathering = self._gathering, None
+        if gathered is not None and self._connection is not None:
+            self._connection.send(gathered.frame())
+
+    def _forget(self, number: int) -> _Asked | None:
+        asked = self._waiting.pop(number, None)
+        if asked is not None:
+            self._waiters -= len(asked.answers)
+        return asked
 
     def _sweep(self) -> None:
         """End the waiting of those whose time is up, or who gave up: one timer for all of them."""
         loop = asyncio.get_running_loop()
         now = loop.time()
-        for number, waiting in list(self._waiting.items()):
-            if waiting.answer.done():
-                del self._waiting[number]
-            elif waiting.until <= now:
-                del self._waiting[number]
-                waiting.answer.set_exception(_lost(f"no answer in {_WAIT_S:g} s"))
+        for asked in list(self._waiting.values()):
+            if asked.is_over or asked.until <= now:
+                self._forget(asked.number)
+                asked.fail(_lost(f"no answer in {_WAIT_S:g} s"))
         self._sweeping = bool(self._waiting)
         if self._sweeping:
             loop.call_later(_SWEEP_S, self._sweep)
@@ -297,28 +362,35 @@ class Recorder:
         return tag
 
     def _taken_up(self, connection: _Connection) -> None:
-        """A new connection: the key first, then whatever waits."""
+        """A new connection: the key first, then whatever waits; each append by itself, as some may be in the log."""
         self._connection = connection
+        self._gathering = None
         if self._signing_key:
             connection.send(protocol.pack(protocol.SIGNING_KEY, 0, self._signing_key))
-        for number, waiting in self._waiting.items():
-            if waiting.answer.done():
-                continue
-            kind = protocol.APPEND_AGAIN if waiting.kind == protocol.APPEND else waiting.kind
-            connection.send(protocol.pack(kind, number, waiting.body))
+        waiting, self._waiting, self._waiters = self._waiting, {}, 0
+        for asked in waiting.values():
+            for body, entries, answer in zip(asked.bodies, asked.entries, asked.answers, strict=True):
+                if answer.done():
+                    continue
+                self._numbers += 1
+                kind = protocol.APPEND_AGAIN if asked.kind == protocol.APPEND else asked.kind
+                again = self._waiting[self._numbers] = _Asked(kind, self._numbers, asked.until)
+                again.add(body, entries, answer)
+                self._waiters += 1
+                connection.send(again.frame())
 
     def _answered(self, message: protocol.Message) -> None:
-        waiting = self._waiting.pop(message.number, None)
+        asked = self._forget(message.number)
         if message.kind == protocol.REFUSED:
             self.error = json.loads(message.body)
-        elif waiting is not None and waiting.kind == protocol.APPEND:
+        elif asked is not None and asked.kind in _APPENDS:
             self.error = None
-        if waiting is None or waiting.answer.done():
+        if asked is None:
             return
         if message.kind == protocol.DONE:
-            waiting.answer.set_result(message.body)
+            asked.succeed(message.body)
         else:
-            waiting.answer.set_exception(_refused(json.loads(message.body)))
+            asked.fail(_refused(json.loads(message.body)))
 
     def _impatient(self) -> bool:
         return self._failing_since is not None and self._monotonic() > self._failing_since + _PATIENCE_S
@@ -330,10 +402,9 @@ class Recorder:
             self._failing_since = self._monotonic()
         if not self._impatient():
             return
-        refused, self._waiting = self._waiting, {}
-        for waiting in refused.values():
-            if not waiting.answer.done():
-                waiting.answer.set_exception(_refused(error.record()))
+        refused, self._waiting, self._waiters = self._waiting, {}, 0
+        for asked in refused.values():
+            asked.fail(_refused(error.record()))
 
 
 def spelled(event: Event, versions: Mapping[str, str]) -> bytes:

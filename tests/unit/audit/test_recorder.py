@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,46 @@ async def test_many_at_once_share_their_syncs_and_keep_their_order(tmp_path: Pat
     async with recording(tmp_path) as it:
         sequences = await asyncio.gather(*(it.recorder.record(event(number)) for number in range(500)))
         assert sequences == list(range(500))
+
+
+async def test_whoever_is_sent_in_one_frame_gets_the_sequence_of_its_own_last_entry(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        sizes = [1 + number % 3 for number in range(200)]
+        sequences = await asyncio.gather(*(it.recorder.record(*(event(1),) * size) for size in sizes))
+        assert sequences == [last - 1 for last in accumulate(sizes)]
+        assert await it.recorder.record(event(1)) == sum(sizes)
+
+
+async def test_one_that_gave_up_leaves_the_others_of_its_frame_their_answers(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        await it.recorder.record(event(0))
+        begun = [it.recorder.begin(event(number)) for number in range(1, 41)]
+        for answer in begun[::3]:
+            answer.cancel()
+        sequences = [protocol.SEQUENCE.unpack(await answer)[0] for answer in begun if not answer.cancelled()]
+        assert sequences == [number for number in range(1, 41) if number % 3 != 1]
+        assert len(it.entries()) == 41
+
+
+async def test_what_waits_is_bounded_and_what_was_answered_does_not_count(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        for _ in range(3):
+            begun = [it.recorder.begin(event(1)) for _ in range(4096)]
+            with pytest.raises(AuditUnavailable, match="nothing is served") as refused:
+                await it.recorder.record(event(1))
+            assert "4096 events wait already" in refused.value.cause
+            await asyncio.gather(*begun)
+
+
+async def test_an_append_that_fits_into_no_frame_is_refused_and_harms_no_other(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        await it.recorder.record(event(1))
+        long = [event(1)] * 1500
+        longest = [event(1)] * 10_000
+        waiting = [it.recorder.begin(event(1)), it.recorder.begin(*long), it.recorder.begin(event(1))]
+        with pytest.raises(ValueError, match=r"10000 events of \d+ bytes do not fit into a frame"):
+            await it.recorder.record(*longest)
+        assert [protocol.SEQUENCE.unpack(await each)[0] for each in waiting] == [1, 1501, 1502]
 
 
 async def test_a_checkpoint_is_signed_when_the_key_is_there_and_at_the_end(tmp_path: Path) -> None:
