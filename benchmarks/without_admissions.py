@@ -10,18 +10,17 @@ from api.__main__ import main
 from appliance.audit import Event
 from appliance.audit.events import TURN_ADMITTED
 from appliance.audit.node import NodeAudit
-from appliance.audit.protocol import SEQUENCE
 
 
 def leave_admissions_out() -> None:
     """From now on, what is to be recorded of an admission is not."""
     begin = NodeAudit.begin
 
-    def begun(self: NodeAudit, *events: Event) -> "asyncio.Future[bytes]":
+    def begun(self: NodeAudit, *events: Event) -> "asyncio.Future[int]":
         if events[0].kind is not TURN_ADMITTED:
             return begin(self, *events)
-        recorded: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        recorded.set_result(SEQUENCE.pack(0))
+        recorded: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        recorded.set_result(0)
         return recorded
 
     NodeAudit.begin = begun  # type: ignore[method-assign]

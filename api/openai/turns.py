@@ -103,7 +103,7 @@ class _Running:
     started_at: float
     began_s: float  # the same moment, by a clock that nobody sets
     prefix: Prefix | None = None
-    recorded: "asyncio.Future[bytes] | None" = None
+    recorded: "asyncio.Future[int] | None" = None
     broken_off_by: HoldfastError | None = None
     client_gone: bool = False
     settled: bool = False

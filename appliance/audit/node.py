@@ -101,7 +101,7 @@ class NodeAudit:
         """
         return await self._recorder.record(*events, privileged=privileged)
 
-    def begin(self, *events: Event) -> "asyncio.Future[bytes]":
+    def begin(self, *events: Event) -> "asyncio.Future[int]":
         """As `record`, for who has something else to do meanwhile: the future is done when they are on the disk, and
         raises what `record` would.
         """

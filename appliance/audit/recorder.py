@@ -39,6 +39,7 @@ _PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 5.0
 
 _APPENDS: Final = frozenset({protocol.APPEND, protocol.APPEND_AGAIN})
+_APPENDING: Final = _APPENDS | {protocol.APPEND_PRIVILEGED}
 
 Connect = Callable[[asyncio.Protocol], Awaitable[None]]
 
@@ -65,9 +66,9 @@ class _Asked:
         self.until = until
         self.bodies: list[bytes] = []
         self.entries: list[int] = []
-        self.answers: list[asyncio.Future[bytes]] = []
+        self.answers: list[asyncio.Future[Any]] = []
 
-    def add(self, body: bytes, entries: int, answer: "asyncio.Future[bytes]") -> None:
+    def add(self, body: bytes, entries: int, answer: "asyncio.Future[Any]") -> None:
         self.bodies.append(body)
         self.entries.append(entries)
         self.answers.append(answer)
@@ -82,12 +83,12 @@ class _Asked:
 
     def succeed(self, body: bytes) -> None:
         """Give everybody the answer; to an append, the sequence of its own last entry."""
-        if len(self.answers) == 1:
+        if self.kind not in _APPENDING:
             _give(self.answers[0], body)
             return
         (last,) = protocol.SEQUENCE.unpack(body)
         for answer, entries in zip(reversed(self.answers), reversed(self.entries), strict=True):
-            _give(answer, protocol.SEQUENCE.pack(last))
+            _give(answer, last)
             last -= entries
 
     def fail(self, error: AuditUnavailable) -> None:
@@ -96,9 +97,9 @@ class _Asked:
                 answer.set_exception(error)
 
 
-def _give(answer: "asyncio.Future[bytes]", body: bytes) -> None:
+def _give(answer: "asyncio.Future[Any]", result: bytes | int) -> None:
     if not answer.done():
-        answer.set_result(body)
+        answer.set_result(result)
 
 
 class _Connection(asyncio.Protocol):
@@ -209,12 +210,12 @@ class Recorder:
             AuditUnavailable: says which file and why.
             VaultSealed: an event of a tenant's, and there is no key to seal it with.
         """
-        return int(protocol.SEQUENCE.unpack(await self.begin(*events, privileged=privileged))[0])
+        return await self.begin(*events, privileged=privileged)
 
-    def begin(self, *events: Event, privileged: bool = False) -> "asyncio.Future[bytes]":
+    def begin(self, *events: Event, privileged: bool = False) -> "asyncio.Future[int]":
         """As `record`, for who has something else to do meanwhile: the events are on their way when this returns.
 
-        The future is done when they are on the disk, and its result is the last one's sequence, packed; what `record`
+        The future is done when they are on the disk, and its result is the last one's sequence; what `record`
         raises is the future's. Cancelled, what was sent already is written all the same.
         """
         kind = protocol.APPEND_PRIVILEGED if privileged else protocol.APPEND
@@ -222,7 +223,7 @@ class Recorder:
             body = protocol.pack_drafts([self._sealed(event) for event in events])
             return self._ask(kind, body, entries=len(events))
         except HoldfastError as error:
-            failed: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+            failed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
             failed.set_exception(error)
             return failed
 
@@ -294,7 +295,7 @@ class Recorder:
             tag=self._tag,
         )
 
-    def _ask(self, kind: int, body: bytes, *, entries: int = 0) -> "asyncio.Future[bytes]":
+    def _ask(self, kind: int, body: bytes, *, entries: int = 0) -> "asyncio.Future[Any]":
         if self._waiters >= _MOST_WAITING:
             raise _lost(f"{_MOST_WAITING} events wait already")
         if self._connection is None and self._impatient() and self.error is not None:
@@ -410,11 +411,7 @@ class Recorder:
 def spelled(event: Event, versions: Mapping[str, str]) -> bytes:
     """The event's record as `canonical` spells it. So does `to_json` of ordered names and whole numbers, faster."""
     record = event.record(versions)
-    return canonical(record) if any(map(_is_fraction, event.counts.values())) else to_json(record)
-
-
-def _is_fraction(value: float) -> bool:
-    return not isinstance(value, int)
+    return canonical(record) if float in map(type, event.counts.values()) else to_json(record)
 
 
 def _refused(record: Mapping[str, Any]) -> AuditUnavailable:
