@@ -31,7 +31,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from pydantic_core import to_json
-from sqlalchemy import Connection, Text, bindparam, delete, exists, insert, literal, select, update
+from sqlalchemy import Connection, Text, bindparam, delete, exists, func, insert, literal, select, update
 from sqlalchemy.engine import RowMapping
 
 from appliance.errors import Fault, HoldfastError
@@ -41,7 +41,7 @@ from appliance.sessions.deltas import Tip, encode_request, encode_token_ids, mes
 from appliance.sessions.history import answered_positions, history_links, shared_length
 from appliance.sessions.keeping import Keeping, keeping
 from appliance.sessions.misses import Account, Circumstances, Ran, Served, account_of, shared_tokens
-from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind
+from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind, TurnState
 from appliance.settings import SessionSettings
 from appliance.store import Change, Store, key_changes, tables
 from appliance.vault import KeyPurpose, Vault
@@ -76,6 +76,12 @@ class LabelNotKnown(HoldfastError):
     fault: ClassVar[Fault] = Fault.UNAVAILABLE
 
 
+class _Continuation:
+    """That a turn goes on from a session's latest answer; held by the turn, for as long as it is not written down."""
+
+    __slots__ = ("__weakref__",)
+
+
 @dataclass(eq=False, slots=True)
 class _Live:
     """A session in memory, shared by its turns that run at once."""
@@ -89,6 +95,8 @@ class _Live:
     turns: int
     origin: Origin
     parent_session_id: str | None = None
+    answered: int = 0  # the number of its latest turn that the engine finished
+    continued_by: "weakref.ref[_Continuation] | None" = None
     stored: bool = False
     forgotten: bool = False
     ran_until_s: float | None = None  # when its latest turn ended, by a clock that nobody sets, if it ran here
@@ -98,6 +106,17 @@ class _Live:
     salt: tuple[int, str] | None = None  # its epoch, and its own salt in that
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     __weakref__: Any = field(init=False, repr=False)
+
+    def continued_from(self, turn_number: int) -> _Continuation | None:
+        """The right to go on from a turn; None: the session has gone on from there, or is about to.
+
+        A turn that was broken off may be asked for again.
+        """
+        if turn_number < self.answered or (self.continued_by is not None and self.continued_by() is not None):
+            return None
+        continuation = _Continuation()
+        self.continued_by = weakref.ref(continuation)
+        return continuation
 
     @property
     def is_first_of_its_tree(self) -> bool:
@@ -134,6 +153,7 @@ class Session:
     _was_over: bool = field(repr=False, compare=False)
     _ends: int = field(repr=False, compare=False)
     _links: Sequence[bytes] = field(default=(), repr=False, compare=False)  # of the request, where they were needed
+    _continuation: _Continuation | None = field(default=None, repr=False, compare=False)
 
     def was_ended(self) -> bool:
         """Whether it was forgotten, or its client has said that it is over, since the turn was placed in it."""
@@ -186,6 +206,7 @@ class Registry(Archive):
         tenant_id, principal_id = _owner(caller)
         hints = turn.hints
         links: Sequence[bytes] = ()
+        continuation = None
         if hints.previous_response_id is not None:
             live = await self._of_response(tenant_id, principal_id, hints.previous_response_id)
         elif hints.client_id is not None and not _OWN_ID.fullmatch(hints.client_id):
@@ -195,9 +216,9 @@ class Registry(Archive):
             if named:
                 live = named
             else:
-                live, links = await self._of_history(tenant_id, principal_id, turn.messages)
+                live, links, continuation = await self._of_history(tenant_id, principal_id, turn.messages)
         self._remember(live)
-        return self._session(caller, turn.model, live, links)
+        return self._session(caller, turn.model, live, links, continuation)
 
     async def _of_response(self, tenant_id: str, principal_id: str, response_id: str) -> _Live:
         turns, sessions = tables.turns, tables.sessions
@@ -302,8 +323,8 @@ class Registry(Archive):
 
     async def _of_history(
         self, tenant_id: str, principal_id: str, messages: Sequence[Message]
-    ) -> tuple[_Live, list[bytes]]:
-        """The session, and the links of `messages` if they had to be made."""
+    ) -> tuple[_Live, list[bytes], _Continuation | None]:
+        """The session, the links of `messages` if they had to be made, and what to hold where it goes on."""
         positions = answered_positions(messages)[:_LOOKUP_LINKS]
         links: list[bytes] = []
         if positions:
@@ -312,10 +333,11 @@ class Registry(Archive):
             known = await self._known_link(tenant_id, principal_id, candidates)
             if known is not None:
                 live, at_turn = known
-                if live.turns == at_turn:
-                    return live, links
-                return self._begin(tenant_id, principal_id, Origin.INFERRED, parent=live), links
-        return self._begin(tenant_id, principal_id, Origin.NEW), links
+                continuation = live.continued_from(at_turn)
+                if continuation is not None:
+                    return live, links, continuation
+                return self._begin(tenant_id, principal_id, Origin.INFERRED, parent=live), links, None
+        return self._begin(tenant_id, principal_id, Origin.NEW), links, None
 
     async def _known_link(
         self, tenant_id: str, principal_id: str, candidates: Sequence[bytes]
@@ -350,7 +372,7 @@ class Registry(Archive):
         if known is not None:
             return known
         tree_id = row["tree_id"]
-        epoch = await self._epoch(tree_id)
+        epoch, answered = await self._epoch_and_answered(tree_id, session_id)
         known = self._live.get(session_id)
         if known is not None:
             return known
@@ -364,17 +386,24 @@ class Registry(Archive):
             turns=row["turns"],
             origin=Origin(row["origin"]),
             parent_session_id=row["parent_session_id"],
+            answered=answered,
             stored=True,
             is_over=is_over(row["last_used_at"], row["over_at"]),
         )
         self._live[session_id] = live
         return live
 
-    async def _epoch(self, tree_id: str) -> int:
-        trees = tables.trees
-        return await self._store.read(
-            lambda db: db.execute(select(trees.c.epoch).where(trees.c.tree_id == tree_id)).scalar_one()
-        )
+    async def _epoch_and_answered(self, tree_id: str, session_id: str) -> tuple[int, int]:
+        """The epoch of a tree, and the number of a session's latest turn that the engine finished; 0: none."""
+        trees, turns = tables.trees, tables.turns
+        finished = turns.c.session_id == session_id, turns.c.state == TurnState.COMPLETE.value
+
+        def query(db: Connection) -> tuple[int, int]:
+            epoch = db.execute(select(trees.c.epoch).where(trees.c.tree_id == tree_id)).scalar_one()
+            answered = db.execute(select(func.max(turns.c.number)).where(*finished)).scalar_one()
+            return epoch, answered or 0
+
+        return await self._store.read(query)
 
     def _begin(
         self,
@@ -400,7 +429,9 @@ class Registry(Archive):
         self._live[session_id] = live
         return live
 
-    def _session(self, caller: Caller, model: str, live: _Live, links: Sequence[bytes]) -> Session:
+    def _session(
+        self, caller: Caller, model: str, live: _Live, links: Sequence[bytes], continuation: _Continuation | None
+    ) -> Session:
         tenant_id = live.tenant_id
         isolation, cache_epoch = Isolation.SESSION, 0
         if caller.tenant is not None:
@@ -433,6 +464,7 @@ class Registry(Archive):
             _was_over=live.is_over,
             _ends=live.ends,
             _links=links,
+            _continuation=continuation,
         )
 
     def _own_salt(self, live: _Live) -> str:
@@ -558,6 +590,10 @@ class Registry(Archive):
                     self._vault.forget(live.session_id)  # the next try makes a key of its own
                 raise
             live.turns, live.stored = number, True
+            if outcome.state is TurnState.COMPLETE:
+                live.answered = number
+            if session._continuation is not None:
+                live.continued_by = None
             live.ran_until_s = None if outcome.ran_s is None else outcome.ran_s[1]
             if live.ends == ends:  # else: what was said meanwhile stands
                 live.is_over = last

@@ -12,7 +12,7 @@ from tests.engine.in_process import EngineInProcess
 def test_no_request_that_fits_waits_for_a_lease_and_nothing_is_lost(engine_in_process: EngineInProcess) -> None:
     seen = Seen()
 
-    @settings(max_examples=20, deadline=None, derandomize=True)
+    @settings(max_examples=20, derandomize=True)
     @given(deeds=DEEDS)
     def whatever_they_do(deeds: list[Deed]) -> None:
         live(engine_in_process, deeds, seen)

@@ -16,9 +16,9 @@ Rules:
 - What is closed and what a session diverged from is worth less than anything else; a context whose request waits, more,
   wherever it waits.
 - A gap that ends teaches, and one that never ended within the horizon teaches too. Old lessons fade.
-- Beyond `_TAIL_S` too few gaps are seen to tell cells apart: the worth falls as 1 / idle time, as the hazard of a heavy
-  tail does. Nor are enough seen to trust what tells classes apart there: two thirds of it are taken away. So the order
-  among the long idle is that of their last use, weighted a little by class.
+- Few gaps are longer than `_TAIL_S`. Until more are seen, the worth falls from there on as 1 / idle time, as the hazard
+  of a heavy tail does: the order among the long idle is that of their last use, weighted by class. What is seen then
+  outweighs that, cell by cell, as it does below.
 - So many sessions are known at most; those idle longest are forgotten first, and worth nothing then.
 """
 
@@ -37,7 +37,7 @@ _WANTED: Final = math.inf
 
 _HORIZON_S: Final = 4 * 3600.0
 _TAIL_S: Final = 300.0
-_TRUST_IN_CLASS: Final = 1 / 3  # beyond `_TAIL_S`; at 0 all classes are one, at 1 each stands alone
+_TAIL_REACHES_S: Final = 3000.0  # what a prior says of the gaps between the two is its whole tail's
 _CELL_RATIO: Final = 1.25
 _STRENGTH_OF_PRIOR: Final = 60.0  # gaps that it weighs as much as
 _STRENGTH_OF_WIDER: Final = 30.0
@@ -90,6 +90,7 @@ _EDGES: Final = tuple(_edges())  # of the cells of idle time
 _CELLS: Final = len(_EDGES) - 1
 _WIDTHS: Final = tuple(end - start for start, end in pairwise(_EDGES))
 _TAIL_CELL: Final = bisect_right(_EDGES, _TAIL_S) - 1
+_TAIL_CELLS: Final = bisect_right(_EDGES, _TAIL_REACHES_S) - 1 - _TAIL_CELL
 
 
 class _Class(NamedTuple):
@@ -251,9 +252,9 @@ class RetentionPolicy:
             self._worth = self._reckoned()
         worth = self._worth[known.kind]
         idle_s = now - known.finished_at
-        if idle_s < _TAIL_S:
+        if idle_s < _HORIZON_S:
             return worth[bisect_right(_EDGES, max(idle_s, 0.0)) - 1]
-        return worth[-1] * _TAIL_S / idle_s
+        return worth[-1] * _HORIZON_S / idle_s
 
     def expected(self, *, now: float, most: int) -> list[tuple[Hashable, float]]:
         """Whose return is expected, with what its KV is worth: those who are awaited first, in the order in which they
@@ -351,15 +352,8 @@ class RetentionPolicy:
         self._seen /= 2
 
     def _reckoned(self) -> dict[_Class, tuple[float, ...]]:
-        """The worth of each class at the beginning of each cell up to that of `_TAIL_S`, and then at `_TAIL_S`."""
-        densities = {kind: _hit_densities(self._hazards(kind)) for kind in _CLASSES}
-        seen = {kind: 1.0 + gaps.lasted + math.fsum(gaps.ended) for kind, gaps in self._gaps.items()}
-        logs = {kind: math.log(density[_TAIL_CELL]) for kind, density in densities.items()}
-        mean = math.fsum(seen[kind] * logs[kind] for kind in _CLASSES) / math.fsum(seen.values())
-        return {
-            kind: (*density, math.exp(mean + _TRUST_IN_CLASS * (logs[kind] - mean)))
-            for kind, density in densities.items()
-        }
+        """The worth of each class at the beginning of each cell."""
+        return {kind: _hit_densities(self._hazards(kind)) for kind in _CLASSES}
 
     def _hazards(self, kind: _Class) -> list[float]:
         """The probability that a gap that reached a cell ends in it."""
@@ -389,8 +383,12 @@ def _shrunk(gaps: _Gaps, expected: Sequence[float], strength: float) -> list[flo
 
 
 def _prior_hazards(prior: _Prior) -> list[float]:
-    left = [1.0 - (1.0 - prior.never) * _share_within(prior.within_s, edge) for edge in _EDGES]
-    return [1.0 - after / before for before, after in pairwise(left)]
+    left = [1.0 - (1.0 - prior.never) * _share_within(prior.within_s, edge) for edge in _EDGES[: _TAIL_CELL + 1]]
+    head = [1.0 - after / before for before, after in pairwise(left)]
+    # The same hazard in each cell of the tail: cells grow with idle time, so it falls as 1 / idle time.
+    left_in_the_end = 1.0 - (1.0 - prior.never) * _share_within(prior.within_s, _TAIL_REACHES_S)
+    in_tail = 1.0 - (left_in_the_end / left[-1]) ** (1 / _TAIL_CELLS)
+    return [*head, *[in_tail] * (_CELLS - _TAIL_CELL)]
 
 
 def _share_within(within_s: Sequence[float], gap_s: float) -> float:
@@ -406,9 +404,9 @@ def _share_within(within_s: Sequence[float], gap_s: float) -> float:
 
 
 def _hit_densities(hazards: Sequence[float]) -> tuple[float, ...]:
-    """The hit density at the beginning of each cell up to that of `_TAIL_S`."""
+    """The hit density at the beginning of each cell."""
     densities = []
-    for start in range(_TAIL_CELL + 1):
+    for start in range(_CELLS):
         left, returned, held_s, best = 1.0, 0.0, 0.0, 0.0
         for hazard, width_s in zip(hazards[start:], _WIDTHS[start:], strict=True):
             held_s += width_s * left * (1.0 - hazard / 2)  # who returns within a cell does so in its middle

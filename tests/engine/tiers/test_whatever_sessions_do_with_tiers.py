@@ -39,7 +39,7 @@ def test_no_request_that_fits_waits_for_a_lease_and_nothing_is_lost(
 ) -> None:
     seen = Seen()
 
-    @settings(max_examples=15, deadline=None, derandomize=True)
+    @settings(max_examples=15, derandomize=True)
     @given(deeds=DEEDS)
     def whatever_they_do(deeds: list[Deed]) -> None:
         live(engines[name], deeds, seen)

@@ -124,7 +124,7 @@ def is_one_line(payload: bytes) -> bool:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(records(), st.sampled_from(sorted(CATALOGUE)))
 def test_cef_gives_back_what_was_put_in(record: dict[str, Any], kind: int) -> None:
     disclosed = disclosed_of(kind, record)
@@ -155,7 +155,7 @@ def test_cef_gives_back_what_was_put_in(record: dict[str, Any], kind: int) -> No
     assert cef.Cef().read(line[cef.Cef().find(line) :]) == Carried(ORIGIN, disclosed)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(records(), st.sampled_from(sorted(CATALOGUE)))
 def test_leef_gives_back_what_was_put_in(record: dict[str, Any], kind: int) -> None:
     disclosed = disclosed_of(kind, record)
@@ -188,7 +188,7 @@ def test_leef_gives_back_what_was_put_in(record: dict[str, Any], kind: int) -> N
     assert leef.Leef().read(line[leef.Leef().find(line) :]) == Carried(ORIGIN, disclosed)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(records(), st.sampled_from(sorted(CATALOGUE)))
 def test_ecs_gives_back_what_was_put_in(record: dict[str, Any], kind: int) -> None:
     disclosed = disclosed_of(kind, record)
@@ -216,7 +216,7 @@ def _check_proof(proof: dict[str, Any], disclosed: Disclosed) -> None:
 
 
 @pytest.mark.parametrize("format_", FORMATS.values(), ids=lambda each: each.name)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_an_event_that_was_altered_anywhere_is_refused(format_: Format, data: st.DataObject) -> None:
     disclosed = disclosed_of(40, data.draw(records()))

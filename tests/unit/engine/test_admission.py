@@ -216,7 +216,7 @@ def histories(draw: st.DrawFn) -> list[tuple[str, int, int, int, int]]:
     return draw(st.lists(st.tuples(kinds, number, number, number, number), max_size=120))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(histories(), st.integers(1, 4), st.integers(1, 12))
 def test_nobody_is_forgotten_and_nothing_is_exceeded(
     history: list[tuple[str, int, int, int, int]], sequences: int, most_waiting: int
@@ -265,7 +265,7 @@ def test_nobody_is_forgotten_and_nothing_is_exceeded(
     assert len(world.let_in) == len(set(world.let_in))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 5000), min_size=20, max_size=60), st.sampled_from([0.5, 1.0, 2.0, 4.0]))
 def test_tenants_that_always_wait_get_their_shares(costs: list[int], weight: float) -> None:
     world = World()
@@ -297,7 +297,7 @@ def test_tenants_that_always_wait_get_their_shares(costs: list[int], weight: flo
     assert abs(had["light"] - had["heavy"]) <= slack + 2 * largest
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 30)), min_size=1, max_size=80))
 def test_waiting_is_bounded_by_the_limit_and_by_those_who_waited_longer(arrivals: list[tuple[int, int]]) -> None:
     """One tenant, one sequence, each turn a second: who is overdue is passed by nobody who came later."""

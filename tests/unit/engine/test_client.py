@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.engine.client import EngineClient, EngineLost, EngineRejected, EngineUnavailable, ModelCard
@@ -140,7 +140,6 @@ def plain(text: bytes) -> bool:
     return b"\n" not in text and b"\r" not in text and text != b"[DONE]" and not text.startswith(b'{"error":')
 
 
-@settings(deadline=None)
 @given(
     texts=st.lists(st.binary(min_size=1, max_size=40).filter(plain)),
     cuts=st.lists(st.integers(0, 400), max_size=30),

@@ -474,5 +474,5 @@ class TableAgainstPool(RuleBasedStateMachine):
         assert deadlines == sorted(deadlines)
 
 
-TableAgainstPool.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TableAgainstPool.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestTableAgainstPool = TableAgainstPool.TestCase

@@ -58,7 +58,7 @@ def test_who_called_a_tool_is_worth_more_than_who_answered(policy: RetentionPoli
 
 def test_worth_falls_once_the_likely_moment_has_passed(policy: RetentionPolicy) -> None:
     turn(policy, "one", 0.0)
-    later = [worth(policy, "one", idle) for idle in (5.0, 60.0, 299.0, 301.0, HOUR, 10 * HOUR)]
+    later = [worth(policy, "one", idle) for idle in (5.0, 60.0, 299.0, 400.0, HOUR, 10 * HOUR)]
     assert later == sorted(set(later), reverse=True)
     assert later[-1] > 0
 
@@ -71,15 +71,26 @@ def test_among_the_long_idle_the_one_used_last_is_worth_most(policy: RetentionPo
     assert worths == sorted(worths)
 
 
-def test_why_a_turn_stopped_weighs_less_among_the_long_idle(policy: RetentionPolicy) -> None:
-    turn(policy, "tool", 0.0, "tool_use")
-    turn(policy, "answer", 0.0, "end_turn")
+@pytest.mark.parametrize("stop", ["tool_use", "end_turn", None])
+def test_as_long_as_nothing_was_seen_of_the_long_idle_worth_falls_as_idle_time_grows(
+    stop: str | None, policy: RetentionPolicy
+) -> None:
+    turn(policy, "one", 0.0, stop)
+    for idle in (400.0, 800.0, 1600.0, 3200.0):
+        assert 0.6 < 2 * worth(policy, "one", 2 * idle) / worth(policy, "one", idle) < 1.6
 
-    def apart(idle_s: float) -> float:
-        return abs(math.log(worth(policy, "tool", idle_s) / worth(policy, "answer", idle_s)))
 
-    assert 0 < apart(300.0) < apart(299.0) / 2
-    assert apart(HOUR) == pytest.approx(apart(300.0))
+def test_what_was_seen_of_the_long_idle_outweighs_that(policy: RetentionPolicy) -> None:
+    untaught = RetentionPolicy()
+    for number in range(400):  # they return after fifty minutes, all of them
+        turn(policy, f"session {number % 20}", 3000.0 * (number // 20) + number % 20, "end_turn")
+    start = 3000.0 * 20
+    for each in (policy, untaught):
+        turn(each, "soon", start, "end_turn")
+        turn(each, "later", start + 1500.0, "end_turn")
+    now = start + 2800.0
+    assert worth(policy, "soon", now) > worth(policy, "later", now)
+    assert worth(untaught, "soon", now) < worth(untaught, "later", now)
 
 
 def test_what_a_sessions_own_gaps_were_says_when_it_returns(policy: RetentionPolicy) -> None:

@@ -151,6 +151,52 @@ async def test_a_second_continuation_of_one_point_is_a_branch_of_the_same_tree(w
     assert branch.lease_label != first.lease_label
 
 
+async def test_of_two_continuations_that_run_at_once_one_is_a_branch(world: World) -> None:
+    first = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    answer = {"role": "assistant", "content": "Hello."}
+    said = [[HELLO, answer, {"role": "user", "content": side}] for side in ("left", "right")]
+    turns = [chat(*messages) for messages in said]
+    sessions = await asyncio.gather(*(world.sessions.resolve(caller(), turn) for turn in turns))
+    assert sorted(session.session_id == first.session_id for session in sessions) == [False, True]
+    assert {session.salt for session in sessions} == {first.salt}
+    for session, turn in zip(sessions, turns, strict=True):
+        await world.sessions.record(session, turn, outcome("Done."))
+    for session, messages in zip(sessions, said, strict=True):
+        longer = chat(*messages, {"role": "assistant", "content": "Done."}, HELLO)
+        assert (await world.sessions.resolve(caller(), longer)).session_id == session.session_id
+
+
+async def test_a_continuation_that_was_given_up_is_in_nobodys_way(world: World) -> None:
+    first = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    longer = chat(HELLO, {"role": "assistant", "content": "Hello."}, HELLO)
+    given_up = await world.sessions.resolve(caller(), longer)
+    assert given_up.session_id == first.session_id
+    del given_up
+    assert (await world.sessions.resolve(caller(), longer)).session_id == first.session_id
+
+
+@pytest.mark.parametrize("state", [TurnState.INTERRUPTED, TurnState.FAILED])
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_a_turn_that_was_broken_off_is_asked_again_in_its_session(
+    state: TurnState, restarted: bool, world: World
+) -> None:
+    first = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    longer = chat(HELLO, {"role": "assistant", "content": "Hello."}, HELLO)
+    for number in range(2):
+        broken = await world.sessions.resolve(caller(), longer)
+        assert broken.session_id == first.session_id
+        await world.sessions.record(
+            broken, longer, replace(outcome("Hel", response=f"chatcmpl-b{number}"), state=state)
+        )
+    del broken
+    sessions = world.reopened() if restarted else world.sessions
+    again = await sessions.resolve(caller(), longer)
+    assert again.session_id == first.session_id
+    await sessions.record(again, longer, outcome("Hello again.", response="chatcmpl-again"))
+    branch = await sessions.resolve(caller(), longer)
+    assert branch.session_id != first.session_id
+
+
 async def test_the_same_words_from_another_principal_are_another_session(world: World) -> None:
     first = await say(world.sessions, caller(), chat(HELLO), "Hello.")
     answer = {"role": "assistant", "content": "Hello."}

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.errors import HoldfastError
@@ -31,7 +31,6 @@ from appliance.vault import vault as vault_module
 from tests.unit.vault.keystore import MemoryKeys
 
 # How long an example takes is the machine's affair; the test has a deadline of its own.
-_at_any_speed = settings(deadline=None)
 PLACE = Binding("turns", "request", "trn_1", "ten_1", 1)
 
 
@@ -78,7 +77,6 @@ _NAMES = st.text(max_size=8)
 _PLACES = st.builds(Binding, _NAMES, _NAMES, _NAMES, _NAMES, st.integers(0, 2**64 - 1), st.binary(max_size=8))
 
 
-@_at_any_speed
 @given(_PLACES, st.sampled_from([field.name for field in dataclasses.fields(Binding)]), st.data())
 def test_an_envelope_does_not_open_when_one_part_of_its_place_is_another(
     place: Binding, part: str, data: st.DataObject
@@ -97,7 +95,6 @@ def test_an_envelope_does_not_open_when_one_part_of_its_place_is_another(
     assert f"{other.table}.{other.column} in row {other.row}" in caught.value.message
 
 
-@_at_any_speed
 @given(_PLACES, _PLACES)
 def test_no_two_places_read_the_same(one: Binding, other: Binding) -> None:
     assert (one.associated_data() == other.associated_data()) == (one == other)
@@ -108,7 +105,6 @@ def test_text_cannot_move_from_one_part_of_a_place_to_the_next() -> None:
     assert left.associated_data() != right.associated_data()
 
 
-@_at_any_speed
 @given(plaintext=st.binary(max_size=64), data=st.data())
 def test_a_changed_envelope_is_refused_and_the_row_named(plaintext: bytes, data: st.DataObject) -> None:
     vault = Vault(MemoryKeys())
@@ -326,7 +322,6 @@ def test_after_a_crash_every_reserved_use_counts_as_made(vault: Vault, keys: Mem
     assert keys.reservations == [(record.key_id, 2 * record.uses_reserved)]
 
 
-@_at_any_speed
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=12))
 def test_whatever_crashes_between_the_store_accounts_for_every_use(runs: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
