@@ -167,7 +167,8 @@ class Console:
                 )
             api_key = offered.decode()
         if not self.state_dir_was_named and not self.state_dir.exists() and self.demonstration_dir.exists():
-            self.say(f"There is a demonstration: {COMMAND} --state-dir {shlex.quote(str(self.demonstration_dir))} …")
+            where = shlex.quote(str(self.demonstration_dir))
+            self.say(f"There is a demonstration: {_own_name()} --state-dir {where} …")
         return AdminClient(self.state_dir, api_key=api_key, deadline_s=deadline_s)
 
     def suggest(self, words: str) -> str:

@@ -9,6 +9,7 @@ Rules:
 - The tree is frozen: whoever wants another value builds another tree.
 """
 
+import functools
 import ipaddress
 import json
 import os
@@ -286,11 +287,29 @@ def _file_settings(path: Path) -> dict[str, Any]:
 def _environment_settings(environment: Mapping[str, str]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for variable, text in environment.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX) or "__" not in variable:
+        if not variable.startswith(ENVIRONMENT_PREFIX):
             continue
-        section, _, name = variable.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
-        tree.setdefault(section, {})[name] = _value(text)
+        section, underscores, name = variable.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
+        if underscores:
+            tree.setdefault(section, {})[name] = _value(text)
+        elif (meant := _mistyped().get(section)) is not None:
+            raise SettingsError(
+                f"the environment's {variable} is not a setting",
+                cause="two underscores part a section from its setting",
+                remedy=f"Write {meant}, or unset it",
+            )
     return tree
+
+
+@functools.cache
+def _mistyped() -> dict[str, str]:
+    """What settings are called with one underscore too few, and their right names."""
+    return {
+        f"{section}_{name}": f"{ENVIRONMENT_PREFIX}{section}__{name}".upper()
+        for section, field in Settings.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
+        for name in field.annotation.model_fields
+    }
 
 
 def _value(text: str) -> Any:

@@ -631,7 +631,7 @@ class Turns:
         if isinstance(error, EngineUnavailable | EngineLost):
             self._services.watch.missed()
         if isinstance(error, EngineRejected):
-            return _refusal(error, running.session)
+            return _refusal(error, running.session, running.asked.turn.kind)
         return error
 
 
@@ -687,14 +687,16 @@ def _unfinished() -> HoldfastError:
     )
 
 
-def _refusal(rejected: EngineRejected, session: Session) -> HoldfastError:
+def _refusal(rejected: EngineRejected, session: Session, kind: TurnKind) -> HoldfastError:
     said = _engine_message(rejected.body, session)
     if "maximum context length" in said:
+        chat = kind is TurnKind.CHAT
+        shorter = "Leave out or summarise the oldest messages" if chat else "Shorten the prompt"
         return ContextTooLong(
-            "the conversation is longer than the model can take",
+            f"the {'conversation' if chat else 'prompt'} is longer than the model can take",
             cause=said,
-            remedy="Leave out or summarise the oldest messages, or ask for fewer tokens",
-            param="messages",
+            remedy=f"{shorter}, or ask for fewer tokens",
+            param="messages" if chat else "prompt",
         )
     return EngineRefused("the engine refused the request", cause=said, remedy="Correct the request")
 

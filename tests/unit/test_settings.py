@@ -104,3 +104,11 @@ def test_an_override_can_come_from_the_environment() -> None:
         "HOLDFAST_AUDIT__RETENTION_OVERRIDE": '{ by = "D. Officer", reason = "not a high-risk system" }',
     }
     assert load_settings(environment=environment, state_dir=Path("/nowhere")).audit.retention_days == 90
+
+
+def test_a_variable_with_one_underscore_too_few_is_told_and_any_other_of_that_name_left_alone() -> None:
+    for variable, meant in (("GATEWAY_PORT", "GATEWAY__PORT"), ("ENGINE_MAX_MODEL_LEN", "ENGINE__MAX_MODEL_LEN")):
+        with pytest.raises(SettingsError, match=f"HOLDFAST_{variable} is not a setting") as refused:
+            load_settings({}, environment={f"HOLDFAST_{variable}": "1"}, state_dir=Path("/nowhere"))
+        assert f"HOLDFAST_{meant}" in refused.value.remedy
+    load_settings({}, environment={"HOLDFAST_ENGINE_DIR": "/x", "HOLDFAST_STATE_DIR": "/y"}, state_dir=Path("/nowhere"))

@@ -186,6 +186,10 @@ def test_a_context_longer_than_the_model_is_openai_s_error(served: Served) -> No
         client.chat.completions.create(model=MODEL, messages=said("long " * 10_000))
     assert refused.value.code == "context_length_exceeded"
     assert "maximum context length is 8192" in refused.value.message
+    assert refused.value.param == "messages"
+    with served.sdk() as client, pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model=MODEL, prompt="long " * 10_000)
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "prompt")
 
 
 def test_a_stream_that_breaks_raises_in_the_sdk(served: Served) -> None:
