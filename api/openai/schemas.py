@@ -7,12 +7,15 @@ vLLM's front end with it. So what is compiled is bounded here.
 Rules:
 
 - What is bounded is counted over all the schemas of a request, before anything is kept or sent.
-- A schema within the bounds is not judged: the engine says what it does not know. Except one that nothing can fulfil
-  because it is defined by itself alone: the engine compiles it, and fails when no token may come.
+- A schema within the bounds is not judged: the engine says what it does not know. Except where it does not say so: one
+  that nothing can fulfil because it is defined by itself alone (the engine compiles it, and fails when no token may
+  come), and what xgrammar leaves out of a grammar without a word to the client: a pattern that looks ahead or behind,
+  and a reference to somewhere else than the schema itself.
 - The bounds on choices and on texts are OpenAI's own for structured outputs, those on patterns and on numbers are ours.
 - No I/O.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -30,6 +33,8 @@ MOST_DEPTH: Final = 1_000  # levels, of the deepest schema, times the number of 
 
 _CHOICES = ("enum", "anyOf", "oneOf", "allOf", "prefixItems")
 _PROPERTY_COUNTS = ("minProperties", "maxProperties")
+# An escaped character, a class of characters, or what begins to look ahead or behind.
+_LOOKING = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|(?P<looks>\(\?<?[=!])", re.DOTALL)
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", *_PROPERTY_COUNTS)
 
 
@@ -52,6 +57,7 @@ def check_schemas(param: str, schemas: Iterable[Mapping[str, Any]]) -> None:
             characters += sum(map(len, value))
             choices += sum(len(value[name]) for name in _CHOICES if isinstance(value.get(name), list))
             if isinstance(reference := value.get("$ref"), str):
+                _check_reference(param, reference)
                 referred_to.add(reference)
             objects.append((value, root))
             left.extend((within, depth + 1, root) for within in value.values())
@@ -70,9 +76,9 @@ def check_schemas(param: str, schemas: Iterable[Mapping[str, Any]]) -> None:
 def _check_object(param: str, value: Mapping[str, Any]) -> None:
     pattern, named = value.get("pattern"), value.get("patternProperties")
     if isinstance(pattern, str):
-        _check_pattern(param, pattern)
+        _check_pattern(param, "pattern", pattern)
     for name in named if isinstance(named, dict) else ():
-        _check_pattern(param, name)
+        _check_pattern(param, "name in patternProperties", name)
     counts: dict[str, int] = {}
     for name in _COUNTS:
         count = value.get(name)
@@ -119,9 +125,7 @@ def _ways(value: Mapping[str, Any], root: Mapping[str, Any]) -> Sequence[Any]:
 
 
 def _referred_to(reference: str, root: Any) -> Any:
-    """What a reference within a schema names (RFC 6901); None: nothing there, or somewhere else."""
-    if not reference.startswith("#"):
-        return None
+    """What a reference within a schema names (RFC 6901); None: nothing is there."""
     at = root
     for part in reference[1:].split("/")[1:]:
         name = part.replace("~1", "/").replace("~0", "~")
@@ -134,10 +138,19 @@ def _referred_to(reference: str, root: Any) -> Any:
     return at
 
 
-def _check_pattern(param: str, pattern: str) -> None:
-    _bound(param, "characters in a pattern", len(pattern), MOST_PATTERN_CHARACTERS)
+def _check_pattern(param: str, what: str, pattern: str) -> None:
+    _bound(param, f"characters in a {what}", len(pattern), MOST_PATTERN_CHARACTERS)
     if "\0" in pattern:
-        raise _refusal(param, "a pattern has the character U+0000")
+        raise _refusal(param, f"a {what} has the character U+0000")
+    if looks := next((found["looks"] for found in _LOOKING.finditer(pattern) if found["looks"]), None):
+        raise _refusal(param, f"a {what} looks ahead or behind with {looks}…), to which no answer can be held")
+
+
+def _check_reference(param: str, reference: str) -> None:
+    if reference != "#" and not reference.startswith("#/"):
+        raise _refusal(
+            param, "a $ref is neither # nor begins with #/: no answer can be held to what is not in the schema itself"
+        )
 
 
 def _bound(param: str, counted: str, there: int, allowed: int) -> None:

@@ -459,9 +459,9 @@ class _Proof:
     # Words
 
     async def words(self) -> list[Check]:
-        """No salt, key, or word of a prompt in events, metrics and logs."""
+        """No salt, key, or word of a prompt, a stop string or a schema in events, metrics and logs."""
         services = self._services
-        needles = await self._needles()
+        needles = [*await self._asked_for(), *await self._needles()]
         events = await asyncio.to_thread(self._events)
         texts = {
             "events": events,
@@ -483,6 +483,15 @@ class _Proof:
                 )
             )
         return checks
+
+    async def _asked_for(self) -> list[tuple[str, str]]:
+        """Ask for an answer with a stop string and a schema, of the kind that xgrammar has something to say of."""
+        stop, word = _made_up(1), _made_up(1)
+        schema = {"type": "string", "pattern": f"a^{word}$b"}
+        wanted = {"type": "json_schema", "json_schema": {"name": "words", "schema": schema}}
+        asker, text = self._parties[0].asker, self._text(words=4)
+        await asker.ask(text.messages, session="asked-for", stop=[stop], response_format=wanted)
+        return [("a stop string", stop), ("a word of a schema", word)]
 
     async def _needles(self) -> list[tuple[str, str]]:
         needles = [("a word of a prompt", word) for text in self._texts for word in text.split()[:2]]

@@ -8,6 +8,7 @@ Rules:
 - A start that can heal is repeated, after a pause that doubles up to a minute and is short again once the engine has
   been ready for a minute. One that cannot (a model that is not there, an option that vLLM refuses) fails at once, and
   so does an engine that was never ready after three starts: `EngineFailed` says what the engine said last.
+- What the engine writes is kept in its log: all of it until it serves, then what `log` says of it.
 - Clock and sleep are passed in. What starts here ends here: `stop` and the gateway's own death take every process of
   the engine with them.
 """
@@ -18,6 +19,7 @@ import enum
 import json
 import os
 import re
+import secrets
 import signal
 import time
 from collections import deque
@@ -29,7 +31,7 @@ from typing import ClassVar, TypeVar
 from appliance.engine.cage import belongs_to, sweep
 from appliance.engine.client import EngineClient, EngineUnavailable
 from appliance.engine.command_line import LOGGING_NAME, EngineSpec, cage_line, command_line, environment
-from appliance.engine.log import logging_config
+from appliance.engine.log import RAISED, SERVING_NAME, Sieve, logging_config
 from appliance.engine.tier_keys import KeyChannel
 from appliance.errors import Fault, HoldfastError
 
@@ -246,8 +248,9 @@ class EngineProcess:
     async def _live(self) -> "_Death":
         """One life of the engine, from its start to its end."""
         spec = self.spec
-        _furnish(spec)
-        log = _Log(spec.log_path)
+        mark, serving = secrets.token_hex(16), spec.run_dir / SERVING_NAME
+        _furnish(spec, mark, serving)
+        log, sieve = _Log(spec.log_path), Sieve(mark, serving.exists)
         report_read, report_write = os.pipe()
         self.started_at, started_at = self._now(), time.time()
         keys = None if self._keys is None else self._keys.open(self.owns)
@@ -272,12 +275,13 @@ class EngineProcess:
             if keys is not None:
                 keys.close()
         exited = _exit_of(process.pid)
-        copying, heeding = asyncio.create_task(_copy(process, log)), asyncio.create_task(self._heed(report_read))
+        copying, heeding = asyncio.create_task(_copy(process, sieve, log)), asyncio.create_task(self._heed(report_read))
         ready_at: float | None = None
         silence = ""
         try:
             silence = await self._until_ready(exited)
             if not exited.done() and not silence:
+                serving.touch(mode=0o600)
                 ready_at = self._now()
                 self._become(EngineState.READY, f"it serves {spec.served_name}")
                 silence = await self._until_silent(exited)
@@ -289,6 +293,7 @@ class EngineProcess:
                 sweep(spec.run_dir, started_at)  # the cage was killed: it could not
             await asyncio.wait({copying}, timeout=STOP_GRACE_S)
             copying.cancel()
+            log.write(sieve.end())
             heeding.cancel()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_GRACE_S):
@@ -389,10 +394,10 @@ class _Log:
         os.close(self._descriptor)
 
 
-async def _copy(process: asyncio.subprocess.Process, log: _Log) -> None:
+async def _copy(process: asyncio.subprocess.Process, sieve: Sieve, log: _Log) -> None:
     if process.stdout is not None:
-        while text := await process.stdout.read(1 << 16):
-            log.write(text)
+        while output := await process.stdout.read(1 << 16):
+            log.write(sieve.pass_on(output))
 
 
 def _exit_of(pid: int) -> "asyncio.Future[None]":
@@ -442,7 +447,7 @@ def _result(heeding: "asyncio.Task[dict[str, object]]") -> dict[str, object]:
     return {}
 
 
-def _furnish(spec: EngineSpec) -> None:
+def _furnish(spec: EngineSpec, mark: str, serving: Path) -> None:
     """Make the engine's private folder, with what it reads there."""
     spec.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     spec.run_dir.chmod(0o700)
@@ -452,9 +457,10 @@ def _furnish(spec: EngineSpec) -> None:
             spec.disk_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not spec.disk_dir.is_symlink():
                 spec.disk_dir.chmod(0o700)
+    serving.unlink(missing_ok=True)
     configuration = spec.run_dir / LOGGING_NAME
     configuration.touch(mode=0o600)
-    configuration.write_text(json.dumps(logging_config()))
+    configuration.write_text(json.dumps(logging_config(mark, str(serving))))
 
 
 def _missing(spec: EngineSpec) -> EngineFailed | None:
@@ -498,7 +504,9 @@ def too_much_dram(dram_bytes: int, meminfo: str) -> EngineFailed | None:
 # What a Python exception looks like, at the end of a traceback, behind whatever a logger put in front of it.
 _EXCEPTION = re.compile(r"(?:^|\s)(?P<kind>(?:\w+\.)*\w*(?:Error|Exception))(?:: (?P<text>.*))?$")
 _ARGUMENT = re.compile(r"error: (?P<text>(?:unrecognized|argument|the following) .*)$")
-_SECOND_HAND = "Engine core initialization failed"  # what the front end says after the core has said why
+_RAISED = re.compile(rf"{re.escape(RAISED)}(?P<kind>\w+)")
+# What the front end says after the core has said why: of a start, and of an engine that served.
+_SECOND_HAND = ("Engine core initialization failed", "EngineDeadError")
 _FINAL_KINDS = (
     "FileNotFoundError",
     "HFValidationError",
@@ -529,30 +537,36 @@ def _death(tail: Sequence[str], outcome: Mapping[str, object], silence: str, rea
     number = outcome.get("signal")
     if isinstance(number, int):
         return _Death(f"it was killed by signal {number} ({_signal_name(number)})", ready_for_s=ready_for_s)
-    said, final = _said(list(tail), quote=ready_for_s is None)
+    said, final = _said(tail) if ready_for_s is None else (_kind_raised(tail), False)
     code = outcome.get("code")
     how = f"it ended with status {code}" if isinstance(code, int) else "its cage was killed"
-    return _Death(f"{how}: {said}" if said else how, final=final and ready_for_s is None, ready_for_s=ready_for_s)
+    return _Death(f"{how}: {said}" if said else how, final=final, ready_for_s=ready_for_s)
 
 
-def _said(tail: Sequence[str], *, quote: bool) -> tuple[str, bool]:
-    """The last cause that stands in the log, and whether it is one that no other start would change.
-
-    An engine that served may have quoted a request: `quote` off gives the exception's type alone.
-    """
+def _said(tail: Sequence[str]) -> tuple[str, bool]:
+    """The last cause that stands in the log, and whether it is one that no other start would change."""
     for index in range(len(tail) - 1, -1, -1):
         line = tail[index]
-        if quote and (found := _ARGUMENT.search(line)):
+        if found := _ARGUMENT.search(line):
             return found["text"], True
         found = _EXCEPTION.search(line)
-        if found is None or _SECOND_HAND in line:
+        if found is None or any(words in line for words in _SECOND_HAND):
             continue
         kind, text = found["kind"].rpartition(".")[2], found["text"] or ""
         if kind == "ValidationError" and index + 1 < len(tail):
             text = tail[index + 1].strip()  # pydantic says on the next line what is wrong
         heals = kind not in _FINAL_KINDS or "memory" in text.lower()
-        return f"{kind}: {text}" if text and quote else kind, not heals
-    return tail[-1].strip() if tail and quote else "", False
+        return f"{kind}: {text}" if text else kind, not heals
+    return tail[-1].strip() if tail else "", False
+
+
+def _kind_raised(tail: Sequence[str]) -> str:
+    """The last type of exception in the log of an engine that served."""
+    for line in reversed(tail):
+        found = _RAISED.search(line)
+        if found is not None and not any(words in line for words in _SECOND_HAND):
+            return found["kind"]
+    return ""
 
 
 def _signal_name(number: int) -> str:

@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from appliance.engine import picture, protocol, wire
+from appliance.engine.log import say_serving
 from appliance.engine.tier_keys import hand_down
 
 _logger = logging.getLogger(f"vllm.{__name__}")
@@ -115,12 +116,13 @@ class LeaseEndpoints:
         app.add_middleware(_EndOfRequests, ended=self._request_ended)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:  # noqa: ARG002
-        """Start the timer."""
+        """Start the timer. vLLM takes requests when this has returned: what it writes is limited from here on."""
         from appliance.engine.inside import connector
 
         self._engine_client = engine_client
         self._timer = ExpiryTimer(lambda: connector.lease_tick(engine_client))
         self._running = asyncio.create_task(self._timer.run(), name="holdfast-lease-expiry")
+        say_serving(os.environ)
 
     def _request_ended(self) -> None:
         if self._timer is not None:

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from appliance.engine.client import EngineClient, EngineLost, EngineRejected
-from appliance.engine.command_line import EngineSpec, compute_threads
+from appliance.engine.command_line import EngineSpec, command_line, compute_threads
 from appliance.engine.launcher import EngineFailed, EngineProcess, EngineState
 
 ROOT = Path(__file__).parents[3]
+TELLING_ENGINE = Path(__file__).with_name("telling_engine.py")
 PYTHON = Path(f"{sys.prefix}-engine") / "bin" / "python"
 READY_WITHIN_S = 240
 WRITE_MODEL = (
@@ -198,6 +199,9 @@ async def test_no_word_of_a_request_reaches_the_log(engine: Running) -> None:
         chat(messages=[{"role": SECRET, "content": [{"type": SECRET}]}]),
         chat(response_format={"type": "json_schema", "json_schema": {"name": SECRET, "schema": schema}}),
         chat(tools=[{"type": "function", "function": {"name": SECRET, "parameters": schema}}], tool_choice=SECRET),
+        # What the gateway lets nobody ask: xgrammar says on descriptor 2 what it leaves out.
+        *(chat(response_format=held_to({"pattern": pattern})) for pattern in (f"(?={SECRET})a", f"a^{SECRET}$b")),
+        chat(response_format=held_to({"$ref": f"http://{SECRET}"})),
         chat(structured_outputs={"regex": f"({SECRET}"}),
         chat(structured_outputs={"regex": f"{SECRET}(?<={SECRET})"}),
         chat(
@@ -216,7 +220,12 @@ async def test_no_word_of_a_request_reaches_the_log(engine: Running) -> None:
     assert SECRET not in "".join(outcomes)
     log = engine.process.spec.log_path.read_text()
     assert "Loaded endpoint plugin holdfast" in log
+    assert "Withheld since the engine serves" in log
     assert SECRET not in log
+
+
+def held_to(schema: dict[str, object]) -> dict[str, object]:
+    return {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
 
 
 async def drain(events: AsyncIterator[bytes]) -> None:
@@ -293,6 +302,42 @@ async def test_an_engine_that_dies_at_a_request_leaves_no_word_of_it(engine: Run
     assert not [path for path in written if SECRET.encode() in path.read_bytes()]
     assert not [path for path in written if re.match(r"core(\.|$)", path.name)]
     assert SECRET not in engine.process.detail
+
+
+async def test_an_engine_whose_core_tells_what_it_is_asked_and_fails_at_it_leaves_no_word_of_it(
+    spec: EngineSpec, tmp_path: Path
+) -> None:
+    own = replace(spec, run_dir=tmp_path / "run", log_path=tmp_path / "engine.log", restart_backoff_s=300.0)
+    died = asyncio.Event()
+
+    def telling(spec: EngineSpec) -> list[str]:
+        line = command_line(spec)
+        return [line[0], str(TELLING_ENGINE), *line[line.index("serve") :]]
+
+    def note(process: EngineProcess) -> None:
+        if process.state is EngineState.RESTARTING:
+            died.set()
+
+    async with EngineClient(own.socket) as client:
+        process = EngineProcess(own, client, command=telling, on_change=note)
+        await process.start()
+        try:
+            await process.wait_ready(READY_WITHIN_S)
+            asked = {"messages": [{"role": "user", "content": f"t3 {SECRET}"}], "stop": [SECRET], "temperature": 1}
+            assert await outcome_of(client, chat(**asked)) == "200"
+            assert SECRET not in await outcome_of(client, chat(**asked, response_format=held_to({"enum": [SECRET]})))
+            assert SECRET not in await outcome_of(client, chat(**asked, seed=13))
+            async with asyncio.timeout(60):
+                await died.wait()
+            assert "RuntimeError" in process.detail
+        finally:
+            await process.stop()
+    log = own.log_path.read_text()
+    assert SECRET not in log + process.detail
+    assert "TOLD" not in log + process.detail
+    assert "A request asks for %s" in log
+    assert re.search(r"EngineCore encountered a fatal error\.; raised RuntimeError \(telling_engine\.py:\d+", log)
+    assert "Withheld since the engine serves" in log
 
 
 async def streamed_outcome_of(client: EngineClient, body: bytes) -> str:

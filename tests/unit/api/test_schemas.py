@@ -135,6 +135,30 @@ def test_whether_a_schema_is_itself_alone_is_soon_known() -> None:
         check_schemas("schema", [{"$ref": "#/$defs/d0", "$defs": twice}])
 
 
+@pytest.mark.parametrize("looks", ["(?=", "(?!", "(?<=", "(?<!"])
+@pytest.mark.parametrize("pattern", ["{}Zanzibar)a", "a|(b{}c))", r"\\{}a)", "[(?a]{}b)", r"[\]]{}b)"])
+def test_a_pattern_that_looks_ahead_or_behind_is_refused(pattern: str, looks: str) -> None:
+    pattern = pattern.format(looks)
+    for schema, what in ((of_a(pattern=pattern), "pattern"), ({"patternProperties": {pattern: {}}}, "patternProp")):
+        with pytest.raises(RequestError, match=what) as refused:
+            check_schemas("schema", [schema])
+        assert f"with {looks}…)" in refused.value.cause
+        assert "Zanzibar" not in str(refused.value.record())
+
+
+@pytest.mark.parametrize("pattern", [r"\(?=a", "[(?=]a", "(?:a)", "(?<name>a)", "a=!", r"[\](?=]", "^a$"])
+def test_a_pattern_that_only_seems_to_look_ahead_passes(pattern: str) -> None:
+    check_schemas("schema", [of_a(pattern=pattern)])
+
+
+@pytest.mark.parametrize("reference", ["http://Zanzibar", "Zanzibar", "#Zanzibar", "", "/$defs/Zanzibar"])
+def test_a_reference_to_somewhere_else_than_the_schema_is_refused(reference: str) -> None:
+    schema = {"properties": {"a": {"items": {"$ref": reference}}}, "$defs": {"Zanzibar": {"$anchor": "Zanzibar"}}}
+    with pytest.raises(RequestError, match=r"\$ref") as refused:
+        check_schemas("schema", [schema])
+    assert "Zanzibar" not in str(refused.value.record())
+
+
 def test_a_refusal_repeats_nothing_of_the_schema() -> None:
     with pytest.raises(RequestError) as refused:
         check_schemas("schema", [of_a(pattern="Zanzibar" * 100)])

@@ -5,6 +5,9 @@ Usage: `fake_engine.py MARK BEHAVIOUR`, where MARK stands in the command line of
 - `serve`: with a child that ignores SIGTERM and has left the session, a TCP port, shared memory, temporary files;
 - `crash`: write a traceback and end with status 1; `refuse`: the same, of a kind that no other start would change;
 - `sick`: healthy once, silent afterwards; `deaf`: never ready, ignores SIGTERM.
+
+What is posted to `/say` it writes to descriptors 1 and 2, as it is, and so does a child. What is posted elsewhere kills
+it.
 """
 
 import http.server
@@ -36,7 +39,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_POST(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+        if self.path != "/say":
+            os.kill(os.getpid(), signal.SIGKILL)
+        said = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        for descriptor in (1, 2):
+            os.write(descriptor, f"regex: {said}\n{said}".encode())
+            subprocess.run(["sh", "-c", f'echo "$0" >&{descriptor}', said], check=True)
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
 
     def address_string(self) -> str:
         return "gateway"

@@ -427,6 +427,34 @@ async def test_the_log_is_private_and_holds_what_the_engine_wrote(make: Start, s
     assert spec.run_dir.stat().st_mode & 0o777 == 0o700
 
 
+async def test_what_an_engine_that_serves_writes_past_its_log_is_counted_and_not_kept(
+    make: Start, spec: EngineSpec, mark: str, python_without_namespaces: Path
+) -> None:
+    for python in (spec.python, python_without_namespaces):
+        engine = make(python=python)
+        await engine.process.start()
+        await engine.process.wait_ready(30)
+        await engine.client.call("/say", b"Zanzibar", request_id="req_1")
+        await engine.written("Withheld since the engine serves")
+        await engine.process.stop()
+        log = spec.log_path.read_text()
+        assert f"fake engine {mark}" in log
+        assert "Zanzibar" not in log + engine.process.detail
+        spec.log_path.unlink()
+
+
+async def test_an_engine_that_is_started_again_is_heard_again_until_it_serves(
+    make: Start, spec: EngineSpec, mark: str
+) -> None:
+    engine = make()
+    await engine.process.start()
+    await engine.process.wait_ready(30)
+    await engine.die()
+    await engine.until(EngineState.STARTING)
+    await engine.process.wait_ready(30)
+    assert spec.log_path.read_text().count(f"fake engine {mark}") == 2
+
+
 def test_a_full_log_is_turned_over_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "_LOG_BYTES", 1000)
     log = launcher._Log(tmp_path / "engine.log")
@@ -505,6 +533,12 @@ def test_what_the_last_lines_say(tail: Sequence[str], cause: str, final: bool) -
 
 
 def test_an_engine_that_served_is_quoted_no_further_than_the_kind_of_its_error() -> None:
-    death = launcher._death(["ValueError: what a client said"], {"event": "exited", "code": 1}, "", 5.0)
-    assert death.cause == "it ended with status 1: ValueError"
+    tail = [
+        "ValueError: what a start said",
+        "2026 ERROR vllm.v1.engine.core[7]: core:1512 It failed.; raised KeyError (a.py:1) < OSError (b.py:2)",
+        "2026 ERROR vllm.v1.engine.async_llm[2]: async_llm:9 It failed.; raised EngineDeadError (c.py:3)",
+        "what a client said",
+    ]
+    death = launcher._death(tail, {"event": "exited", "code": 1}, "", 5.0)
+    assert death.cause == "it ended with status 1: KeyError"
     assert not death.final
