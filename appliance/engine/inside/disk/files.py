@@ -15,6 +15,7 @@ Rules:
 - A file has its name when it is complete, and is never changed. What has another name is of a write that was broken
   off. Nothing is synced: after a power cut files may be missing or torn, and a torn one does not open.
 - What is found by scanning is only believed to be there. Who and what it is, is authenticated when it is read.
+- A session's folder has the time of its last use. Who removes a file of it sets the time again, for removing changes it.
 - Reads and writes go past the page cache where the file system can do that: the memory is the tier above's.
 """
 
@@ -213,6 +214,7 @@ class ChunkFiles:
                 continue
             owner = Owner(matched["tenant"], matched["session"])
             names = []
+            was_cleaned = False
             with contextlib.suppress(OSError):
                 used_at = folder.stat().st_mtime
                 folder.chmod(0o700)
@@ -221,9 +223,12 @@ class ChunkFiles:
                     if read is None:
                         if _PART.fullmatch(file.name):
                             Path(file.path).unlink(missing_ok=True)
+                            was_cleaned = True
                         continue
                     key, position, copy = bytes.fromhex(read["key"]), int(read["position"], 16), read["copy"]
                     names.append(ChunkName(owner, key, position, bytes.fromhex(copy)))
+                if was_cleaned:
+                    self.touch(owner, used_at)
                 yield Found(owner, used_at, tuple(names))
 
     def remove_foreign(self) -> None:

@@ -183,6 +183,7 @@ class DiskStore:
         self._idle = threading.Condition(self._lock)
         self._encrypting = threading.Lock()
         self._sharing = threading.Lock()  # who writes down the shares
+        self._noting = threading.Lock()  # who writes down when a session was used
         self._writes: deque[_Task] = deque()
         self._reads: deque[_Task] = deque()
         self._removals: deque[ChunkName] = deque()
@@ -488,15 +489,23 @@ class DiskStore:
                 self._write_shares(files)
             elif removal is not None:
                 files.remove(removal)
-                with self._lock:
-                    empty = self._index.session(removal.owner) is None
-                if empty:
+                if not self._note_use(files, removal.owner):
                     files.remove_folder(removal.owner)
             elif task is not None:
                 self._write(files, buffer, task)
             elif foreign:
                 with contextlib.suppress(OSError):
                     files.remove_foreign()
+
+    def _note_use(self, files: ChunkFiles, owner: Owner) -> bool:
+        """Give a session's folder the time of its last use, for the next start; whether the session has one."""
+        with self._noting:
+            with self._lock:
+                held = self._index.session(owner)
+                used_at = None if held is None else self._wall() - (self._now() - held.used_at)
+            if used_at is not None:
+                files.touch(owner, used_at)
+            return used_at is not None
 
     def _write_shares(self, files: ChunkFiles) -> None:
         with self._sharing:
@@ -563,7 +572,7 @@ class DiskStore:
                 self._loaded += not cause
                 self._piece_over(task.job, task.name.key, done=not cause)
             if not cause and not task.ahead:
-                files.touch(task.name.owner, self._wall())
+                self._note_use(files, task.name.owner)
 
     def _read(self, files: ChunkFiles, buffer: memoryview, task: _Task) -> str:
         """Read one chunk; the cause if it could not be."""

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -460,6 +461,41 @@ def test_a_wall_clock_that_steps_by_a_day_and_back_while_the_tier_runs_expires_n
     assert tier.store.status().expired_chunks == 0
     tier.store.close()
     assert make(wall=wall).store.status().chunks == 3  # and who was used at a time that is to come is not lost
+
+
+def test_a_session_whose_tail_leaves_is_used_no_later_for_that(make: Make) -> None:
+    now, wall = _Clock(), _Clock()
+    worth = {ANA: 1.0, BEN: 2.0, EVE: 3.0}
+    both: dict[str, Any] = {"chunks": 10, "ttl_s": 43_200.0, "now": now, "wall": wall}
+    tier = make(worth=worth.__getitem__, **both)
+    tier.write(ANA, range(5))
+    tier.write(BEN, range(5))
+    ends_at = time.time()
+    for owner, ago_s in ((ANA, 40_000.0), (BEN, 39_900.0)):
+        now.now, wall.now = 40_000 - ago_s, ends_at - ago_s
+        tier.read(owner, [0])
+    now.now, wall.now = 40_000.0, ends_at
+    tier.write(EVE, range(2))  # pushes the tail of ANA out
+    tier.settle()
+    tier.store.close()  # what is removed is removed, and its folder has its time again
+    tier = make(**both)
+    left_s = {owner: kept.ends_in_s for owner in (ANA, BEN) if (kept := tier.store.kept_of(owner)) is not None}
+    assert left_s == {ANA: pytest.approx(3_200, abs=5), BEN: pytest.approx(3_300, abs=5)}
+    tier.write(EVE, range(2, 4))  # of equal worth: who was unused longest leaves
+    tier.settle()
+    assert {owner: tier.store.chunks_of(owner) for owner in (ANA, BEN)} == {ANA: 1, BEN: 5}
+
+
+def test_what_a_broken_write_left_makes_its_session_no_younger(make: Make) -> None:
+    make().write(ANA, [1])
+    (folder,) = make().root.rglob("*~*")
+    (file,) = folder.iterdir()
+    (folder / f"{file.name}.part").touch()
+    os.utime(folder, (1e9, 1e9))
+    for _ in range(2):
+        kept = make(wall=lambda: 1e9 + 600).store.kept_of(ANA)
+        assert kept is not None
+        assert kept.ends_in_s == pytest.approx(3000, abs=5)
 
 
 def test_no_key_is_a_miss_and_costs_nothing_but_that(make: Make) -> None:
