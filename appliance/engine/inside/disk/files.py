@@ -15,7 +15,7 @@ Rules:
 - A file has its name when it is complete, and is never changed. What has another name is of a write that was broken
   off. Nothing is synced: after a power cut files may be missing or torn, and a torn one does not open.
 - What is found by scanning is only believed to be there. Who and what it is, is authenticated when it is read.
-- A session's folder has the time of its last use. Who removes a file of it sets the time again, for removing changes it.
+- A session's folder has the time of its last use. Who removes a file of it sets that again: removing changes it.
 - Reads and writes go past the page cache where the file system can do that: the memory is the tier above's.
 """
 

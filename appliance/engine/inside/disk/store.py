@@ -14,6 +14,7 @@ Rules:
 - A tenant's chunk is given to no other tenant, whatever key it is asked by.
 - What was dropped is not found from that moment on; its files go as soon as a thread is free, before anything else is
   written.
+- The gateway is asked of everybody whose chunks a start finds, until it answers: who was forgotten is dropped.
 """
 
 import contextlib
@@ -45,6 +46,8 @@ _STOP_S: Final = 5.0
 _ANSWER_S: Final = 2.0  # a disk that takes longer for one read does not answer
 _SLOWEST_READ_BYTES_S: Final = 64 << 20  # computing again is no slower
 _NO_ANSWER: Final = "the disk does not answer"
+_ASKED_TOGETHER: Final = 128  # half of what the gateway takes at a time: who is in use asks, too
+_ASK_AGAIN_S, _ASK_AGAIN_AT_LEAST_EVERY_S = 10.0, 60.0  # of whom the gateway could not tell
 _MOST_LOOKED_THROUGH: Final = 10_000  # sessions, for those that have most
 
 
@@ -181,6 +184,7 @@ class DiskStore:
         self._lock = threading.Lock()
         self._to_write, self._to_read = threading.Condition(self._lock), threading.Condition(self._lock)
         self._idle = threading.Condition(self._lock)
+        self._stopped = threading.Condition(self._lock)
         self._encrypting = threading.Lock()
         self._sharing = threading.Lock()  # who writes down the shares
         self._noting = threading.Lock()  # who writes down when a session was used
@@ -216,6 +220,7 @@ class DiskStore:
             self._start(self._write_on, f"holdfast-disk-write-{number}")
         for number in range(_READERS):
             self._start(self._read_on, f"holdfast-disk-read-{number}")
+        self._start(self._ask_on, "holdfast-disk-ask")
 
     # Asking
 
@@ -447,6 +452,7 @@ class DiskStore:
             self._reads.clear()
             self._to_write.notify_all()
             self._to_read.notify_all()
+            self._stopped.notify_all()
         deadline = time.monotonic() + _STOP_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -598,6 +604,23 @@ class DiskStore:
             with self._lock:
                 del self._reading[thread]
         return ""
+
+    def _ask_on(self, _: ChunkFiles) -> None:
+        """Ask of whom the gateway knows, among those whose chunks were found, until it is known of each."""
+        with self._lock:
+            left = self._index.owners()
+        pause_s = _ASK_AGAIN_S
+        while left and self._plain is None:
+            asked, left = left, []
+            for first in range(0, len(asked), _ASKED_TOGETHER):
+                if self._stopping:
+                    return
+                left += self._keys.not_known(asked[first : first + _ASKED_TOGETHER])
+            pause_s = _ASK_AGAIN_S if len(left) < len(asked) else min(2 * pause_s, _ASK_AGAIN_AT_LEAST_EVERY_S)
+            with self._lock:
+                if left:
+                    self._stopped.wait_for(lambda: self._stopping, pause_s)
+                left = [owner for owner in left if self._index.session(owner) is not None]
 
     # Private. Whoever calls one of these holds the lock.
 

@@ -522,6 +522,38 @@ def test_a_key_that_was_revoked_while_its_session_is_on_the_disk_takes_the_sessi
     until(lambda: not tier.found("acme~ana"))
 
 
+def test_a_session_that_was_forgotten_while_no_engine_ran_leaves_the_disk_without_being_asked_for(make: Make) -> None:
+    first = make()
+    for owner in (ANA, BEN, EVE):
+        first.write(owner, range(3))
+    gateway = Gateway()
+    gateway.gone, gateway.without = {ANA}, {EVE}
+    tier = make(gateway=gateway)
+    until(lambda: {file.parent.name for file in tier.files()} == {"acme~ben", "other~eve"})
+    until(lambda: not tier.found("acme~ana"))
+    assert len(gateway.keys) == 0  # nobody used one
+    assert tier.store.status().faults == {}
+    assert sorted(gateway.asked) == [ANA, BEN, EVE]
+
+
+def test_whoever_the_gateway_could_not_tell_of_is_asked_for_again_until_it_can(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.engine.inside.disk.store._ASK_AGAIN_S", 0.01)
+    first = make()
+    for owner in (ANA, BEN):
+        first.write(owner, range(3))
+    gateway = Gateway()
+    gateway.without = {ANA, BEN}  # the vault is sealed
+    tier = make(gateway=gateway)
+    until(lambda: gateway.asked.count(ANA) > 1)
+    gateway.gone = {ANA}
+    until(lambda: not tier.found("acme~ana"))
+    gateway.without = set()
+    tier.settle()
+    assert tier.read(BEN, range(3)) == [0, 1, 2]
+
+
 def test_another_key_than_it_was_written_with_does_not_open_it(make: Make) -> None:
     make().write(ANA, [1])
     gateway = Gateway()
@@ -540,7 +572,7 @@ def test_who_asks_while_the_key_is_on_its_way_is_told_to_ask_again(make: Make) -
     tier = make(gateway=gateway)
     assert tier.store.find(chunk_key(ANA, 1), "acme") is Presence.ASK_AGAIN
     assert tier.store.find(chunk_key(ANA, 1), "acme") is Presence.ASK_AGAIN
-    assert gateway.asked == [ANA]
+    assert gateway.asked.count(ANA) <= 2  # the start asks once, too
     gateway.answer(ANA)
     assert tier.store.find(chunk_key(ANA, 1), "acme") is Presence.HERE
 
