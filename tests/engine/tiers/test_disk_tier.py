@@ -154,3 +154,22 @@ def test_a_session_that_was_forgotten_meanwhile_and_a_file_that_was_changed_are_
     faults = second.do(do="settle")["faults"]
     assert faults["damaged"] > 0
     second.kill()
+
+
+@pytest.mark.timeout(400)
+def test_what_an_engine_before_found_to_be_wrong_is_not_restored(
+    tiny_model: Path, tmp_path: Path, gateway: Gateway
+) -> None:
+    folder = tmp_path / "tier"
+    first = Engine(tiny_model, folder, gateway)
+    cold = first.turn(PROMPT)
+    first.do(do="settle")
+    first.do(do="quarantine")
+    until((folder / "quarantined").exists)
+    first.kill()
+
+    second = Engine(tiny_model, folder, gateway)
+    again = second.turn(PROMPT)
+    assert (again["cached"], again["reason"]) == (0, "tier_fault")
+    assert again["token_ids"] == cold["token_ids"]
+    second.kill()

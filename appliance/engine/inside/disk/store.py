@@ -26,6 +26,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from math import inf
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -193,6 +194,8 @@ class DiskStore:
         self._removals: deque[ChunkName] = deque()
         self._foreign = True
         self._shares_changed = False
+        self._quarantine_due_at = inf  # when it is to be written down
+        self.quarantined = False  # an engine before found what came back to be wrong
         self._finished: deque[Done] = deque()
         self._open_jobs = self._pieces_over = 0
         self._reading: dict[int, float] = {}  # since when each thread does
@@ -208,6 +211,7 @@ class DiskStore:
         self._threads: list[threading.Thread] = []
         try:
             self._files = ChunkFiles(root, fingerprint=fingerprint, chunk_bytes=chunk_bytes)
+            self.quarantined = self._files.is_quarantined()
             self._take_up(self._files)
         except OSError as error:
             self._failed(error)
@@ -426,6 +430,13 @@ class DiskStore:
             if owner.session in sessions:
                 self.drop(owner)
 
+    def quarantine(self) -> None:
+        """What came back was wrong: have every later start know, until somebody empties the folder."""
+        with self._lock:
+            self.quarantined = True
+            self._quarantine_due_at = -inf
+            self._to_write.notify_all()
+
     def drain(self) -> None:
         """Return when every job is over. Blocks, for as long as something moves.
 
@@ -473,17 +484,26 @@ class DiskStore:
     def _write_on(self, files: ChunkFiles) -> None:
         buffer = files.buffer()
         while True:
-            foreign = shares_changed = False
+            foreign = shares_changed = quarantine = False
             task, removal = None, None
             with self._lock:
                 self._to_write.wait_for(
-                    lambda: self._stopping or self._shares_changed or self._writes or self._removals or self._foreign,
+                    lambda: (
+                        self._stopping
+                        or self._quarantine_due_at <= self._now()
+                        or self._shares_changed
+                        or self._writes
+                        or self._removals
+                        or self._foreign
+                    ),
                     self._next_chore_in_s(),
                 )
                 if self._stopping:
                     return
                 self._expire()
-                if self._shares_changed:
+                if self._quarantine_due_at <= self._now():
+                    quarantine, self._quarantine_due_at = True, inf
+                elif self._shares_changed:
                     shares_changed, self._shares_changed = True, False
                 elif self._removals:
                     removal = self._removals.popleft()
@@ -491,7 +511,9 @@ class DiskStore:
                     task = self._writes.popleft()
                 else:
                     foreign, self._foreign = self._foreign, False
-            if shares_changed:
+            if quarantine:
+                self._write_quarantine(files)
+            elif shares_changed:
                 self._write_shares(files)
             elif removal is not None:
                 files.remove(removal)
@@ -512,6 +534,14 @@ class DiskStore:
             if used_at is not None:
                 files.touch(owner, used_at)
             return used_at is not None
+
+    def _write_quarantine(self, files: ChunkFiles) -> None:
+        try:
+            files.write_quarantine()
+        except OSError as error:
+            with self._lock:
+                self._failed(error)
+                self._quarantine_due_at = self._now() + _FIRST_PAUSE_S
 
     def _write_shares(self, files: ChunkFiles) -> None:
         with self._sharing:
@@ -652,7 +682,8 @@ class DiskStore:
 
     def _next_chore_in_s(self) -> float:
         due_in_s = self._index.next_expiry_in_s(self._now())
-        return _HOUSEKEEPING_S if due_in_s is None else min(due_in_s, _HOUSEKEEPING_S)
+        quarantine_in_s = max(0.0, self._quarantine_due_at - self._now())
+        return min(_HOUSEKEEPING_S if due_in_s is None else due_in_s, _HOUSEKEEPING_S, quarantine_in_s)
 
     def _refusal(self, chunks: int) -> str:
         """Why nothing is written now; empty: it is."""

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -399,6 +400,41 @@ def test_shares_that_were_damaged_guarantee_nothing(make: Make, text: str) -> No
 def _shares_of(tier: Tier) -> object:
     file = tier.root / "shares"
     return json.loads(file.read_text()) if file.exists() else None
+
+
+def test_a_quarantine_holds_after_restarts_until_the_folder_is_emptied(make: Make) -> None:
+    tier = make()
+    tier.write(ANA, [1])
+    assert not tier.store.quarantined
+    tier.store.quarantine()
+    mark = tier.root / "quarantined"
+    until(mark.exists)
+    assert stat.S_IMODE(mark.stat().st_mode) == 0o600
+    tier.store.quarantine()  # found once more
+    for fingerprint in (FINGERPRINT, b"another model's".ljust(32)):
+        assert make(fingerprint=fingerprint).store.quarantined
+    make().store.close()
+    shutil.rmtree(tier.root)
+    assert not make().store.quarantined
+
+
+def test_a_quarantine_that_a_disk_does_not_take_is_written_when_it_does(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.engine.inside.disk.store._FIRST_PAUSE_S", 0.01)
+    refusals = [OSError(errno.ENOSPC, "full")] * 2
+    real = ChunkFiles.write_quarantine
+
+    def write(files: ChunkFiles) -> None:
+        if refusals:
+            raise refusals.pop()
+        real(files)
+
+    monkeypatch.setattr(ChunkFiles, "write_quarantine", write)
+    tier = make()
+    tier.store.quarantine()
+    until((tier.root / "quarantined").exists)
+    assert "ENOSPC" in tier.store.status().last_error
 
 
 def test_among_thousands_of_sessions_those_that_a_quota_is_about_are_found() -> None:
