@@ -179,6 +179,17 @@ def _canary(canary: CanaryPicture) -> Iterable[Metric]:
             "The largest error of a restored block, as a share of the values' root mean square.",
             value=canary.worst_error,
         )
+    if canary.compared_age_s is not None:
+        yield GaugeMetricFamily(
+            "holdfast_kv_canary_compared_age_seconds",
+            "How long ago restored blocks were compared last; absent: never.",
+            value=canary.compared_age_s,
+        )
+    yield CounterMetricFamily(
+        "holdfast_kv_canary_dropped_samples",
+        "Restored blocks were noted and went without having been compared: the engine was busy, or their session over.",
+        value=canary.dropped_samples_total,
+    )
     yield GaugeMetricFamily(
         "holdfast_kv_canary_quarantined",
         "1: a restored block was not what the model computes, and nothing is restored any more.",

@@ -37,11 +37,19 @@ def troubles(picture: KvPicture) -> dict[str, str]:
     said = {}
     for tier in picture.tiers:
         if tier.state == "quarantined":
-            said[tier.tier] = "what came back was not what the model computes; nothing is read from it any more"
+            said[tier.tier] = (
+                "what came back was not what the model computes; nothing is read from it until it is emptied: "
+                "docs/kv.md, Quarantine"
+            )
         elif tier.state == "failed":
             error = picture.disk.last_error if picture.disk is not None else ""
             said[tier.tier] = f"it cannot be used now: {error or 'the log of the engine says why'}"
     return said
+
+
+def quarantined(picture: KvPicture) -> list[str]:
+    """The tiers from which nothing is restored any more, for what came back was wrong."""
+    return [tier.tier for tier in picture.tiers if tier.state == "quarantined"]
 
 
 class KvWatch:
@@ -49,6 +57,9 @@ class KvWatch:
 
     Args:
         clock: seconds; monotonic.
+
+    Attributes:
+        quarantines: the picture in which tiers were first seen to be in quarantine, each time that one began.
     """
 
     def __init__(
@@ -60,6 +71,7 @@ class KvWatch:
         self._asking = asyncio.Lock()
         self._looks: deque[tuple[float, int]] = deque()  # when, and how many blocks had been reclaimed
         self.seen: Seen | None = None
+        self.quarantines: asyncio.Queue[KvPicture] = asyncio.Queue()
 
     @property
     def has_more_tiers(self) -> bool:
@@ -87,6 +99,9 @@ class KvWatch:
                 picture = await self._engine.kv(sessions, deadline_s=_DEADLINE_S)
             except HoldfastError:
                 return None
+            was_quarantined = seen is not None and bool(quarantined(seen.picture))
+            if quarantined(picture) and not was_quarantined:
+                self.quarantines.put_nowait(picture)
             self.seen = Seen(self._clock(), picture, sessions)
             self._remember(self.seen)
             return self.seen

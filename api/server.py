@@ -39,7 +39,7 @@ from api.engine_leases import keep_releasing
 from api.engine_watch import EngineWatch
 from api.health import HEALTH_ROUTES, Health
 from api.kv_metrics import KvCollector, exposition
-from api.kv_watch import KvWatch
+from api.kv_watch import KvWatch, quarantined
 from api.listener import bounded_by
 from api.marking import keep_marks
 from api.metrics import CONTENT_TYPE, Metrics
@@ -53,11 +53,21 @@ from api.turn_ends import TurnEnds
 from api.waiting import WaitingRoom
 from appliance.audit import AuditUnavailable, Event, NodeAudit
 from appliance.audit.configuration import digest, effective
-from appliance.audit.events import ENGINE_LOST, ENGINE_READY, GATEWAY_STARTED, GATEWAY_STOPPED, SYSTEM, TENANT_REMOVED
+from appliance.audit.events import (
+    ENGINE_LOST,
+    ENGINE_READY,
+    GATEWAY_STARTED,
+    GATEWAY_STOPPED,
+    KV_QUARANTINED,
+    SYSTEM,
+    TENANT_REMOVED,
+    Outcome,
+)
 from appliance.audit.siem.exports import Exports
 from appliance.engine.client import EngineClient
 from appliance.engine.command_line import SOCKET_NAME, EngineSpec, engine_python
 from appliance.engine.launcher import EngineFailed, EngineProcess
+from appliance.engine.picture import KvPicture
 from appliance.engine.template import template_fingerprint
 from appliance.engine.tier_keys import KeyChannel
 from appliance.errors import Fault, HoldfastError
@@ -76,6 +86,7 @@ _DEMO_MODEL_NAME = "holdfast-demo"
 _DEMO_TOOL_CALLS = "hermes"  # how the demonstration model writes a tool call
 _INTERRUPTED_S = 5.0  # for broken-off turns to be committed and told
 _LOOK_EVERY_S = 0.02
+_RECORD_AGAIN_S = 5.0  # what the audit log did not take
 _CLOSING_S = 2  # for connections to be closed
 _IDLE_CONNECTION_S = 30
 _ADMIN_UNREAD_S = 120.0  # an answer to the admin socket may lie unread: a backup goes to a disk that may be slow
@@ -144,6 +155,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
             removed = await services.throwaways.remove_all()  # which a proof left that was cut off
         tasks.create_task(_record_start(services, removed))
         recording = tasks.create_task(_record_engine(services))
+        alarming = tasks.create_task(_record_quarantines(services))
         marking = tasks.create_task(keep_marks(services))
         retaining = tasks.create_task(keep_retention(services))
         comparing = tasks.create_task(tell_configuration(services))
@@ -174,6 +186,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         erasing.cancel()
         releasing.cancel()
         recording.cancel()
+        alarming.cancel()
         marking.cancel()
         retaining.cancel()
         comparing.cancel()
@@ -214,6 +227,31 @@ async def _record_engine(services: Services) -> None:
         event = Event(ENGINE_READY if models else ENGINE_LOST, SYSTEM, target=("model", ", ".join(models)))
         with contextlib.suppress(AuditUnavailable):
             await services.audit.record(event)
+
+
+async def _record_quarantines(services: Services) -> None:
+    """That what came back from a tier was wrong: tried until it is recorded."""
+    while True:
+        event = _quarantine(await services.kv.quarantines.get())
+        while True:
+            try:
+                await services.audit.record(event)
+                break
+            except HoldfastError:
+                await asyncio.sleep(_RECORD_AGAIN_S)
+
+
+def _quarantine(picture: KvPicture) -> Event:
+    canary = picture.canary
+    worst = None if canary is None else canary.worst_error
+    return Event(
+        KV_QUARANTINED,
+        SYSTEM,
+        Outcome.FAILURE,
+        target=("tier", ", ".join(quarantined(picture))),
+        counts={"compared_blocks": 0 if canary is None else canary.compared_blocks_total},
+        details={"worst_error": "no number" if worst is None else f"{worst:.3g}"},
+    )
 
 
 async def _drain(services: Services, stop: "_Stop") -> None:

@@ -391,7 +391,7 @@ _KEPT = KvPicture(
     ignored_leases_total=0,
     # Seen, though no prompt is found there: with more tiers than the device the gateway would wait for accounts.
     disk=DiskPicture(5, 4, 3, 2, 1, dict.fromkeys(NOT_STORED, 1), dict.fromkeys(DISK_FAULTS, 2), "full", 9.0),
-    canary=CanaryPicture(12, 0.001, quarantined=False),
+    canary=CanaryPicture(12, 0.001, quarantined=False, compared_age_s=8.0, dropped_samples_total=1),
     recall=RecallPicture(6, 3, 1, 0.0),
 )
 

@@ -92,6 +92,8 @@ def _canary(canary: CanaryPicture) -> types.KvCanary:
         compared_blocks_total=canary.compared_blocks_total,
         worst_error=canary.worst_error,
         quarantined=canary.quarantined,
+        compared_age_s=canary.compared_age_s,
+        dropped_samples_total=canary.dropped_samples_total,
     )
 
 

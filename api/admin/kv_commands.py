@@ -210,13 +210,17 @@ _IN_WORDS = {
 def _canary_lines(canary: "types.KvCanary | None") -> list[str]:
     if canary is None:
         return []
-    if not canary.compared_blocks_total and not canary.quarantined:
-        return ["Restored against computed: nothing was compared yet"]
-    worst = "no number" if canary.worst_error is None else f"{100 * canary.worst_error:.2g} %"
     verdict = "DIFFERS: nothing is restored any more" if canary.quarantined else "agrees"
-    return [
-        f"Restored against computed: {verdict}; {canary.compared_blocks_total} blocks compared, largest error {worst}"
-    ]
+    said = "nothing was compared yet"
+    if canary.compared_age_s is not None:
+        worst = "no number" if canary.worst_error is None else f"{100 * canary.worst_error:.2g} %"
+        said = f"{verdict}; {canary.compared_blocks_total} blocks compared, largest error {worst}"
+        said += f", the last {in_words(canary.compared_age_s)} before"
+    elif canary.quarantined:
+        said = f"{verdict}; it was found by an engine before this one"
+    dropped = canary.dropped_samples_total
+    unused = f"; {dropped} times what was noted went uncompared" if dropped else ""
+    return [f"Restored against computed: {said}{unused}"]
 
 
 def _found_lines(status: "types.KvStatus") -> list[str]:

@@ -411,11 +411,14 @@ class KvDisk(Wire):
 class KvCanary(Wire):
     """Whether what came back from a tier was what the model computes: how many blocks were computed again to tell, and
     the largest error, as a share of the values' root mean square; None: it was no number. `quarantined`: it was too
-    large, and nothing is restored any more."""
+    large, and nothing is restored any more. `compared_age_s`: seconds since blocks were compared last; None: never.
+    `dropped_samples_total`: how many times blocks were noted and went without having been compared."""
 
     compared_blocks_total: int
     worst_error: float | None
     quarantined: bool
+    compared_age_s: float | None
+    dropped_samples_total: int
 
 
 class KvRecall(Wire):

@@ -110,6 +110,14 @@ CONFIG_CHANGED: Final = EventClass(
 MODEL_CHANGED: Final = EventClass(
     16, "model.changed", "The model is another one than at the last start.", Scope.SYSTEM, (3004, 3)
 )
+KV_QUARANTINED: Final = EventClass(
+    17,
+    "kv.quarantined",
+    "KV that came back from a tier was not what the model computes: nothing is restored any more. Said again at each "
+    "start while it is so.",
+    Scope.SYSTEM,
+    (6002, 99),
+)
 VAULT_OPENED: Final = EventClass(20, "vault.opened", "The root key was opened.", Scope.SYSTEM, (3002, 1))
 VAULT_REFUSED: Final = EventClass(21, "vault.refused", "Somebody failed to open the vault.", Scope.SYSTEM, (3002, 1))
 VAULT_SEALED: Final = EventClass(22, "vault.sealed", "The vault was sealed.", Scope.SYSTEM, (3002, 2))

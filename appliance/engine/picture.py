@@ -120,12 +120,16 @@ class CanaryPicture:
     Attributes:
         compared_blocks_total: of restored blocks, how many were computed again.
         worst_error: the largest root mean square of a difference, as a share of the values'; None: it is no number.
-        quarantined: one was too large: nothing is restored any more.
+        quarantined: one was too large, in this engine or in one before: nothing is restored any more.
+        compared_age_s: how long ago blocks were compared last; None: never.
+        dropped_samples_total: how many times blocks were noted and went without having been compared.
     """
 
     compared_blocks_total: int
     worst_error: float | None
     quarantined: bool
+    compared_age_s: float | None
+    dropped_samples_total: int
 
     @classmethod
     def from_wire(cls, value: object) -> Self:
@@ -139,6 +143,8 @@ class CanaryPicture:
             compared_blocks_total=wire.count(record, "compared_blocks_total"),
             worst_error=None if record["worst_error"] is None else wire.number(record, "worst_error", 0.0),
             quarantined=wire.flag(record, "quarantined"),
+            compared_age_s=None if record["compared_age_s"] is None else wire.number(record, "compared_age_s", 0.0),
+            dropped_samples_total=wire.count(record, "dropped_samples_total"),
         )
 
 

@@ -31,7 +31,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from pydantic_core import to_json
-from sqlalchemy import Connection, Text, bindparam, delete, exists, func, insert, literal, select, update
+from sqlalchemy import Connection, Select, Text, bindparam, delete, exists, func, insert, literal, select, update
 from sqlalchemy.engine import RowMapping
 
 from appliance.errors import Fault, HoldfastError
@@ -53,6 +53,8 @@ _OWN_ID = re.compile(r"ses_[0-9a-f]{32}")
 _LOOKUP_LINKS = 512  # how far back from its end a history is searched for an answer of ours
 _KNOWN_LABELS = 65_536  # of sessions, by which the engine names them
 _LABELS_AGAIN_S = 10.0  # for a label that is not known the sessions are looked through at most so often
+_LABELS_DEADLINE_S = 120.0  # for one look
+_ASKED_TOGETHER_S = 0.05  # who asks within that of the first is answered by the same look
 
 
 class UnknownResponse(HoldfastError):
@@ -192,6 +194,8 @@ class Registry(Archive):
         self._tips = _Tips(_TIP_BYTES)
         self._by_label: OrderedDict[tuple[str, str], tuple[str, str]] = OrderedDict()
         self._labels_read_at: float | None = None
+        self._asked_labels: set[tuple[str, str]] = set()
+        self._all_labels_read_at: float | None = None  # the last time that no session was left out
         self._reading_labels = asyncio.Lock()
 
     # Finding the session of a turn
@@ -482,16 +486,21 @@ class Registry(Archive):
             VaultSealed: the vault is sealed.
         """
         label = (tenant_label, lease_label)
+        asked_at = time.monotonic()
         were_all_read = False
         if label not in self._by_label:
-            async with self._reading_labels:  # who asks meanwhile finds what was read
-                were_all_read = await self._read_labels()
+            self._asked_labels.add(label)
+            try:
+                async with self._reading_labels:  # who asks meanwhile finds what was read
+                    were_all_read = await self._read_labels(asked_at)
+            finally:
+                self._asked_labels.discard(label)
         if label not in self._by_label:
             if were_all_read:
                 raise unknown_session("of that label")
             raise LabelNotKnown(
                 "no session of that label is remembered",
-                cause="the sessions were looked through a moment ago, or there are more than can be remembered",
+                cause="the sessions were looked through a moment ago, or there are more than can be looked through",
                 remedy="Ask again later; the session's next turn makes it known",
             )
         tenant_id, session_id = self._by_label[label]
@@ -502,25 +511,50 @@ class Registry(Archive):
             self._vault.pending_session_key(tenant_id, session_id)
         return await asyncio.to_thread(self._vault.tier_key, session_id)
 
-    async def _read_labels(self) -> bool:
-        """After a start: the labels of the sessions that were used last; whether all that are stored were read now."""
-        read_at = time.monotonic()
-        if self._labels_read_at is not None and read_at - self._labels_read_at < _LABELS_AGAIN_S:
+    async def _read_labels(self, asked_at: float) -> bool:
+        """After a start: the labels of the sessions that were used last, and of those that are asked for.
+
+        Returns:
+            Whether whoever was stored by `asked_at` and is not known now is not there.
+        """
+        if self._all_labels_read_at is not None and asked_at <= self._all_labels_read_at:
+            return True
+        if self._labels_read_at is not None and asked_at - self._labels_read_at < _LABELS_AGAIN_S:
             return False
-        self._labels_read_at = read_at
+        await asyncio.sleep(_ASKED_TOGETHER_S)
+        read_at = self._labels_read_at = time.monotonic()
         sessions = tables.sessions
-        most = _KNOWN_LABELS // 2
-        query = (
-            select(sessions.c.tenant_id, sessions.c.session_id).order_by(sessions.c.last_used_at.desc()).limit(most + 1)
-        )
+        page = _KNOWN_LABELS // 2
+        named = select(sessions.c.tenant_id, sessions.c.session_id)
+        found = await self._labelled(named.order_by(sessions.c.last_used_at.desc()).limit(page))
+        for label, whose in found:
+            self._by_label.setdefault(label, whose)
+        after = ""
+        while len(found) == page:
+            if time.monotonic() - read_at > _LABELS_DEADLINE_S:
+                return False
+            found = await self._labelled(
+                named.where(sessions.c.session_id > after).order_by(sessions.c.session_id).limit(page)
+            )
+            for label, whose in found:
+                if label in self._asked_labels:
+                    self._note_label(label, whose)
+                after = whose[1]
+        self._all_labels_read_at = read_at
+        return True
+
+    async def _labelled(self, query: Select[str, str]) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+        """The labels of sessions, and their tenants and names."""
         rows = await self._store.read(lambda db: db.execute(query).all())
 
         def labelled() -> list[tuple[tuple[str, str], tuple[str, str]]]:
-            return [((self._tenant_label(row[0]), self.lease_label(*row)), (row[0], row[1])) for row in rows[:most]]
+            tenants = {tenant_id: self._tenant_label(tenant_id) for tenant_id, _ in rows}
+            return [
+                ((tenants[tenant_id], self.lease_label(tenant_id, named)), (tenant_id, named))
+                for tenant_id, named in rows
+            ]
 
-        for label, named in await asyncio.to_thread(labelled):
-            self._by_label.setdefault(label, named)
-        return len(rows) <= most
+        return await asyncio.to_thread(labelled)
 
     def _note_label(self, label: tuple[str, str], named: tuple[str, str]) -> None:
         self._by_label[label] = named

@@ -8,20 +8,23 @@ Rules:
 - Two computations of the same tokens differ by rounding: batches of another shape sum in another order. So the bar is
   the error's root mean square against that of the values, far above rounding and far below what anything else gives.
   docs/decisions/0015 has the measurements.
-- One at a time, of so many tokens at most, not more often than every `interval_s`, and only when nobody else wants
-  anything computed.
+- One at a time, of `MOST_TOKENS` at most, not more often than every `interval_s`, when nobody else wants anything
+  computed. Where that was never so for `BESIDE_AFTER_S`, one is computed beside others, of `MOST_TOKENS_BESIDE`.
 - A block is known by its group and its end: where layers keep their KV in several ways, several end at one token.
-- A sample is its session's: it goes when the session is released, and when it is `MOST_AGE_S` old in any case.
-- After one mismatch nothing is restored any more. Only a new start of the engine ends that.
+- A sample is its session's: it goes when the session is released, and when it is `MOST_AGE_S` old in any case. What
+  goes without having been compared is counted.
+- After one mismatch nothing is restored any more.
 """
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 MOST_TOKENS: Final = 512
+MOST_TOKENS_BESIDE: Final = 128
 INTERVAL_S: Final = 300.0
+BESIDE_AFTER_S: Final = 900.0
 MOST_AGE_S: Final = 300.0
 TOLERANCE: Final = 0.05
 
@@ -47,6 +50,13 @@ class Sample:
     tokens: tuple[int, ...]
     restored: tuple[tuple[Place, bytes], ...]
 
+    def head(self, most_tokens: int) -> "Sample":
+        """Its blocks up to so many tokens, or its first."""
+        most = max(most_tokens, min(place.end_token for place, _ in self.restored))
+        restored = tuple(each for each in self.restored if each[0].end_token <= most)
+        tokens = self.tokens[: max(place.end_token for place, _ in restored)]
+        return replace(self, tokens=tokens, restored=restored)
+
 
 class Canary:
     """Chooses samples and keeps the verdict.
@@ -57,6 +67,7 @@ class Canary:
 
     Attributes:
         compared_total: how many blocks were compared.
+        dropped_total: how many samples went without having been compared.
         worst: the largest error that was found, as a share of the values' root mean square.
         quarantined: a block was not what the model computes; nothing more may be restored.
     """
@@ -65,9 +76,11 @@ class Canary:
         self._clock = clock
         self._interval_s = interval_s
         self._next_at = self._noted_at = -math.inf
+        self._began_at = clock()
+        self._compared_at: float | None = None
         self._waiting: Sample | None = None
         self._running: Sample | None = None
-        self.compared_total = 0
+        self.compared_total = self.dropped_total = 0
         self.worst = 0.0
         self.quarantined = False
 
@@ -82,12 +95,22 @@ class Canary:
         self._noted_at = self._clock()
         self._next_at = self._noted_at + self._interval_s
 
-    def take(self) -> Sample | None:
-        """The sample that is to be computed now."""
-        if self._waiting is None:
+    def take(self, *, idle: bool) -> Sample | None:
+        """The sample that is to be computed now.
+
+        Args:
+            idle: nobody else wants anything computed.
+        """
+        since = self._began_at if self._compared_at is None else self._compared_at
+        if self._waiting is None or not (idle or self._clock() - since >= BESIDE_AFTER_S):
             return None
-        self._running, self._waiting = self._waiting, None
+        self._running = self._waiting if idle else self._waiting.head(MOST_TOKENS_BESIDE)
+        self._waiting = None
         return self._running
+
+    def compared_age_s(self) -> float | None:
+        """How long ago blocks were compared last; None: never."""
+        return None if self._compared_at is None else self._clock() - self._compared_at
 
     def released(self, sessions: Collection[str]) -> bool:
         """Sessions with these labels are over; whether their sample went, and what is computed of it must go."""
@@ -107,6 +130,7 @@ class Canary:
 
     def _drop(self) -> bool:
         self._waiting = self._running = None
+        self.dropped_total += 1
         return True
 
     def places(self) -> tuple[Place, ...]:
@@ -124,6 +148,7 @@ class Canary:
             Whether nothing differed by more than rounding does, now or before.
         """
         sample, self._running = self._running, None
+        before = self.compared_total
         for place, restored in sample.restored if sample is not None else ():
             error = error_of(place, restored)
             if error is None:
@@ -132,4 +157,8 @@ class Canary:
             self.worst = max(self.worst, error)
             if not error <= TOLERANCE:  # not a number is no agreement
                 self.quarantined = True
+        if self.compared_total > before:
+            self._compared_at = self._clock()
+        elif sample is not None:
+            self.dropped_total += 1
         return not self.quarantined

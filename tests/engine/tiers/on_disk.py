@@ -1,7 +1,8 @@
 """An engine with a tier on disk, in a process of its own, so that it can be killed and started again.
 
 on_disk.py MODEL FOLDER   reads one JSON object a line: {"do": "turn", "session", "salt", "prompt"}, {"do": "release",
-"session"}, {"do": "settle"}; answers each with one. Its keys come over the socket that HOLDFAST_KEY_SOCKET names.
+"session"}, {"do": "quarantine"}, {"do": "settle"}; answers each with one. Its keys come over
+the socket that HOLDFAST_KEY_SOCKET names.
 """
 
 import json
@@ -30,6 +31,9 @@ def main(model: Path, folder: Path) -> None:
             _say(**_turn(engine, order))
         elif order["do"] == "release":
             engine.report([order["session"]])
+            _say(**_settled(engine, folder))
+        elif order["do"] == "quarantine":
+            cast("Any", engine.connector)._tiers.quarantine()
             _say(**_settled(engine, folder))
         else:
             _say(**_settled(engine, folder))

@@ -16,6 +16,7 @@ import pytest
 
 from appliance.engine.tier_keys import KEY_SOCKET, KeyChannel, SessionGone
 from tests.engine.in_process import words
+from tests.unit.inside.disk.tier import until
 
 PROMPT = words(3, 640)
 BLOCK = 32
@@ -143,6 +144,7 @@ def test_a_session_that_was_forgotten_meanwhile_and_a_file_that_was_changed_are_
     gateway.gone = {"ana"}
 
     second = Engine(tiny_model, folder, gateway)
+    until(lambda: not list(folder.rglob("acme~ana/*")))  # though nobody asked for it
     again = {session: second.turn(PROMPT, session=session, salt=session) for session in ("ana", "ben")}
     assert [again[session]["cached"] for session in ("ana", "ben")] == [0, 0]
     assert [again[session]["reason"] for session in ("ana", "ben")] == ["", "tier_fault"]
@@ -151,4 +153,23 @@ def test_a_session_that_was_forgotten_meanwhile_and_a_file_that_was_changed_are_
     }
     faults = second.do(do="settle")["faults"]
     assert faults["damaged"] > 0
+    second.kill()
+
+
+@pytest.mark.timeout(400)
+def test_what_an_engine_before_found_to_be_wrong_is_not_restored(
+    tiny_model: Path, tmp_path: Path, gateway: Gateway
+) -> None:
+    folder = tmp_path / "tier"
+    first = Engine(tiny_model, folder, gateway)
+    cold = first.turn(PROMPT)
+    first.do(do="settle")
+    first.do(do="quarantine")
+    until((folder / "quarantined").exists)
+    first.kill()
+
+    second = Engine(tiny_model, folder, gateway)
+    again = second.turn(PROMPT)
+    assert (again["cached"], again["reason"]) == (0, "tier_fault")
+    assert again["token_ids"] == cold["token_ids"]
     second.kill()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance.engine.inside.canary import MOST_AGE_S
+from appliance.engine.inside.canary import MOST_AGE_S, MOST_TOKENS_BESIDE
 from appliance.engine.inside.connector import TieredStateConnector
 from appliance.engine.protocol import Lease, TurnAccount, TurnEnd, lease_params
 from tests.engine.in_process import BLOCK, POOL, Answer, EngineInProcess, words
@@ -266,6 +266,24 @@ def test_a_block_that_comes_back_otherwise_quarantines_the_tiers(engine: EngineI
         connector(engine)._canary.quarantined = connector(engine)._tiers.quarantined = False
 
 
+def test_where_somebody_is_always_served_a_short_canary_is_computed_beside_them(engine: EngineInProcess) -> None:
+    engine.clock.advance(3600)
+    turn(engine, 1, "a")
+    push_off_the_device(engine)
+    engine.clock.advance(3600)
+    turn(engine, 1, "a")
+    canary = connector(engine)._canary
+    compared = canary.compared_total
+    engine.submit(words(7, BLOCK), transfer=lease_params(Lease("b", "tenant", 0.0)), max_tokens=8 * BLOCK)
+    engine.step(2)
+    engine.tick()
+    settle(engine)
+    assert engine.running()
+    assert canary.compared_total == compared + MOST_TOKENS_BESIDE // BLOCK
+    assert canary.compared_age_s() == 0
+    assert not canary.quarantined
+
+
 def test_a_canary_goes_with_the_session_that_it_is_of(engine: EngineInProcess) -> None:
     engine.clock.advance(3600)
     turn(engine, 1, "a")
@@ -297,7 +315,7 @@ def test_a_canary_that_is_never_computed_is_let_go(engine: EngineInProcess) -> N
     assert 0 < due_in_s <= MOST_AGE_S
     engine.clock.advance(MOST_AGE_S)
     connector(engine).tick()
-    assert canary.take() is None
+    assert canary.take(idle=True) is None
 
 
 @pytest.mark.timeout(400)

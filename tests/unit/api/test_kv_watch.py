@@ -3,10 +3,23 @@
 import asyncio
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
+
+import pytest
 
 from api.kv_watch import KvWatch, troubles
+from api.server import _record_quarantines
+from appliance.audit import AuditUnavailable, Event
 from appliance.engine.client import EngineUnavailable
-from appliance.engine.picture import DISK_FAULTS, NOT_STORED, DiskPicture, KvPicture, RecallPicture, TierPicture
+from appliance.engine.picture import (
+    DISK_FAULTS,
+    NOT_STORED,
+    CanaryPicture,
+    DiskPicture,
+    KvPicture,
+    RecallPicture,
+    TierPicture,
+)
 
 PICTURE = KvPicture(32, (TierPicture("device", "ok", 1, 9, 3, 2, 1),), (), (), 0, 0, (), 0, 0, 0)
 
@@ -99,6 +112,36 @@ async def test_a_tier_that_is_out_of_use_is_named_with_what_went_wrong() -> None
     assert list(kv.trouble()) == ["dram", "disk"]
     assert "ENOSPC" in kv.trouble()["disk"]
     assert troubles(PICTURE) == {}
+
+
+async def test_a_quarantine_is_told_once_and_recorded_though_the_log_refuses_at_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("api.server._RECORD_AGAIN_S", 0.0)
+    kv, engine, clock, _ = watching()
+    recorded: list[Event] = []
+    refusals = [AuditUnavailable("full", cause="", remedy="")]
+
+    async def record(event: Event) -> None:
+        if refusals:
+            raise refusals.pop()
+        recorded.append(event)
+
+    services: Any = SimpleNamespace(kv=kv, audit=SimpleNamespace(record=record))
+    recording = asyncio.create_task(_record_quarantines(services))
+    tiers = (*PICTURE.tiers, TierPicture("dram", "quarantined", 1, 9, 3, 0, 1))
+    wrong = replace(PICTURE, tiers=tiers, canary=CanaryPicture(12, 0.43, True, 1.0, 0))
+    for picture in (PICTURE, wrong, wrong, PICTURE, wrong):
+        engine.picture = picture
+        clock.now += 10
+        await kv.look()
+    async with asyncio.timeout(5):
+        while len(recorded) < 2:  # noqa: ASYNC110  (another task's)
+            await asyncio.sleep(0)
+    recording.cancel()
+    assert [(event.kind.action, event.target, event.details) for event in recorded] == [
+        ("kv.quarantined", ("tier", "dram"), {"worst_error": "0.43"})
+    ] * 2
 
 
 async def test_whether_the_engine_reads_ahead_is_known_when_it_was_seen() -> None:

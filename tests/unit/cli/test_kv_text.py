@@ -1,5 +1,7 @@
 """How `holdfast kv` reads: every number with its unit, every picture with its age."""
 
+from typing import Any
+
 from api.admin import types
 from api.admin.kv_commands import status_text
 
@@ -162,12 +164,17 @@ def test_what_came_back_wrong_is_told_aloud() -> None:
         text = status_text(STATUS.model_copy(update={"canary": canary}))
         return next(line for line in text.splitlines() if line.startswith("Restored against computed"))
 
-    good = types.KvCanary(compared_blocks_total=32, worst_error=0.0021, quarantined=False)
-    assert line(good).endswith("agrees; 32 blocks compared, largest error 0.21 %")
-    bad = types.KvCanary(compared_blocks_total=33, worst_error=None, quarantined=True)
-    assert "DIFFERS: nothing is restored any more" in line(bad)
-    none = types.KvCanary(compared_blocks_total=0, worst_error=0.0, quarantined=False)
-    assert line(none).endswith("nothing was compared yet")
+    def canary(compared: int, worst: float | None, age_s: float | None, **more: Any) -> types.KvCanary:
+        said = {"quarantined": False, "dropped_samples_total": 0, **more}
+        return types.KvCanary(compared_blocks_total=compared, worst_error=worst, compared_age_s=age_s, **said)
+
+    good = line(canary(32, 0.0021, 61.0))
+    assert good.endswith("agrees; 32 blocks compared, largest error 0.21 %, the last 1 min 1 s before")
+    assert "DIFFERS: nothing is restored any more; 33" in line(canary(33, None, 1.0, quarantined=True))
+    assert "DIFFERS" in line(canary(0, 0.0, None, quarantined=True))
+    assert line(canary(0, 0.0, None)).endswith("nothing was compared yet")
+    busy = line(canary(0, 0.0, None, dropped_samples_total=7))
+    assert busy.endswith("nothing was compared yet; 7 times what was noted went uncompared")
 
 
 def test_what_was_recalled_is_told_with_what_came_of_it() -> None:

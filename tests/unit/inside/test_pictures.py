@@ -164,7 +164,7 @@ WHOLE = KvPicture(
         last_error="Input/output error (EIO)",
         last_error_age_s=0.5,
     ),
-    canary=CanaryPicture(12, 0.001, quarantined=False),
+    canary=CanaryPicture(12, 0.001, quarantined=False, compared_age_s=8.0, dropped_samples_total=1),
     recall=RecallPicture(13, 14, 15, 16.5),
 )
 
@@ -203,6 +203,8 @@ def test_a_picture_is_read_as_it_was_written() -> None:
         (("disk", "not_stored_total", "slow"), -1),
         (("canary", "quarantined"), 0),
         (("canary", "worst_error"), math.nan),
+        (("canary", "compared_age_s"), -1.0),
+        (("canary", "dropped_samples_total"), None),
         (("recall", "used_blocks_total"), -1),
         (("recall", "paused_for_s"), -0.5),
     ],

@@ -932,10 +932,21 @@ async def test_a_session_that_was_forgotten_has_no_tiers_key(world: World) -> No
             await sessions.tier_key(session.tenant_label, session.lease_label)
 
 
-async def test_a_session_that_is_merely_not_remembered_is_not_called_gone(
+async def test_among_more_sessions_than_are_remembered_those_that_are_there_are_told_from_those_that_are_gone(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("appliance.sessions.registry._KNOWN_LABELS", 4)  # half of it is looked through
+    monkeypatch.setattr("appliance.sessions.registry._KNOWN_LABELS", 4)
+    said = [await say(world.sessions, caller(), chat(HELLO, client_id=f"s{n}"), "Hi", f"r{n}") for n in range(7)]
+    await world.sessions.forget(caller(), said[2].session_id)
+    answer = key_of(world.reopened())
+    asked = (answer(one.tenant_label, one.lease_label) for one in said[:4])
+    told = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(each) for each in told] == [bytes, bytes, SessionGone, bytes]
+
+
+async def test_a_look_that_takes_too_long_calls_nobody_gone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.sessions.registry._KNOWN_LABELS", 4)
+    monkeypatch.setattr("appliance.sessions.registry._LABELS_DEADLINE_S", -1.0)
     said = [await say(world.sessions, caller(), chat(HELLO, client_id=f"s{n}"), "Hi", f"r{n}") for n in range(3)]
     anew = world.reopened()
     answers = [
@@ -952,6 +963,16 @@ async def test_who_asks_for_a_label_again_at_once_is_not_told_that_it_is_gone(wo
     elsewhere = await say(world.sessions, caller(), chat(HELLO), "Hello.")
     with pytest.raises(LabelNotKnown):
         await answer(elsewhere.tenant_label, elsewhere.lease_label)
+
+
+async def test_all_that_are_asked_for_together_after_a_start_are_told_that_they_are_gone(world: World) -> None:
+    said = [await say(world.sessions, caller(), chat(HELLO, client_id=f"s{n}"), "Hi", f"r{n}") for n in range(6)]
+    for session in said[:5]:
+        await world.sessions.forget(caller(), session.session_id)
+    answer = key_of(world.reopened())
+    asked = (answer(one.tenant_label, one.lease_label) for one in said)
+    told = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(each) for each in told] == [SessionGone] * 5 + [bytes]
 
 
 async def test_a_vault_that_was_sealed_when_the_engine_asked_makes_no_session_gone(world: World) -> None:

@@ -254,7 +254,7 @@ class LeaseRetention:
         return reason
 
     def canary(self) -> Request | None:
-        """A request of the engine's own, to be run when nobody else's is; None: there is none."""
+        """A request of the engine's own, to be run now, after all others; None: there is none."""
         return None
 
     # How it is done.

@@ -106,7 +106,8 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         self._chunks: SessionChunks = primary_tier._policy
         self._doomed: set[bytes] = set()  # released, and still copied
         self.on_stored: Callable[[ReqContext], None] = lambda _: None
-        self.quarantined = False  # nothing is restored any more
+        # Nothing is restored any more: an engine before may have said so, and what it found is still on the disk.
+        self.quarantined = any(tier.store.quarantined for tier in secondary_tiers if isinstance(tier, DiskTier))
 
     def order_by(self, worth: Worth, clock: Callable[[], float]) -> None:
         """Say what decides the order in which chunks leave. Called once, before anything is stored."""
@@ -132,6 +133,13 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         order = self._chunks.order
         self._doomed.update(order.released([owner for owner in order.sessions() if owner[1] in sessions]))
         self._drop_doomed()
+
+    def quarantine(self) -> None:
+        """Restore nothing any more, from any tier: where there is a disk, no later engine either."""
+        self.quarantined = True
+        for tier in self.secondary_tiers:
+            if isinstance(tier, DiskTier):
+                tier.store.quarantine()
 
     def take_fault(self, session: Owner) -> bool:
         """Whether a chunk of the session's could not be read from the disk since this was asked last."""

@@ -29,6 +29,10 @@ from appliance.engine.protocol import Lease, LeaseReport, TurnAccount, TurnEnd, 
 logger = init_logger(f"vllm.{__name__}")
 
 _CANARY = ("holdfast", "canary")  # a tenant's label is longer
+_REMEDY = (
+    "Find the cause (memory, the disk, a driver), stop the gateway, remove the folder of the tier on disk if there is "
+    "one, and start it again: docs/kv.md, Quarantine."
+)
 
 
 class TieredRetention(LeaseRetention):
@@ -43,6 +47,13 @@ class TieredRetention(LeaseRetention):
         if role == KVConnectorRole.SCHEDULER:
             self._tiers.order_by(self.policy.value, self.clock)
             self._tiers.on_stored = self._compare
+            if self._tiers.quarantined:
+                self._canary.quarantined = True
+                logger.error(
+                    "An engine before found that KV which came back from a tier is not what the model computes: "
+                    "nothing is restored. Sessions are computed again. %s",
+                    _REMEDY,
+                )
             self._tiers.recall_for(
                 Expectations(self._waiting, self._expected, lambda session: self._table.tokens_of(session))
             )
@@ -106,6 +117,8 @@ class TieredRetention(LeaseRetention):
                 canary.compared_total,
                 canary.worst if math.isfinite(canary.worst) else None,
                 self._tiers.quarantined,
+                canary.compared_age_s(),
+                canary.dropped_total,
             ),
             recall=self._tiers.recalled(),
         )
@@ -155,9 +168,7 @@ class TieredRetention(LeaseRetention):
         Its answer goes nowhere: the front end knows no such request. Its KV is stored like that of any session,
         compared when it is in DRAM, and released.
         """
-        if any(not request.is_finished() for request in self._requests.values()):
-            return None  # whoever asked for something comes first
-        sample = self._canary.take()
+        sample = self._canary.take(idle=all(request.is_finished() for request in self._requests.values()))
         if sample is None:
             return None
         request = Request(
@@ -230,11 +241,12 @@ class TieredRetention(LeaseRetention):
         agreed = self._canary.judge(error_of)
         self._tiers.release(frozenset({_CANARY[1]}))
         if not agreed and not self._tiers.quarantined:
-            self._tiers.quarantined = True
+            self._tiers.quarantine()
             logger.error(
                 "KV that came back from a tier is not what the model computes (error %.3g): nothing is restored any "
-                "more. Sessions go on and are computed again. Start the engine again when the cause is found.",
+                "more. Sessions go on and are computed again. %s",
                 self._canary.worst,
+                _REMEDY,
             )
 
 

@@ -2,6 +2,7 @@
 
     ROOT/lock                                   held while an engine uses the folder
     ROOT/shares                                 what each tenant is guaranteed, for the next start
+    ROOT/quarantined                            that nothing is to be restored: until somebody empties the folder
     ROOT/LAYOUT/TENANT~SESSION/KEY-POSITION-COPY
 
 LAYOUT names what the KV was made by (`fingerprint`); KEY is the chunk's key in hexadecimal, POSITION the token that it
@@ -15,6 +16,7 @@ Rules:
 - A file has its name when it is complete, and is never changed. What has another name is of a write that was broken
   off. Nothing is synced: after a power cut files may be missing or torn, and a torn one does not open.
 - What is found by scanning is only believed to be there. Who and what it is, is authenticated when it is read.
+- A session's folder has the time of its last use. Who removes a file of it sets that again: removing changes it.
 - Reads and writes go past the page cache where the file system can do that: the memory is the tier above's.
 """
 
@@ -44,6 +46,7 @@ _PART_SUFFIX: Final = ".part"
 _PART = re.compile(_NAME.pattern + re.escape(_PART_SUFFIX))
 _LAYOUT = re.compile(r"[0-9a-f]{32}")
 _UNALIGNED = (errno.EINVAL, errno.EOPNOTSUPP)
+_QUARANTINED: Final = "quarantined"
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MOST_SHARES_BYTES: Final = 1 << 20
 
@@ -213,6 +216,7 @@ class ChunkFiles:
                 continue
             owner = Owner(matched["tenant"], matched["session"])
             names = []
+            was_cleaned = False
             with contextlib.suppress(OSError):
                 used_at = folder.stat().st_mtime
                 folder.chmod(0o700)
@@ -221,9 +225,12 @@ class ChunkFiles:
                     if read is None:
                         if _PART.fullmatch(file.name):
                             Path(file.path).unlink(missing_ok=True)
+                            was_cleaned = True
                         continue
                     key, position, copy = bytes.fromhex(read["key"]), int(read["position"], 16), read["copy"]
                     names.append(ChunkName(owner, key, position, bytes.fromhex(copy)))
+                if was_cleaned:
+                    self.touch(owner, used_at)
                 yield Found(owner, used_at, tuple(names))
 
     def remove_foreign(self) -> None:
@@ -260,6 +267,23 @@ class ChunkFiles:
             for tenant, share in shares.items()
             if _LABEL.fullmatch(tenant) and isinstance(share, float) and 0 <= share <= 1
         }
+
+    def write_quarantine(self) -> None:
+        """Have this and every later start know that nothing is to be restored; synced. Blocks.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        for path, flags in ((self._root / _QUARANTINED, os.O_WRONLY | os.O_CREAT), (self._root, os.O_DIRECTORY)):
+            descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def is_quarantined(self) -> bool:
+        """Whether anything has that name: what is in doubt is not restored. Blocks."""
+        return os.path.lexists(self._root / _QUARANTINED)
 
     # Private
 

@@ -7,6 +7,7 @@ Rules:
 - No key: the session's chunks are not there, neither read nor written. It is asked for again after `_AGAIN_S`, unless
   the gateway says that the session is gone for good: then what the disk holds of it goes.
 - So many keys are kept, those used last; a session that is dropped takes its key along.
+- Who only wants to know whether a session is still there gets no key: it is let go of when it comes.
 - Safe to call from several threads.
 """
 
@@ -14,7 +15,7 @@ import enum
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from appliance.engine.inside.disk.cipher import AesGcm
@@ -61,6 +62,7 @@ class TierKeys:
         self._ask = ask
         self._now = now
         self._slots: OrderedDict[Owner, _Slot] = OrderedDict()
+        self._in_question: dict[Owner, bool | None] = {}  # whether it is known what became of it; None: not answered
         self._changed = threading.Condition()
         self.on_gone = on_gone
 
@@ -112,9 +114,26 @@ class TierKeys:
                 if slot is not None and slot.cipher is None and slot.answered_at is None:
                     self._changed.wait(min(left, ANSWER_S))
 
+    def not_known(self, owners: Sequence[Owner]) -> list[Owner]:
+        """Ask what became of sessions: who is gone for good goes by `on_gone`. Blocks for as long as an answer may.
+
+        Returns:
+            Those of whom there was no answer, or none now.
+        """
+        with self._changed:
+            self._in_question = dict.fromkeys(owners)
+            for owner in owners:
+                if not self._ask(owner):
+                    self._in_question[owner] = False
+            self._changed.wait_for(lambda: None not in self._in_question.values(), ANSWER_S)
+            asked, self._in_question = self._in_question, {}
+            return [owner for owner, is_known in asked.items() if not is_known]
+
     def answered(self, owner: Owner, key: bytes | None, *, gone: bool = False) -> None:
         """Take the gateway's answer; `None`: there is no key now, and never will be if the session is `gone`."""
         with self._changed:
+            if owner in self._in_question:
+                self._in_question[owner] = gone or key is not None
             slot = self._slots.get(owner)
             if slot is not None:
                 slot.answered_at = self._now()
@@ -133,4 +152,5 @@ class TierKeys:
         """Forget every key: the vault was sealed, or the gateway is gone."""
         with self._changed:
             self._slots.clear()
+            self._in_question = dict.fromkeys(self._in_question, False)
             self._changed.notify_all()

@@ -14,6 +14,7 @@ Rules:
 - A tenant's chunk is given to no other tenant, whatever key it is asked by.
 - What was dropped is not found from that moment on; its files go as soon as a thread is free, before anything else is
   written.
+- The gateway is asked of everybody whose chunks a start finds, until it answers: who was forgotten is dropped.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from math import inf
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -45,6 +47,8 @@ _STOP_S: Final = 5.0
 _ANSWER_S: Final = 2.0  # a disk that takes longer for one read does not answer
 _SLOWEST_READ_BYTES_S: Final = 64 << 20  # computing again is no slower
 _NO_ANSWER: Final = "the disk does not answer"
+_ASKED_TOGETHER: Final = 128  # half of what the gateway takes at a time: who is in use asks, too
+_ASK_AGAIN_S, _ASK_AGAIN_AT_LEAST_EVERY_S = 10.0, 60.0  # of whom the gateway could not tell
 _MOST_LOOKED_THROUGH: Final = 10_000  # sessions, for those that have most
 
 
@@ -181,13 +185,17 @@ class DiskStore:
         self._lock = threading.Lock()
         self._to_write, self._to_read = threading.Condition(self._lock), threading.Condition(self._lock)
         self._idle = threading.Condition(self._lock)
+        self._stopped = threading.Condition(self._lock)
         self._encrypting = threading.Lock()
         self._sharing = threading.Lock()  # who writes down the shares
+        self._noting = threading.Lock()  # who writes down when a session was used
         self._writes: deque[_Task] = deque()
         self._reads: deque[_Task] = deque()
         self._removals: deque[ChunkName] = deque()
         self._foreign = True
         self._shares_changed = False
+        self._quarantine_due_at = inf  # when it is to be written down
+        self.quarantined = False  # an engine before found what came back to be wrong
         self._finished: deque[Done] = deque()
         self._open_jobs = self._pieces_over = 0
         self._reading: dict[int, float] = {}  # since when each thread does
@@ -203,6 +211,7 @@ class DiskStore:
         self._threads: list[threading.Thread] = []
         try:
             self._files = ChunkFiles(root, fingerprint=fingerprint, chunk_bytes=chunk_bytes)
+            self.quarantined = self._files.is_quarantined()
             self._take_up(self._files)
         except OSError as error:
             self._failed(error)
@@ -215,6 +224,7 @@ class DiskStore:
             self._start(self._write_on, f"holdfast-disk-write-{number}")
         for number in range(_READERS):
             self._start(self._read_on, f"holdfast-disk-read-{number}")
+        self._start(self._ask_on, "holdfast-disk-ask")
 
     # Asking
 
@@ -420,6 +430,13 @@ class DiskStore:
             if owner.session in sessions:
                 self.drop(owner)
 
+    def quarantine(self) -> None:
+        """What came back was wrong: have every later start know, until somebody empties the folder."""
+        with self._lock:
+            self.quarantined = True
+            self._quarantine_due_at = -inf
+            self._to_write.notify_all()
+
     def drain(self) -> None:
         """Return when every job is over. Blocks, for as long as something moves.
 
@@ -446,6 +463,7 @@ class DiskStore:
             self._reads.clear()
             self._to_write.notify_all()
             self._to_read.notify_all()
+            self._stopped.notify_all()
         deadline = time.monotonic() + _STOP_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -466,17 +484,26 @@ class DiskStore:
     def _write_on(self, files: ChunkFiles) -> None:
         buffer = files.buffer()
         while True:
-            foreign = shares_changed = False
+            foreign = shares_changed = quarantine = False
             task, removal = None, None
             with self._lock:
                 self._to_write.wait_for(
-                    lambda: self._stopping or self._shares_changed or self._writes or self._removals or self._foreign,
+                    lambda: (
+                        self._stopping
+                        or self._quarantine_due_at <= self._now()
+                        or self._shares_changed
+                        or self._writes
+                        or self._removals
+                        or self._foreign
+                    ),
                     self._next_chore_in_s(),
                 )
                 if self._stopping:
                     return
                 self._expire()
-                if self._shares_changed:
+                if self._quarantine_due_at <= self._now():
+                    quarantine, self._quarantine_due_at = True, inf
+                elif self._shares_changed:
                     shares_changed, self._shares_changed = True, False
                 elif self._removals:
                     removal = self._removals.popleft()
@@ -484,19 +511,37 @@ class DiskStore:
                     task = self._writes.popleft()
                 else:
                     foreign, self._foreign = self._foreign, False
-            if shares_changed:
+            if quarantine:
+                self._write_quarantine(files)
+            elif shares_changed:
                 self._write_shares(files)
             elif removal is not None:
                 files.remove(removal)
-                with self._lock:
-                    empty = self._index.session(removal.owner) is None
-                if empty:
+                if not self._note_use(files, removal.owner):
                     files.remove_folder(removal.owner)
             elif task is not None:
                 self._write(files, buffer, task)
             elif foreign:
                 with contextlib.suppress(OSError):
                     files.remove_foreign()
+
+    def _note_use(self, files: ChunkFiles, owner: Owner) -> bool:
+        """Give a session's folder the time of its last use, for the next start; whether the session has one."""
+        with self._noting:
+            with self._lock:
+                held = self._index.session(owner)
+                used_at = None if held is None else self._wall() - (self._now() - held.used_at)
+            if used_at is not None:
+                files.touch(owner, used_at)
+            return used_at is not None
+
+    def _write_quarantine(self, files: ChunkFiles) -> None:
+        try:
+            files.write_quarantine()
+        except OSError as error:
+            with self._lock:
+                self._failed(error)
+                self._quarantine_due_at = self._now() + _FIRST_PAUSE_S
 
     def _write_shares(self, files: ChunkFiles) -> None:
         with self._sharing:
@@ -563,7 +608,7 @@ class DiskStore:
                 self._loaded += not cause
                 self._piece_over(task.job, task.name.key, done=not cause)
             if not cause and not task.ahead:
-                files.touch(task.name.owner, self._wall())
+                self._note_use(files, task.name.owner)
 
     def _read(self, files: ChunkFiles, buffer: memoryview, task: _Task) -> str:
         """Read one chunk; the cause if it could not be."""
@@ -589,6 +634,23 @@ class DiskStore:
             with self._lock:
                 del self._reading[thread]
         return ""
+
+    def _ask_on(self, _: ChunkFiles) -> None:
+        """Ask of whom the gateway knows, among those whose chunks were found, until it is known of each."""
+        with self._lock:
+            left = self._index.owners()
+        pause_s = _ASK_AGAIN_S
+        while left and self._plain is None:
+            asked, left = left, []
+            for first in range(0, len(asked), _ASKED_TOGETHER):
+                if self._stopping:
+                    return
+                left += self._keys.not_known(asked[first : first + _ASKED_TOGETHER])
+            pause_s = _ASK_AGAIN_S if len(left) < len(asked) else min(2 * pause_s, _ASK_AGAIN_AT_LEAST_EVERY_S)
+            with self._lock:
+                if left:
+                    self._stopped.wait_for(lambda: self._stopping, pause_s)
+                left = [owner for owner in left if self._index.session(owner) is not None]
 
     # Private. Whoever calls one of these holds the lock.
 
@@ -620,7 +682,8 @@ class DiskStore:
 
     def _next_chore_in_s(self) -> float:
         due_in_s = self._index.next_expiry_in_s(self._now())
-        return _HOUSEKEEPING_S if due_in_s is None else min(due_in_s, _HOUSEKEEPING_S)
+        quarantine_in_s = max(0.0, self._quarantine_due_at - self._now())
+        return min(_HOUSEKEEPING_S if due_in_s is None else due_in_s, _HOUSEKEEPING_S, quarantine_in_s)
 
     def _refusal(self, chunks: int) -> str:
         """Why nothing is written now; empty: it is."""

@@ -92,3 +92,29 @@ def test_so_many_keys_are_kept_those_used_last() -> None:
     assert len(keys) == module.MAX_KEYS
     assert isinstance(keys.look(owners[0]), AesGcm)
     assert keys.look(owners[1]) is NoKey.ASKED
+
+
+def test_who_asks_what_became_of_sessions_is_told_and_gets_no_key() -> None:
+    ben, eve, ida = (Owner("acme", name) for name in ("ben", "eve", "ida"))
+    gone: list[Owner] = []
+
+    def ask(owner: Owner) -> bool:
+        if owner != ida:
+            keys.answered(owner, bytes(32) if owner == ANA else None, gone=owner == ben)
+        return owner != ida
+
+    keys = TierKeys(ask, on_gone=gone.append)
+    assert keys.not_known([ANA, ben, eve, ida]) == [eve, ida]
+    assert gone == [ben]
+    assert len(keys) == 0
+
+
+def test_a_sealed_vault_tells_of_nobody() -> None:
+    keys, asked = _keys(_Clock())
+    told: list[list[Owner]] = []
+    asking = threading.Thread(target=lambda: told.append(keys.not_known([ANA])))
+    asking.start()
+    while not asked or asking.is_alive():
+        keys.drop_all()
+    asking.join(5)
+    assert told == [[ANA]]
