@@ -25,6 +25,7 @@ from appliance.cli import (
     Command,
     Console,
     ago,
+    api_key_option,
     in_words,
     moment,
     pass_console,
@@ -422,6 +423,7 @@ def down(console: Console, at_once: bool, timeout_s: float | None) -> None:
 
 
 @click.command(cls=Command)
+@api_key_option
 @pass_console
 @click.pass_context
 def status(context: click.Context, console: Console) -> None:
@@ -570,6 +572,7 @@ class _Tail:
 
 @click.command(cls=Command)
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@api_key_option
 @pass_console
 def backup(console: Console, file: Path) -> None:
     """Write the whole appliance to one file while it runs.

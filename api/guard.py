@@ -5,7 +5,8 @@ Rules:
 - Routes are compared with the raw path, byte for byte. What is not exactly a route is none: an encoded slash, `//`,
   `..`, another case, a trailing dot or `;` leads nowhere. What follows `/v1/models/` is the name of a model, compared
   as it stands with those that are served; what follows `/v1/sessions/` is the id of a session of the caller's.
-- Everything but `/healthz` and `/readyz` needs a key, what does not exist too: who has no key learns no route.
+- Everything but `/healthz` and `/readyz` needs a key, what does not exist too: who has no key learns no route. It is a
+  tenant's: a key of the appliance is for the admin API, and refused here.
 - Host is one of `gateway.allowed_hosts`, once.
 - Headers that decide something come once. A body announced too long is refused before it is read.
 - Every answer carries `X-Request-ID`; the client's own is kept if it is harmless. Every answer of a turn whose session
@@ -31,6 +32,7 @@ from api.openai.errors import (
     Draining,
     HostRefused,
     MethodRefused,
+    NotATenantsKey,
     RequestError,
     RouteMissing,
 )
@@ -150,6 +152,12 @@ class Guard:
         if services.vault.sealed:
             raise VaultSealed
         request.caller = await authenticate(services.identity, request)
+        if request.caller.principal.tenant_id is None:
+            raise NotATenantsKey(
+                "this key asks for nothing here",
+                cause="it is a key of the appliance, which administers it; what is asked here belongs to a tenant",
+                remedy="Use a key of a tenant: `holdfast key create --tenant TENANT`",
+            )
         if _SESSION_PATH.fullmatch(raw_path) is not None:
             _check_method(method, ("DELETE",))
             return self._end_of_session

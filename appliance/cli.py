@@ -116,6 +116,7 @@ class Console:
         self.json = as_json
         self._named_state_dir = state_dir
         self._hinted_state_dir: Path | None = state_dir
+        self._api_key_fd: int | None = None
 
     # Which appliance
 
@@ -148,15 +149,21 @@ class Console:
 
         return load_settings(flags, state_dir=self.state_dir)
 
-    def admin(self, *, api_key_fd: int | None = None, deadline_s: float = 30.0) -> "AdminClient":
+    def act_with_api_key(self, descriptor: int) -> None:
+        """Speak to the admin API as the principal of the API key that is read from `descriptor`."""
+        self._api_key_fd = descriptor
+
+    def admin(self, *, deadline_s: float = 30.0) -> "AdminClient":
         """A client of the running appliance's admin API.
 
-        Args:
-            api_key_fd: the descriptor of an API key to act with; by default the kernel vouches for the local user.
+        Acts with the API key of `--api-key-fd`; where none is named the kernel vouches for the local user.
+
+        Raises:
+            SecretUnusable: the descriptor holds no API key.
         """
         from api.admin.client import AdminClient
 
-        api_key = None
+        api_key, api_key_fd = None, self._api_key_fd
         if api_key_fd is not None:
             offered = self.secret("API key", api_key_fd, option="--api-key-fd")
             if not re.fullmatch(rb"[!-~]+", offered):
@@ -290,11 +297,13 @@ def passphrase_option(function: _AnyFunction) -> _AnyFunction:
 
 
 def api_key_option(function: _AnyFunction) -> _AnyFunction:
-    """Adds `--api-key-fd`, to act as the principal of an API key instead of as the local administrator."""
+    """Adds `--api-key-fd`, which has `Console.admin` act as the principal of an API key, not as the local user."""
     return click.option(
         "--api-key-fd",
         type=click.IntRange(min=0),
         metavar="N",
+        expose_value=False,
+        callback=_set_api_key_fd,
         help="Act as the principal of the API key read from this open file descriptor.",
     )(function)
 
@@ -492,6 +501,11 @@ def _set_json(context: click.Context, _: click.Parameter, chosen: bool) -> None:
 def _set_state_dir(context: click.Context, _: click.Parameter, chosen: Path | None) -> None:
     if chosen is not None:
         context.ensure_object(Console).choose_state_dir(chosen)
+
+
+def _set_api_key_fd(context: click.Context, _: click.Parameter, chosen: int | None) -> None:
+    if chosen is not None:
+        context.ensure_object(Console).act_with_api_key(chosen)
 
 
 def _before_double_dash(words: Sequence[str]) -> Sequence[str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import click
 
-from appliance.cli import EXIT_CHECK_FAILED, Command, Console, pass_console, printable
+from appliance.cli import EXIT_CHECK_FAILED, Command, Console, api_key_option, pass_console, printable
 from appliance.errors import HoldfastError
 from appliance.settings import Settings
 from diagnostics.checks import Finding, Subject, Verdict, examine
@@ -19,6 +19,7 @@ _COLOURS: Mapping[Verdict, str] = {
 
 
 @click.command(cls=Command)
+@api_key_option
 @pass_console
 @click.pass_context
 def doctor(context: click.Context, console: Console) -> None:
@@ -49,8 +50,9 @@ def _subject(console: Console) -> Subject:
 
 
 def _settings_of_nobody(console: Console) -> list[str] | None:
+    client = console.admin(deadline_s=_DEADLINE_S)
     try:
-        return console.admin(deadline_s=_DEADLINE_S).status().settings_of_nobody
+        return client.status().settings_of_nobody
     except HoldfastError:
         return None
 

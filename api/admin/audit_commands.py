@@ -61,6 +61,7 @@ def audit() -> None:
 
 
 @audit.command()
+@api_key_option
 @pass_console
 def status(console: Console) -> None:
     """Say how long the log is, how old its last checkpoint, and what is in its way."""
@@ -83,9 +84,9 @@ def status(console: Console) -> None:
 @click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="So many, the newest last.")
 @api_key_option
 @pass_console
-def tail(console: Console, limit: int, api_key_fd: int | None) -> None:
+def tail(console: Console, limit: int) -> None:
     """Show the newest entries."""
-    page = console.admin(api_key_fd=api_key_fd, deadline_s=60).audit_entries(limit=limit)
+    page = console.admin(deadline_s=60).audit_entries(limit=limit)
     console.result(page, _entries_text(page))
 
 
@@ -101,12 +102,10 @@ def tail(console: Console, limit: int, api_key_fd: int | None) -> None:
 @click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="At most so many.")
 @api_key_option
 @pass_console
-def search(
-    console: Console, /, api_key_fd: int | None, since: str | None, until: str | None, **wanted: str | int | None
-) -> None:
+def search(console: Console, /, since: str | None, until: str | None, **wanted: str | int | None) -> None:
     """Find entries by time, tenant, action, actor or session."""
     now = time.time()
-    page = console.admin(api_key_fd=api_key_fd, deadline_s=120).audit_entries(
+    page = console.admin(deadline_s=120).audit_entries(
         since=None if since is None else _moment(since, now),
         until=None if until is None else _moment(until, now),
         **wanted,
@@ -118,9 +117,9 @@ def search(
 @click.argument("sequence", type=click.IntRange(0))
 @api_key_option
 @pass_console
-def show(console: Console, sequence: int, api_key_fd: int | None) -> None:
+def show(console: Console, sequence: int) -> None:
     """Show one entry with everything that it holds."""
-    entry = console.admin(api_key_fd=api_key_fd).audit_entry(sequence)
+    entry = console.admin().audit_entry(sequence)
     console.result(entry, _entry_text(entry))
 
 
@@ -172,12 +171,11 @@ def prove(
     output: Path | None,
     disclose: bool,
     log_dir: Path | None,
-    api_key_fd: int | None,
 ) -> None:
     """Write a proof that stands by itself: this entry was in the log when the checkpoint was signed."""
     log = LogReader(_directory(console, log_dir))
     if disclose:
-        entry = console.admin(api_key_fd=api_key_fd).audit_entry(sequence)
+        entry = console.admin().audit_entry(sequence)
         proof = make_proof(log, sequence, salt=bytes.fromhex(entry.salt or ""), record=entry.record)
     else:
         proof = make_proof(log, sequence)
@@ -221,7 +219,7 @@ def check_proof(console: Console, file: Any, log_dir: Path | None, key_text: str
 )
 @api_key_option
 @pass_console
-def digest(console: Console, tenant: str, of: str, api_key_fd: int | None) -> None:
+def digest(console: Console, tenant: str, of: str) -> None:
     """Say which keyed digest the text on standard input has in TENANT's turns. The text itself goes nowhere.
 
     Every byte of it counts, a newline at the end too.
@@ -232,7 +230,7 @@ def digest(console: Console, tenant: str, of: str, api_key_fd: int | None) -> No
     except ValueError as error:
         raise click.UsageError(f"what came on standard input is no JSON: {error}") from None
     text = "answer" if of == "answer" else "prompt"
-    found = console.admin(api_key_fd=api_key_fd).audit_digest(tenant=tenant, text=text, sha256=hashed.hex())
+    found = console.admin().audit_digest(tenant=tenant, text=text, sha256=hashed.hex())
     console.result(found, found.digest)
 
 
@@ -327,6 +325,7 @@ def exporting() -> None:
 @click.option("--token-file", type=_FILE, help="A file with the token that the receiver wants to be shown.")
 @click.option("--max-message-bytes", type=click.IntRange(4096, 1 << 20), help="What the receiver takes in one message.")
 @click.option("--from", "first", metavar="NUMBER|now", default="0", show_default=True, help="The first entry to send.")
+@api_key_option
 @pass_console
 def add_export(
     console: Console,
@@ -360,6 +359,7 @@ def add_export(
 
 
 @exporting.command("list")
+@api_key_option
 @pass_console
 def list_exports(console: Console) -> None:
     """Show each destination: what it has, how far it is behind, what is in the way."""
@@ -381,6 +381,7 @@ def list_exports(console: Console) -> None:
 
 @exporting.command("test")
 @click.argument("name")
+@api_key_option
 @pass_console
 def try_export(console: Console, name: str) -> None:
     """Send an event that says it is a test."""
@@ -390,6 +391,7 @@ def try_export(console: Console, name: str) -> None:
 
 @exporting.command("remove")
 @click.argument("name")
+@api_key_option
 @pass_console
 def remove_export(console: Console, name: str) -> None:
     """End a destination, and forget how far it was."""
@@ -402,6 +404,7 @@ def remove_export(console: Console, name: str) -> None:
 @click.argument("path", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--from", "first", type=click.IntRange(0), default=0, show_default=True, help="The first entry.")
 @click.option("--to", "last", type=click.IntRange(0), help="The last entry; by default the newest.")
+@api_key_option
 @pass_console
 def export_file(console: Console, path: Path, first: int, last: int | None) -> None:
     """Write events to a file, a line each, with what proves them: for `verify-export`."""
@@ -438,6 +441,7 @@ def witness() -> None:
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--witness", "witness_key", metavar="VKEY", help="Who will be asked; by default somebody new.")
 @click.option("--from", "old_size", type=click.IntRange(0), help="The size that the witness says it saw last.")
+@api_key_option
 @pass_console
 def export(console: Console, file: Path, witness_key: str | None, old_size: int | None) -> None:
     """Write what the witness is asked, to carry to it."""
@@ -480,6 +484,7 @@ def cosign(console: Console, request: Path, reply: Path, state: Path, key_text: 
 @click.argument("request", type=click.Path(path_type=Path, dir_okay=False, exists=True))
 @click.argument("reply", type=click.Path(path_type=Path, dir_okay=False, exists=True))
 @click.option("--witness", "witness_key", metavar="VKEY", required=True, help="The witness's public key.")
+@api_key_option
 @pass_console
 def take(console: Console, request: Path, reply: Path, witness_key: str) -> None:
     """Take a witness's reply; the log is held to it from then on."""

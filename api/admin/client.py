@@ -18,7 +18,7 @@ import socket
 import struct
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -154,6 +154,25 @@ class AdminClient:
             "expires_in_s": expires_in_s,
         }
         return self._call(types.CreatedKey, "POST", "/v1/keys", body=body)
+
+    def create_appliance_key(
+        self,
+        *,
+        principal: str,
+        role: types.ApplianceRole,
+        label: str | None = None,
+        permissions: Sequence[str] = (),
+        expires_in_s: float | None = None,
+    ) -> types.CreatedKey:
+        """Create an API key for a principal of the appliance. The fields are those of `types.NewApplianceKey`."""
+        body = {
+            "principal": principal,
+            "role": role,
+            "label": label,
+            "permissions": list(permissions),
+            "expires_in_s": expires_in_s,
+        }
+        return self._call(types.CreatedKey, "POST", "/v1/appliance/keys", body=body)
 
     def keys(self, *, tenant: str | None = None) -> types.Keys:
         """The API keys that the caller may know of."""

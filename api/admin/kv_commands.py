@@ -55,9 +55,9 @@ _sessions_option = click.option(
 @_sessions_option
 @api_key_option
 @pass_console
-def show_status(console: Console, most_sessions: int, api_key_fd: int | None) -> None:
+def show_status(console: Console, most_sessions: int) -> None:
     """Show each tier, tenant and session: what is kept, what it is worth, until when, and what was found."""
-    status = console.admin(api_key_fd=api_key_fd).kv(sessions=most_sessions)
+    status = console.admin().kv(sessions=most_sessions)
     console.result(status, status_text(status))
 
 
@@ -74,11 +74,9 @@ def show_status(console: Console, most_sessions: int, api_key_fd: int | None) ->
 @click.option("--count", "pictures", type=click.IntRange(min=1), help="End after so many pictures.  [default: never]")
 @api_key_option
 @pass_console
-def watch_status(
-    console: Console, most_sessions: int, interval_s: float, pictures: int | None, api_key_fd: int | None
-) -> None:
+def watch_status(console: Console, most_sessions: int, interval_s: float, pictures: int | None) -> None:
     """Show the same again and again until Ctrl-C; with --json, one picture a line."""
-    client = console.admin(api_key_fd=api_key_fd)
+    client = console.admin()
     redraw = sys.stdout.isatty() and not console.json
     try:
         for number in count(1):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from appliance.cli import EXIT_CHECK_FAILED, Console, Group, in_words, pass_console, table
+from appliance.cli import EXIT_CHECK_FAILED, Console, Group, api_key_option, in_words, pass_console, table
 
 if TYPE_CHECKING:
     from api.admin import types
@@ -28,6 +28,7 @@ def prove() -> None:
     show_default=True,
     help="How often each of the times that are compared is taken; more see smaller differences.",
 )
+@api_key_option
 @click.pass_context
 @pass_console
 def prove_isolation(console: Console, context: click.Context, rounds: int) -> None:

@@ -59,7 +59,7 @@ from appliance.audit.events import (
     VAULT_SEALED,
 )
 from appliance.errors import Fault, HoldfastError
-from appliance.identity import Isolation, Role, Tenant
+from appliance.identity import Isolation, Principal, Role, Tenant
 from appliance.sessions import EXPLAINED_TURNS, NO_TURN, TRANSCRIPT_TURNS
 from appliance.vault import SYSTEM_SCOPE, VaultSealed
 
@@ -100,6 +100,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("POST", "/v1/tenants/{tenant_id}"): Rule(_ADMINS),
     ("GET", "/v1/keys"): Rule(_PEOPLE),
     ("POST", "/v1/keys"): Rule(_ADMINS),
+    ("POST", "/v1/appliance/keys"): Rule(_ADMINS, appliance_wide=True),
     ("POST", "/v1/keys/{key_id}/revoke"): Rule(_MASTERS),
     ("GET", "/v1/sessions"): Rule(_EVERYBODY, recorded=False),
     ("GET", "/v1/sessions/{session_id}"): Rule(_EVERYBODY),
@@ -217,7 +218,10 @@ def _check(asker: Asker, rule: Rule | None) -> None:
         if principal.role not in rule.roles:
             raise _denied(f"it is not open to the role {principal.role.value}")
         if rule.appliance_wide and principal.tenant_id is not None:
-            raise _denied("it is open to principals of the appliance only, not to those of one tenant")
+            raise _denied(
+                "it is open to principals of the appliance only, not to those of one tenant",
+                remedy="Ask an administrator of the appliance for a key of `holdfast key create --appliance`",
+            )
 
 
 async def _asker(services: Services, request: Request) -> Asker:
@@ -238,6 +242,8 @@ async def _asker(services: Services, request: Request) -> Asker:
             caller = await services.identity.authenticate(secret.strip() if scheme.lower() == "bearer" else "")
         except HoldfastError as error:
             services.audit.count(Event(NOT_AUTHENTICATED, ANYONE, Outcome.REFUSED, source=source, reason=error.code))
+            if isinstance(error, VaultSealed):
+                raise VaultSealed(remedy="The gateway's own user runs `holdfast unseal`, without an API key") from None
             raise
         return Asker(caller, source, services.audit)
     uid = uid_of(client)
@@ -362,13 +368,25 @@ async def _keys(services: ServicesOf, asker: AskerOf, tenant: str | None = None)
 
 async def _create_key(new: types.NewKey, services: ServicesOf, asker: AskerOf) -> types.CreatedKey:
     tenant = await chosen_tenant(services, asker.named, new.tenant) or await _only_tenant(services)
-    principals = await services.identity.principals(tenant)
-    principal = next((each for each in principals if each.name == new.principal), None)
-    if principal is None:
-        principal = await services.identity.create_principal(tenant, new.principal, Role(new.role))
+    principal = await services.identity.principal(tenant, new.principal, Role(new.role))
+    return await _key_for(principal, new, new.limits, services, asker)
+
+
+async def _create_appliance_key(new: types.NewApplianceKey, services: ServicesOf, asker: AskerOf) -> types.CreatedKey:
+    principal = await services.identity.principal(None, new.principal, Role(new.role))
+    return await _key_for(principal, new, types.Limits(permissions=new.permissions), services, asker)
+
+
+async def _key_for(
+    principal: Principal,
+    new: types.NewKey | types.NewApplianceKey,
+    limits: types.Limits,
+    services: Services,
+    asker: Asker,
+) -> types.CreatedKey:
     expires_at = None if new.expires_in_s is None else services.now() + new.expires_in_s
     key, secret = await services.identity.create_key(
-        principal, views.scopes(new.limits), label=new.label, expires_at=expires_at
+        principal, views.scopes(limits), label=new.label, expires_at=expires_at
     )
     details = {"principal_id": principal.principal_id, "role": principal.role.value}
     await asker.did(KEY_CREATED, ("key", key.key_id), tenant_id=key.tenant_id, details=details)
@@ -484,6 +502,7 @@ _ENDPOINTS: Endpoints = {
     ("POST", "/v1/tenants/{tenant_id}"): (_change_tenant, types.Tenant),
     ("GET", "/v1/keys"): (_keys, types.Keys),
     ("POST", "/v1/keys"): (_create_key, types.CreatedKey),
+    ("POST", "/v1/appliance/keys"): (_create_appliance_key, types.CreatedKey),
     ("POST", "/v1/keys/{key_id}/revoke"): (_revoke_key, types.Key),
     ("GET", "/v1/sessions"): (_sessions, types.SessionPage),
     ("GET", "/v1/sessions/{session_id}"): (_session, types.Session),
@@ -511,8 +530,8 @@ async def _only_tenant(services: Services) -> Tenant:
 # Answers that are errors
 
 
-def _denied(cause: str) -> AdminDenied:
-    return AdminDenied("this may not be done", cause=cause, remedy="Ask an administrator of the appliance")
+def _denied(cause: str, *, remedy: str = "Ask an administrator of the appliance") -> AdminDenied:
+    return AdminDenied("this may not be done", cause=cause, remedy=remedy)
 
 
 async def _answer_error(_: Request, error: Exception) -> JSONResponse:

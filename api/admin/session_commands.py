@@ -41,9 +41,9 @@ def session() -> None:
 )
 @api_key_option
 @pass_console
-def list_sessions(console: Console, tenant_name: str | None, limit: int, api_key_fd: int | None) -> None:
+def list_sessions(console: Console, tenant_name: str | None, limit: int) -> None:
     """List sessions, last used first. Shows nothing of what was said."""
-    page = console.admin(api_key_fd=api_key_fd, deadline_s=120).sessions(tenant=tenant_name, limit=limit)
+    page = console.admin(deadline_s=120).sessions(tenant=tenant_name, limit=limit)
     now = time.time()
     rows = [
         (
@@ -71,13 +71,13 @@ def list_sessions(console: Console, tenant_name: str | None, limit: int, api_key
 @click.option("--before", type=click.IntRange(1), metavar="TURN", help="Only turns before this one.")
 @api_key_option
 @pass_console
-def show_session(console: Console, session_id: str, limit: int, before: int | None, api_key_fd: int | None) -> None:
+def show_session(console: Console, session_id: str, limit: int, before: int | None) -> None:
     """Decrypt and print what was said in a session.
 
     The local administrator needs the permission transcript:read (`holdfast init --grant transcript:read`); a client's
     key reads its own sessions, and others' with that scope.
     """
-    transcript = console.admin(api_key_fd=api_key_fd, deadline_s=120).transcript(session_id, before=before, limit=limit)
+    transcript = console.admin(deadline_s=120).transcript(session_id, before=before, limit=limit)
     console.result(transcript, _transcript_text(transcript))
     if transcript.truncated:
         first = transcript.turns[0].number
@@ -91,13 +91,13 @@ def show_session(console: Console, session_id: str, limit: int, before: int | No
 )
 @api_key_option
 @pass_console
-def explain_session(console: Console, session_id: str, limit: int, api_key_fd: int | None) -> None:
+def explain_session(console: Console, session_id: str, limit: int) -> None:
     """Say why a session's prompts had to be computed, turn by turn, and what can be done about it.
 
     Shows no word of what was said. For each turn: the prompt's tokens, those that were found on the engine, and the
     others by why they had to be computed.
     """
-    explanation = console.admin(api_key_fd=api_key_fd, deadline_s=120).why(session_id, limit=limit)
+    explanation = console.admin(deadline_s=120).why(session_id, limit=limit)
     console.result(explanation, _explanation_text(explanation))
     if explanation.truncated:
         console.say(f"There are more: these are its last {len(explanation.turns)} turns (--limit).")
@@ -108,9 +108,9 @@ def explain_session(console: Console, session_id: str, limit: int, api_key_fd: i
 @click.option("--yes", metavar="ID", help="The session's id again, instead of being asked for it.")
 @api_key_option
 @pass_console
-def forget_session(console: Console, session_id: str, yes: str | None, api_key_fd: int | None) -> None:
+def forget_session(console: Console, session_id: str, yes: str | None) -> None:
     """Destroy a session's key and rows, for good. Backups that were made before still hold it."""
-    client = console.admin(api_key_fd=api_key_fd, deadline_s=120)
+    client = console.admin(deadline_s=120)
     found = client.session(session_id)
     turns = "1 turn" if found.turns == 1 else f"{found.turns} turns"
     console.confirm_name(

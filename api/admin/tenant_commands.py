@@ -61,6 +61,7 @@ def tenant() -> None:
     show_default=True,
     help="What its sessions share on the engine: `tenant isolation` says more.",
 )
+@api_key_option
 @pass_console
 def create_tenant(console: Console, name: str, idle_timeout_s: float | None, isolation: "types.IsolationMode") -> None:
     """Create a tenant with keys of its own."""
@@ -88,12 +89,11 @@ def set_tenant(
     name: str,
     audit_digests: str | None,
     take_out_harness_lines: str | None,
-    api_key_fd: int | None,
 ) -> None:
     """Set what a tenant chose; NAME may be its id. In force for the next request."""
     if audit_digests is None and take_out_harness_lines is None:
         raise click.UsageError("say what to set: --audit-digests or --take-out-harness-lines")
-    admin = console.admin(api_key_fd=api_key_fd)
+    admin = console.admin()
     changed = admin.change_tenant(
         _tenant_id(admin, name),
         audit_digests=None if audit_digests is None else audit_digests == "on",
@@ -112,7 +112,7 @@ def set_tenant(
 @click.argument("mode", type=_ISOLATION)
 @api_key_option
 @pass_console
-def set_isolation(console: Console, name: str, mode: "types.IsolationMode", api_key_fd: int | None) -> None:
+def set_isolation(console: Console, name: str, mode: "types.IsolationMode") -> None:
     """Set what a tenant's sessions share on the engine; NAME may be its id. In force for the next request.
 
     MODE is session (nothing outside a session tree), tenant-prefix (the tools and system messages; everything after
@@ -120,12 +120,13 @@ def set_isolation(console: Console, name: str, mode: "types.IsolationMode", api_
     can tell by the time an answer takes whether somebody of the tenant sent the same before. What was shared under the
     mode before is out of reach, and computed anew. Tenants never share anything with each other.
     """
-    admin = console.admin(api_key_fd=api_key_fd)
+    admin = console.admin()
     changed = admin.change_tenant(_tenant_id(admin, name), isolation=mode)
     console.result(changed, f"{changed.name}: {_IN_WORDS[changed.isolation]}.")
 
 
 @tenant.command("list")
+@api_key_option
 @pass_console
 def list_tenants(console: Console) -> None:
     """List tenants, and how long what of their sessions is kept."""
@@ -156,9 +157,9 @@ def list_tenants(console: Console) -> None:
 @click.argument("name")
 @api_key_option
 @pass_console
-def show_tenant(console: Console, name: str, api_key_fd: int | None) -> None:
+def show_tenant(console: Console, name: str) -> None:
     """Show what is in force for a tenant; NAME may be its id."""
-    admin = console.admin(api_key_fd=api_key_fd)
+    admin = console.admin()
     shown = admin.tenant(_tenant_id(admin, name))
     console.result(shown, _tenant_text(shown))
 
@@ -171,12 +172,13 @@ def key() -> None:
 @key.command("create")
 @click.option("--principal", required=True, metavar="NAME", help="Who uses it: a program, a team, a person.")
 @click.option("--tenant", "tenant_name", metavar="TENANT", help="A name or an id.  [default: the only one]")
+@click.option("--appliance", is_flag=True, help="For a principal of the appliance instead of a tenant's; needs --role.")
 @click.option(
     "--role",
     type=click.Choice(["client", "auditor", "operator", "admin"]),
     default="client",
     show_default=True,
-    help="What a new principal may do; one that exists keeps its role.",
+    help="What the principal may do; one that exists has to have it. A client is always a tenant's.",
 )
 @click.option("--label", help="A note on what the key is for.")
 @click.option(
@@ -190,15 +192,17 @@ def key() -> None:
     "permissions",
     multiple=True,
     type=click.Choice(["transcript:read"]),
-    help="transcript:read allows reading what other principals of the tenant said.",
+    help="transcript:read allows reading what other principals said: the tenant's, with --appliance everybody.",
 )
 @click.option("--expires", "expires_in_s", type=_Duration(), metavar="DURATION", help="Such as 30d. [default: never]")
+@api_key_option
 @pass_console
 def create_key(
     console: Console,
     principal: str,
     tenant_name: str | None,
-    role: str,
+    appliance: bool,
+    role: "types.RoleName",
     label: str | None,
     models: tuple[str, ...],
     requests_per_minute: int | None,
@@ -209,28 +213,42 @@ def create_key(
 ) -> None:
     """Create an API key for a principal, who is made if the tenant has none of that name.
 
-    The key is printed to stdout, once: it is kept nowhere.
+    With --appliance, for an administrator, an operator or an auditor of the whole appliance; an administrator of the
+    appliance can do that. The key is printed to stdout, once: it is kept nowhere.
     """
-    created = console.admin().create_key(
-        tenant=tenant_name,
-        principal=principal,
-        role=role,
-        label=label,
-        limits={
-            "models": list(models) or None,
-            "requests_per_minute": requests_per_minute,
-            "concurrent_requests": concurrent_requests,
-            "tokens_per_day": tokens_per_day,
-            "permissions": list(permissions),
-        },
-        expires_in_s=expires_in_s,
-    )
-    console.say(f"Created {created.key.key_id} for {principal}. This is the key; it is not shown again:")
+    limits = {
+        "models": list(models) or None,
+        "requests_per_minute": requests_per_minute,
+        "concurrent_requests": concurrent_requests,
+        "tokens_per_day": tokens_per_day,
+    }
+    if appliance:
+        if tenant_name is not None:
+            raise click.UsageError("say whose key: --tenant TENANT or --appliance")
+        if role == "client":
+            raise click.UsageError("a client is always a tenant's: with --appliance give --role admin|operator|auditor")
+        if any(limit is not None for limit in limits.values()):
+            raise click.UsageError("a key of the appliance asks for no turns: with --appliance give no limits on them")
+        created = console.admin().create_appliance_key(
+            principal=principal, role=role, label=label, permissions=permissions, expires_in_s=expires_in_s
+        )
+    else:
+        created = console.admin().create_key(
+            tenant=tenant_name,
+            principal=principal,
+            role=role,
+            label=label,
+            limits=limits | {"permissions": list(permissions)},
+            expires_in_s=expires_in_s,
+        )
+    whose = f"{principal}, {created.key.role} of {created.key.tenant or 'the appliance'}"
+    console.say(f"Created {created.key.key_id} for {printable(whose)}. This is the key; it is not shown again:")
     console.result(created, created.secret)
 
 
 @key.command("list")
 @click.option("--tenant", "tenant_name", help="Only this tenant's: a name or an id.")
+@api_key_option
 @pass_console
 def list_keys(console: Console, tenant_name: str | None) -> None:
     """List API keys. Their secrets are kept nowhere."""
@@ -240,7 +258,8 @@ def list_keys(console: Console, tenant_name: str | None) -> None:
         (
             each.key_id,
             each.principal or each.principal_id,
-            each.tenant or "-",
+            each.role or "-",
+            each.tenant or "(appliance)",
             each.label or "-",
             _limits_in_words(each.limits),
             _key_state(each, now),
@@ -251,13 +270,16 @@ def list_keys(console: Console, tenant_name: str | None) -> None:
     console.result(
         listed,
         table(
-            ("id", "principal", "tenant", "label", "limits", "state", "created"), rows, empty="There are no API keys."
+            ("id", "principal", "role", "tenant", "label", "limits", "state", "created"),
+            rows,
+            empty="There are no API keys.",
         ),
     )
 
 
 @key.command("revoke")
 @click.argument("key_id")
+@api_key_option
 @pass_console
 def revoke_key(console: Console, key_id: str) -> None:
     """Revoke an API key; it holds for the very next request."""
@@ -270,7 +292,7 @@ def revoke_key(console: Console, key_id: str) -> None:
 @click.option("--system", is_flag=True, help="The appliance's own.")
 @api_key_option
 @pass_console
-def rotate_keys(console: Console, tenant_name: str | None, system: bool, api_key_fd: int | None) -> None:
+def rotate_keys(console: Console, tenant_name: str | None, system: bool) -> None:
     """Put encryption keys under another key; what they encrypted stays as it is.
 
     The key that wrapped them opens none of them any more: a copy of it, or of the database from before, is of no use
@@ -278,7 +300,7 @@ def rotate_keys(console: Console, tenant_name: str | None, system: bool, api_key
     """
     if system == (tenant_name is not None):
         raise click.UsageError("say whose keys: --tenant TENANT or --system")
-    rotated = console.admin(api_key_fd=api_key_fd, deadline_s=_ROTATION_DEADLINE_S).rotate_keys(tenant_name)
+    rotated = console.admin(deadline_s=_ROTATION_DEADLINE_S).rotate_keys(tenant_name)
     whose = "the system" if rotated.tenant_id is None else f"{tenant_name} ({rotated.tenant_id})"
     console.result(rotated, f"{rotated.keys} keys of {printable(whose)} are under a new key; no data was written anew.")
 

@@ -211,28 +211,44 @@ class Limits(Wire):
     permissions: list[Literal["transcript:read"]] = []
 
 
+# What a principal is there for: `docs/cli.md` says what each may. A client is always a tenant's.
+ApplianceRole = Literal["admin", "operator", "auditor"]
+RoleName = Literal["admin", "operator", "auditor", "client"]
+
+
 class NewKey(Wire):
     """A key to create for a principal of a tenant; the principal is made if the tenant has none of that name.
 
-    `tenant` may be left out where there is one only.
+    `tenant` may be left out where there is one only. A principal that is there has to have the role.
     """
 
     tenant: Name | None = None
     principal: Name
-    role: Literal["admin", "operator", "auditor", "client"] = "client"
+    role: RoleName = "client"
     label: Name | None = None
     limits: Limits = Limits()
     expires_in_s: float | None = Field(default=None, gt=0)
 
 
+class NewApplianceKey(Wire):
+    """A key to create for a principal of the appliance, made if there is none of that name. It asks for no turns."""
+
+    principal: Name
+    role: ApplianceRole
+    label: Name | None = None
+    permissions: list[Literal["transcript:read"]] = []
+    expires_in_s: float | None = Field(default=None, gt=0)
+
+
 class Key(Wire):
-    """One API key, without its secret, which is kept nowhere."""
+    """One API key, without its secret, which is kept nowhere. `tenant_id` None: its principal is of the appliance."""
 
     key_id: str
     tenant_id: str | None
     tenant: str | None
     principal_id: str
     principal: str | None
+    role: RoleName | None
     label: str | None
     limits: Limits
     created_at: float

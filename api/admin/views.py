@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from api.admin import types
 from api.services import Services
-from appliance.identity import ApiKey, Permission, Scopes, Tenant
+from appliance.identity import ApiKey, Permission, Principal, Scopes, Tenant
 from appliance.sessions import Explanation, SessionSummary, Transcript
 from appliance.sessions.keeping import keeping
 
@@ -38,28 +38,30 @@ def tenant_view(services: Services, tenant: Tenant) -> types.Tenant:
 
 
 async def key_views(services: Services, keys: Sequence[ApiKey]) -> list[types.Key]:
-    """Keys with the names of whose they are."""
+    """Keys with the names and the roles of whose they are."""
     tenants = {tenant.tenant_id: tenant for tenant in await services.identity.tenants()}
     keys = [key for key in keys if key.tenant_id is None or key.tenant_id in tenants]  # a proof's may be gone by now
     wanted = {key.tenant_id for key in keys}
-    principals: dict[str, str] = {}
+    principals: dict[str, Principal] = {}
     for tenant_id in wanted:
         tenant = None if tenant_id is None else tenants[tenant_id]
-        principals |= {each.principal_id: each.name for each in await services.identity.principals(tenant)}
+        principals |= {each.principal_id: each for each in await services.identity.principals(tenant)}
+    whose = [(key, principals.get(key.principal_id)) for key in keys]
     return [
         types.Key(
             key_id=key.key_id,
             tenant_id=key.tenant_id,
             tenant=None if key.tenant_id is None else tenants[key.tenant_id].name,
             principal_id=key.principal_id,
-            principal=principals.get(key.principal_id),
+            principal=None if principal is None else principal.name,
+            role=None if principal is None else principal.role.value,
             label=key.label,
             limits=limits_view(key.scopes),
             created_at=key.created_at,
             expires_at=key.expires_at,
             revoked_at=key.revoked_at,
         )
-        for key in keys
+        for key, principal in whose
     ]
 
 

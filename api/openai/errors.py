@@ -101,6 +101,13 @@ class HostRefused(RequestError):
     code: ClassVar[str] = "host_refused"
 
 
+class NotATenantsKey(RequestError):
+    """The key is a principal's of the appliance: it administers, and asks for no turns."""
+
+    code: ClassVar[str] = "not_a_tenants_key"
+    fault: ClassVar[Fault] = Fault.DENIED
+
+
 class RouteMissing(RequestError):
     """There is nothing at this path."""
 

@@ -9,6 +9,7 @@ from appliance.identity.errors import (
     NotAnAdministrator,
     QuotaReached,
     RateLimited,
+    RoleDiffers,
     TooManyConcurrent,
     UnknownIdentity,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "Quotas",
     "RateLimited",
     "Role",
+    "RoleDiffers",
     "Scopes",
     "Tenant",
     "TooManyConcurrent",

@@ -23,7 +23,7 @@ from dataclasses import replace
 from sqlalchemy import Connection, Table, insert, select, update
 from sqlalchemy.engine import RowMapping
 
-from appliance.identity.errors import InvalidApiKey, NameTaken, NotAnAdministrator, UnknownIdentity
+from appliance.identity.errors import InvalidApiKey, NameTaken, NotAnAdministrator, RoleDiffers, UnknownIdentity
 from appliance.identity.types import ApiKey, Caller, Isolation, Permission, Principal, Role, Scopes, Tenant
 from appliance.store import Change, RowCipher, Store, StoreBusy, StoreConflict, key_changes, rotation_changes, tables
 from appliance.vault import SYSTEM_SCOPE, KeyPurpose, Vault
@@ -280,6 +280,24 @@ class Identity:
         sealed = self._seal(tables.principals, row)
         await self._add([Change(_INSERT_PRINCIPAL, sealed)], f"a principal named {name!r}", "holdfast key list")
         return principal
+
+    async def principal(self, tenant: Tenant | None, name: str, role: Role) -> Principal:
+        """The principal of a name and a role, of a tenant or of the appliance; made where there is none of the name.
+
+        Raises:
+            RoleDiffers: there is one of that name with another role.
+            NameTaken: somebody else made one meanwhile.
+        """
+        known = next((each for each in await self.principals(tenant) if each.name == name), None)
+        if known is None:
+            return await self.create_principal(tenant, name, role)
+        if known.role is not role:
+            raise RoleDiffers(
+                f"the principal {name!r} is there already, with the role {known.role.value}",
+                cause=f"a principal has one role, and a key of the role {role.value} was asked for",
+                remedy=f"Ask for its own with --role {known.role.value}, or give the principal another name",
+            )
+        return known
 
     async def principals(self, tenant: Tenant | None) -> list[Principal]:
         """The principals of a tenant, or of the appliance; oldest first."""

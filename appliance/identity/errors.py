@@ -26,6 +26,13 @@ class NameTaken(HoldfastError):
     fault: ClassVar[Fault] = Fault.CONFLICT
 
 
+class RoleDiffers(HoldfastError):
+    """There is a principal of that name already, and it has another role."""
+
+    code: ClassVar[str] = "role_differs"
+    fault: ClassVar[Fault] = Fault.CONFLICT
+
+
 class NotAnAdministrator(HoldfastError):
     """The user of this machine is not the appliance's administrator."""
 

@@ -5,11 +5,12 @@ Rule: the passphrase goes from the terminal or a descriptor to the admin socket,
 
 import click
 
-from appliance.cli import Command, Console, pass_console, passphrase_option
+from appliance.cli import Command, Console, api_key_option, pass_console, passphrase_option
 
 
 @click.command(cls=Command)
 @passphrase_option
+@api_key_option
 @pass_console
 def unseal(console: Console, passphrase_fd: int | None) -> None:
     """Open the vault with its passphrase."""
@@ -30,6 +31,7 @@ def unseal(console: Console, passphrase_fd: int | None) -> None:
 
 
 @click.command(cls=Command)
+@api_key_option
 @pass_console
 def seal(console: Console) -> None:
     """Close the vault: nothing is served until it is unsealed."""

@@ -12,11 +12,11 @@ class VaultSealed(HoldfastError):
     code: ClassVar[str] = "vault_sealed"
     fault: ClassVar[Fault] = Fault.UNAVAILABLE
 
-    def __init__(self) -> None:
+    def __init__(self, *, remedy: str = "An administrator runs `holdfast unseal`") -> None:
         super().__init__(
             "the vault is sealed",
             cause="the root key is not in memory: nobody has unsealed the vault since it started or was sealed",
-            remedy="An administrator runs `holdfast unseal`",
+            remedy=remedy,
         )
 
 

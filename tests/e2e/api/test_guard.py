@@ -371,6 +371,16 @@ def test_a_revoked_key_is_refused_at_its_very_next_request(served: Served) -> No
     assert (refused.status, refused.code) == (401, "invalid_api_key")
 
 
+@pytest.mark.parametrize(("path", "method"), [*ROUTES.items(), ("/v1/sessions/ses_1", "DELETE"), ("/nothing", "GET")])
+def test_a_key_of_the_appliance_asks_for_nothing_here(path: str, method: str, served: Served) -> None:
+    key = served.admin.create_appliance_key(principal="soc", role="auditor").secret
+    refused = served.send(method, path, BODY if method == "POST" else b"", api_key=key)
+    assert (refused.status, refused.code) == (403, "not_a_tenants_key")
+    (entry, *_) = served.admin.audit_entries(action="request.refused", limit=1).entries
+    assert entry.record is not None
+    assert (entry.record["reason"], entry.record["actor"]["role"]) == ("not_a_tenants_key", "auditor")
+
+
 def test_an_expired_key_is_refused(served: Served) -> None:
     key = served.admin.create_key(tenant="tenant", principal="brief", expires_in_s=0.001).secret
     refused = served.ask(api_key=key)

@@ -94,6 +94,71 @@ def test_an_administrator_without_the_grant_does_not_read_and_the_client_reads_i
     assert (refused.status, refused.json["code"]) == (3, "invalid_api_key")
 
 
+def test_each_role_of_the_appliance_does_with_its_key_what_it_is_for(appliance: Appliance) -> None:
+    appliance.init()
+    appliance.up()
+
+    def made(role: str) -> bytes:
+        created = appliance.json("key", "create", "--appliance", "--role", role, "--principal", f"the {role}")
+        assert (created["key"]["role"], created["key"]["tenant_id"]) == (role, None)
+        secret: str = created["secret"]
+        return secret.encode()
+
+    keys = {role: made(role) for role in ("admin", "operator", "auditor")}
+
+    def status_of(role: str, *words: str) -> int:
+        return appliance.run(*words, "--json", "--api-key-fd", "0", secret=keys[role]).status
+
+    for role in keys:
+        for words in (("status",), ("kv", "status"), ("audit", "status"), ("tenant", "list"), ("key", "list")):
+            assert status_of(role, *words) == 0, (role, words)
+    assert {role: status_of(role, "audit", "tail") for role in keys} == {"admin": 0, "operator": 4, "auditor": 0}
+    assert {role: status_of(role, "tenant", "create", f"of the {role}") for role in keys} == {
+        "admin": 0,
+        "operator": 4,
+        "auditor": 4,
+    }
+    another = ("key", "create", "--appliance", "--role", "auditor", "--principal", "another")
+    assert [status_of(role, *another) for role in keys] == [0, 4, 4]
+    backup = appliance.state_dir.with_name("saved.tar")
+    assert [status_of(role, "backup", str(backup)) for role in ("auditor", "operator", "admin")] == [4, 4, 0]
+    assert [status_of(role, "seal") for role in ("auditor", "operator")] == [4, 0]
+    told = appliance.run("unseal", "--api-key-fd", "0", secret=keys["admin"])
+    assert told.status == 8
+    assert "without an API key" in told.err
+    appliance.ok("unseal")
+
+    listed = appliance.ok("key", "list").out.splitlines()
+    assert [line.split()[3:5] for line in listed[1:4]] == [[role, "(appliance)"] for role in keys]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--appliance",), "a client is always a tenant's"),
+        (("--appliance", "--role", "admin", "--tenant", "default"), "--tenant TENANT or --appliance"),
+        (("--appliance", "--role", "admin", "--tokens-per-day", "5"), "asks for no turns"),
+        (("--appliance", "--role", "admin", "--model", "m"), "asks for no turns"),
+    ],
+)
+def test_a_key_of_the_appliance_is_asked_for_without_contradiction(
+    appliance: Appliance, words: tuple[str, ...], said: str
+) -> None:
+    refused = appliance.run("key", "create", "--principal", "somebody", *words, "--json")
+    assert (refused.status, refused.json["code"]) == (2, "usage")
+    assert said in refused.json["cause"]
+
+
+def test_a_principal_that_is_there_keeps_its_role_and_another_is_a_conflict(appliance: Appliance) -> None:
+    appliance.init()
+    appliance.up()
+    key_of(appliance)
+    refused = appliance.run("key", "create", "--principal", "agents", "--role", "admin", "--json")
+    assert (refused.status, refused.json["code"]) == (6, "role_differs")
+    (listed,) = appliance.json("key", "list")["keys"]
+    assert listed["role"] == "client"
+
+
 def test_a_revoked_key_is_refused_at_the_very_next_request(appliance: Appliance) -> None:
     appliance.init()
     endpoint = appliance.up()["endpoint"]

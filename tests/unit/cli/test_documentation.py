@@ -10,7 +10,20 @@ from appliance import cli
 from appliance.settings import AdmissionSettings, SessionSettings, TenantRetention, TierSettings
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "cli.md"
-EVERYWHERE = {"--help", "--json", "--state-dir"}
+EVERYWHERE = {"--help", "--json", "--state-dir", "--api-key-fd"}
+ASKS_NOBODY = {
+    "init",
+    "up",
+    "down",
+    "logs",
+    "restore",
+    "bench stateful",
+    "kv dashboard",
+    "audit verify",
+    "audit verify-proof",
+    "audit verify-export",
+    "audit witness cosign",
+}
 
 
 def leaves(command: click.Command, path: str) -> list[tuple[str, click.Command]]:
@@ -34,6 +47,17 @@ def test_every_command_and_option_is_documented() -> None:
         for parameter in command.params:
             if isinstance(parameter, click.Option) and not EVERYWHERE & set(parameter.opts):
                 assert parameter.opts[0] in row, (path, parameter.opts)
+
+
+def test_every_command_that_asks_the_admin_api_takes_an_api_key_and_the_page_names_the_others() -> None:
+    without = {
+        path
+        for path, command in leaves(cli.holdfast, "")
+        if all("--api-key-fd" not in parameter.opts for parameter in command.params)
+    }
+    assert without == ASKS_NOBODY
+    (said,) = [text for text in DOCUMENT.read_text().split("\n\n") if text.startswith("`--api-key-fd N`")]
+    assert {name for name in ASKS_NOBODY if f"`{name}`" not in said} == set()
 
 
 def test_every_exit_status_is_documented() -> None:
