@@ -34,10 +34,11 @@ def prove() -> None:
 def prove_isolation(console: Console, context: click.Context, rounds: int) -> None:
     """Show what crosses from one session to another, and that nothing else does.
 
-    Made-up tenants ask the engine for made-up prompts, in each isolation mode and from each side, and what the engine
+    Made-up tenants ask the engine for made-up prompts, in each isolation mode and tier and from each side, and what it
     found is compared with what it had to find, and with what it must not. Ends with status 10 when something is shared
-    that must not be, when something is not that should be, and when it could not be told. Takes a minute or more;
-    asks about a hundred and fifty short answers of the model. The made-up tenants are removed again.
+    that must not be, when something is not that should be, and when it could not be told. Takes a minute or more; asks
+    about a hundred and fifty short answers of the model, and where there are more tiers than the device several
+    hundred. The made-up tenants are removed again.
     """
     console.say("Asking as made-up tenants; this takes a minute or more.")
     proof = console.admin(deadline_s=_DEADLINE_S).prove_isolation(rounds=rounds)

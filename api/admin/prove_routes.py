@@ -11,7 +11,8 @@ from fastapi import Request
 
 from api.admin import types
 from api.admin.asking import AskerOf, Endpoints, ServicesOf, while_there
-from api.proving.isolation import Check, Verdict, prove_isolation, verdict_of
+from api.proving.isolation import Check, prove_isolation, verdict_of
+from api.proving.judgement import Verdict
 from appliance.audit import Outcome
 from appliance.audit.events import ISOLATION_PROVED
 from appliance.errors import Fault, HoldfastError
@@ -65,7 +66,7 @@ def _failed(check: Check) -> bool:
 
 
 def _name(check: Check) -> str:
-    return f"{check.mode} {check.name}".strip()
+    return " ".join(part for part in (check.mode, check.tier, check.name) if part)
 
 
 ENDPOINTS: Endpoints = {("POST", "/v1/prove/isolation"): (_prove_isolation, types.IsolationProof)}

@@ -38,6 +38,10 @@ class Said:
     first_token_s: float
     logprob_tokens: Sequence[str] | None
 
+    def from_tier(self, tier: str) -> int:
+        """How many tokens a tier gave. An engine that does not tell has the device alone."""
+        return self.tier_tokens.get(tier, 0) if self.tier_tokens else self.cached_tokens if tier == TIERS[0] else 0
+
 
 class AnswerMissing(HoldfastError):
     """A request of a proof was refused, or broken off."""

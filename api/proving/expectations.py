@@ -20,11 +20,6 @@ class Pair(enum.StrEnum):
     OTHER_TENANT = "other tenant"
     FORGOTTEN = "after forgetting"  # the same session, which was forgotten
 
-    @property
-    def is_gone(self) -> bool:
-        """Whether nobody is left who could show where the prompt was."""
-        return self is Pair.FORGOTTEN
-
 
 class Reach(enum.Enum):
     """How far into the prompt it finds blocks."""

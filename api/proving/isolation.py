@@ -4,6 +4,7 @@ Rules:
 
 - It fails when anything is shared that must not be, and as well when something is not shared that should be: a proof
   that passes on an engine that caches nothing proves nothing.
+- In the tiers behind the device too, and in each: controls show what a tier had (`judgement`).
 - What cannot be told is `UNKNOWN`, with the reason, and a tier that is not configured is said to be that. Neither is a
   pass.
 - Everything asked is made up and differs from anything asked before. The tenants are throwaways: they are removed
@@ -12,11 +13,10 @@ Rules:
 """
 
 import asyncio
-import enum
 import random
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 from pydantic_core import from_json, to_json
@@ -27,6 +27,7 @@ from api.forgetting import forget_session
 from api.openai.prefixes import RENDER_PATH
 from api.proving.asking import TIERS, Asker, Said
 from api.proving.expectations import REACH, Bounds, Pair, bounds
+from api.proving.judgement import Verdict, judged, shows
 from api.proving.statistics import mann_whitney_p, shift
 from api.services import Services
 from api.trail import actor_of
@@ -48,15 +49,6 @@ _ATTEMPTS: Final = 3
 _PRESSURE: Final = 1.5  # times the room of the tiers above, of other prompts, to have one leave them
 _MOST_PRESSURE: Final = 600  # prompts
 _LOG_TAIL_BYTES: Final = 4 << 20
-
-
-class Verdict(enum.StrEnum):
-    """What came of one check."""
-
-    PASS = "PASS"  # noqa: S105 (no secret)
-    FAIL = "FAIL"
-    UNKNOWN = "UNKNOWN"
-    NOT_CONFIGURED = "NOT CONFIGURED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +96,25 @@ class _Party:
     caller: Caller
     asker: Asker
     secret: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompts:
+    """What is asked for in one mode to be found in one tier: a prompt for each pair, and the controls' two.
+
+    Attributes:
+        one: who asks for everything first.
+        other: another principal of the same tenant.
+        stranger: of another tenant.
+        controls: asked for just before the others, and just after.
+    """
+
+    mode: Isolation
+    one: _Party
+    other: _Party
+    stranger: _Party
+    of_pairs: Mapping[Pair, _Text]
+    controls: tuple[_Text, _Text]
 
 
 async def prove_isolation(services: Services, administrator: Caller, *, rounds: int = ROUNDS) -> list[Check]:
@@ -249,7 +260,9 @@ class _Proof:
         text = self._text()
         system_tokens = await self._system_tokens(text)
         first = await one.asker.ask(text.messages, session="one")
-        checks = [self._check("nobody before", mode, first, Bounds(0, 0))]
+        checks = [_check("nobody before", mode, first, Bounds(0, 0), TIERS[0], was_there=True)]
+        # What was asked for a moment ago is on the device, unless its own session finds it in a tier behind.
+        was_there = True
         asked = (
             (Pair.SAME_SESSION, one, "one", None),
             (Pair.SIBLING, one, "child", "one"),
@@ -262,25 +275,18 @@ class _Proof:
             if pair is Pair.FORGOTTEN:
                 await self._forget(one, "one")
             said = await party.asker.ask(text.messages, session=session, parent=parent)
-            wanted = bounds(
-                REACH[mode][pair],
-                system_tokens=system_tokens,
-                prompt_tokens=said.prompt_tokens,
-                block_size=self._block_size,
-            )
-            checks.append(self._check(pair.value, mode, said, wanted))
+            if pair is Pair.SAME_SESSION:
+                was_there = said.cached_tokens == said.from_tier(TIERS[0])
+            wanted = self._wanted(mode, pair, said, system_tokens)
+            checks.append(_check(pair.value, mode, said, wanted, TIERS[0], was_there=was_there))
         return checks
 
-    def _check(self, name: str, mode: Isolation, said: Said, wanted: Bounds) -> Check:
-        right = wanted.least <= said.cached_tokens <= wanted.most
-        expected = "none" if wanted.most == 0 else f"{wanted.least} to {wanted.most}"
-        return Check(
-            name,
-            Verdict.PASS if right else Verdict.FAIL,
-            f"{expected} of {said.prompt_tokens} tokens found",
-            f"{said.cached_tokens} tokens",
-            mode.value,
-            "device",
+    def _wanted(self, mode: Isolation, pair: Pair, said: Said, system_tokens: int) -> Bounds:
+        return bounds(
+            REACH[mode][pair],
+            system_tokens=system_tokens,
+            prompt_tokens=said.prompt_tokens,
+            block_size=self._block_size,
         )
 
     async def _forget(self, party: _Party, named: str) -> None:
@@ -309,56 +315,68 @@ class _Proof:
         return checks
 
     async def _tier(self, tier: str, blocks_above: int) -> list[Check]:
-        texts = [(mode, pair, self._text()) for mode in Isolation for pair in Pair]
-        blocks = len(await self._rendered(texts[0][2])) // self._block_size
+        prompts = [await self._prompts_in(mode) for mode in Isolation]
+        blocks = len(await self._rendered(prompts[0].controls[0])) // self._block_size
         pressing = int(_PRESSURE * blocks_above / max(1, blocks)) + 1
         if pressing > _MOST_PRESSURE:
             found = f"it would take {pressing} prompts to push others there, and {_MOST_PRESSURE} are the bound"
             return [Check("every pair", Verdict.UNKNOWN, "", found, tier=tier)]
-        # Their leases end with their turns, so that they leave the device before anybody else's do.
-        parties = {}
-        for mode in Isolation:
-            tenant = await self._tenant(mode, idle_timeout_s=0.0)
-            stranger = await self._tenant(mode, idle_timeout_s=0.0)
-            parties[mode] = await self._party(tenant), await self._party(tenant), await self._party(stranger)
-        for mode, pair, text in texts:
-            await parties[mode][0].asker.ask(text.messages, session=f"{tier}-{pair.name}")
+        for each in prompts:
+            before, after = each.controls
+            of_pairs = [(pair.name, text) for pair, text in each.of_pairs.items()]
+            for name, text in (("before", before), *of_pairs, ("after", after)):
+                await each.one.asker.ask(text.messages, session=f"{tier}-{name}")
         presser = await self._party(await self._tenant(Isolation.SESSION, idle_timeout_s=0.0))
         for number in range(pressing):
             await presser.asker.ask(self._text().messages, session=f"{tier}-{number}")
-        return [await self._pair_in_tier(tier, mode, pair, text, parties[mode]) for mode, pair, text in texts]
+        return [check for each in prompts for check in await self._pairs_in_tier(tier, each)]
 
-    async def _pair_in_tier(
-        self, tier: str, mode: Isolation, pair: Pair, text: _Text, parties: tuple[_Party, _Party, _Party]
-    ) -> Check:
-        one, other, stranger = parties
+    async def _prompts_in(self, mode: Isolation) -> _Prompts:
+        # Their leases end with their turns, so that they leave the device before anybody else's do.
+        tenant = await self._tenant(mode, idle_timeout_s=0.0)
+        stranger = await self._tenant(mode, idle_timeout_s=0.0)
+        return _Prompts(
+            mode,
+            await self._party(tenant),
+            await self._party(tenant),
+            await self._party(stranger),
+            {pair: self._text() for pair in Pair},
+            (self._text(), self._text()),
+        )
+
+    async def _pairs_in_tier(self, tier: str, prompts: _Prompts) -> list[Check]:
+        """Every pair of a mode, of prompts that should be in a tier, and then the controls.
+
+        The tier had the prompts when it has what was kept just before and just after them still, when they have been
+        asked for. The controls come before the forgetting, for that may take everything of the tenant's.
+        """
+        said: dict[Pair, Said] = {}
+        for pair in Pair:
+            if pair is not Pair.FORGOTTEN:
+                said[pair] = await self._ask_in_tier(tier, pair, prompts)
+        asker = prompts.one.asker
+        controls = [
+            await asker.ask(text.messages, session=f"{tier}-{name}")
+            for name, text in zip(("before", "after"), prompts.controls, strict=True)
+        ]
+        was_there = shows(controls, tier, block_size=self._block_size)
+        await self._forget(prompts.one, f"{tier}-{Pair.FORGOTTEN.name}")
+        said[Pair.FORGOTTEN] = await self._ask_in_tier(tier, Pair.FORGOTTEN, prompts)
+        checks = []
+        for pair, answer in said.items():
+            wanted = self._wanted(prompts.mode, pair, answer, await self._system_tokens(prompts.of_pairs[pair]))
+            checks.append(_check(pair.value, prompts.mode, answer, wanted, tier, was_there=was_there))
+        return checks
+
+    async def _ask_in_tier(self, tier: str, pair: Pair, prompts: _Prompts) -> Said:
         own = f"{tier}-{pair.name}"
-        if pair is Pair.FORGOTTEN:
-            await self._forget(one, own)
-        party = {Pair.OTHER_KEY: other, Pair.OTHER_TENANT: stranger}.get(pair, one)
+        party = {Pair.OTHER_KEY: prompts.other, Pair.OTHER_TENANT: prompts.stranger}.get(pair, prompts.one)
         same = pair in (Pair.SAME_SESSION, Pair.FORGOTTEN)
-        said = await party.asker.ask(
-            text.messages, session=own if same else f"{own}-asked", parent=own if pair is Pair.SIBLING else None
+        return await party.asker.ask(
+            prompts.of_pairs[pair].messages,
+            session=own if same else f"{own}-asked",
+            parent=own if pair is Pair.SIBLING else None,
         )
-        wanted = bounds(
-            REACH[mode][pair],
-            system_tokens=await self._system_tokens(text),
-            prompt_tokens=said.prompt_tokens,
-            block_size=self._block_size,
-        )
-        check = self._check(pair.value, mode, said, wanted)
-        served = said.tier_tokens
-        if check.verdict is Verdict.PASS and not pair.is_gone and not served.get(tier):
-            # What was not found proves nothing unless it was there: its own session says so.
-            shown = await one.asker.ask(text.messages, session=own)
-            served = shown.tier_tokens if wanted.most == 0 else served
-        told = ", ".join(f"{tokens} from {each}" for each, tokens in served.items() if tokens) or "none from any tier"
-        verdict = check.verdict
-        if verdict is Verdict.PASS and not pair.is_gone and not served.get(tier):
-            verdict = Verdict.UNKNOWN  # it was somewhere else, or nowhere any more
-        elif verdict is Verdict.FAIL and wanted.least and said.cached_tokens == 0:
-            verdict = Verdict.UNKNOWN  # it may have been given up
-        return replace(check, tier=tier, verdict=verdict, found=f"{said.cached_tokens} tokens; {told}")
 
     # Times
 
@@ -529,6 +547,12 @@ def verdict_of(checks: Sequence[Check]) -> Verdict:
         if worst in verdicts:
             return worst
     return Verdict.PASS if Verdict.PASS in verdicts else Verdict.UNKNOWN
+
+
+def _check(name: str, mode: Isolation, said: Said, wanted: Bounds, tier: str, *, was_there: bool) -> Check:
+    verdict, found = judged(said, wanted, tier, was_there=was_there)
+    expected = "none" if wanted.most == 0 else f"{wanted.least} to {wanted.most}"
+    return Check(name, verdict, f"{expected} of {said.prompt_tokens} tokens found", found, mode.value, tier)
 
 
 def _made_up(words: int) -> str:

@@ -152,6 +152,7 @@ class LeaseTable:
         self._shares: dict[str, int] = {}  # blocks guaranteed, by tenant
         self._active: Counter[_Key] = Counter()  # requests that wait or run
         self._parents: dict[_Key, _Key] = {}  # of sessions with a claim or a request
+        self._children: dict[Hashable, set[_Key]] = {}  # the same, by the parent
         self._closed: set[_Key] = set()  # while a request still runs
         self._reasons: OrderedDict[_Key, str] = OrderedDict()  # of sessions that have nothing left
         self._deadlines: list[tuple[float, int, _Key]] = []
@@ -175,7 +176,9 @@ class LeaseTable:
         self._active[key] += 1
         self._closed.discard(key)
         if lease.parent and lease.parent != lease.session:
-            self._parents[key] = (lease.tenant, lease.parent)
+            self._leave_parent(key)
+            parent = self._parents[key] = (lease.tenant, lease.parent)
+            self._children.setdefault(parent, set()).add(key)
         claim = self._claims.get(key)
         if claim is not None:
             claim.has_rank = True
@@ -236,7 +239,7 @@ class LeaseTable:
         if key in self._closed:
             if key not in self._active:
                 self._closed.discard(key)
-                self._parents.pop(key, None)
+                self._leave_parent(key)
             return Change(forgotten=tuple(block.content for block in blocks))
         before = self._claims.get(key)
         after = blocks[: min(self._bound, self._part(lease.session_cap))]
@@ -434,6 +437,12 @@ class LeaseTable:
             return _WANTED
         return self.policy.value(session=session, now=self._clock(), position=0, abandoned=False)
 
+    def worth_behind(self, *, session: Hashable, now: float, position: int, abandoned: bool) -> float:
+        """As `RetentionPolicy.value`, for the tiers behind the device: a parent is worth as much as its child."""
+        related = (session, *self._children.get(session, ()))
+        value = self.policy.value
+        return max(value(session=each, now=now, position=position, abandoned=abandoned) for each in related)
+
     # Private
 
     def _state(self, key: _Key, now: float) -> LeaseState:
@@ -629,7 +638,14 @@ class LeaseTable:
     def _settled(self, key: _Key) -> None:
         """Nothing of a session is left here unless a request is."""
         if key not in self._active and key not in self._claims:
-            self._parents.pop(key, None)
+            self._leave_parent(key)
+
+    def _leave_parent(self, key: _Key) -> None:
+        parent = self._parents.pop(key, None)
+        if parent is not None:
+            self._children[parent].discard(key)
+            if not self._children[parent]:
+                del self._children[parent]
 
     def _claim(self, key: _Key, block_id: int) -> bool:
         if block_id >= len(self._claims_on):

@@ -8,7 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from appliance.engine.inside.chunks import ChunkOrder
 from appliance.engine.inside.leases import Change, LeasedBlock, LeaseTable
+from appliance.engine.inside.quotas import Quotas
 from appliance.engine.protocol import Lease, TurnEnd
 
 BLOCK = 32  # tokens
@@ -353,6 +355,35 @@ def test_a_parent_yields_after_others_while_its_child_runs_and_while_the_child_h
     assert held(table) == {"parent": 2, "child": 2}
 
 
+def test_in_dram_too_a_parent_yields_after_others_while_its_child_runs_and_no_longer() -> None:
+    clock = Clock()
+    table = table_of(10, clock)
+    order = ChunkOrder(table.worth_behind, clock, Quotas(20))
+    child = dataclasses.replace(lease("child", 60.0), parent="parent")
+
+    def kept(session: str) -> None:
+        order.add(session.encode(), BLOCK, ("tenant", session))
+        order.freed(session.encode())
+        table.arrived(lease(session))
+        table.finished(lease(session), chain(1))
+
+    kept("parent")
+    table.arrived(child)
+    clock.now += 600  # a child may run for long
+    kept("other")
+    clock.now += 5
+    assert order.pick(1, ()) == (b"other",)
+    table.finished(child, chain(2))
+    clock.now += 5
+    kept("another")
+    assert table.worth_behind(session=("tenant", "parent"), now=clock.now, position=0, abandoned=False) == (
+        table.policy.value(session=("tenant", "child"), now=clock.now, position=0, abandoned=False)
+    )
+    table.release(["child"])
+    clock.now += 5
+    assert order.pick(1, ()) == (b"parent",)
+
+
 def test_a_session_closed_while_its_request_runs_leaves_nothing_when_that_ends() -> None:
     table = table_of(10, Clock())
     table.finished(lease("a"), chain(1))
@@ -373,7 +404,7 @@ def test_ten_thousand_sessions_that_are_abandoned_hold_no_more_than_the_bound() 
     assert table.leased_blocks == 100
     assert len(table.states()) == 50
     assert len(table._deadlines) < 200
-    assert len(table._active) == len(table._closed) == len(table._parents) == 0
+    assert len(table._active) == len(table._closed) == len(table._parents) == len(table._children) == 0
 
 
 def test_a_label_reaches_nothing_of_another_tenant() -> None:

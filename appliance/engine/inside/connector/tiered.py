@@ -45,7 +45,7 @@ class TieredRetention(LeaseRetention):
         groups = enumerate(kv_cache_config.kv_cache_groups)
         self._comparable = frozenset(number for number, group in groups if self._fills_its_chunks(group))
         if role == KVConnectorRole.SCHEDULER:
-            self._tiers.order_by(self.policy.value, self.clock)
+            self._tiers.order_by(lambda **of: self._table.worth_behind(**of), self.clock)
             self._tiers.on_stored = self._compare
             if self._tiers.quarantined:
                 self._canary.quarantined = True
