@@ -92,3 +92,14 @@ def test_so_many_keys_are_kept_those_used_last() -> None:
     assert len(keys) == module.MAX_KEYS
     assert isinstance(keys.look(owners[0]), AesGcm)
     assert keys.look(owners[1]) is NoKey.ASKED
+
+
+def test_a_session_is_gone_before_anybody_hears_that_it_has_no_key() -> None:
+    keys, asked = _keys(_Clock())
+    keys.look(ANA)
+    heard: list[AesGcm | NoKey] = []
+    keys.on_gone = lambda owner: heard.append(keys.look(owner))
+    keys.answered(ANA, None, gone=True)
+    assert heard == [NoKey.ASKED]
+    assert keys.look(ANA) is NoKey.REFUSED
+    assert asked == [ANA]
