@@ -88,7 +88,7 @@ class Lease:
 
     Attributes:
         turn: what the gateway will call the turn when it tells how it ended; empty: it will not.
-        strict: when the time is over nothing of the session is kept, wanted or not.
+        strict: the session is kept on the device alone, and when the time is over nowhere, wanted or not.
         parent: the session whose agent waits for this one's; empty: none does.
         tenant_share: of each tier's blocks, what other tenants' sessions leave to this one's tenant.
         tenant_cap: of each tier's blocks, the most that the tenant's sessions keep together.

@@ -216,7 +216,7 @@ class LeaseTable:
             return Change(), reason
         kept = bisect_right(claim.ends, hit_tokens, 0, len(claim.ids))
         abandoned = claim.ids[kept:]
-        left = self._left(claim, abandoned)
+        left = self._left(abandoned, is_strict=claim.is_strict or lease.strict)
         freed = self._drop(key, abandoned)
         del claim.ids[kept:]
         if not kept:
@@ -521,7 +521,7 @@ class LeaseTable:
             wanted -= claims_on[ids[kept]] == 1
         yielded = ids[kept:]
         if yielded:
-            taken.forgotten.extend(self._left(claim, yielded))
+            taken.forgotten.extend(self._left(yielded, is_strict=claim.is_strict))
             taken.freed.extend(self._drop(key, yielded))
             del ids[kept:]
             claim.reason = reason or ("evicted" if claim.has_rank else "expired")
@@ -540,7 +540,7 @@ class LeaseTable:
                 room, cut = room + 1, at
         yielded = claim.ids[cut:]
         if yielded:
-            taken.forgotten.extend(self._left(claim, yielded))
+            taken.forgotten.extend(self._left(yielded, is_strict=claim.is_strict))
             taken.freed.extend(self._drop(key, yielded))
             del claim.ids[cut:]
             claim.reason = "evicted" if claim.has_rank else "expired"
@@ -616,8 +616,8 @@ class LeaseTable:
         )
         return _Place(worth, claim.finished_at, claim.version, key)
 
-    def _left(self, claim: _Claim, block_ids: Sequence[int]) -> tuple[Hashable, ...]:
-        return tuple(map(self._content_of, block_ids)) if claim.is_strict else ()
+    def _left(self, block_ids: Sequence[int], *, is_strict: bool) -> tuple[Hashable, ...]:
+        return tuple(map(self._content_of, block_ids)) if is_strict else ()
 
     def _is_beginning(self, blocks: Sequence[LeasedBlock], of: Sequence[int]) -> bool:
         # By content: a block that was computed once more has another id.

@@ -1,5 +1,6 @@
 """DRAM and the disk together, in an engine that the test steps: what waits, what is given up, and whose a chunk is."""
 
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -9,12 +10,13 @@ from typing import Any, cast
 import pytest
 from vllm.v1.kv_offload.base import ReqContext, make_offload_key
 
-from appliance.engine.protocol import Lease, lease_params
+from appliance.engine.protocol import Lease, TurnAccount, TurnEnd, lease_params
 from tests.engine.in_process import BLOCK, EngineInProcess, words
 
 CHUNKS = 24
 CHUNK_BYTES = 2 * 2 * 64 * 2 * BLOCK  # layers, keys and values, hidden size, bfloat16, tokens
 DEADLINE_S = 30.0
+NUMBERS = itertools.count()
 
 
 @pytest.fixture
@@ -125,3 +127,135 @@ def test_of_a_session_larger_than_dram_the_head_comes_back(engine: EngineInProce
     run(engine)
     assert engine.answers[name].cached_tokens == CHUNKS * BLOCK
     assert store(engine).status().loaded_chunks - loaded == CHUNKS
+
+
+def began(engine: EngineInProcess, prompt: list[int], session: str, **lease: Any) -> str:
+    """A turn of a session is queued; what it is called."""
+    turn = f"turn-{next(NUMBERS)}"
+    engine.submit(prompt, transfer=lease_params(Lease(session, "tenant", 15.0, turn=turn, **lease)), max_tokens=2)
+    return turn
+
+
+def account_of(engine: EngineInProcess, prompt: list[int], session: str, **lease: Any) -> TurnAccount:
+    """What a session's turn found, once it is over and nothing moves."""
+    turn = began(engine, prompt, session, **lease)
+    run(engine)
+    account = engine.ended(TurnEnd(session, "tenant", turn, "other", 2, 15.0))
+    assert account is not None
+    return account
+
+
+def damage(folder: Path, session: str, end_token: int) -> None:
+    """Change a byte of the chunk that ends there."""
+    file = next(path for path in folder.rglob(f"tenant~{session}/*") if f"-{end_token:08x}-" in path.name)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def is_nowhere_but_on_the_device(engine: EngineInProcess, folder: Path, session: str) -> bool:
+    """Whether the tiers have nothing of a session, and no row of DRAM anything at all; waits for its files to go."""
+    deadline = time.monotonic() + DEADLINE_S
+    while list(folder.rglob(f"tenant~{session}")):
+        assert time.monotonic() < deadline, "its files stay"
+        time.sleep(0.001)
+    manager = tiers(engine)
+    in_dram = manager._chunks.order.chunks_of(("tenant", session)) or manager._doomed
+    return not in_dram and not manager.primary_tier._mmap_region.base_tensor.any()
+
+
+def test_with_its_first_strict_turn_a_session_leaves_every_tier_and_with_its_timeout_the_device(
+    engine: EngineInProcess, folder: Path
+) -> None:
+    tiers(engine).primary_tier._mmap_region.base_tensor.zero_()
+    prompt = words(40, 10 * BLOCK + 5)
+    began(engine, prompt, "ana")
+    run(engine)
+    in_dram = tiers(engine)._chunks.order.chunks_of(("tenant", "ana"))
+    assert (in_dram, store(engine).chunks_of(("tenant", "ana"))) == (10, 10)
+    engine.connector.release_all()
+    assert engine.scheduler.reset_prefix_cache()  # it is in DRAM and on the disk alone
+
+    strict = account_of(engine, prompt, "ana", strict=True)
+    assert (strict.device_tokens, strict.dram_tokens, strict.disk_tokens) == (0, 0, 0)
+    assert is_nowhere_but_on_the_device(engine, folder, "ana")
+    again = account_of(engine, prompt, "ana", strict=True)
+    assert (again.device_tokens, again.dram_tokens, again.disk_tokens) == (10 * BLOCK, 0, 0)
+    engine.clock.advance(15)
+    engine.tick()
+    for late in ({"strict": True}, {}):  # whoever asks with its salt
+        account = account_of(engine, prompt, "ana", **late)
+        assert (account.device_tokens, account.dram_tokens, account.disk_tokens) == (0, 0, 0)
+        if late:
+            assert account.reason == "expired"
+            assert is_nowhere_but_on_the_device(engine, folder, "ana")
+            engine.clock.advance(15)
+            engine.tick()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("from_disk", [False, True])
+def test_a_strict_turn_takes_along_what_a_turn_before_it_still_loads_and_stores(
+    engine: EngineInProcess, folder: Path, steps: int, from_disk: bool
+) -> None:
+    prompt = words(41, 10 * BLOCK + 5)
+    if from_disk:
+        prompt = stored(engine, 41, "ana", 10)
+    tiers(engine).primary_tier._mmap_region.base_tensor.zero_()
+    soft = engine.submit(prompt, session="ana", max_tokens=2 * BLOCK)
+    engine.step(steps)
+    strict = engine.submit(prompt, session="ana", strict=True, max_tokens=2 * BLOCK)
+    run(engine)
+    assert engine.answers[soft].token_ids == engine.answers[strict].token_ids
+    assert len(engine.answers[strict].token_ids) == 2 * BLOCK
+    assert is_nowhere_but_on_the_device(engine, folder, "ana")
+
+
+def test_a_strict_turn_takes_nothing_of_another_session_s(engine: EngineInProcess) -> None:
+    stored(engine, 42, "ana", 5)
+    prompt = stored(engine, 43, "eve", 5)
+    account_of(engine, words(42, 5 * BLOCK + 5), "ana", strict=True)
+    assert account_of(engine, prompt, "eve").disk_tokens == 5 * BLOCK
+
+
+def test_a_child_is_told_that_its_parent_s_chunk_could_not_be_read(engine: EngineInProcess, folder: Path) -> None:
+    prompt = stored(engine, 44, "parent", 10)
+    damage(folder, "parent", 3 * BLOCK)
+    child = account_of(engine, prompt[: 10 * BLOCK] + words(45, 40), "child", parent="parent")
+    assert (child.disk_tokens, child.reason) == (2 * BLOCK, "tier_fault")
+    empty_all_but_the_disk(engine)
+    parent = account_of(engine, prompt, "parent")
+    assert (parent.disk_tokens, parent.reason) == (10 * BLOCK, "")  # the child computed it again
+
+
+def test_a_fault_behind_what_left_for_another_reason_is_not_the_reason(engine: EngineInProcess, folder: Path) -> None:
+    prompt = stored(engine, 47, "ana", 10)
+    damage(folder, "ana", 3 * BLOCK)
+    assert account_of(engine, prompt[: 3 * BLOCK + 5], "eve", strict=True).reason == ""
+    other = account_of(engine, words(48, 4 * BLOCK), "ana")  # it begins anew, and its fault is not looked up
+    assert (other.disk_tokens, other.reason) == (0, "")
+
+
+def test_in_quarantine_the_tiers_are_the_reason_for_what_they_have_and_for_nothing_else(
+    engine: EngineInProcess,
+) -> None:
+    on_disk = stored(engine, 49, "disk", 5)
+    in_dram, strict = words(50, 5 * BLOCK + 5), words(51, 5 * BLOCK + 5)
+    account_of(engine, in_dram, "dram")
+    account_of(engine, strict, "strict", strict=True)
+    tiers(engine).quarantined = True
+    try:
+        engine.clock.advance(15)
+        engine.tick()
+        assert account_of(engine, strict, "strict", strict=True).reason == "expired"
+        engine.connector.release_all()
+        assert engine.scheduler.reset_prefix_cache()
+        for session, prompt in {"dram": in_dram, "disk": on_disk}.items():
+            account = account_of(engine, prompt, session)
+            assert (account.device_tokens, account.dram_tokens, account.disk_tokens) == (0, 0, 0)
+            assert account.reason == "tier_fault"
+        assert account_of(engine, words(52, 5 * BLOCK), "new").reason == ""
+        engine.report(release=["dram"])
+        assert account_of(engine, in_dram, "dram").reason == ""
+    finally:
+        tiers(engine).quarantined = False

@@ -294,15 +294,19 @@ def test_what_was_changed_on_the_disk_is_found_before_anybody_asks(engine: Engin
     assert ended(engine, "ana").reason == "tier_fault"
 
 
-def test_of_a_session_that_is_forgotten_meanwhile_nothing_is_left(
-    engine: EngineInProcess, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["forgotten", "strict"])
+def test_of_a_session_that_is_forgotten_meanwhile_or_strict_from_then_on_nothing_is_left(
+    engine: EngineInProcess, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    stored(engine, 3, "ana", 10)
+    prompt = stored(engine, 3, "ana", 10)
     memory = tiers(engine).primary_tier._mmap_region.base_tensor
     memory.zero_()
     reads = SlowReads(engine, monkeypatch)
     until(engine, reads.begun.is_set)
-    engine.report(release=["ana"])
+    if how == "forgotten":
+        engine.report(release=["ana"])
+    else:
+        engine.submit(prompt, session="ana", strict=True)
     reads.go_on.set()
     run(engine)
     settle(engine)

@@ -216,6 +216,13 @@ def test_a_strict_lease_gives_up_all_at_its_deadline_and_what_it_left_is_forgott
     assert table.expire() == Change(freed=(2, 1), forgotten=tuple(("content", block) for block in (1, 2, 3)))
 
 
+def test_what_a_session_diverges_from_with_its_first_strict_turn_is_forgotten() -> None:
+    table = table_of(9, Clock())
+    table.finished(lease("a"), chain(1, 2, 3))
+    change, _ = table.admitted(dataclasses.replace(lease("a"), strict=True), BLOCK, prompt_hits=False)
+    assert change == Change(freed=(3, 2), forgotten=(("content", 2), ("content", 3)))
+
+
 def test_what_a_strict_lease_yields_is_forgotten() -> None:
     table = table_of(9, Clock())
     table.finished(dataclasses.replace(lease("a"), strict=True), chain(1, 2))

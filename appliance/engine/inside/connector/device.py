@@ -208,7 +208,7 @@ class LeaseRetention:
             change, reason = self._table.admitted(lease, hit_tokens, whole)
             self._apply(change)
             tier_tokens = self._tier_tokens(request, num_external_tokens)
-            reason = self._why_missed(lease, reason, found)
+            reason = self._why_missed(request, reason, found)
             self._accounts.admitted(lease, hit_tokens, *tier_tokens, "" if whole else reason)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
@@ -249,7 +249,7 @@ class LeaseRetention:
         """End every lease."""
         self._apply(self._table.release_all())
 
-    def _why_missed(self, lease: Lease, reason: str, found_tokens: int) -> str:  # noqa: ARG002
+    def _why_missed(self, request: Request, reason: str, found_tokens: int) -> str:  # noqa: ARG002
         """Why a session's blocks behind what was found were not there, given why they left the device."""
         return reason
 

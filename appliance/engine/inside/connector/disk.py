@@ -13,7 +13,7 @@ from vllm.v1.kv_offload.file_mapper import FileMapper
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from appliance.engine.inside.chunks import Worth
-from appliance.engine.inside.connector.sessions import Ahead, is_stored, lease_of, owner_of
+from appliance.engine.inside.connector.sessions import Ahead, is_stored, lease_of, owner_of, withheld
 from appliance.engine.inside.disk.channel import KeyAsker
 from appliance.engine.inside.disk.files import Owner as DiskOwner
 from appliance.engine.inside.disk.fingerprint import fingerprint
@@ -69,7 +69,7 @@ class DiskTier(SecondaryTierManager):  # type: ignore[misc]
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         owner = owner_of(req_context)
-        if owner is not None:
+        if owner is not None and is_stored(req_context):
             self.store.expect(DiskOwner(*owner))  # so that its key is there when it is looked up
             self.store.used([DiskOwner(*owner)])
         return RequestOffloadingContext()
@@ -77,6 +77,8 @@ class DiskTier(SecondaryTierManager):  # type: ignore[misc]
     def lookup(self, key: bytes, req_context: ReqContext) -> LookupResult:
         owner = owner_of(req_context)
         found = Presence.ABSENT if owner is None else self.store.find(key, owner[0])
+        if found is Presence.WITHHELD:
+            withheld(req_context, key)
         return _LOOKED_UP[found]
 
     def submit_store(self, job_metadata: TransferJob) -> None:
@@ -124,6 +126,7 @@ class DiskTier(SecondaryTierManager):  # type: ignore[misc]
 _LOOKED_UP = {
     Presence.HERE: LookupResult.HIT,
     Presence.ABSENT: LookupResult.MISS,
+    Presence.WITHHELD: LookupResult.MISS,
     Presence.ASK_AGAIN: LookupResult.RETRY,
 }
 

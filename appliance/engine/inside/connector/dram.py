@@ -6,16 +6,31 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from vllm.v1.kv_offload.base import LookupResult, PrepareStoreOutput, ReqContext, ScheduleEndContext
+from vllm.v1.kv_offload.base import (
+    LookupResult,
+    PrepareStoreOutput,
+    ReqContext,
+    RequestOffloadingContext,
+    ScheduleEndContext,
+)
 from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm.v1.kv_offload.cpu.policies.base import CachePolicy, ChunkStatus
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
 
 from appliance.engine.inside.chunks import ChunkOrder, Worth
 from appliance.engine.inside.connector.disk import DiskTier
-from appliance.engine.inside.connector.sessions import Released, is_stored, lease_of, owner_of, session_of
+from appliance.engine.inside.connector.sessions import (
+    Released,
+    Withheld,
+    is_stored,
+    is_strict,
+    lease_of,
+    owner_of,
+    session_of,
+    withheld,
+)
 from appliance.engine.inside.disk.files import Owner as DiskOwner
-from appliance.engine.inside.disk.store import DiskStatus
+from appliance.engine.inside.disk.store import DiskStatus, DiskStore
 from appliance.engine.inside.pictures import Holder
 from appliance.engine.inside.quotas import Owner, Quota, Quotas
 from appliance.engine.picture import TierPicture
@@ -99,7 +114,10 @@ class SessionChunks(CachePolicy):  # type: ignore[misc]
 
 
 class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
-    """vLLM's tiering manager, which stores nothing of strict sessions and lets go of released ones."""
+    """vLLM's tiering manager, which has nothing of strict sessions and lets go of released ones.
+
+    A session is strict from its first request with a strict lease on: what the tiers have of it goes when that comes.
+    """
 
     def __init__(self, primary_tier: CPUPrimaryTierOffloadingManager, secondary_tiers: list[Any]) -> None:
         super().__init__(primary_tier, secondary_tiers)
@@ -123,42 +141,50 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
 
     def release(self, sessions: Collection[str]) -> None:
         """Let go of all that the sessions so labelled have in DRAM, and overwrite it; and on the disk, with its key."""
-        for tier in self.secondary_tiers:
-            if isinstance(tier, DiskTier):
-                tier.store.drop_labelled(sessions)
-        for state in self._req_state.values():
-            owner = owner_of(state.req_context)
-            if owner is not None and owner[1] in sessions:
-                state.req_context.set_state(Released())
-        order = self._chunks.order
-        self._doomed.update(order.released([owner for owner in order.sessions() if owner[1] in sessions]))
-        self._drop_doomed()
+        for store in self._stores():
+            store.drop_labelled(sessions)
+        running = [owner_of(state.req_context) for state in self._req_state.values()]
+        known = filter(None, [*self._chunks.order.sessions(), *running])
+        self._let_go_of({owner for owner in known if owner[1] in sessions})
 
     def quarantine(self) -> None:
         """Restore nothing any more, from any tier: where there is a disk, no later engine either."""
         self.quarantined = True
-        for tier in self.secondary_tiers:
-            if isinstance(tier, DiskTier):
-                tier.store.quarantine()
+        for store in self._stores():
+            store.quarantine()
 
-    def take_fault(self, session: Owner) -> bool:
-        """Whether a chunk of the session's could not be read from the disk since this was asked last."""
-        disks = [tier.store for tier in self.secondary_tiers if isinstance(tier, DiskTier)]
-        return any(disk.take_fault(DiskOwner(*session)) for disk in disks)
+    def is_withheld(self, req_context: ReqContext, found_tokens: int) -> bool:
+        """Whether a tier had what a request misses behind so many tokens, and could not give it."""
+        missed = req_context.get_state(Withheld)
+        return missed is not None and missed.end_token > found_tokens
 
     def is_lost(self, session: Owner, end_token: int) -> bool:
         """Whether the first chunk that a session misses, which ends there, is nowhere because of a quota."""
-        disks = [tier.store for tier in self.secondary_tiers if isinstance(tier, DiskTier)]
         return self._chunks.order.quotas.is_lost(session, end_token) or any(
-            disk.is_lost(DiskOwner(*session), end_token) for disk in disks
+            store.is_lost(DiskOwner(*session), end_token) for store in self._stores()
         )
 
+    def on_new_request(
+        self, req_context: ReqContext, *, exclude_tier_idx: int | None = None
+    ) -> RequestOffloadingContext:
+        owner = owner_of(req_context)
+        if owner is not None and is_strict(req_context):
+            for store in self._stores():
+                store.drop(DiskOwner(*owner))
+            self._let_go_of({owner})
+        return super().on_new_request(req_context, exclude_tier_idx=exclude_tier_idx)
+
     def lookup(self, key: bytes, req_context: ReqContext, *, exclude_tier_idx: int | None = None) -> LookupResult:
+        if is_strict(req_context):
+            return LookupResult.MISS
         if self.quarantined:
+            if self._is_known(key, req_context):
+                withheld(req_context, key)
             return LookupResult.MISS
         self._chunks.storing = req_context
         found = super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
         if found is LookupResult.HIT_PENDING and not self._disk_answers():
+            withheld(req_context, key)
             return LookupResult.MISS  # its room stays taken until the disk lets go of it
         if found in (LookupResult.HIT, LookupResult.HIT_PENDING):
             self._chunks.order.await_for(req_context.req_id, key)
@@ -174,7 +200,7 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
 
     def disk(self) -> DiskStatus | None:
         """How the tier on disk stands; None: there is none."""
-        return next((tier.store.status() for tier in self.secondary_tiers if isinstance(tier, DiskTier)), None)
+        return next((store.status() for store in self._stores()), None)
 
     def pictures(self) -> Iterator[TierPicture]:
         """The tiers behind the device."""
@@ -191,8 +217,7 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
 
     def holders(self) -> dict[str, Holder]:
         """Who says what of sessions is in the tiers behind the device."""
-        stores = [tier.store for tier in self.secondary_tiers if isinstance(tier, DiskTier)]
-        return {"dram": self._chunks.order, **dict(zip(["disk"], stores, strict=False))}
+        return {"dram": self._chunks.order, **dict(zip(["disk"], self._stores(), strict=False))}
 
     def row(self, key: bytes) -> torch.Tensor | None:
         """The bytes of a chunk in DRAM that is there whole, as int8."""
@@ -204,6 +229,8 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
     def prepare_store(self, keys: Collection[bytes], req_context: ReqContext) -> PrepareStoreOutput | None:
         if not is_stored(req_context):
             return PrepareStoreOutput(keys_to_store=[], store_spec=CPULoadStoreSpec([]), evicted_keys=[])
+        for store in self._stores():
+            store.computed(keys)
         self._chunks.storing = req_context
         return super().prepare_store(self._within_quotas(keys, req_context), req_context)
 
@@ -247,7 +274,24 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         return [key for key in keys if key not in coming or key in way.coming]
 
     def _is_on_disk(self, key: bytes) -> bool:
-        return any(tier.store.holds(key) for tier in self.secondary_tiers if isinstance(tier, DiskTier))
+        return any(store.holds(key) for store in self._stores())
+
+    def _is_known(self, key: bytes, req_context: ReqContext) -> bool:
+        """Whether a tier has a chunk that a request asks for, or had it until it could not be read."""
+        owner = owner_of(req_context)
+        on_disk = owner is not None and any(store.had(key, owner[0]) for store in self._stores())
+        return on_disk or self._chunks.get(key) is not None
+
+    def _stores(self) -> list[DiskStore]:
+        return [tier.store for tier in self.secondary_tiers if isinstance(tier, DiskTier)]
+
+    def _let_go_of(self, owners: Collection[Owner]) -> None:
+        """Let go of what these sessions have in DRAM, and store nothing more of their requests."""
+        for state in self._req_state.values():
+            if owner_of(state.req_context) in owners:
+                state.req_context.set_state(Released())
+        self._doomed.update(self._chunks.order.released(owners))
+        self._drop_doomed()
 
     def _let_go(self, key: bytes) -> int:
         """Give a chunk that nothing copies back to vLLM; which row it had."""
@@ -257,7 +301,7 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         return int(chunk.chunk_id)
 
     def _disk_answers(self) -> bool:
-        return all(tier.store.answers() for tier in self.secondary_tiers if isinstance(tier, DiskTier))
+        return all(store.answers() for store in self._stores())
 
     def _drop_doomed(self) -> None:
         if not self._doomed:

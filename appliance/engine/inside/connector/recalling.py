@@ -141,9 +141,6 @@ class RecallingManager(TieredManager):
 
     def release(self, sessions: Collection[str]) -> None:
         self._recall.released(sessions)
-        owner = None if self._ahead is None else owner_of(self._ahead)
-        if self._ahead is not None and owner is not None and owner[1] in sessions:
-            self._ahead.set_state(Released())
         self._plan = None
         super().release(sessions)
 
@@ -163,6 +160,13 @@ class RecallingManager(TieredManager):
             self._recall.failed(owner)
 
     # How it is done
+
+    def _let_go_of(self, owners: Collection[Owner]) -> None:
+        if self._ahead is not None and owner_of(self._ahead) in owners:
+            self._ahead.set_state(Released())
+        if self._plan is not None and self._plan.session in owners:
+            self._plan = None
+        super()._let_go_of(owners)
 
     @property
     def _chunk_bytes(self) -> int:

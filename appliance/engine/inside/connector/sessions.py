@@ -22,6 +22,13 @@ class Released:
 
 
 @dataclass(frozen=True)
+class Withheld:
+    """Marks a request that missed a chunk which a tier had and could not give it; `end_token`: where the chunk ends."""
+
+    end_token: int
+
+
+@dataclass(frozen=True)
 class Ahead:
     """Marks what is read from the disk before a request asks for it."""
 
@@ -50,7 +57,17 @@ def owner_of(context: ReqContext) -> Owner | None:
     return None if lease is None else session_of(lease)
 
 
+def withheld(context: ReqContext, key: bytes) -> None:
+    """A tier had a chunk that a request asks for, and could not give it."""
+    context.set_state(Withheld(context.get_offload_key_position(key) or 0))
+
+
+def is_strict(context: ReqContext) -> bool:
+    """Whether nothing of a request's session may be anywhere but on the device."""
+    lease = lease_of(context)
+    return lease is not None and lease.strict
+
+
 def is_stored(context: ReqContext) -> bool:
     """Whether a request's KV may leave the device: it has a session, which is neither strict nor released."""
-    lease = lease_of(context)
-    return lease is not None and not lease.strict and context.get_state(Released) is None
+    return owner_of(context) is not None and not is_strict(context) and context.get_state(Released) is None

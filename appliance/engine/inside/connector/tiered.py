@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -68,8 +68,7 @@ class TieredRetention(LeaseRetention):
         if awaited:
             self._tiers.look_now()
         report = super().report(labels, awaited)
-        if self._canary.released(labels):
-            self._tiers.release(frozenset({_CANARY[1]}))
+        self._drop_canary_of(labels)
         if labels:
             for owner in self._tiers.sessions():
                 if owner[1] in labels:
@@ -101,6 +100,8 @@ class TieredRetention(LeaseRetention):
         lease = self._leases_asked.get(request.request_id)
         if lease is not None:
             self._tiers.arrived(session_of(lease))
+            if lease.strict:
+                self._drop_canary_of({lease.session})
 
     def tiers(self, leased_blocks: int) -> list[TierPicture]:
         return [*super().tiers(leased_blocks), *self._tiers.pictures()]
@@ -149,16 +150,23 @@ class TieredRetention(LeaseRetention):
         dram_tokens = sources.get(CacheHitSource.HOST, 0)
         return dram_tokens, sum(sources.values()) - dram_tokens
 
-    def _why_missed(self, lease: Lease, reason: str, found_tokens: int) -> str:
-        faulty = self._tiers.take_fault(session_of(lease))
-        if faulty or self._tiers.quarantined:
-            return "tier_fault"
+    def _why_missed(self, request: Request, reason: str, found_tokens: int) -> str:
+        lease = self._leases_asked[request.request_id]
         if lease.strict:
             return reason  # nothing of it was anywhere else
+        if self._tiers.is_withheld(self._context_of(request), found_tokens):
+            return "tier_fault"
         if self._tiers.is_lost(session_of(lease), found_tokens + self._block_size):
             return "quota"
         # A quota on the device cost nothing where a tier behind it had room.
         return "" if reason == "quota" else reason
+
+    def _context_of(self, request: Request) -> ReqContext:
+        return self._status_of(request).req_context
+
+    def _status_of(self, request: Request) -> Any:
+        """What vLLM's connector remembers of a request."""
+        return self.connector_scheduler._req_status[request.request_id]  # type: ignore[attr-defined]
 
     # Restored equals recomputed.
 
@@ -187,7 +195,7 @@ class TieredRetention(LeaseRetention):
         if request.lora_request is not None or request.mm_features or request.prompt_token_ids is None:
             return
         lease = self._leases_asked[request.request_id]
-        status = self.connector_scheduler._req_status[request.request_id]  # type: ignore[attr-defined]
+        status = self._status_of(request)
         if status.req_context.get_state(Released) is not None:
             return
         most = min(MOST_TOKENS, len(request.prompt_token_ids) // self._block_size * self._block_size)
@@ -202,6 +210,10 @@ class TieredRetention(LeaseRetention):
             self._block_hasher = request._block_hasher
             tokens = request.prompt_token_ids[: max(place.end_token for place, _ in restored)]
             self._canary.note(Sample(session_of(lease), tuple(tokens), tuple(restored)))
+
+    def _drop_canary_of(self, sessions: Collection[str]) -> None:
+        if self._canary.released(sessions):
+            self._tiers.release(frozenset({_CANARY[1]}))
 
     def _fills_its_chunks(self, group: Any) -> bool:
         """Whether a group's chunks are the KV of its tokens, of one type, and nothing beside.

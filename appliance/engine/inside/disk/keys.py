@@ -131,6 +131,8 @@ class TierKeys:
 
     def answered(self, owner: Owner, key: bytes | None, *, gone: bool = False) -> None:
         """Take the gateway's answer; `None`: there is no key now, and never will be if the session is `gone`."""
+        if gone:
+            self.on_gone(owner)  # before anybody hears that there is no key
         with self._changed:
             if owner in self._in_question:
                 self._in_question[owner] = gone or key is not None
@@ -139,8 +141,6 @@ class TierKeys:
                 slot.answered_at = self._now()
                 slot.cipher = None if key is None else AesGcm(key)
             self._changed.notify_all()
-        if gone:
-            self.on_gone(owner)
 
     def drop(self, owner: Owner) -> None:
         """Forget a session's key."""

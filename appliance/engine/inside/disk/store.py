@@ -22,7 +22,7 @@ import errno
 import os
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -50,6 +50,7 @@ _NO_ANSWER: Final = "the disk does not answer"
 _ASKED_TOGETHER: Final = 128  # half of what the gateway takes at a time: who is in use asks, too
 _ASK_AGAIN_S, _ASK_AGAIN_AT_LEAST_EVERY_S = 10.0, 60.0  # of whom the gateway could not tell
 _MOST_LOOKED_THROUGH: Final = 10_000  # sessions, for those that have most
+_MOST_UNREADABLE: Final = 10_000  # chunks that are remembered
 
 
 class Presence(Enum):
@@ -58,6 +59,7 @@ class Presence(Enum):
     HERE = "here"
     ABSENT = "absent"
     ASK_AGAIN = "ask again"  # it is there, and its key is on its way
+    WITHHELD = "withheld"  # it is there, or was, and could not be read
 
 
 class Piece(NamedTuple):
@@ -204,7 +206,7 @@ class DiskStore:
         self._stored = self._loaded = self._evicted = self._expired = 0
         self._not_stored: Counter[str] = Counter()
         self._faults: Counter[str] = Counter()
-        self._faulty: set[Owner] = set()  # whose chunk could not be read, and nobody was told yet
+        self._unreadable: OrderedDict[bytes, Owner] = OrderedDict()  # chunks that are gone because they could not be
         self._error, self._error_at = "", now()
         self._pause_s, self._paused_until = _FIRST_PAUSE_S, now()
         self._files: ChunkFiles | None = None
@@ -219,7 +221,7 @@ class DiskStore:
                 self._files.close()
             self._files = None
             return
-        keys.on_gone = self.drop
+        keys.on_gone = self._forget
         for number in range(_WRITERS):
             self._start(self._write_on, f"holdfast-disk-write-{number}")
         for number in range(_READERS):
@@ -231,11 +233,11 @@ class DiskStore:
     def find(self, key: bytes, tenant: str) -> Presence:
         """Whether a tenant can have the chunk of that key."""
         with self._lock:
-            if not self._answers():
+            if not self._had_by(key, tenant):
                 return Presence.ABSENT
             held = self._index.holder(key)
-            if held is None or held.owner.tenant != tenant:
-                return Presence.ABSENT
+            if held is None or not self._answers():
+                return Presence.WITHHELD
             if self._plain is not None:
                 return Presence.HERE
         found = self._keys.look(held.owner)
@@ -243,9 +245,16 @@ class DiskStore:
             return Presence.ASK_AGAIN
         if found is NoKey.REFUSED:
             with self._lock:
-                self._faulted(held, "no_key")
-            return Presence.ABSENT
+                if held.gone:
+                    return Presence.ABSENT
+                self._faults["no_key"] += 1
+            return Presence.WITHHELD
         return Presence.HERE
+
+    def had(self, key: bytes, tenant: str) -> bool:
+        """Whether a tenant's chunk of that key is there, or was until it could not be read."""
+        with self._lock:
+            return self._had_by(key, tenant)
 
     def holds(self, key: bytes) -> bool:
         """Whether the chunk of that key is there, or is being written."""
@@ -407,25 +416,30 @@ class DiskStore:
             self._finished.clear()
             return done
 
-    def take_fault(self, owner: Owner) -> bool:
-        """Whether a chunk of the session's could not be read since this was asked last."""
+    def computed(self, keys: Iterable[bytes]) -> None:
+        """These chunks were computed: whether one before could not be read says nothing of them."""
+        if not self._unreadable:
+            return
         with self._lock:
-            faulty = owner in self._faulty
-            self._faulty.discard(owner)
-            return faulty
+            for key in keys:
+                self._unreadable.pop(key, None)
 
     def drop(self, owner: Owner) -> None:
         """A session is over, or forgotten: nothing of it is found from now on, and its key and files go."""
         self._keys.drop(owner)
+        self._forget(owner)
+
+    def _forget(self, owner: Owner) -> None:
         with self._lock:
             self._removals.extend(self._index.drop(owner))
-            self._faulty.discard(owner)
+            for key in [key for key, whose in self._unreadable.items() if whose == owner]:
+                del self._unreadable[key]
             self._to_write.notify_all()
 
     def drop_labelled(self, sessions: Collection[str]) -> None:
         """As `drop`, of every session that has one of these labels."""
         with self._lock:
-            owners = self._faulty.union(self._index.owners())
+            owners = {*self._unreadable.values(), *self._index.owners()}
         for owner in owners.union(self._keys.owners()):
             if owner.session in sessions:
                 self.drop(owner)
@@ -601,8 +615,11 @@ class DiskStore:
             with self._lock:
                 task.held.loading -= 1
                 if cause:
-                    self._faulted(task.held, cause)
+                    self._faults[cause] += 1
                 if cause and cause != "no_key" and self._index.remove(task.name):
+                    self._unreadable[task.name.key] = task.name.owner
+                    if len(self._unreadable) > _MOST_UNREADABLE:
+                        self._unreadable.popitem(last=False)
                     self._removals.append(task.name)
                     self._to_write.notify_all()
                 self._loaded += not cause
@@ -654,6 +671,11 @@ class DiskStore:
 
     # Private. Whoever calls one of these holds the lock.
 
+    def _had_by(self, key: bytes, tenant: str) -> bool:
+        held = self._index.holder(key)
+        owner = self._unreadable.get(key) if held is None else held.owner
+        return owner is not None and owner.tenant == tenant
+
     def _answers(self) -> bool:
         late = self._now() - _ANSWER_S
         if any(since < late for since in self._reading.values()):
@@ -693,11 +715,6 @@ class DiskStore:
             return "error"
         waiting = len(self._writes)
         return "slow" if waiting and (waiting + chunks) * self._chunk_bytes > _MAX_WAITING_BYTES else ""
-
-    def _faulted(self, held: Held, cause: str) -> None:
-        self._faults[cause] += 1
-        if not held.gone:
-            self._faulty.add(held.owner)
 
     def _failed(self, error: OSError) -> None:
         self._error = f"{error.strerror or type(error).__name__} ({errno.errorcode.get(error.errno or 0, 'unknown')})"

@@ -118,3 +118,14 @@ def test_a_sealed_vault_tells_of_nobody() -> None:
         keys.drop_all()
     asking.join(5)
     assert told == [[ANA]]
+
+
+def test_a_session_is_gone_before_anybody_hears_that_it_has_no_key() -> None:
+    keys, asked = _keys(_Clock())
+    keys.look(ANA)
+    heard: list[AesGcm | NoKey] = []
+    keys.on_gone = lambda owner: heard.append(keys.look(owner))
+    keys.answered(ANA, None, gone=True)
+    assert heard == [NoKey.ASKED]
+    assert keys.look(ANA) is NoKey.REFUSED
+    assert asked == [ANA]

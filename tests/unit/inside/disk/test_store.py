@@ -135,28 +135,56 @@ def test_a_file_that_has_gone_is_a_miss(make: Make) -> None:
     assert tier.store.status().faults == {"lost": 1}
 
 
-@pytest.mark.parametrize("fault", ["damaged", "lost", "no_key"])
-def test_whose_chunk_could_not_be_read_is_told_once(make: Make, fault: str) -> None:
+@pytest.mark.parametrize("fault", ["damaged", "lost"])
+@pytest.mark.parametrize("end", ["computed", "dropped"])
+def test_a_chunk_that_could_not_be_read_is_withheld_until_it_is_computed_or_its_session_goes(
+    make: Make, fault: str, end: str
+) -> None:
+    tier = make()
+    tier.write(ANA, [1, 2])
+    first, second = (chunk_key(ANA, number) for number in (1, 2))
+    file = next(tier.root.rglob(f"acme~ana/{first.hex()}-*"))
+    if fault == "damaged":
+        _flip(file, 2000)
+    else:
+        file.unlink()
+    assert tier.store.find(first, "acme") is Presence.HERE
+    assert tier.read(ANA, [1, 2]) == [2]
+    assert tier.store.status().faults == {fault: 1}
+    for _ in range(2):  # whoever asks is told, and as often as it asks
+        assert tier.store.find(first, "acme") is Presence.WITHHELD
+    assert tier.store.had(first, "acme")
+    assert tier.store.find(second, "acme") is Presence.HERE
+    assert tier.store.find(first, EVE.tenant) is Presence.ABSENT
+    if end == "computed":
+        tier.store.computed([first])
+    else:
+        tier.store.drop_labelled({ANA.session})
+    assert tier.store.find(first, "acme") is Presence.ABSENT
+    assert not tier.store.had(first, "acme")
+
+
+def test_a_chunk_without_a_key_is_withheld_and_one_whose_session_is_gone_is_absent(make: Make) -> None:
     make().write(ANA, [1])
     gateway = Gateway()
-    gateway.without = {ANA} if fault == "no_key" else set()
+    gateway.without = {ANA}
     tier = make(gateway=gateway)
-    tier.write(EVE, [1])
-    if fault == "damaged":
-        _flip(next(tier.root.rglob("acme~ana/*")), 2000)
-    if fault == "lost":
-        next(tier.root.rglob("acme~ana/*")).unlink()
-    assert not tier.store.take_fault(ANA)
-    tier.read(ANA, [1])
-    tier.read(EVE, [1])
-    assert tier.store.status().faults.keys() == {fault}
-    assert not tier.store.take_fault(EVE)
-    assert tier.store.take_fault(ANA)
-    assert not tier.store.take_fault(ANA)
-    if fault == "no_key":
-        tier.read(ANA, [1])
-        tier.store.drop_labelled({ANA.session})
-        assert not tier.store.take_fault(ANA)
+    until(lambda: tier.store.find(chunk_key(ANA, 1), "acme") is not Presence.ASK_AGAIN)
+    assert tier.store.find(chunk_key(ANA, 1), "acme") is Presence.WITHHELD
+    gateway.keys.answered(ANA, None, gone=True)
+    assert tier.store.find(chunk_key(ANA, 1), "acme") is Presence.ABSENT
+
+
+def test_of_chunks_that_could_not_be_read_so_many_are_remembered(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.engine.inside.disk.store._MOST_UNREADABLE", 2)
+    tier = make()
+    tier.write(ANA, range(3))
+    for file in tier.files():
+        file.unlink()
+    for number in range(3):
+        tier.read(ANA, [number])
+    found = [tier.store.find(chunk_key(ANA, number), "acme") for number in range(3)]
+    assert found == [Presence.ABSENT, Presence.WITHHELD, Presence.WITHHELD]
 
 
 def test_files_that_were_swapped_do_not_open(make: Make) -> None:
@@ -540,7 +568,7 @@ def test_no_key_is_a_miss_and_costs_nothing_but_that(make: Make) -> None:
     gateway.without = {ANA}
     tier = make(gateway=gateway)
     tier.store.find(chunk_key(ANA, 1), "acme")
-    assert tier.store.find(chunk_key(ANA, 1), "acme") is Presence.ABSENT
+    assert tier.store.find(chunk_key(ANA, 1), "acme") is Presence.WITHHELD
     assert tier.read(ANA, [1]) == []
     assert not tier.write(ANA, [2]).whole
     assert tier.store.status().not_stored == {"no_key": 1}
@@ -754,7 +782,8 @@ def test_a_disk_that_does_not_answer_a_read_has_nothing_until_it_does(
     slow.reached.wait(10)
     assert tier.store.find(chunk_key(BEN, 1), "acme") is Presence.HERE
     passed_s[0] += 2.5
-    assert tier.store.find(chunk_key(BEN, 1), "acme") is Presence.ABSENT
+    assert tier.store.find(chunk_key(BEN, 1), "acme") is Presence.WITHHELD
+    assert tier.store.find(chunk_key(BEN, 2), "acme") is Presence.ABSENT
     status = tier.store.status()
     assert not status.answers
     assert status.last_error == "the disk does not answer"
