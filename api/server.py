@@ -65,7 +65,7 @@ from appliance.identity import Identity, Quotas
 from appliance.randomness import DrawnAhead
 from appliance.sessions import Sessions, Throwaways
 from appliance.settings import TIER_DIR, Settings
-from appliance.store import DatabaseKeys, Store
+from appliance.store import DatabaseKeys, Store, StoreEmpty
 from appliance.vault import Vault, seal_kind
 from appliance.vault.process import forbid_core_dumps, plaintext_swap_devices, swap_warning
 
@@ -259,11 +259,15 @@ class _Stop:
 @contextlib.asynccontextmanager
 async def _services(settings: Settings) -> AsyncIterator[Services]:
     """Every part, and its end."""
-    store = Store.open(settings.store.url or f"sqlite:///{settings.state_dir / DATABASE}")
-    vault = Vault(DatabaseKeys(store))
+    # The root key was sealed when the database was made: one without keys is another one, or was emptied.
+    store = Store.open(settings.store.url or f"sqlite:///{settings.state_dir / DATABASE}", create=False)
+    keys = DatabaseKeys(store)
+    vault = Vault(keys)
     engine: EngineClient | None = None
     turn_ends: TurnEnds | None = None
     try:
+        if keys.root_id() is None:
+            raise StoreEmpty(store.place, "it has no keys")
         if seal_kind(read_seal(settings.state_dir)) == "key-file":
             vault.open(open_root(settings.state_dir, b""))
         elsewhere = settings.engine.socket
