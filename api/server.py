@@ -41,7 +41,7 @@ from api.health import HEALTH_ROUTES, Health
 from api.kv_metrics import KvCollector, exposition
 from api.kv_watch import KvWatch
 from api.listener import bounded_by
-from api.marking import keep_marks
+from api.marking import keep_marks, tell_restores
 from api.metrics import CONTENT_TYPE, Metrics
 from api.openai.errors import Draining
 from api.retaining import keep_retention
@@ -197,6 +197,7 @@ async def _record_start(services: Services, removed: Sequence[str]) -> None:
         removed: tenants of a proof that was cut off.
     """
     try:
+        await tell_restores(services)
         details = {"pid": str(os.getpid()), "settings": digest(effective(services.settings))}
         events = [Event(GATEWAY_STARTED, SYSTEM, details=details)]
         events += [Event(TENANT_REMOVED, SYSTEM, tenant_id=each, target=("tenant", each)) for each in removed]
