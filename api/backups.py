@@ -5,11 +5,15 @@ The file is an uncompressed tar archive: `manifest.json` first, then what it lis
 Rules:
 
 - What is in it is what is on disk: rows encrypted, the root key sealed. The key file of a demonstration, API keys and
-  logs are never in it.
+  logs are never in it. The audit log is not either: it only grows, may be many times the database, and an old copy of
+  it is what nobody should go on with.
 - A backup is read completely and every hash is compared before anything is written. Unknown members, links, and names
   with a folder in them are refused.
 - A state directory changes hands in one rename: there is the old one or the new one, never a mixture. The old one is
   kept.
+- The audit log of the appliance that is replaced goes on: each of its files gets a second name in what is put back, so
+  that the old one, which is kept, is whole too. Where the database in the backup has no key for the log, that is kept
+  beside, under a name of its own, and another begins. The next start records the restore (`appliance.audit.restores`).
 - Hashes tell damage, not forgery. A forged row or seal is refused by the vault when it is opened. Settings name
   programs, sockets and addresses and nothing vouches for them: a backup's are put beside, for a person to review, and
   those that are there already, or the defaults, are used.
@@ -24,22 +28,30 @@ import hashlib
 import json
 import os
 import shutil
+import sqlite3
 import tarfile
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, ClassVar
+from typing import IO, ClassVar, TypeVar
+
+from sqlalchemy import Connection, create_engine, select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
 
 from api.private_files import new_private_file, sync_folder
 from api.roots import read_seal
+from appliance.audit.marks import marks_of_store
+from appliance.audit.restores import ANNOUNCED, CARRIED_OVER, NONE_THERE, SET_ASIDE, Restore, describe
+from appliance.audit.signing import SIGNING_KEY
 from appliance.errors import Fault, HoldfastError
 from appliance.settings import Settings
-from appliance.store import Store
-from appliance.vault import seal_kind
+from appliance.store import Store, tables
+from appliance.vault import key_id_of, seal_kind
 
 FORMAT = "holdfast-backup"
 FORMAT_VERSION = 1
@@ -51,10 +63,14 @@ _SETTINGS = "holdfast.toml"
 _SETTINGS_TO_REVIEW = "holdfast.toml.from-backup"
 _CARRIED_OVER = ("root.key", "demo-api-key", _SETTINGS)  # never taken from a backup: kept from what is replaced
 _MOVED_OVER = ("models",)
+_LOG = "audit"
+_DESTINATIONS = "siem"  # where the log goes, and how far it is there: they go with it
+_LOCKS = (f"{DATABASE}-lock", f"{_LOG}/lock")
 _CHUNK = 1 << 20
 _MAX_MANIFEST_BYTES = 64 << 10
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
+_T = TypeVar("_T")
 
 
 class BackupDamaged(HoldfastError, ValueError):
@@ -110,12 +126,18 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a backup holds, and of what."""
+    """What a backup holds, and of what.
+
+    Attributes:
+        log_key, log_entries: the audit log that is not in it: its public key, and how many entries it had.
+    """
 
     created_at: float
     holdfast: str
     seal: str
     files: tuple[Member, ...]
+    log_key: str = ""
+    log_entries: int = 0
 
     @property
     def size(self) -> int:
@@ -130,6 +152,7 @@ class Restored:
     Attributes:
         kept: where the state that was replaced is now.
         settings_to_review: where the backup's settings are, which are not used; None: they are those that are used.
+        restore: what the next start records of it, and what became of the audit log.
     """
 
     manifest: Manifest
@@ -137,6 +160,7 @@ class Restored:
     kept: Path | None
     key_file_missing: bool
     settings_to_review: Path | None
+    restore: Restore
 
 
 # Writing
@@ -156,7 +180,7 @@ async def stream_backup(
         await store.backup(sources[DATABASE])
         present = {name: path for name, path in sources.items() if path.exists()}
         seal = seal_kind(read_seal(settings.state_dir))
-        manifest = await asyncio.to_thread(_manifest_of, present, seal, now())
+        manifest = await asyncio.to_thread(_manifest_of, present, seal, now(), settings.state_dir / _LOG)
         text = json.dumps(asdict(manifest) | {"format": FORMAT, "version": FORMAT_VERSION}, indent=2).encode()
         yield _header(_MANIFEST, len(text), manifest.created_at) + text + _padding(len(text))
         for member in manifest.files:
@@ -170,13 +194,13 @@ async def stream_backup(
         yield bytes(2 * tarfile.BLOCKSIZE)
 
 
-def _manifest_of(present: dict[str, Path], seal: str, created_at: float) -> Manifest:
+def _manifest_of(present: dict[str, Path], seal: str, created_at: float, log: Path) -> Manifest:
     files = []
     for name, path in present.items():
         with path.open("rb") as source:
             digest = hashlib.file_digest(source, "sha256").hexdigest()
             files.append(Member(name, source.tell(), digest))
-    return Manifest(created_at, version("holdfast"), seal, tuple(files))
+    return Manifest(created_at, version("holdfast"), seal, tuple(files), *describe(log))
 
 
 def _header(name: str, size: int, created_at: float) -> bytes:
@@ -215,9 +239,12 @@ def restore_backup(path: Path, state_dir: Path, *, replace: bool, now: Callable[
 
     Raises:
         RestoreWouldReplace: there is one, and `replace` was not said.
+        BackupDamaged: as `verify_backup`; or its database is none.
         RestoreFailed: a file cannot be written.
     """
     manifest = verify_backup(path)
+    at = now()
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(at))
     occupied = state_dir.exists() and any(state_dir.iterdir())
     if occupied and not replace:
         raise RestoreWouldReplace(
@@ -231,7 +258,8 @@ def restore_backup(path: Path, state_dir: Path, *, replace: bool, now: Callable[
         try:
             _unpack(path, staged)
             with _unused(state_dir):
-                kept = _exchange(staged, state_dir, occupied, now)
+                restore = _announce(path, manifest, staged, state_dir, at, f"{_LOG}.before-restore-{stamp}")
+                kept = _exchange(staged, state_dir, occupied, stamp)
         finally:
             shutil.rmtree(staged, ignore_errors=True)  # gone already, unless something failed
     except HoldfastError:
@@ -243,7 +271,7 @@ def restore_backup(path: Path, state_dir: Path, *, replace: bool, now: Callable[
             remedy="Mend that and run the command again; nothing was changed",
         ) from error
     missing = manifest.seal == "key-file" and not (state_dir / "root.key").exists()
-    return Restored(manifest, state_dir, kept, missing, _settings_to_review(state_dir))
+    return Restored(manifest, state_dir, kept, missing, _settings_to_review(state_dir), restore)
 
 
 def _settings_to_review(state_dir: Path) -> Path | None:
@@ -258,29 +286,29 @@ def _settings_to_review(state_dir: Path) -> Path | None:
 
 @contextmanager
 def _unused(state_dir: Path) -> Iterator[None]:
-    """Within it no gateway opens the database in `state_dir`.
+    """Within it no gateway opens the database in `state_dir`, and no appender the log.
 
     The database itself is not opened: it may be what is damaged.
 
     Raises:
-        ApplianceInUse: a process has it open.
+        ApplianceInUse: a process has one of them open.
     """
-    try:
-        lock = os.open(state_dir / f"{DATABASE}-lock", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+    with ExitStack() as held:
+        for name in _LOCKS:
+            try:
+                lock = os.open(state_dir / name, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            held.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ApplianceInUse(
+                    f"the appliance in {state_dir} runs",
+                    cause="a process has its database or its audit log open",
+                    remedy="Stop it with `holdfast down`, then restore",
+                ) from None
         yield
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ApplianceInUse(
-            f"the appliance in {state_dir} runs",
-            cause="a process has its database open",
-            remedy="Stop it with `holdfast down`, then restore",
-        ) from None
-    finally:
-        os.close(lock)
 
 
 def _archive(path: Path) -> tarfile.TarFile:
@@ -310,7 +338,14 @@ def _read_manifest(path: Path, archive: tarfile.TarFile) -> Manifest:
                 remedy=f"Use the version of holdfast that wrote it ({tree.get('holdfast')}) or a newer one",
             )
         files = tuple(Member(str(each["name"]), int(each["size"]), str(each["sha256"])) for each in tree["files"])
-        manifest = Manifest(float(tree["created_at"]), str(tree["holdfast"]), str(tree["seal"]), files)
+        manifest = Manifest(
+            float(tree["created_at"]),
+            str(tree["holdfast"]),
+            str(tree["seal"]),
+            files,
+            str(tree.get("log_key", "")),
+            int(tree.get("log_entries", 0)),
+        )
     except (tarfile.TarError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, HoldfastError):
             raise
@@ -370,7 +405,70 @@ def _unpack(path: Path, folder: Path) -> None:
     sync_folder(folder)
 
 
-def _exchange(staged: Path, state_dir: Path, occupied: bool, now: Callable[[], float]) -> Path | None:
+def _announce(path: Path, manifest: Manifest, staged: Path, state_dir: Path, at: float, aside: str) -> Restore:
+    """Put the audit log of `state_dir` into `staged`, with all that earlier restores left of logs and announcements.
+
+    Args:
+        aside: what the log is called there if the database in the backup has no key for it.
+
+    Raises:
+        BackupDamaged: that database cannot be read.
+    """
+    former, outcome, folder = state_dir / _LOG, NONE_THERE, ""
+    key, entries = manifest.log_key, manifest.log_entries
+    if former.is_dir() and any(former.iterdir()):
+        key, entries = describe(former)
+        opens = _has_key_of(path, staged, former / SIGNING_KEY)
+        outcome, folder = (CARRIED_OVER, _LOG) if opens else (SET_ASIDE, aside)
+        _name_again(former, staged / folder)
+        if opens and (state_dir / _DESTINATIONS).exists():
+            _name_again(state_dir / _DESTINATIONS, staged / _DESTINATIONS)
+    for earlier in state_dir.glob(f"{_LOG}.before-restore-*"):
+        _name_again(earlier, staged / earlier.name)
+    mark = _look(path, staged, marks_of_store).meant
+    restore = Restore(at, manifest.created_at, manifest.holdfast, mark, outcome, key, entries, folder)
+    unrecorded = state_dir / ANNOUNCED
+    with new_private_file(staged / ANNOUNCED) as into:
+        into.write((unrecorded.read_bytes() if unrecorded.exists() else b"") + restore.line())
+    sync_folder(staged)
+    return restore
+
+
+def _has_key_of(path: Path, staged: Path, signing_key: Path) -> bool:
+    """Whether the staged database has the key that a log's signing key is sealed under.
+
+    Where there is no signing key yet, or one that is damaged, any database will do: the start makes it, or names it.
+    """
+    sealed = signing_key.read_bytes() if signing_key.exists() else b""
+    key_id = key_id_of(sealed)
+    if key_id is None:
+        return True
+    query = select(tables.keys.c.key_id).where(tables.keys.c.key_id == key_id)
+    return _look(path, staged, lambda db: db.execute(query).scalar()) is not None
+
+
+def _look(path: Path, staged: Path, query: Callable[[Connection], _T]) -> _T:
+    """What `query` returns of the database that was unpacked from the backup at `path`. Writes nothing."""
+    place = f"{(staged / DATABASE).as_uri()}?mode=ro&immutable=1"
+    engine = create_engine("sqlite://", creator=lambda: sqlite3.connect(place, uri=True), poolclass=NullPool)
+    try:
+        with engine.connect() as db:
+            return query(db)
+    except DBAPIError as error:
+        raise _damaged(path, f"its {DATABASE} cannot be read: {error.orig}") from None
+
+
+def _name_again(source: Path, into: Path) -> None:
+    """Give every file in `source` a second name in the new folder `into`: nothing is copied, and nothing moved."""
+    if source.is_symlink() or not source.is_dir():
+        os.link(source, into, follow_symlinks=False)
+        return
+    into.mkdir(mode=0o700)
+    for each in source.iterdir():
+        _name_again(each, into / each.name)
+
+
+def _exchange(staged: Path, state_dir: Path, occupied: bool, stamp: str) -> Path | None:
     """Make `staged` the state directory; where the former one is kept, if there was one."""
     if not occupied:
         staged.rename(state_dir)  # onto nothing, or onto an empty folder
@@ -380,7 +478,6 @@ def _exchange(staged: Path, state_dir: Path, occupied: bool, now: Callable[[], f
         if (state_dir / name).exists():
             with new_private_file(staged / name) as into:
                 into.write((state_dir / name).read_bytes())
-    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now()))
     kept = state_dir.with_name(f"{state_dir.name}.before-restore-{stamp}")
     _rename_exchange(staged, state_dir)
     staged.rename(kept)

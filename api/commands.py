@@ -39,6 +39,7 @@ from appliance.errors import Fault, HoldfastError
 if TYPE_CHECKING:
     from api.admin import types
     from api.launch import Gateway
+    from appliance.audit.restores import Restore
     from appliance.settings import Settings
 
 DEMO_KEY_FILE = "demo-api-key"
@@ -578,7 +579,7 @@ def backup(console: Console, file: Path) -> None:
     """Write the whole appliance to one file while it runs.
 
     Rows stay encrypted and the root key sealed: to restore, the passphrase is needed. The key file of a
-    demonstration is never included.
+    demonstration is never included, and neither is the audit log.
     """
     from api.backups import verify_backup
     from api.private_files import new_private_file
@@ -615,6 +616,10 @@ def backup(console: Console, file: Path) -> None:
         )
     else:
         console.say("To restore it the passphrase is needed. Sessions forgotten later are in this file still.")
+    console.say(
+        f"Not included: the audit log, of {manifest.log_entries} entries when the copy was made. A restore on this"
+        f" machine goes on with it; for another machine keep a copy of {console.state_dir / 'audit'}."
+    )
     console.result(
         {"file": target, "manifest": manifest},
         f"Wrote {target}: {len(manifest.files)} files, {size_in_words(manifest.size)}, every hash verified.",
@@ -630,7 +635,8 @@ def backup(console: Console, file: Path) -> None:
 def restore(console: Console, file: Path, replace: str | None) -> None:
     """Put an appliance back from a backup.
 
-    The appliance must not run. Every hash is verified before anything is written. What was there is kept beside it.
+    The appliance must not run. Every hash is verified before anything is written. What was there is kept beside it,
+    and its audit log goes on: that this was done is recorded in it at the next start.
     """
     from api.backups import restore_backup
     from api.launch import refuse_if_running
@@ -644,6 +650,7 @@ def restore(console: Console, file: Path, replace: str | None) -> None:
     manifest = restored.manifest
     if restored.kept is not None:
         console.say(f"What was there is kept in {restored.kept}; remove it when you are sure.")
+    console.say(_log_words(restored.restore, state_dir))
     if restored.key_file_missing:
         console.say(f"Its key file was never in the backup: put it at {state_dir / 'root.key'}, mode 0600.")
     if restored.settings_to_review is not None:
@@ -657,3 +664,21 @@ def restore(console: Console, file: Path, replace: str | None) -> None:
         f"Restored the appliance of {moment(manifest.created_at)} ({ago(manifest.created_at)}) into {state_dir}.",
     )
     console.say(f"Next: {console.suggest('up')}")
+
+
+def _log_words(restore: "Restore", state_dir: Path) -> str:
+    """What became of the audit log."""
+    had = f"{restore.log_entries} entries under the key {restore.log_key or '(none yet)'}"
+    if restore.log == "carried-over":
+        return f"The audit log goes on, with its {had}. The next start records this restore in it."
+    if restore.log == "set-aside":
+        return (
+            "The database in this backup has no key for the audit log that was here: a new log begins at the next"
+            f" start, and its first entry names the former one, {had}. Keep that: it is whole in"
+            f" {state_dir / restore.log_folder}. Its destinations were not taken over: `holdfast audit export add`."
+        )
+    return (
+        "There was no audit log here, and a backup holds none: a new one begins at the next start, and its first entry"
+        f" says so. When the backup was made there were {had}. To go on with those, put the newest copy of the folders"
+        f" audit and siem into {state_dir} before that."
+    )

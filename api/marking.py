@@ -1,6 +1,9 @@
 """Keeps the marks by which the audit log and the database remember each other.
 
-Rule: a mark that cannot be made now is made later; nothing waits for one.
+Rules:
+
+- A mark that cannot be made now is made later; nothing waits for one.
+- A restore is in the log before log and database are compared.
 """
 
 import asyncio
@@ -9,8 +12,18 @@ import logging
 
 from api.services import Services
 from appliance.audit.events import OLDER_COPY, STORE_MARKED, SYSTEM, Event, Outcome
-from appliance.audit.marks import DESTINATIONS, Marks, found, last_mark_of_log, marks_of_store, remember
+from appliance.audit.marks import (
+    DESTINATIONS,
+    OLDER,
+    Marks,
+    found,
+    is_explained,
+    marks_of_store,
+    remember,
+    remembered_by_log,
+)
 from appliance.audit.reading import LogReader
+from appliance.audit.restores import announced, recorded
 from appliance.errors import HoldfastError
 
 _EVERY_S = 60.0
@@ -34,6 +47,23 @@ async def keep_marks(services: Services) -> None:
                 await services.exports.changed.wait()
 
 
+async def tell_restores(services: Services) -> None:
+    """Record the restores that no start has recorded yet.
+
+    Raises:
+        AuditUnavailable: they are recorded later.
+    """
+    state_dir = services.settings.state_dir
+    try:
+        events = announced(state_dir)
+    except (OSError, ValueError, TypeError) as error:
+        _LOG.error("what a restore announced cannot be read, and does not count: %s", error)
+        return
+    if events:
+        await services.audit.record(*events, privileged=True)
+        await asyncio.to_thread(recorded, state_dir)
+
+
 async def mark(services: Services, last: int) -> int:
     """Make the mark after `last`; its number.
 
@@ -46,20 +76,28 @@ async def mark(services: Services, last: int) -> int:
     counts = {"mark": number}
     if (version := services.exports.version) is not None:
         counts[DESTINATIONS] = version
-    await services.audit.record(Event(STORE_MARKED, SYSTEM, counts=counts))
+    details = {OLDER: services.audit.older} if services.audit.older else {}
+    await services.audit.record(Event(STORE_MARKED, SYSTEM, counts=counts, details=details))
     await remember(services.store, Marks(meant=number, made=number))
     return number
 
 
 async def _compare(services: Services) -> int:
     """Tell of an older copy; the largest mark that either of them knows."""
+    audit = services.audit
+    await tell_restores(services)
     marks = await services.store.read(marks_of_store)
-    in_log = await asyncio.to_thread(lambda: last_mark_of_log(LogReader(services.audit.directory), services.vault))
-    which = found(marks, in_log)
-    if which:
-        services.audit.alarm = f"the {which} was put back to an older copy, as it was found at the start"
-        _LOG.warning("%s", services.audit.alarm)
-        counts = {"mark_of_log": in_log or 0, "mark_of_database": marks.made}
+    log = await asyncio.to_thread(lambda: remembered_by_log(LogReader(audit.directory), services.vault))
+    which = found(marks, log.mark)
+    audit.older = log.older
+    if log.restore is not None and (not which or is_explained(which, marks, log)):
+        told = log.restore
+        audit.restored = f"from a backup of {told.made_at}, by the user {told.uid}: entry {told.sequence}"
+        _LOG.info("the database was put back %s", audit.restored)
+    elif which:
+        audit.older = which
+        _LOG.warning("%s", audit.alarm)
+        counts = {"mark_of_log": log.mark or 0, "mark_of_database": marks.made}
         event = Event(OLDER_COPY, SYSTEM, Outcome.FAILURE, target=("copy", which), counts=counts)
-        await services.audit.record(event, privileged=True)
-    return max(marks.meant, in_log or 0)
+        await audit.record(event, privileged=True)
+    return max(marks.meant, log.mark or 0)

@@ -41,7 +41,7 @@ from api.health import HEALTH_ROUTES, Health
 from api.kv_metrics import KvCollector, exposition
 from api.kv_watch import KvWatch, quarantined
 from api.listener import bounded_by
-from api.marking import keep_marks
+from api.marking import keep_marks, tell_restores
 from api.metrics import CONTENT_TYPE, Metrics
 from api.openai.errors import Draining
 from api.retaining import keep_retention
@@ -75,7 +75,7 @@ from appliance.identity import Identity, Quotas
 from appliance.randomness import DrawnAhead
 from appliance.sessions import Sessions, Throwaways
 from appliance.settings import TIER_DIR, Settings
-from appliance.store import DatabaseKeys, Store
+from appliance.store import DatabaseKeys, Store, StoreEmpty
 from appliance.vault import Vault, seal_kind
 from appliance.vault.process import forbid_core_dumps, plaintext_swap_devices, swap_warning
 
@@ -210,6 +210,7 @@ async def _record_start(services: Services, removed: Sequence[str]) -> None:
         removed: tenants of a proof that was cut off.
     """
     try:
+        await tell_restores(services)
         details = {"pid": str(os.getpid()), "settings": digest(effective(services.settings))}
         events = [Event(GATEWAY_STARTED, SYSTEM, details=details)]
         events += [Event(TENANT_REMOVED, SYSTEM, tenant_id=each, target=("tenant", each)) for each in removed]
@@ -297,11 +298,15 @@ class _Stop:
 @contextlib.asynccontextmanager
 async def _services(settings: Settings) -> AsyncIterator[Services]:
     """Every part, and its end."""
-    store = Store.open(settings.store.url or f"sqlite:///{settings.state_dir / DATABASE}")
-    vault = Vault(DatabaseKeys(store))
+    # The root key was sealed when the database was made: one without keys is another one, or was emptied.
+    store = Store.open(settings.store.url or f"sqlite:///{settings.state_dir / DATABASE}", create=False)
+    keys = DatabaseKeys(store)
+    vault = Vault(keys)
     engine: EngineClient | None = None
     turn_ends: TurnEnds | None = None
     try:
+        if keys.root_id() is None:
+            raise StoreEmpty(store.place, "it has no keys")
         if seal_kind(read_seal(settings.state_dir)) == "key-file":
             vault.open(open_root(settings.state_dir, b""))
         elsewhere = settings.engine.socket

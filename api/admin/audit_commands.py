@@ -75,9 +75,19 @@ def status(console: Console) -> None:
         ("public key", state.public_key or "none yet: the vault was never open"),
         ("folder", state.directory),
         ("alarm", state.alarm or "none"),
+        *([] if state.restored is None else [("restored", state.restored)]),
         ("error", "none" if state.error is None else f"{state.error.message}: {state.error.cause}"),
     ]
     console.result(state, "\n".join(f"{name:<17}{printable(told)}" for name, told in rows))
+
+
+@audit.command()
+@pass_console
+def acknowledge(console: Console) -> None:
+    """End the alarm of an older copy that no restore announced; that you did is in the log."""
+    told = console.admin().acknowledge_older_copy()
+    which = told.acknowledged
+    console.result(told, "There is no such alarm." if which is None else f"Acknowledged: an older copy of the {which}.")
 
 
 @audit.command()

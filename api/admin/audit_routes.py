@@ -24,6 +24,7 @@ from appliance.audit.events import (
     EXPORT_ADDED,
     EXPORT_REMOVED,
     EXPORT_TESTED,
+    OLDER_COPY_ACKNOWLEDGED,
 )
 from appliance.audit.notes import Checkpoint, VerifierKey
 from appliance.audit.reading import LogReader
@@ -40,6 +41,20 @@ from appliance.errors import HoldfastError
 
 async def _audit_status(services: ServicesOf) -> types.AuditStatus:
     return await status.audit_status(services)
+
+
+async def _acknowledge_older_copy(services: ServicesOf, asker: AskerOf) -> types.OlderCopyAcknowledged:
+    audit = services.audit
+    # First: a mark that is made meanwhile and comes behind the event must not carry the alarm on.
+    which, audit.older = audit.older, ""
+    if not which:
+        return types.OlderCopyAcknowledged(acknowledged=None)
+    try:
+        await asker.did(OLDER_COPY_ACKNOWLEDGED, ("copy", which))
+    except BaseException:
+        audit.older = which
+        raise
+    return types.OlderCopyAcknowledged(acknowledged=which)
 
 
 async def _audit_entries(
@@ -201,6 +216,7 @@ def _export_view(services: Services, name: str) -> types.AuditExport:
 
 ENDPOINTS: Endpoints = {
     ("GET", "/v1/audit"): (_audit_status, types.AuditStatus),
+    ("POST", "/v1/audit/acknowledge"): (_acknowledge_older_copy, types.OlderCopyAcknowledged),
     ("GET", "/v1/audit/entries"): (_audit_entries, types.AuditPage),
     ("GET", "/v1/audit/entries/{sequence}"): (_audit_entry, types.AuditEntry),
     ("POST", "/v1/audit/digest"): (_audit_digest, types.AuditDigest),

@@ -215,6 +215,10 @@ class AdminClient:
         """How long the audit log is, and what is in its way."""
         return self._call(types.AuditStatus, "GET", "/v1/audit")
 
+    def acknowledge_older_copy(self) -> types.OlderCopyAcknowledged:
+        """End the alarm of an older copy."""
+        return self._call(types.OlderCopyAcknowledged, "POST", "/v1/audit/acknowledge")
+
     def audit_exports(self) -> types.AuditExports:
         """How far behind each destination of the audit log is."""
         return self._call(types.AuditExports, "GET", "/v1/audit/exports")

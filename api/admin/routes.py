@@ -111,6 +111,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("POST", "/v1/backup"): Rule(_ADMINS, appliance_wide=True),
     ("POST", "/v1/prove/isolation"): Rule(_ADMINS, appliance_wide=True),
     ("GET", "/v1/audit"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False),
+    ("POST", "/v1/audit/acknowledge"): Rule(_ADMINS, appliance_wide=True),
     ("GET", "/v1/audit/entries"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
     ("GET", "/v1/audit/entries/{sequence}"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
     ("POST", "/v1/audit/digest"): Rule(_AUDITORS, recorded=False),

@@ -123,6 +123,7 @@ async def audit_status(services: Services) -> types.AuditStatus:
         oldest_kept=None if oldest is None else oldest[0],
         oldest_kept_time_s=None if oldest is None else oldest[1] / 1e9,
         alarm="; ".join(filter(None, (services.audit.alarm, retention.alarm))) or None,
+        restored=services.audit.restored or None,
         directory=str(services.audit.directory),
         error=None if error is None else types.AuditError.model_validate(error),
     )
@@ -139,6 +140,8 @@ async def _audit(services: Services) -> types.Part:
         return types.Part(name="audit", state="failed", detail=told)
     age = "none yet" if said.checkpoint_age_s is None else f"{said.checkpoint_age_s:.0f} s old"
     detail = f"{said.size} entries; last checkpoint {age}, of {said.checkpoint_size} entries"
+    if said.restored is not None:
+        detail += f"; the database was put back {said.restored}"
     for export in services.exports.views():
         behind = f"{export.lag_entries} entries, {export.lag_s:.0f} s behind"
         state = behind if export.lag_entries else "has everything"

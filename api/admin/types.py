@@ -656,7 +656,8 @@ class AuditStatus(Wire):
     `size` counts its entries; `checkpoint_size` those under the newest checkpoint, `witnessed_size` those that a
     witness co-signed. `checkpoint_age_s` is None when none was made since the appender started. `oldest_kept` is the
     first entry that retention left; None when nobody has looked yet, as before the vault is open. `retention_held` says
-    why what is older than the retention is still there; `alarm` what an administrator has to know.
+    why what is older than the retention is still there; `alarm` what an administrator has to know; `restored` from
+    which backup the database was put back before this start.
     """
 
     size: int
@@ -671,8 +672,15 @@ class AuditStatus(Wire):
     oldest_kept: int | None
     oldest_kept_time_s: float | None
     alarm: str | None
+    restored: str | None
     directory: str
     error: AuditError | None
+
+
+class OlderCopyAcknowledged(Wire):
+    """Which alarm was ended: of an older copy of the `log` or the `database`; None: there was none."""
+
+    acknowledged: str | None
 
 
 class AuditEntry(Wire):

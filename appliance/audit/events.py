@@ -61,12 +61,16 @@ STORE_MARKED: Final = EventClass(
     2,
     "store.marked",
     "The database and the log took note of each other; `mark` only grows, as does `destinations`, the version of the "
-    "SIEM's.",
+    "SIEM's. `older_copy` is one that was found and nobody has acknowledged.",
     Scope.SYSTEM,
     (6002, 99),
 )
 OLDER_COPY: Final = EventClass(
-    3, "older_copy.found", "The log or the database had been put back to an older copy.", Scope.SYSTEM, (6002, 99)
+    3,
+    "older_copy.found",
+    "The log or the database had been put back to an older copy, and no restore had been announced.",
+    Scope.SYSTEM,
+    (6002, 99),
 )
 ENTRIES_REMOVED: Final = EventClass(
     4,
@@ -88,6 +92,9 @@ ENTRIES_MISSING: Final = EventClass(
     "Old entries, from `first` on, are gone, and retention has not removed them.",
     Scope.SYSTEM,
     (6002, 99),
+)
+OLDER_COPY_ACKNOWLEDGED: Final = EventClass(
+    7, "older_copy.acknowledged", "An administrator knows of the older copy: the alarm ends.", Scope.SYSTEM, (6002, 99)
 )
 GATEWAY_STARTED: Final = EventClass(10, "gateway.started", "A gateway began to serve.", Scope.SYSTEM, (6002, 3))
 GATEWAY_STOPPED: Final = EventClass(11, "gateway.stopped", "A gateway ended in good order.", Scope.SYSTEM, (6002, 4))
@@ -183,6 +190,14 @@ SESSIONS_LISTED: Final = EventClass(70, "sessions.listed", "Somebody listed sess
 TRANSCRIPT_READ: Final = EventClass(71, "transcript.read", "Somebody read a transcript.", Scope.SYSTEM, (6003, 2))
 SESSION_SHREDDED: Final = EventClass(72, "session.shredded", "A session's key was destroyed.", Scope.SYSTEM, (6003, 4))
 BACKUP_MADE: Final = EventClass(80, "backup.made", "A copy of the database was written.", Scope.SYSTEM, (6003, 2))
+BACKUP_RESTORED: Final = EventClass(
+    81,
+    "backup.restored",
+    "The database was put back from a backup before this start: how old that was (`backup_age_s`), how many entries "
+    "the log had (`log_entries`), and whether it goes on (`log`).",
+    Scope.SYSTEM,
+    (6002, 99),
+)
 ADMIN_ACTED: Final = EventClass(90, "admin.acted", "The admin API was used.", Scope.SYSTEM, (6003, 99))
 ADMIN_REFUSED: Final = EventClass(91, "admin.refused", "The admin API refused a request.", Scope.SYSTEM, (6003, 99))
 AUDIT_READ: Final = EventClass(95, "audit.read", "Somebody read the audit log.", Scope.SYSTEM, (6003, 2))

@@ -7,8 +7,9 @@ Rules:
 - The log is older than the database when it lacks a mark that the database says it has; the database is older than the
   log when the log has a mark that the database never meant to make.
 - A mark names the version of the SIEM's destinations, too: a file of them that is put back to an older copy is found.
-- What was found is told once, as an event, and goes on: putting a backup back is an administrator's right, and this is
-  how everybody else learns of it.
+- Putting a backup back is an administrator's right: a restore is an event of the log, and what it explains is no alarm.
+- What no restore explains is an event and an alarm. Each mark carries it on, through every start, until an
+  administrator acknowledges it.
 """
 
 import json
@@ -17,11 +18,13 @@ from typing import Final, NamedTuple
 from sqlalchemy import Connection, delete, insert, select
 
 from appliance.audit.entry import EntryKeys, open_record
-from appliance.audit.events import STORE_MARKED
+from appliance.audit.events import BACKUP_RESTORED, OLDER_COPY_ACKNOWLEDGED, STORE_MARKED
 from appliance.audit.reading import LogReader
+from appliance.audit.restores import Told
 from appliance.store import Store, tables
 
 DESTINATIONS: Final = "destinations"  # what a mark calls their version
+OLDER: Final = "older_copy"  # what it calls the copy that nobody has acknowledged
 _NAME: Final = "audit-mark"
 MOST_LOOKED_AT: Final = 100_000
 
@@ -55,30 +58,55 @@ async def remember(store: Store, marks: Marks) -> None:
     await store.transact(write)
 
 
-def last_mark_of_log(log: LogReader, keys: EntryKeys) -> int | None:
-    """The last mark in the log; 0: there is none in it; None: it is too far back, or was removed. Blocks.
+class Remembered(NamedTuple):
+    """What the log says.
+
+    Attributes:
+        mark: the last one in it; 0: there is none; None: it is too far back, or was removed.
+        older: which copy was found to be older, and nobody has acknowledged; empty: neither.
+        restore: the newest since that mark; None: there was none.
+    """
+
+    mark: int | None
+    older: str = ""
+    restore: Told | None = None
+
+
+def remembered_by_log(log: LogReader, keys: EntryKeys) -> Remembered:
+    """What the log says of marks, and of restores since. Blocks.
 
     Raises:
         LogUnreadable, EntryInvalid: the log's files do not do.
         HoldfastError: the vault is sealed.
     """
-    return _last_of_log(log, keys, "mark")
+    acknowledged, restore = False, None
+    for looked_at, (entry, sealed) in enumerate(log.backwards(log.size)):
+        if looked_at >= MOST_LOOKED_AT:
+            return Remembered(None, "", restore)
+        if entry.event_class == OLDER_COPY_ACKNOWLEDGED.number:
+            acknowledged = True
+        elif entry.event_class == BACKUP_RESTORED.number and restore is None:
+            restore = Told.of(entry.sequence, open_record(entry, sealed, keys).record)
+        elif entry.event_class == STORE_MARKED.number:
+            record = open_record(entry, sealed, keys).record
+            older = "" if acknowledged else str(record.get("details", {}).get(OLDER, ""))
+            return Remembered(int(record["counts"]["mark"]), older, restore)
+    return Remembered(0 if log.oldest == 0 else None, "", restore)
 
 
 def version_of_destinations(log: LogReader, keys: EntryKeys) -> int:
-    """What the last mark says that knew which destinations there were; 0: none that can be found. Raises as above."""
-    return _last_of_log(log, keys, DESTINATIONS) or 0
+    """What the last mark says that knew which destinations there were; 0: none that can be found.
 
-
-def _last_of_log(log: LogReader, keys: EntryKeys, count: str) -> int | None:
+    Blocks, and raises as `remembered_by_log`.
+    """
     for looked_at, (entry, sealed) in enumerate(log.backwards(log.size)):
         if looked_at >= MOST_LOOKED_AT:
-            return None
+            break
         if entry.event_class == STORE_MARKED.number:
             counts = open_record(entry, sealed, keys).record["counts"]
-            if count in counts:
-                return int(counts[count])
-    return 0 if log.oldest == 0 else None
+            if DESTINATIONS in counts:
+                return int(counts[DESTINATIONS])
+    return 0
 
 
 def found(marks: Marks, in_log: int | None) -> str:
@@ -90,3 +118,12 @@ def found(marks: Marks, in_log: int | None) -> str:
     if in_log > marks.meant:
         return "database"
     return ""
+
+
+def is_explained(which: str, marks: Marks, log: Remembered) -> bool:
+    """Whether a restore that was announced is why one of the two is older."""
+    restore = log.restore
+    if restore is None or restore.mark != marks.meant:
+        return False
+    # A log that was carried over is as new as it was. A new one, made where the backup was put, has no mark yet.
+    return which == "database" or (not restore.carried_over and log.mark == 0)

@@ -40,7 +40,9 @@ class NodeAudit:
     Attributes:
         retention: what removes entries; whoever drives it calls its `run`.
         opened: set once checkpoints are signed, and records can be read.
-        alarm: what is to be shown to administrators until the next start; empty: nothing.
+        older: which was found put back to an older copy, `log` or `database`, and nobody has acknowledged; empty:
+            neither.
+        restored: what is to be shown of a restore until the next start; empty: nothing.
     """
 
     def __init__(
@@ -58,13 +60,24 @@ class NodeAudit:
         self._tasks: list[asyncio.Task[None]] = []
         self._signing_error: ErrorRecord | None = None
         self.opened = asyncio.Event()
-        self.alarm = ""
+        self.older = ""
+        self.restored = ""
         self.retention = Retention(self, self.directory, days=retention_days)
 
     @property
     def error(self) -> ErrorRecord | None:
         """Why nothing can be recorded or signed now; None: it can."""
         return self._recorder.error or self._signing_error
+
+    @property
+    def alarm(self) -> str:
+        """What an administrator has to know; empty: nothing."""
+        if not self.older:
+            return ""
+        return (
+            f"the {self.older} was put back to an older copy, and no restore was announced; "
+            "`holdfast audit acknowledge` ends this alarm once you know why"
+        )
 
     @property
     def pid(self) -> int | None:

@@ -21,7 +21,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from appliance.store.errors import StoreInUse, StoreUnavailable
+from appliance.store.errors import StoreEmpty, StoreInUse, StoreUnavailable
 
 READERS = 4
 _LOCK_WAIT_S = 5.0
@@ -57,10 +57,11 @@ class Connections:
             os.close(self.ownership)
 
 
-def connect(url: str) -> Connections:
+def connect(url: str, *, create: bool) -> Connections:
     """Prepare the engines of `url`; nothing is connected yet.
 
     Raises:
+        StoreEmpty: a SQLite file is not there, or has nothing in it, and none is to be created.
         StoreInUse: another process has the SQLite file open.
         StoreUnavailable: the URL or the place that it names cannot be used.
     """
@@ -70,17 +71,19 @@ def connect(url: str) -> Connections:
         raise _unusable("the store's URL", "it is not a database URL") from None
     match parsed.get_backend_name():
         case "sqlite":
-            return _sqlite(parsed)
+            return _sqlite(parsed, create=create)
         case "postgresql":
             return _postgresql(parsed)
         case other:
             raise _unusable("the store's URL", f"it names {other}, and only SQLite and PostgreSQL are supported")
 
 
-def _sqlite(url: URL) -> Connections:
+def _sqlite(url: URL, *, create: bool) -> Connections:
     if not url.database or url.database == ":memory:":
         raise _unusable("the store's URL", "a database in memory would not outlive the process")
     path = Path(url.database).absolute()
+    if not create:
+        _refuse_empty(path)
     ownership = _own(path)
     options: dict[str, Any] = {
         "connect_args": {"isolation_level": None, "timeout": _LOCK_WAIT_S, "check_same_thread": False},
@@ -96,6 +99,17 @@ def _sqlite(url: URL) -> Connections:
     event.listen(writer, "begin", _begin_immediate)
     event.listen(readers, "begin", _begin)
     return Connections(writer, readers, str(path), path, ownership)
+
+
+def _refuse_empty(path: Path) -> None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise StoreEmpty(str(path), "there is no such file") from None
+    except OSError as error:
+        raise _unusable(str(path), error.strerror or type(error).__name__) from None
+    if not size:
+        raise StoreEmpty(str(path), "the file has nothing in it")
 
 
 def _own(path: Path) -> int:

@@ -61,6 +61,21 @@ class StoreInUse(HoldfastError):
     fault: ClassVar[Fault] = Fault.CONFLICT
 
 
+class StoreEmpty(HoldfastError):
+    """There is a sealed root key, and the database that it belongs to is not there, or has nothing in it."""
+
+    code: ClassVar[str] = "store_empty"
+    fault: ClassVar[Fault] = Fault.CONFLICT
+
+    def __init__(self, place: str, cause: str) -> None:
+        super().__init__(
+            "the database is empty, or not this appliance's",
+            cause=f"{place}: {cause}",
+            remedy="Put it back from a backup: `holdfast restore FILE --replace NAME`; or name in store.url the one "
+            "that this appliance had. Nothing was made in its place",
+        )
+
+
 class SchemaTooNew(HoldfastError):
     """The database was written by a newer version."""
 

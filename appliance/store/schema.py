@@ -9,17 +9,18 @@ from pathlib import Path
 
 from sqlalchemy import Connection, Engine, text
 
-from appliance.store.errors import SchemaTooNew, SchemaUnreleased
+from appliance.store.errors import SchemaTooNew, SchemaUnreleased, StoreEmpty
 from appliance.store.migrations import HEAD, UNRELEASED
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _ADVISORY_LOCK = 0x486F6C64  # two gateways that start at once migrate one after the other
 
 
-def upgrade(engine: Engine, place: str) -> None:
+def upgrade(engine: Engine, place: str, *, create: bool) -> None:
     """Create or migrate the schema, in one transaction.
 
     Raises:
+        StoreEmpty: there is none, and none is to be created.
         SchemaTooNew: the database is at a revision that this version does not know.
         SchemaUnreleased: it is at one that no release ever wrote.
     """
@@ -27,6 +28,8 @@ def upgrade(engine: Engine, place: str) -> None:
         if db.dialect.name == "postgresql":
             db.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _ADVISORY_LOCK})
         revision = _revision(db)
+        if revision is None and not create:
+            raise StoreEmpty(place, "it has no tables of an appliance")
         if revision != HEAD:
             _run_migrations(db, revision, place)
 

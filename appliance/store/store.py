@@ -53,20 +53,22 @@ class Store:
         self.dialect: str = connected.writer.dialect.name
 
     @classmethod
-    def open(cls, url: str) -> Self:
+    def open(cls, url: str, *, create: bool = True) -> Self:
         """Open a database, and create or migrate its tables. Blocks.
 
         Args:
             url: `sqlite:////absolute/path` or `postgresql://user@host/name`.
+            create: whether what is not there is made; what was written by an earlier version is migrated always.
 
         Raises:
+            StoreEmpty: it is not there, or has no tables, and nothing is to be created.
             SchemaTooNew: a newer version wrote it.
             StoreInUse: another process has the file open.
             StoreUnavailable, StoreFull: it cannot be reached, or not be created.
         """
-        connected = connections.connect(url)
+        connected = connections.connect(url, create=create)
         try:
-            schema.upgrade(connected.writer, connected.place)
+            schema.upgrade(connected.writer, connected.place, create=create)
             return cls(connected)
         except BaseException as error:
             connected.close()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         open_with_passphrase,
         seal_kind,
     )
-    from appliance.vault.vault import Vault
+    from appliance.vault.vault import Vault, key_id_of
 else:
 
     def __getattr__(name: str) -> object:
@@ -60,6 +60,7 @@ __all__ = [
     "WrongPassphrase",
     "create_key_file_seal",
     "create_passphrase_seal",
+    "key_id_of",
     "open_with_key_file",
     "open_with_passphrase",
     "seal_kind",

@@ -276,9 +276,9 @@ class Vault:
             KeyMissing: the key that it names is not there; the row is named.
             VaultSealed: no root key is open.
         """
-        if len(envelope) < _HEADER_BYTES or envelope[:1] != _FORMAT:
+        key_id = key_id_of(envelope)
+        if key_id is None:
             raise TamperedValue(binding)
-        key_id = f"key_{envelope[1 : 1 + _KEY_ID_BYTES].hex()}"
         with self._lock:
             key = self._by_id(key_id)
         if key is None:
@@ -466,6 +466,13 @@ class Vault:
             self._keys.reserve_uses(key.record.key_id, total)
             key.reserved = total
         key.used += 1
+
+
+def key_id_of(envelope: bytes) -> str | None:
+    """The id of the key that an envelope says it is under; None: it is no envelope. Nothing is verified."""
+    if len(envelope) < _HEADER_BYTES or envelope[:1] != _FORMAT:
+        return None
+    return f"key_{envelope[1 : 1 + _KEY_ID_BYTES].hex()}"
 
 
 def _mac_of(key: _Key, label: str) -> _Mac:

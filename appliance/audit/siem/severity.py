@@ -8,6 +8,7 @@ from typing import Final
 
 from appliance.audit.events import (
     ADMIN_REFUSED,
+    BACKUP_RESTORED,
     ENGINE_LOST,
     KV_QUARANTINED,
     LOG_RECOVERED,
@@ -21,6 +22,7 @@ _MEDIUM: Final = frozenset(
     kind.number
     for kind in (
         ADMIN_REFUSED,
+        BACKUP_RESTORED,
         ENGINE_LOST,
         KV_QUARANTINED,
         LOG_RECOVERED,

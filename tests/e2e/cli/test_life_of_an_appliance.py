@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from appliance.store import Store
 from tests.e2e.cli.conftest import PASSPHRASE, Appliance, free_port
 
 # Each test runs a dozen commands, each a process of its own, on a machine that may be busy.
@@ -281,6 +282,39 @@ def test_a_database_on_a_machine_with_another_root_key_is_refused(appliance: App
     outcome = thief.run("up", "--detach", "--json")
     assert (outcome.status, outcome.json["code"]) == (6, "foreign_root_key")
     assert thief.run("status", "--json").json["code"] == "appliance_down"
+
+
+@pytest.mark.parametrize("seal", ["key-file", "passphrase"])
+def test_a_database_that_is_gone_is_named_and_none_is_made_in_its_place(appliance: Appliance, seal: str) -> None:
+    if seal == "key-file":
+        appliance.init()
+    else:
+        appliance.init_sealed()
+    database = appliance.state_dir / "holdfast.db"
+    database.unlink()
+    for there in (None, b""):
+        if there is not None:
+            database.write_bytes(there)
+        outcome = appliance.run("up", "--detach", "--json")
+        assert (outcome.status, outcome.json["code"]) == (6, "store_empty")
+        assert str(database) in outcome.json["cause"]
+        assert "holdfast restore" in outcome.json["remedy"]
+        assert database.exists() == (there is not None)
+    assert database.stat().st_size == 0
+
+
+@pytest.mark.parametrize("seal", ["key-file", "passphrase"])
+def test_a_database_without_keys_is_named(appliance: Appliance, seal: str) -> None:
+    if seal == "key-file":
+        appliance.init()
+    else:
+        appliance.init_sealed()
+    database = appliance.state_dir / "holdfast.db"
+    database.unlink()
+    Store.open(f"sqlite:///{database}").close()
+    outcome = appliance.run("up", "--detach", "--json")
+    assert (outcome.status, outcome.json["code"]) == (6, "store_empty")
+    assert "no keys" in outcome.json["cause"]
 
 
 def test_a_backup_brings_back_what_was_there_when_it_was_made(appliance: Appliance, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from appliance.audit.entry import seal
 from appliance.audit.events import ENTRIES_MISSING, ENTRIES_REMOVED, STORE_MARKED, SYSTEM, Event
 from appliance.audit.log import AuditLog, Stamp
-from appliance.audit.marks import last_mark_of_log
+from appliance.audit.marks import remembered_by_log
 from appliance.audit.notes import Algorithm, SigningKey
 from appliance.audit.proof import prove, verify_proof
 from appliance.audit.reading import EntryRemoved, LogReader, LogUnreadable
@@ -552,11 +552,11 @@ def test_a_log_goes_on_after_a_removal_and_an_older_copy_of_it_too(node: Node, t
 
 def test_a_mark_that_was_removed_is_too_far_back_and_no_alarm(node: Node) -> None:
     log = LogReader(node.directory)
-    assert last_mark_of_log(log, node.keys) == 0
+    assert remembered_by_log(log, node.keys).mark == 0
     node.run()
-    assert last_mark_of_log(LogReader(node.directory), node.keys) is None
+    assert remembered_by_log(LogReader(node.directory), node.keys).mark is None
     asyncio.run(node.record(Event(STORE_MARKED, SYSTEM, counts={"mark": 9})))
-    assert last_mark_of_log(LogReader(node.directory), node.keys) == 9
+    assert remembered_by_log(LogReader(node.directory), node.keys).mark == 9
 
 
 def test_a_destination_that_cannot_tell_stops_the_removal(node: Node) -> None:

@@ -26,6 +26,7 @@ from api.backups import (
     stream_backup,
     verify_backup,
 )
+from appliance.audit.restores import ANNOUNCED
 from appliance.settings import Settings, load_settings
 from appliance.store import Store
 from appliance.vault import RootKey, create_key_file_seal
@@ -159,12 +160,54 @@ def test_settings_that_are_the_same_need_no_review(backup: Path, state_dir: Path
     assert not (state_dir / "holdfast.toml.from-backup").exists()
 
 
-def test_an_appliance_that_runs_is_not_replaced(backup: Path, state_dir: Path) -> None:
-    with (state_dir / "holdfast.db-lock").open("r+") as lock:
+def test_the_log_goes_on_in_what_was_put_back_and_the_one_that_is_kept_is_whole_too(
+    backup: Path, state_dir: Path
+) -> None:
+    files = {"journal": b"frames", "checkpoint": b"note", "tile/0/000": b"hashes"}
+    for name, content in files.items():
+        (state_dir / "audit" / name).parent.mkdir(parents=True, exist_ok=True)
+        (state_dir / "audit" / name).write_bytes(content)
+    (state_dir / "audit.before-restore-1").mkdir()
+    (state_dir / "audit.before-restore-1" / "journal").write_bytes(b"earlier")
+    (state_dir / "siem").mkdir()
+    (state_dir / "siem" / "destinations.json").write_bytes(b"{}")
+    (state_dir / ANNOUNCED).write_bytes(b"of a restore that no start has recorded\n")
+    restored = restore_backup(backup, state_dir, replace=True, now=lambda: MADE_AT + 60)
+    assert (restored.restore.log, restored.restore.log_folder) == ("carried-over", "audit")
+    assert restored.kept is not None
+    for place in (state_dir, restored.kept):
+        assert {name: (place / "audit" / name).read_bytes() for name in files} == files
+        assert (place / "audit.before-restore-1" / "journal").read_bytes() == b"earlier"
+        assert (place / "siem" / "destinations.json").exists()
+    assert (state_dir / "audit").stat().st_mode & 0o777 == 0o700
+    unrecorded, line = (state_dir / ANNOUNCED).read_bytes().splitlines()
+    assert unrecorded == b"of a restore that no start has recorded"
+    assert json.loads(line)["restored_at"] == MADE_AT + 60
+    assert (state_dir / ANNOUNCED).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("name", ["holdfast.db-lock", "audit/lock"])
+def test_nothing_is_replaced_while_the_database_or_the_log_is_open(backup: Path, state_dir: Path, name: str) -> None:
+    (state_dir / "audit").mkdir()
+    (state_dir / name).touch()
+    with (state_dir / name).open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ApplianceInUse, match="holdfast down"):
             restore_backup(backup, state_dir, replace=True)
     assert [path for path in state_dir.parent.iterdir() if path.name.startswith(".state")] == []
+
+
+def test_a_backup_whose_database_is_none_is_refused(backup: Path, state_dir: Path, tmp_path: Path) -> None:
+    files = members(backup)
+    files["holdfast.db"] = notes = b"these are my notes, and no database" * 40
+
+    def vouch(manifest: Any) -> None:
+        manifest["files"][0].update(size=len(notes), sha256=hashlib.sha256(notes).hexdigest())
+
+    manifest_change(vouch)(files)
+    with pytest.raises(BackupDamaged, match="not a database"):
+        restore_backup(packed(tmp_path / "notes.tar", files), state_dir, replace=True)
+    assert (state_dir / "holdfast.db").read_bytes() != notes
 
 
 Change = Callable[[dict[str, bytes]], object]

@@ -1,6 +1,7 @@
 """The schema: made by migrations, the same as the tables say, and refused when it is newer."""
 
 import contextlib
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from appliance.store import (
     SchemaTooNew,
     SchemaUnreleased,
     Store,
+    StoreEmpty,
     StoreUnavailable,
     migrations,
     tables,
@@ -109,6 +111,34 @@ def test_a_database_without_tables_gets_them(postgres: PostgresServer) -> None:
     store = Store.open(postgres.empty_database())
     assert store.read_blocking(lambda db: db.execute(select(tables.meta)).all()) == []
     store.close()
+
+
+@pytest.mark.parametrize("there", [None, b""], ids=["missing", "empty"])
+def test_a_file_that_has_to_be_there_is_not_made(tmp_path: Path, there: bytes | None) -> None:
+    path = tmp_path / "holdfast.db"
+    if there is not None:
+        path.write_bytes(there)
+    with pytest.raises(StoreEmpty, match="empty, or not this appliance's"):
+        Store.open(f"sqlite:///{path}", create=False)
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == (
+        [] if there is None else [(path.name, b"")]
+    )
+
+
+def test_tables_that_have_to_be_there_are_not_made(postgres: PostgresServer) -> None:
+    url = postgres.empty_database()
+    for _ in range(2):
+        with pytest.raises(StoreEmpty, match="no tables"):
+            Store.open(url, create=False)
+
+
+def test_a_database_of_something_else_gets_no_tables(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as other:
+        other.execute("CREATE TABLE notes (text)")
+    with pytest.raises(StoreEmpty, match="no tables"):
+        Store.open(f"sqlite:///{tmp_path / 'other.db'}", create=False)
+    with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as other:
+        assert other.execute("SELECT name FROM sqlite_schema").fetchall() == [("notes",)]
 
 
 def test_opening_a_current_database_does_not_import_alembic(database_url: str) -> None:
