@@ -82,6 +82,7 @@ def status(console: Console) -> None:
 
 
 @audit.command()
+@api_key_option
 @pass_console
 def acknowledge(console: Console) -> None:
     """End the alarm of an older copy that no restore announced; that you did is in the log."""
