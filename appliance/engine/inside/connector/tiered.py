@@ -52,11 +52,13 @@ class TieredRetention(LeaseRetention):
         manager: RecallingManager = self.connector_scheduler.manager  # type: ignore[attr-defined]
         return manager
 
-    def report(self, release: Iterable[str] = (), awaited: Sequence[tuple[str, str]] = ()) -> LeaseReport:
+    def report(
+        self, release: Iterable[str] = (), awaited: Sequence[tuple[str, str]] = (), *, every: bool = False
+    ) -> LeaseReport:
         labels = frozenset(release)
         if awaited:
             self._tiers.look_now()
-        report = super().report(labels, awaited)
+        report = super().report(labels, awaited, every=every)
         if self._canary.released(labels):
             self._tiers.release(frozenset({_CANARY[1]}))
         if labels:
