@@ -120,8 +120,12 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         """Who has something in DRAM."""
         return self._chunks.order.sessions()
 
-    def release(self, sessions: Collection[str]) -> None:
-        """Let go of all that the sessions so labelled have in DRAM, and overwrite it; and on the disk, with its key."""
+    def release(self, sessions: Collection[str]) -> list[Owner]:
+        """Let go of all that the sessions so labelled have in DRAM, and overwrite it; and on the disk, with its key.
+
+        Returns:
+            Those of them that had something in DRAM.
+        """
         for tier in self.secondary_tiers:
             if isinstance(tier, DiskTier):
                 tier.store.drop_labelled(sessions)
@@ -129,9 +133,10 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
             owner = owner_of(state.req_context)
             if owner is not None and owner[1] in sessions:
                 state.req_context.set_state(Released())
-        order = self._chunks.order
-        self._doomed.update(order.released([owner for owner in order.sessions() if owner[1] in sessions]))
+        owners = self._chunks.order.labelled(sessions)
+        self._doomed.update(self._chunks.order.released(owners))
         self._drop_doomed()
+        return owners
 
     def take_fault(self, session: Owner) -> bool:
         """Whether a chunk of the session's could not be read from the disk since this was asked last."""

@@ -62,10 +62,8 @@ class TieredRetention(LeaseRetention):
         if self._canary.released(labels):
             self._tiers.release(frozenset({_CANARY[1]}))
         if labels:
-            for owner in self._tiers.sessions():
-                if owner[1] in labels:
-                    self.policy.closed(session=owner, now=self.clock())
-            self._tiers.release(labels)
+            for owner in self._tiers.release(labels):
+                self.policy.closed(session=owner, now=self.clock())
         return report
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
