@@ -3,8 +3,9 @@
 Rules:
 
 - A turn that finds room goes on at once: nothing is awaited, no task is made.
-- The engine is asked what it holds only while somebody waits, at most once a second, and told who does: it keeps and
-  recalls their KV. An engine that cannot say is no reason to stop: then the line goes by what the gateway knows itself.
+- The engine is asked only while somebody waits, at most once a second, and only for what it holds of those who do: it
+  keeps and recalls their KV. An engine that cannot say is no reason to stop: then the line goes by what the gateway
+  knows itself.
 - Whoever is cancelled while waiting gives its place back.
 """
 
@@ -174,10 +175,10 @@ class WaitingRoom:
     async def _ask_engine(self) -> None:
         try:
             while self._line.waiting:
-                asked_at = self._clock()
+                asked_at, awaited = self._clock(), self._awaited()
                 with contextlib.suppress(HoldfastError):
-                    report = await self._engine.leases(awaited=self._awaited(), deadline_s=_REPORT_DEADLINE_S)
-                    self._residence.told(report, asked_at)
+                    report = await self._engine.leases(awaited=awaited, deadline_s=_REPORT_DEADLINE_S)
+                    self._residence.told(report, awaited, asked_at)
                     if report.total_blocks:
                         self._line.told(report.total_blocks * report.block_size)
                 await asyncio.sleep(_REPORT_EVERY_S)

@@ -8,9 +8,12 @@ The pool is wholly leased: a block that no request uses is an idle session's.
   - what a turn costs beside its steps: its arrival, room for its prompt, its end, its account. Each of the running
     requests has one in `ANSWER_TOKENS` steps;
   - the order in which sessions yield: how long it takes to reckon, and the share of the time that it is held to;
-  - the live picture, asked for as often as Prometheus asks.
-- `memory`: bytes that an idle session of 100 blocks takes: all that the table, its order and the policy hold, labels
-  included; not what the pool has for each block anyway, the hash of its content among it.
+  - the live picture, asked for as often as Prometheus asks;
+  - the gateway's question about `WAITING` sessions whose requests wait there, once a second;
+  - one session that ends, and is released, every second.
+- `memory`: bytes that an idle session of 100 blocks takes, 3,200 tokens, on the device and without tiers: all that the
+  table, its order and the policy hold, labels included; not what the pool has for each block anyway, the hash of its
+  content among it. Beside it, what each further block takes: the whole grows with the conversation.
 - `first_token`: a request for 80 % of a pool that as many idle sessions have as it has blocks, against the same on an
   empty pool, in pairs: what was done before is the same, and which is first changes, so that what else the machine does
   falls on both. The middle of the pairs' ratios counts. Beside it, what the connector took of the leased one.
@@ -59,8 +62,12 @@ ROUND_STEPS: Final = 2 * BLOCK
 TURNS: Final = 20
 ANSWER_TOKENS: Final = 400  # the mean of agents' turns is 409: docs/decisions/0012
 PICTURES: Final = 5
+QUESTIONS: Final = 20
 PICTURE_EVERY_S: Final = 15.0
 PICTURE_SESSIONS: Final = 20
+WAITING: Final = 256  # as many as may, as delivered
+ASKED_EVERY_S: Final = 1.0
+ENDED_EVERY_S: Final = 1.0
 PAIRS: Final = 12
 BLOCKS_EACH: Final = 100
 POOL: Final = 160  # blocks, where first tokens are timed
@@ -177,6 +184,8 @@ class Costs(NamedTuple):
     Attributes:
         hooks_s: in each decode step, without the order.
         turn_s: without its steps and the order.
+        asked_s: for one question about those who wait.
+        ended_s: for one session that ends.
         new_blocks: that running requests were given in the steps looked at.
         reclaimed_blocks: that idle sessions gave up meanwhile.
     """
@@ -186,6 +195,8 @@ class Costs(NamedTuple):
     turn_s: float
     order_s: float
     picture_s: float
+    asked_s: float
+    ended_s: float
     new_blocks: int
     reclaimed_blocks: int
 
@@ -225,9 +236,22 @@ def costs(model: Path) -> Costs:
         turns.append(sum(hooks) - sum(orders) - of_steps_s)
     order_s = statistics.median(_seconds(table._reckon_order) for _ in range(PICTURES))
     picture_s = statistics.median(_seconds(lambda: engine.connector.picture(PICTURE_SESSIONS)) for _ in range(PICTURES))
+    report = engine.core.holdfast_lease_report
+    idle = [[state.tenant, state.session] for state in table.states()]
+    awaited, ending = idle[:WAITING], [session for _, session in idle[WAITING : WAITING + QUESTIONS]]
+    asked_s = statistics.median(_seconds(lambda: report([], awaited, False)) for _ in range(QUESTIONS))
+    ended_s = statistics.median(_seconds(lambda: report([session], [], False)) for session in ending)  # noqa: B023
     engine.close()
     return Costs(
-        statistics.median(steps), hooks_s, statistics.median(turns), order_s, picture_s, new_blocks, reclaimed_blocks
+        statistics.median(steps),
+        hooks_s,
+        statistics.median(turns),
+        order_s,
+        picture_s,
+        asked_s,
+        ended_s,
+        new_blocks,
+        reclaimed_blocks,
     )
 
 
@@ -297,7 +321,9 @@ def _decode() -> tuple[dict[str, float], bool]:
     with tempfile.TemporaryDirectory() as folder:
         large_step_s = decode_step_s(write_random_model(Path(folder)))
     in_a_step_s = took.hooks_s + took.turn_s * RUNNING / ANSWER_TOKENS
-    at_all_times = 1 / ORDER_SHARE + took.picture_s / PICTURE_EVERY_S
+    at_all_times = (
+        1 / ORDER_SHARE + took.picture_s / PICTURE_EVERY_S + took.asked_s / ASKED_EVERY_S + took.ended_s / ENDED_EVERY_S
+    )
     share, large_share = (in_a_step_s / step_s + at_all_times for step_s in (took.step_s, large_step_s))
     figures = {
         "sessions": SESSIONS,
@@ -310,6 +336,11 @@ def _decode() -> tuple[dict[str, float], bool]:
         "order_share": 1 / ORDER_SHARE,
         "picture_ms": round(took.picture_s * 1e3, 2),
         "picture_share": round(took.picture_s / PICTURE_EVERY_S, 5),
+        "waiting": WAITING,
+        "asked_ms": round(took.asked_s * 1e3, 2),
+        "asked_share": round(took.asked_s / ASKED_EVERY_S, 5),
+        "ended_ms": round(took.ended_s * 1e3, 2),
+        "ended_share": round(took.ended_s / ENDED_EVERY_S, 5),
         "demo_step_ms": round(took.step_s * 1e3, 3),
         "demo_share": round(share, 5),
         "random_140m_step_ms": round(large_step_s * 1e3, 3),

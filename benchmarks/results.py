@@ -319,7 +319,12 @@ BENCHMARKS: Final = (
                 most=engine_bars.MOST_SHARE,
             ),
             Figure("new blocks meanwhile that were reclaimed from an idle session", PERCENT, _reclaimed, least=1),
-            Figure("an idle session's memory", BYTES, _at("memory", "bytes_per_session"), most=engine_bars.MOST_BYTES),
+            Figure(
+                "an idle session's memory on the device, of 3,200 tokens",
+                BYTES,
+                _at("memory", "bytes_per_session"),
+                most=engine_bars.MOST_BYTES,
+            ),
             Figure(
                 "first token of 80 % of a pool that is wholly leased, later than on an empty one",
                 PERCENT,

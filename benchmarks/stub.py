@@ -18,7 +18,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, cast
 
@@ -41,6 +41,7 @@ from appliance.engine.picture import (
 from appliance.engine.protocol import (
     LEASE_FIELD,
     LeaseReport,
+    LeasesRequest,
     LeaseState,
     TurnAccount,
     TurnEnd,
@@ -165,7 +166,7 @@ class Stub(asyncio.Protocol):
                 asked = read_leases_request(bytes(self._body))
                 self.released.extend(asked.release)
                 self.awaited.extend(asked.awaited)
-                self._whole(200, _report(self.leases, asked.release))
+                self._whole(200, _report(self.leases, asked))
             case url if url.startswith(KV_PATH.encode()):
                 self._whole(200, _KEPT.to_wire())
             case b"/holdfast/turns":
@@ -405,10 +406,11 @@ def _lease(leases: dict[tuple[str, str], int], request: dict[str, Any]) -> None:
             del leases[next(iter(leases))]
 
 
-def _report(leases: dict[tuple[str, str], int], released: Sequence[str]) -> dict[str, object]:
-    for key in [key for key in leases if key[1] in released]:
+def _report(leases: dict[tuple[str, str], int], asked: LeasesRequest) -> dict[str, object]:
+    for key in [key for key in leases if key[1] in asked.release]:
         del leases[key]
-    held = tuple(LeaseState(session, tenant, 1, tokens, 15.0) for (tenant, session), tokens in leases.items())
+    reported = [key for key in (leases if asked.every else asked.awaited) if key in leases]
+    held = tuple(LeaseState(session, tenant, 1, leases[tenant, session], 15.0) for tenant, session in reported)
     return LeaseReport(held, 0, _BLOCKS, _BLOCKS, 32, None, 0, 0).to_wire()
 
 

@@ -223,7 +223,7 @@ async def _leases(services: Services) -> types.Leases | None:
         return None
     try:
         async with asyncio.timeout(_DEADLINE_S):
-            report = await services.engine.leases()
+            report = await services.engine.leases(every=True)
     except (HoldfastError, TimeoutError):
         return None
     running = [lease for lease in report.leases if lease.expires_in_s > 0]

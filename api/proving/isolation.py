@@ -485,7 +485,7 @@ class _Proof:
             "events": events,
             "metrics of the gateway": services.metrics.exposition(),
             "metrics of the engine": (await services.engine.metrics()).encode(),
-            "report of leases": to_json((await services.engine.leases()).to_wire()),
+            "report of leases": to_json((await services.engine.leases(every=True)).to_wire()),
             "log of the gateway": await asyncio.to_thread(self._tail, "gateway.log"),
             "log of the engine": await asyncio.to_thread(self._tail, "engine.log"),
         }

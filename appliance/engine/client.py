@@ -181,17 +181,21 @@ class EngineClient:
         release: Sequence[str] = (),
         *,
         awaited: Sequence[tuple[str, str]] = (),
+        every: bool = False,
         deadline_s: float = 5.0,
     ) -> LeaseReport:
         """Release the leases named by their labels, let the others expire that are due, and say what is held.
 
         Args:
-            awaited: tenant and session, by their labels, of those whose request waits here for the engine.
+            awaited: tenant and session, by their labels, of those whose request waits here for the engine: their leases
+                are reported.
+            every: report every lease. For whoever shows them: it holds up the engine and this process.
 
         Raises:
             MalformedMessage: the engine's environment holds another version of holdfast.
         """
-        body = await self._within(deadline_s, "POST", LEASES_PATH, leases_request(release, awaited), _JSON_HEADERS)
+        asked = leases_request(release, awaited, every=every)
+        body = await self._within(deadline_s, "POST", LEASES_PATH, asked, _JSON_HEADERS)
         try:
             return LeaseReport.from_wire(json.loads(body))
         except MalformedMessage:

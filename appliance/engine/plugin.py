@@ -133,7 +133,7 @@ class LeaseEndpoints:
 
         async def report(body: bytes) -> _Message:
             asked = protocol.read_leases_request(body)
-            return (await connector.lease_report(self._engine_client, asked.release, asked.awaited)).to_wire()
+            return await connector.lease_report(self._engine_client, asked)
 
         return await _answer(request, report)
 

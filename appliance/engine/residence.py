@@ -9,7 +9,7 @@ Rules:
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -68,16 +68,18 @@ class Residence:
             self._tokens_per_byte += _LEARNT_FROM_ONE * (prompt_tokens / prompt_bytes - self._tokens_per_byte)
         self._output_tokens += _LEARNT_FROM_ONE * (output_tokens - self._output_tokens)
 
-    def told(self, report: LeaseReport, asked_at: float) -> None:
-        """What the engine reported; `asked_at`: when it was asked, by the clock."""
-        self._reported = {(lease.tenant, lease.session): lease.tokens for lease in report.leases}
+    def told(self, report: LeaseReport, asked: Iterable[Key], asked_at: float) -> None:
+        """What the engine reported of the sessions that it was `asked` about; `asked_at`: when, by the clock."""
+        there = {(lease.tenant, lease.session): lease.tokens for lease in report.leases}
+        self._reported = {key: there.get(key, 0) for key in asked}
         self._asked_at = asked_at
 
     def resident_tokens(self, key: Key) -> int:
         """How much of a session's history is on the device, as far as is known."""
         now, left = self._clock(), self._left.get(key)
-        if now - self._asked_at <= _FRESH_S and (left is None or left.ended_at < self._asked_at):
-            return self._reported.get(key, 0)
+        reported = self._reported.get(key) if now - self._asked_at <= _FRESH_S else None
+        if reported is not None and (left is None or left.ended_at < self._asked_at):
+            return reported
         return left.tokens if left is not None and now < left.until else 0
 
     def prompt_tokens(self, key: Key, prompt_bytes: int) -> int:

@@ -6,6 +6,7 @@ Rules:
 - What is refused raises `MalformedMessage`, which says what was expected and never repeats what was found.
 """
 
+import functools
 import json
 import math
 import re
@@ -36,8 +37,8 @@ class MalformedMessage(HoldfastError, ValueError):
 
 def record(value: object, shape: type) -> Mapping[str, object]:
     """An object with the fields of a dataclass and no other."""
-    names = {field.name for field in fields(shape)}
-    if not isinstance(value, Mapping) or set(value) != names:
+    names = _names(shape)
+    if not isinstance(value, Mapping) or value.keys() != names:
         raise MalformedMessage(f"an object with the fields {', '.join(sorted(names))} and no other")
     return value
 
@@ -91,3 +92,8 @@ def read_json(body: bytes) -> object:
         return json.loads(body)
     except (ValueError, RecursionError):
         raise MalformedMessage("a JSON object") from None
+
+
+@functools.cache
+def _names(shape: type) -> frozenset[str]:
+    return frozenset(field.name for field in fields(shape))

@@ -190,8 +190,8 @@ class EngineInProcess:
                 self.cancel(name)
 
     def report(self, release: Iterable[str] = (), awaited: Iterable[tuple[str, str]] = ()) -> LeaseReport:
-        """What `LEASES_PATH` would answer."""
-        return LeaseReport.from_wire(self.core.holdfast_lease_report(list(release), list(awaited)))
+        """What `LEASES_PATH` would answer who asks for every lease."""
+        return LeaseReport.from_wire(self.core.holdfast_lease_report(list(release), list(awaited), True))
 
     def ended(self, end: TurnEnd) -> TurnAccount | None:
         """What `TURNS_PATH` would answer."""

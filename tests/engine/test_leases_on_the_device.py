@@ -396,6 +396,17 @@ def test_a_released_lease_is_gone_and_its_blocks_are_never_hit_again(engine: Eng
     assert engine.turn(words(2, 300), salt="kept").cached_tokens == 288
 
 
+def test_no_lease_is_reported_that_nobody_asked_for(engine: EngineInProcess) -> None:
+    for seed, session in enumerate(("ended", "awaited", "idle")):
+        engine.turn(words(seed, 100), session=session)
+    report = engine.core.holdfast_lease_report
+    assert report(["ended"], [], False)["leases"] == []
+    awaited = report([], [["tenant", "awaited"], ["tenant", "ended"]], False)
+    assert [lease["session"] for lease in awaited["leases"]] == ["awaited"]
+    assert awaited["leased_blocks"] == 6  # totals are of all
+    assert {lease["session"] for lease in report([], [], True)["leases"]} == {"awaited", "idle"}
+
+
 def test_another_salt_never_hits_a_leased_block(engine: EngineInProcess) -> None:
     engine.turn(words(1, 300), salt="one", session="one")
     assert engine.turn(words(1, 300), salt="two", session="two").cached_tokens == 0

@@ -112,7 +112,7 @@ class Server:
 
     def report(self, release: tuple[str, ...] = ()) -> LeaseReport:
         """POST to the endpoint."""
-        status, answer = self.post(LEASES_PATH, leases_request(release))
+        status, answer = self.post(LEASES_PATH, leases_request(release, every=True))
         assert status == 200
         return LeaseReport.from_wire(answer)
 

@@ -313,7 +313,8 @@ class LeaseTable:
     def release(self, sessions: Iterable[str]) -> Change:
         """The sessions so labelled are over: nobody will ask for their blocks again."""
         labels = set(sessions)
-        return self._release([key for key in {**self._claims, **self._active} if key[1] in labels])
+        without_claim = (key for key in self._active if key not in self._claims)
+        return self._release([key for key in itertools.chain(self._claims, without_claim) if key[1] in labels])
 
     def release_all(self) -> Change:
         """End every lease. The sessions go on."""
@@ -385,9 +386,14 @@ class LeaseTable:
         claim = self._claims.get(session)
         return 0 if claim is None else claim.tokens
 
-    def states(self) -> tuple[LeaseState, ...]:
-        """Every lease as it stands, the earliest deadline first; at or below zero: it has no rank."""
+    def states(self, sessions: Iterable[_Key] | None = None) -> tuple[LeaseState, ...]:
+        """The leases of these sessions as they stand; None: every one, the earliest deadline first.
+
+        One that expires at or below zero has no rank.
+        """
         now = self._clock()
+        if sessions is not None:
+            return tuple(self._state(key, now) for key in sessions if key in self._claims)
         in_order = sorted(self._claims.items(), key=lambda item: (item[1].deadline, item[1].finished_at))
         return tuple(self._state(key, now) for key, _ in in_order)
 

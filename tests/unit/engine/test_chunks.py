@@ -1,8 +1,10 @@
 """Which chunks leave DRAM, in which order."""
 
+import itertools
 import random
+import sys
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import pytest
 
@@ -302,12 +304,115 @@ def test_whatever_comes_and_goes_shares_and_caps_hold_and_the_counts_are_right(s
         assert len(order) <= 40
         alone = Counter(next(iter(chunk.owners))[0] for chunk in order._chunks.values() if chunk.owners)
         assert alone == Counter(dict(order.blocks_by_tenant()))
+        for each in owners:
+            ends = {key: chunk.end_token for key, chunk in order._chunks.items() if each in chunk.owners}
+            in_order = order.keys_of(each)
+            assert len(in_order) == len(ends)
+            assert [ends[key] for key in in_order] == sorted(ends.values())
+            assert (each in order._ranked.get(each[0], {})) == bool(in_order)
         for tenant, quota in quotas.items():
             held = order.chunks_of_tenant(tenant)
             if doing < 0.7:
                 assert held <= max(before[tenant], int(quota.tenant_cap * 40))
             if tenant != owner[0]:
                 assert held >= min(before[tenant], int(quota.tenant_share * 40))
+
+
+def operations(action: Callable[[], object]) -> int:
+    """How many calls of functions, its own and Python's, an action makes."""
+    calls = itertools.count()
+    before = sys.getprofile()
+    sys.setprofile(lambda *_: next(calls))
+    try:
+        action()
+    finally:
+        sys.setprofile(before)
+    return next(calls)
+
+
+def full(sessions: Sessions, each: int, chunks: int, share: float) -> ChunkOrder:
+    """A full tier, half of it an idle tenant's whose sessions are worth least, half of it another's."""
+    order = ChunkOrder(sessions.worth, lambda: sessions.now, Quotas(2 * each * chunks))
+    for tenant, worth in (("idle", 1.0), ("busy", 2.0)):
+        for number in range(each):
+            owner = tenant, str(number)
+            sessions.worths[owner] = worth
+            stored(order, owner, f"{tenant}-{number}-", chunks)
+    sessions.worths |= {("busy", "new"): 9.0, ("third", "new"): 9.0}
+    order.quotas.in_force("idle", Quota(tenant_share=share))
+    assert order.pick(1, (), "busy") is not None  # the order was reckoned
+    order.add(b"first", 32, ("busy", "0"))
+    order.freed(b"first")
+    return order
+
+
+def stores(order: ChunkOrder, tenant: str = "busy", blocks: int = 10, quota: Quota = NO_QUOTA) -> None:
+    """One block after the other comes into a full tier."""
+    for number in range(blocks):
+        key, owner = f"new-{tenant}-{number}".encode(), (tenant, "new")
+        way = order.make_way(owner, {key: 32 * (number + 1)}, quota, free_chunks=0)
+        for leaving in way.leaving:
+            order.discard(leaving)
+        if way.coming:
+            assert way.leaving or order.pick(1, (), tenant) is not None
+            order.add(key, 32 * (number + 1), owner)
+            order.freed(key)
+
+
+def test_a_block_costs_no_more_where_an_idle_tenant_has_its_share(sessions: Sessions) -> None:
+    shared, unshared = full(sessions, 300, 5, 0.5), full(sessions, 300, 5, 0.0)
+    with_share = operations(lambda: stores(shared))
+    assert shared.chunks_of_tenant("idle") == 300 * 5
+    assert with_share <= 2 * operations(lambda: stores(unshared))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_block_costs_the_same_at_any_number_of_sessions(sessions: Sessions, share: float) -> None:
+    few, many = full(sessions, 20, 5, share), full(sessions, 600, 5, share)
+    assert operations(lambda: stores(many)) <= 1.1 * operations(lambda: stores(few))
+
+
+def test_what_has_no_room_and_what_a_cap_makes_room_for_costs_the_same_at_any_number_of_sessions(
+    sessions: Sessions,
+) -> None:
+    few, many = full(sessions, 20, 5, 0.5), full(sessions, 600, 5, 0.5)
+    for order in (few, many):
+        order.quotas.in_force("busy", Quota(tenant_share=0.5))
+    assert operations(lambda: stores(many, "third")) <= 1.1 * operations(lambda: stores(few, "third"))
+    assert not many.chunks_of_tenant("third")
+    capped = Quota(tenant_share=0.5, tenant_cap=0.5)
+    cost_of_few, cost_of_many = (operations(lambda: stores(order, quota=capped)) for order in (few, many))  # noqa: B023
+    assert cost_of_many <= 1.1 * cost_of_few
+
+
+def test_a_block_costs_the_same_however_long_the_context_that_yields_it(sessions: Sessions) -> None:
+    short, long = full(sessions, 1, 20, 0.0), full(sessions, 1, 4000, 0.0)
+    assert operations(lambda: stores(long)) <= 1.5 * operations(lambda: stores(short))  # a search among 4000
+
+
+def test_sessions_that_have_nothing_but_a_shared_prefix_cost_a_block_nothing(sessions: Sessions) -> None:
+    def with_children(number: int) -> ChunkOrder:
+        order = full(sessions, 5, 5, 0.0)
+        prefix = stored(order, ("busy", "0"), "prefix-", 20)
+        for child in range(number):
+            sessions.worths["busy", f"child-{child}"] = 0.5
+            order.used(("busy", f"child-{child}"), prefix)
+        sessions.now += 10
+        assert order.pick(10, (), "busy") is not None  # what the prefix's session diverged from, and more
+        return order
+
+    few, many = with_children(2), with_children(500)
+    assert operations(lambda: stores(many)) <= 1.1 * operations(lambda: stores(few))
+
+
+def test_what_left_before_what_is_shared_and_came_again_can_leave(sessions: Sessions, order: ChunkOrder) -> None:
+    sessions.worths = {A: 1.0, B: 2.0}
+    stored(order, A, "a", 3)
+    order.used(B, {b"a0": 32, b"a1": 64, b"a2": 96})
+    order.discard(b"a1")
+    order.add(b"a1", 64, A)
+    order.freed(b"a1")
+    assert order.pick(3, ()) == (b"a2", b"a0", b"a1")
 
 
 def test_for_what_nobody_asked_for_only_what_is_worth_less_leaves(sessions: Sessions, order: ChunkOrder) -> None:

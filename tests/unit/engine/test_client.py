@@ -401,7 +401,13 @@ async def test_leases_are_released_and_reported(engine: Engine, client: EngineCl
     await engine.follow(answering(json.dumps(REPORT.to_wire()).encode()))
     assert await client.leases(["label-1"]) == REPORT
     assert engine.peers[0].head.startswith(b"POST /holdfast/leases ")
-    assert json.loads(engine.peers[0].body) == {"release": ["label-1"], "awaited": []}
+    assert json.loads(engine.peers[0].body) == {"release": ["label-1"], "awaited": [], "every": False}
+
+
+async def test_every_lease_is_reported_to_whoever_asks_for_it(engine: Engine, client: EngineClient) -> None:
+    await engine.follow(answering(json.dumps(REPORT.to_wire()).encode()))
+    assert await client.leases(every=True) == REPORT
+    assert json.loads(engine.peers[0].body) == {"release": [], "awaited": [], "every": True}
 
 
 @pytest.mark.parametrize(("body", "kind"), [(b"{}", MalformedMessage), (b"not json", EngineLost)])

@@ -45,9 +45,9 @@ def test_a_report_says_better_until_it_is_old_or_the_session_goes_on(clock: Cloc
     residence = Residence(clock)
     ended(residence)
     clock.now += 1.0
-    residence.told(report(session=640), asked_at=clock.now)
+    residence.told(report(session=640), [KEY], asked_at=clock.now)
     assert residence.resident_tokens(KEY) == 640
-    residence.told(report(other=64), asked_at=clock.now)
+    residence.told(report(), [KEY], asked_at=clock.now)
     assert residence.resident_tokens(KEY) == 0
     clock.now += 1.0
     ended(residence, tokens=2000)
@@ -56,12 +56,21 @@ def test_a_report_says_better_until_it_is_old_or_the_session_goes_on(clock: Cloc
     assert residence.resident_tokens(KEY) == 2100
 
 
+def test_a_report_says_nothing_of_a_session_that_it_was_not_asked_about(clock: Clock) -> None:
+    residence = Residence(clock)
+    ended(residence)
+    clock.now += 1.0
+    residence.told(report(other=64), [("tenant", "other")], asked_at=clock.now)
+    assert residence.resident_tokens(KEY) == 1100
+    assert residence.resident_tokens(("tenant", "other")) == 64
+
+
 def test_a_turn_that_ended_after_the_report_was_asked_for_is_not_in_it(clock: Clock) -> None:
     residence = Residence(clock)
     asked_at = clock.now
     clock.now += 0.1
     ended(residence)
-    residence.told(report(), asked_at)
+    residence.told(report(), [KEY], asked_at)
     assert residence.resident_tokens(KEY) == 1100
 
 

@@ -414,6 +414,16 @@ def test_ten_thousand_sessions_that_are_abandoned_hold_no_more_than_the_bound() 
     assert len(table._active) == len(table._closed) == len(table._parents) == len(table._children) == 0
 
 
+def test_the_leases_that_are_asked_for_are_told_and_no_others() -> None:
+    table = table_of(100, Clock())
+    for number in range(50):
+        table.finished(lease(str(number)), chain(number))
+    states = table.states([("tenant", "7"), ("tenant", "unknown"), ("tenant", "3"), ("other", "3")])
+    assert [(state.session, state.blocks) for state in states] == [("7", 1), ("3", 1)]
+    assert table.states([]) == ()
+    assert {state.session for state in table.states()} == {str(number) for number in range(50)}
+
+
 def test_a_label_reaches_nothing_of_another_tenant() -> None:
     table = table_of(10, Clock())
     table.finished(lease("a", tenant="one"), chain(1, 2))

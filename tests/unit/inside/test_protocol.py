@@ -150,6 +150,10 @@ def test_who_is_awaited_survives_the_wire() -> None:
     assert read_leases_request(leases_request(awaited=said.awaited)) == said
 
 
+def test_that_every_lease_is_asked_for_survives_the_wire() -> None:
+    assert read_leases_request(leases_request(every=True)) == LeasesRequest(every=True)
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -165,6 +169,7 @@ def test_who_is_awaited_survives_the_wire() -> None:
         b'{"awaited": [["a"]]}',
         b'{"awaited": [["a", "b c"]]}',
         b'{"awaited": [["a", 1]]}',
+        b'{"every": 1}',
         json.dumps({"awaited": [["a", "b"]] * (MAX_AWAITED + 1)}).encode(),
         b"[" * 100_000,
         json.dumps({"release": ["a"] * (MAX_RELEASES + 1)}).encode(),

@@ -87,18 +87,21 @@ class LeaseRetention:
 
     # What EngineCore is asked, between two steps.
 
-    def report(self, release: Iterable[str] = (), awaited: Sequence[tuple[str, str]] = ()) -> LeaseReport:
+    def report(
+        self, release: Iterable[str] = (), awaited: Sequence[tuple[str, str]] = (), *, every: bool = False
+    ) -> LeaseReport:
         """Expire what is due, release the sessions so labelled, and say how things stand.
 
         Args:
             awaited: tenant and session of those whose request waits elsewhere.
+            every: report every lease, not only theirs.
         """
         if awaited:
             self._table.awaited(awaited, AWAITED_S)
         self.tick()
         self._apply(self._table.release(release))
         return LeaseReport(
-            leases=self._table.states(),
+            leases=self._table.states(None if every else awaited),
             leased_blocks=self._table.leased_blocks,
             free_blocks=self._pool.get_num_free_blocks(),
             total_blocks=self._pool.num_gpu_blocks - 1,

@@ -139,13 +139,18 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         """Who has something in DRAM."""
         return self._chunks.order.sessions()
 
-    def release(self, sessions: Collection[str]) -> None:
-        """Let go of all that the sessions so labelled have in DRAM, and overwrite it; and on the disk, with its key."""
+    def release(self, sessions: Collection[str]) -> list[Owner]:
+        """Let go of all that the sessions so labelled have in DRAM, and overwrite it; and on the disk, with its key.
+
+        Returns:
+            Those of them that had something in DRAM.
+        """
         for store in self._stores():
             store.drop_labelled(sessions)
-        running = [owner_of(state.req_context) for state in self._req_state.values()]
-        known = filter(None, [*self._chunks.order.sessions(), *running])
-        self._let_go_of({owner for owner in known if owner[1] in sessions})
+        held = self._chunks.order.labelled(sessions)
+        running = filter(None, [owner_of(state.req_context) for state in self._req_state.values()])
+        self._let_go_of({*held, *(owner for owner in running if owner[1] in sessions)})
+        return held
 
     def quarantine(self) -> None:
         """Restore nothing any more, from any tier: where there is a disk, no later engine either."""

@@ -9,7 +9,7 @@ from vllm.v1.engine.core import EngineCore
 from appliance.engine.inside.connector.amendments import salt_by_range
 from appliance.engine.inside.connector.device import LeaseRetention
 from appliance.engine.inside.connector.version import UnsupportedEngine, check_version
-from appliance.engine.protocol import LeaseReport, TurnAccount, TurnEnd
+from appliance.engine.protocol import LeasesRequest, TurnAccount, TurnEnd
 
 _REPORT_METHOD = "holdfast_lease_report"
 _TICK_METHOD = "holdfast_lease_tick"
@@ -31,12 +31,13 @@ def install() -> None:
     salt_by_range()
 
 
-async def lease_report(
-    engine_client: Any, release: Sequence[str] = (), awaited: Sequence[tuple[str, str]] = ()
-) -> LeaseReport:
-    """Ask the engine behind vLLM's front end: expect, expire, release, report."""
+async def lease_report(engine_client: Any, asked: LeasesRequest) -> dict[str, object]:
+    """Ask the engine behind vLLM's front end: expect, expire, release, report; a `LeaseReport`, as JSON has it."""
     core = engine_client.engine_core
-    return LeaseReport.from_wire(await core.call_utility_async(_REPORT_METHOD, list(release), list(awaited)))
+    said: dict[str, object] = await core.call_utility_async(
+        _REPORT_METHOD, list(asked.release), list(asked.awaited), asked.every
+    )
+    return said
 
 
 async def lease_tick(engine_client: Any) -> float | None:
@@ -70,8 +71,8 @@ def connector_of(engine_core: EngineCore) -> LeaseRetention:
     return connector
 
 
-def _report(self: EngineCore, release: list, awaited: list) -> dict:  # type: ignore[type-arg]
-    return connector_of(self).report(release, [(tenant, session) for tenant, session in awaited]).to_wire()
+def _report(self: EngineCore, release: list, awaited: list, every: bool) -> dict:  # type: ignore[type-arg]
+    return connector_of(self).report(release, [(tenant, session) for tenant, session in awaited], every=every).to_wire()
 
 
 def _kv(self: EngineCore, most_sessions: int) -> dict:  # type: ignore[type-arg]

@@ -139,10 +139,10 @@ class RecallingManager(TieredManager):
         super().on_schedule_end(context)
         self.recall_ahead()
 
-    def release(self, sessions: Collection[str]) -> None:
+    def release(self, sessions: Collection[str]) -> list[Owner]:
         self._recall.released(sessions)
         self._plan = None
-        super().release(sessions)
+        return super().release(sessions)
 
     def _complete_promotion(self, job_metadata: JobMetadata, completed_job: JobResult) -> None:
         super()._complete_promotion(job_metadata, completed_job)

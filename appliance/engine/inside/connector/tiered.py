@@ -63,17 +63,17 @@ class TieredRetention(LeaseRetention):
         manager: RecallingManager = self.connector_scheduler.manager  # type: ignore[attr-defined]
         return manager
 
-    def report(self, release: Iterable[str] = (), awaited: Sequence[tuple[str, str]] = ()) -> LeaseReport:
+    def report(
+        self, release: Iterable[str] = (), awaited: Sequence[tuple[str, str]] = (), *, every: bool = False
+    ) -> LeaseReport:
         labels = frozenset(release)
         if awaited:
             self._tiers.look_now()
-        report = super().report(labels, awaited)
+        report = super().report(labels, awaited, every=every)
         self._drop_canary_of(labels)
         if labels:
-            for owner in self._tiers.sessions():
-                if owner[1] in labels:
-                    self.policy.closed(session=owner, now=self.clock())
-            self._tiers.release(labels)
+            for owner in self._tiers.release(labels):
+                self.policy.closed(session=owner, now=self.clock())
         return report
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
