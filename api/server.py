@@ -158,6 +158,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         alarming = tasks.create_task(_record_quarantines(services))
         marking = tasks.create_task(keep_marks(services))
         retaining = tasks.create_task(keep_retention(services))
+        checking = tasks.create_task(_keep_checking(services))
         comparing = tasks.create_task(tell_configuration(services))
         naming = tasks.create_task(tell_settings_of_nobody(services))
         watch = tasks.create_task(services.watch.run())
@@ -189,6 +190,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         alarming.cancel()
         marking.cancel()
         retaining.cancel()
+        checking.cancel()
         comparing.cancel()
         naming.cancel()
         if services.engine_process is not None:
@@ -219,6 +221,12 @@ async def _record_start(services: Services, removed: Sequence[str]) -> None:
             await services.audit.sign()
     except HoldfastError as error:
         _LOG.error("%s", error)
+
+
+async def _keep_checking(services: Services) -> None:
+    """Have the audit log verified, once what is in it is signed."""
+    await services.audit.opened.wait()
+    await services.audit.checking.run()
 
 
 async def _record_engine(services: Services) -> None:

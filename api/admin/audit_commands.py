@@ -69,6 +69,7 @@ def status(console: Console) -> None:
     rows = [
         ("entries", f"{state.size}"),
         ("last checkpoint", _checkpoint_words(state)),
+        ("checked", _checked_words(state)),
         ("witnessed", f"{state.witnessed_size} entries" if state.witnessed_size else "never"),
         ("retention", _retention_words(state)),
         ("oldest kept", _oldest_words(state)),
@@ -564,6 +565,13 @@ def _checkpoint_words(state: "types.AuditStatus") -> str:
             "none since the appender started" if state.checkpoint_size == 0 else f"of {state.checkpoint_size} entries"
         )
     return f"{in_words(state.checkpoint_age_s)} ago, of {state.checkpoint_size} entries"
+
+
+def _checked_words(state: "types.AuditStatus") -> str:
+    if state.checked_age_s is None:
+        return "not since the start; `holdfast audit verify` does it now"
+    found = f"{state.checked_size} entries are whole" if state.checked_size else "NOT whole, see alarm"
+    return f"{in_words(state.checked_age_s)} ago: {found}"
 
 
 def _retention_words(state: "types.AuditStatus") -> str:

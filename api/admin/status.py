@@ -10,6 +10,7 @@ import asyncio
 import os
 import platform
 import shutil
+import time
 from collections.abc import Mapping
 from importlib.metadata import version
 
@@ -110,6 +111,7 @@ async def audit_status(services: Services) -> types.AuditStatus:
     error = services.audit.error or said["error"]
     retention = services.audit.retention
     oldest = retention.oldest
+    checked = services.audit.checking.last
     return types.AuditStatus(
         size=said["size"],
         checkpoint_size=said["checkpoint_size"],
@@ -122,7 +124,9 @@ async def audit_status(services: Services) -> types.AuditStatus:
         retention_held=retention.held or None,
         oldest_kept=None if oldest is None else oldest[0],
         oldest_kept_time_s=None if oldest is None else oldest[1] / 1e9,
-        alarm="; ".join(filter(None, (services.audit.alarm, retention.alarm))) or None,
+        checked_age_s=None if checked is None else time.monotonic() - checked.at,
+        checked_size=0 if checked is None else checked.size,
+        alarm="; ".join(filter(None, (services.audit.alarm, retention.alarm, services.audit.checking.alarm))) or None,
         restored=services.audit.restored or None,
         directory=str(services.audit.directory),
         error=None if error is None else types.AuditError.model_validate(error),

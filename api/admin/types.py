@@ -657,7 +657,9 @@ class AuditStatus(Wire):
     witness co-signed. `checkpoint_age_s` is None when none was made since the appender started. `oldest_kept` is the
     first entry that retention left; None when nobody has looked yet, as before the vault is open. `retention_held` says
     why what is older than the retention is still there; `alarm` what an administrator has to know; `restored` from
-    which backup the database was put back before this start.
+    which backup the database was put back before this start. The appliance checks the log itself, every day:
+    `checked_age_s` is how long ago, None when it has not since the start, and `checked_size` how many entries were
+    whole, 0 when some were not.
     """
 
     size: int
@@ -671,6 +673,8 @@ class AuditStatus(Wire):
     retention_held: str | None
     oldest_kept: int | None
     oldest_kept_time_s: float | None
+    checked_age_s: float | None
+    checked_size: int
     alarm: str | None
     restored: str | None
     directory: str

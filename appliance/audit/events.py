@@ -96,6 +96,13 @@ ENTRIES_MISSING: Final = EventClass(
 OLDER_COPY_ACKNOWLEDGED: Final = EventClass(
     7, "older_copy.acknowledged", "An administrator knows of the older copy: the alarm ends.", Scope.SYSTEM, (6002, 99)
 )
+LOG_TAMPERED: Final = EventClass(
+    8,
+    "log.tampered",
+    "A check found that the log on the disk is not what was written, from `first` on, or could not look.",
+    Scope.SYSTEM,
+    (6002, 99),
+)
 GATEWAY_STARTED: Final = EventClass(10, "gateway.started", "A gateway began to serve.", Scope.SYSTEM, (6002, 3))
 GATEWAY_STOPPED: Final = EventClass(11, "gateway.stopped", "A gateway ended in good order.", Scope.SYSTEM, (6002, 4))
 ENGINE_READY: Final = EventClass(12, "engine.ready", "An engine began to serve a model.", Scope.SYSTEM, (6002, 3))

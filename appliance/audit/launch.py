@@ -22,7 +22,7 @@ from appliance.errors import Fault, HoldfastError
 SOCKET_NAME: Final = "audit.sock"
 _READY_S: Final = 30.0
 _STOP_S: Final = 10.0
-_PASSED_ON: Final = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONPYCACHEPREFIX", "PYTHONDONTWRITEBYTECODE")
+PASSED_ON: Final = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONPYCACHEPREFIX", "PYTHONDONTWRITEBYTECODE")
 
 
 class AppenderFailed(HoldfastError):
@@ -101,7 +101,7 @@ class Launcher:
                 str(self._directory),
                 stdin=listener.fileno(),
                 stdout=asyncio.subprocess.PIPE,
-                env={name: os.environ[name] for name in _PASSED_ON if name in os.environ},
+                env={name: os.environ[name] for name in PASSED_ON if name in os.environ},
                 start_new_session=True,
             )
         await self._until_ready(self._process)

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from appliance.audit.checking import Checking
 from appliance.audit.events import Event
 from appliance.audit.launch import Launcher
 from appliance.audit.recorder import AuditUnavailable, Recorder
@@ -39,6 +40,7 @@ class NodeAudit:
 
     Attributes:
         retention: what removes entries; whoever drives it calls its `run`.
+        checking: what verifies the log now and then; whoever drives it calls its `run`.
         opened: set once checkpoints are signed, and records can be read.
         older: which was found put back to an older copy, `log` or `database`, and nobody has acknowledged; empty:
             neither.
@@ -63,6 +65,7 @@ class NodeAudit:
         self.older = ""
         self.restored = ""
         self.retention = Retention(self, self.directory, days=retention_days)
+        self.checking = Checking(self, self.directory)
 
     @property
     def error(self) -> ErrorRecord | None:

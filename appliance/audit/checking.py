@@ -1,0 +1,160 @@
+"""Verifies this node's log by itself: a minute after each start, and then once a day.
+
+    python -m appliance.audit.checking DIRECTORY VKEY AT_LEAST
+
+Rules:
+
+- What was changed on the disk is found within a day, without anybody asking: it is an alarm, until a check finds the
+  log whole, and an event.
+- The key is the vault's, not the folder's: whoever changes the log can change `log.vkey`, too. It is at least as long
+  as its appender says that its checkpoint is.
+- It reads in a process of its own, which gives way to everybody else: nobody's request waits for it.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol
+
+from appliance.audit.events import LOG_TAMPERED, SYSTEM, Event, Outcome
+from appliance.audit.launch import PASSED_ON
+from appliance.errors import ErrorRecord, HoldfastError
+
+_FIRST_S: Final = 60.0
+_EVERY_S: Final = 24 * 3600.0
+_LEAST_URGENT: Final = 19
+_LOG = logging.getLogger("holdfast.audit")
+
+
+class Trail(Protocol):
+    """The log that is checked, as its node has it."""
+
+    async def checkpoint(self) -> dict[str, Any]:
+        """Have a checkpoint made of all that there is; what its appender says of it then."""
+
+    async def record(self, *events: Event, privileged: bool = False) -> int:
+        """Append events."""
+
+
+class Checked(NamedTuple):
+    """What a check found.
+
+    Attributes:
+        at: when it ended, by the monotonic clock; seconds.
+        size: how many entries are as they were written; 0 where some are not.
+        error: what is wrong, or why it could not be looked at; None: the log is whole.
+    """
+
+    at: float
+    size: int
+    error: ErrorRecord | None
+
+
+class Checking:
+    """Checks the log in `directory`; whoever drives it calls its `run`, once checkpoints are signed.
+
+    Attributes:
+        last: what the last check found; None: there was none yet.
+    """
+
+    def __init__(self, trail: Trail, directory: Path, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._trail = trail
+        self._directory = directory
+        self._monotonic = monotonic
+        self.last: Checked | None = None
+
+    @property
+    def alarm(self) -> str:
+        """What an administrator has to know; empty: nothing."""
+        error = None if self.last is None else self.last.error
+        return "" if error is None else f"{error['message']}: {error['cause']}"
+
+    async def run(self) -> None:
+        """Check again and again, until cancelled."""
+        pause_s = _FIRST_S
+        while True:
+            await asyncio.sleep(pause_s)
+            try:
+                await self.check()
+            except HoldfastError as error:  # there is no appender to ask, which has an alarm of its own
+                _LOG.warning("the audit log could not be checked: %s", error.cause)
+            pause_s = _EVERY_S
+
+    async def check(self) -> None:
+        """Check it now.
+
+        Raises:
+            HoldfastError: its appender cannot be asked, or what was found cannot be recorded.
+        """
+        said = await self._trail.checkpoint()
+        found = await self._verified(said["public_key"], said["checkpoint_size"])
+        error: ErrorRecord | None = found.get("error")
+        was_known = bool(self.alarm)
+        self.last = Checked(self._monotonic(), found.get("size", 0), error)
+        if error is None:
+            return
+        _LOG.error("%s", self.alarm)
+        if not was_known:
+            first = found.get("sequence")
+            counts = {} if first is None else {"first": first}
+            event = Event(LOG_TAMPERED, SYSTEM, Outcome.FAILURE, reason=error["code"], counts=counts)
+            await self._trail.record(event, privileged=True)
+
+    async def _verified(self, vkey: str, at_least: int) -> dict[str, Any]:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-P",
+            "-m",
+            "appliance.audit.checking",
+            str(self._directory),
+            vkey,
+            str(at_least),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            env={name: os.environ[name] for name in PASSED_ON if name in os.environ},
+            start_new_session=True,
+        )
+        try:
+            said, _ = await process.communicate()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+        try:
+            found: dict[str, Any] = json.loads(said)
+        except ValueError:
+            error = ErrorRecord(
+                code="audit_not_checked",
+                message="the audit log could not be checked",
+                cause=f"the process that reads it ended with {process.returncode} and said nothing",
+                remedy="`holdfast audit verify` checks it; `holdfast logs gateway` has what the process said",
+            )
+            return {"error": error}
+        return found
+
+
+def main() -> int:
+    """Verify a log, and say as JSON what was found."""
+    from appliance.audit.notes import VerifierKey
+    from appliance.audit.verify import LogTampered, verify_log
+
+    os.nice(_LEAST_URGENT)
+    directory, vkey, at_least = sys.argv[1:]
+    found: dict[str, Any]
+    try:
+        found = {"size": verify_log(Path(directory), VerifierKey.parse(vkey), at_least=int(at_least)).size}
+    except LogTampered as tampered:
+        found = {"error": tampered.record(), "sequence": tampered.sequence}
+    except HoldfastError as error:
+        found = {"error": error.record()}
+    sys.stdout.write(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The node checks its own log: what was changed on the disk is an alarm and an event."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.audit.checking import Checking
+from appliance.audit.events import LOG_TAMPERED, Event
+from tests.unit.audit.making import KEY, draft, open_log, sign
+
+pytestmark = pytest.mark.anyio
+
+
+class Trail:
+    """What a node says of its log, and what is recorded of it."""
+
+    def __init__(self, size: int, key: str = str(KEY.verifier())) -> None:
+        self.recorded: list[Event] = []
+        self._said = {"public_key": key, "checkpoint_size": size}
+
+    async def checkpoint(self) -> dict[str, Any]:
+        return self._said
+
+    async def record(self, *events: Event, privileged: bool = False) -> int:
+        assert privileged
+        self.recorded += events
+        return 0
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    log = open_log(tmp_path)
+    log.append([draft(number) for number in range(600)])
+    log.publish(sign)
+    log.close()
+    return tmp_path
+
+
+async def test_a_log_that_is_as_it_was_written_is_whole(directory: Path) -> None:
+    trail = Trail(600)
+    checking = Checking(trail, directory, monotonic=lambda: 7.0)
+    await checking.check()
+    assert checking.last is not None
+    assert (checking.last.at, checking.last.size, checking.alarm, trail.recorded) == (7.0, 600, "", [])
+
+
+async def test_a_changed_byte_is_an_alarm_until_it_is_put_back_and_an_event_once(directory: Path) -> None:
+    trail = Trail(600)
+    checking = Checking(trail, directory)
+    tile = directory / "tile/entries/001"
+    as_written = tile.read_bytes()
+    tile.write_bytes(as_written[:1000] + bytes([as_written[1000] ^ 1]) + as_written[1001:])
+    for _ in range(2):
+        await checking.check()
+        assert checking.last is not None
+        assert checking.last.size == 0
+        assert "261" in checking.alarm
+    assert [event.kind for event in trail.recorded] == [LOG_TAMPERED]
+    tile.write_bytes(as_written)
+    await checking.check()
+    assert checking.alarm == ""
+    tile.unlink()
+    await checking.check()
+    assert len(trail.recorded) == 2
+
+
+async def test_a_log_that_was_put_back_to_an_older_copy_or_signed_by_another_is_not_whole(directory: Path) -> None:
+    for trail in (Trail(601), Trail(600, "other+00000000+AAAA")):
+        checking = Checking(trail, directory)
+        await checking.check()
+        assert checking.alarm
+        assert [event.kind for event in trail.recorded] == [LOG_TAMPERED]
