@@ -50,7 +50,9 @@ _TRY_AGAIN_S: Final = 5.0
 _AT_ONCE_S: Final = 400e-6
 _CORE_TAKEN_S: Final = 25e-6  # a yield that took longer let somebody else run
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid: unix(7)
-_APPENDS: Final = frozenset({protocol.APPEND, protocol.APPEND_PRIVILEGED, protocol.APPEND_AGAIN})
+_AGAIN: Final = frozenset({protocol.APPEND_AGAIN, protocol.APPEND_AGAIN_PRIVILEGED})
+_PRIVILEGED: Final = frozenset({protocol.APPEND_PRIVILEGED, protocol.APPEND_AGAIN_PRIVILEGED})
+_APPENDS: Final = frozenset({protocol.APPEND}) | _AGAIN | _PRIVILEGED
 
 Sign = Callable[[Head], str]
 
@@ -109,7 +111,7 @@ class Appender:
         self._buffer = bytearray(_RECEIVE_BYTES)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # Of a run that was killed: what it wrote and could not answer for.
-        self._found = {nonce: sequence for sequence, nonce in log.recent_nonces()}
+        self._found = {nonce: sequence for sequence, nonce in log.recent_nonces(protocol.MOST_UNANSWERED)}
 
     def run(self) -> None:
         """Serve until the last producer has gone, or `stop`."""
@@ -260,8 +262,8 @@ class Appender:
             except Malformed:
                 self._drop(producer)
                 continue
-            if message.kind == protocol.APPEND_AGAIN:
-                self._append_again(producer, message.number, drafts)
+            if message.kind in _AGAIN:
+                self._append_again(producer, message.number, drafts, privileged=message.kind in _PRIVILEGED)
             elif alone:
                 self._append([(producer, message.number, drafts)], privileged=True)
             else:
@@ -291,10 +293,10 @@ class Appender:
             sequence += len(drafts)
             self._reply(producer, protocol.DONE, number, protocol.SEQUENCE.pack(sequence - 1))
 
-    def _append_again(self, producer: _Producer, number: int, drafts: list[Draft]) -> None:
+    def _append_again(self, producer: _Producer, number: int, drafts: list[Draft], *, privileged: bool) -> None:
         missing = [draft for draft in drafts if draft.nonce not in self._found]
         if missing:
-            self._append([(producer, number, missing)], privileged=False)
+            self._append([(producer, number, missing)], privileged=privileged)
         else:
             sequence = max(self._found[draft.nonce] for draft in drafts)
             self._reply(producer, protocol.DONE, number, protocol.SEQUENCE.pack(sequence))
@@ -386,9 +388,7 @@ def main() -> int:
     os.umask(0o077)
     try:
         boot_id = bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
-        log = AuditLog.open(Path(sys.argv[1]), boot_id=boot_id, clock=_stamp)
-        if log.cut_bytes:
-            log.append([_recovered(log.cut_bytes)], privileged=True)
+        log = open_log(Path(sys.argv[1]), boot_id=boot_id, clock=_stamp)
     except HoldfastError as error:
         _tell(json.dumps(error.record()))
         return 1
@@ -400,6 +400,18 @@ def main() -> int:
     appender.run()
     log.close()
     return 0
+
+
+def open_log(directory: Path, *, boot_id: bytes, clock: Callable[[], Stamp]) -> AuditLog:
+    """The log in `directory`; that its tail had to be cut off is its next entry. Raises as `AuditLog.open`."""
+    log = AuditLog.open(directory, boot_id=boot_id, clock=clock)
+    try:
+        if log.cut_bytes:
+            log.append([_recovered(log.cut_bytes)], privileged=True)
+    except LogUnwritable:
+        log.close()
+        raise
+    return log
 
 
 def _recovered(cut_bytes: int) -> Draft:

@@ -24,7 +24,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from appliance.audit.events import CONFIG_CHANGED, CONFIG_RECORDED, MODEL_CHANGED, SYSTEM, Event, Outcome
-from appliance.audit.files import sync_directory, write_at
+from appliance.audit.files import write_whole
 from appliance.settings import SIX_MONTHS_DAYS, Settings, is_loopback
 from appliance.vault import SYSTEM_SCOPE, Binding, KeyMissing, KeyPurpose, TamperedValue, Vault
 
@@ -170,15 +170,8 @@ def remember(directory: Path, vault: Vault, now: Configuration) -> None:
         OSError: it says what it said before.
         HoldfastError: the vault is sealed.
     """
-    staged = directory / f"{LAST_START}.new"
-    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        write_at(descriptor, vault.encrypt(SYSTEM_SCOPE, KeyPurpose.RECORDS, now.to_bytes(), _BINDING), 0)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    staged.replace(directory / LAST_START)
-    sync_directory(directory)
+    sealed = vault.encrypt(SYSTEM_SCOPE, KeyPurpose.RECORDS, now.to_bytes(), _BINDING)
+    write_whole(directory / LAST_START, sealed)
 
 
 def fingerprint(model: Path) -> str:

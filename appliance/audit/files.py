@@ -78,3 +78,21 @@ def write_at(descriptor: int, data: bytes, offset: int) -> None:
     written = 0
     while written < len(data):
         written += os.pwrite(descriptor, data[written:], offset + written)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Put a private file in the place of the one before; it is on the disk when this returns.
+
+    Raises:
+        OSError: the one before is there, or the new one: whole, whichever it is.
+    """
+    staged = path.with_name(f"{path.name}.new")
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        write_at(descriptor, content, 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    staged.replace(path)
+    sync_directory(path.parent)

@@ -2,11 +2,12 @@
 
 Rules:
 
-- What `append` returned is on the disk. What it raised for is not in the log, and never will be.
+- What `append` returned is on the disk, under the journal's name. What it raised for is not in the log, and never will
+  be.
 - Space is taken ahead of the frames: what follows the last one is zeros, on a full disk too. The last `RESERVE_BYTES`
   of it are for privileged entries: an administrator can still act, and leave a record of it, when nobody is served.
 - A frame is whole, or the journal ends before it: the length, the sequence and a CRC-32 say so. What ends it is
-  overwritten with zeros, and how much that was is told.
+  overwritten with zeros, and how much that was is told: by each start until something was appended, which tells it.
 
 A frame: a 16-bit length of the sealed record, the entry, the sealed record, CRC-32 of these; big-endian.
 """
@@ -67,18 +68,18 @@ class Journal:
         self._end = end  # everything before it is on the disk
         self._taken = taken  # the length of the file
         self._dirty_until = end  # what lies between the two may not be zeros
+        self._cut_bytes = 0  # what a start cut off, until the next append: its last byte is left, and is no zero
+        self._name_is_durable = False  # the directory is synced since the file was put there
 
     @classmethod
     def open(cls, path: Path) -> tuple["Journal", Recovered]:
-        """Open or create it, and cut off what is not whole.
+        """Open or create it, and cut off what is not whole. What is appended next is to tell of that.
 
         Raises:
             JournalUnusable: it cannot be read or written, or is no journal.
         """
         try:
-            if not path.exists():
-                _write_new(path, 0, b"")
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC) if path.exists() else _write_new(path, 0, b"")
         except OSError as error:
             raise JournalUnusable(path, error.errno or errno.EIO) from error
         try:
@@ -89,8 +90,12 @@ class Journal:
             frames, end = _frames(content, base)
             cut_bytes = len(content[end:].rstrip(b"\0"))
             journal = cls(path, descriptor, base, end, len(content))
+            journal._cut_bytes = cut_bytes
             journal._dirty_until += cut_bytes
             journal._clean()
+            # Whoever wrote the last frames, or put the file there, may have been killed before it was on the disk.
+            os.fsync(descriptor)
+            journal._sync_name()
             with contextlib.suppress(OSError):
                 journal._take(0, RESERVE_BYTES)
         except OSError as error:
@@ -114,6 +119,7 @@ class Journal:
         """
         data = b"".join([_packed(frame) for frame in frames])
         try:
+            self._sync_name()
             self._clean()
             self._take(len(data), 0 if privileged else RESERVE_BYTES)
             self._dirty_until = self._end + len(data)
@@ -124,25 +130,36 @@ class Journal:
             with contextlib.suppress(OSError):
                 self._clean()
             raise JournalUnusable(self._path, error.errno or errno.EIO) from error
+        told_until = self._end + self._cut_bytes
         self._end += len(data)
+        if self._cut_bytes:
+            self._cut_bytes = 0
+            self._dirty_until = max(self._end, told_until)
+            with contextlib.suppress(OSError):
+                self._clean()
 
     def shorten(self, base: int, frames: Sequence[Frame]) -> None:
         """Begin anew at `base` with the frames that follow it: what was before is in tiles now.
+
+        The new file is the journal as soon as it has the name. Until that is on the disk, nothing is appended.
 
         Raises:
             JournalUnusable: there is no room for a new one and its reserve; the journal is as it was.
         """
         data = b"".join([_packed(frame) for frame in frames])
         try:
-            _write_new(self._path, base, data)
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = _write_new(self._path, base, data)
         except OSError as error:
             raise JournalUnusable(self._path, error.errno or errno.EIO) from error
-        os.close(self._descriptor)
-        self._descriptor = descriptor
+        replaced, self._descriptor = self._descriptor, descriptor
         self.base = base
         self._end = self._dirty_until = _HEAD.size + len(data)
         self._taken = self._end + RESERVE_BYTES
+        self._name_is_durable = False
+        with contextlib.suppress(OSError):
+            os.close(replaced)
+        with contextlib.suppress(OSError):
+            self._sync_name()
 
     def close(self) -> None:
         """Close it."""
@@ -167,10 +184,19 @@ class Journal:
         if self._end + size + reserve > self._taken:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def _sync_name(self) -> None:
+        """Have the file found under its name, whatever happens to the machine."""
+        if not self._name_is_durable:
+            sync_directory(self._path.parent)
+            self._name_is_durable = True
+
     def _clean(self) -> None:
         """Write zeros over what was written behind the last frame. The space stays taken."""
         if self._dirty_until > self._end:
-            write_at(self._descriptor, bytes(self._dirty_until - self._end), self._end)
+            rest = bytearray(self._dirty_until - self._end)
+            if 0 < self._cut_bytes <= len(rest):
+                rest[self._cut_bytes - 1] = 1
+            write_at(self._descriptor, bytes(rest), self._end)
             os.fsync(self._descriptor)
             self._dirty_until = self._end
 
@@ -245,16 +271,17 @@ def _frames(content: bytes, base: int, *, at: int = _HEAD.size, most: int | None
     return frames, at
 
 
-def _write_new(path: Path, base: int, data: bytes) -> None:
-    """Put a new journal in the place of an old one, or of none."""
+def _write_new(path: Path, base: int, data: bytes) -> int:
+    """Put a new journal in the place of an old one, or of none; its descriptor. The directory is not synced."""
     staged = path.with_name(f"{path.name}.new")
-    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         content = _HEAD.pack(_MAGIC, base) + data
         write_at(descriptor, content, 0)
         os.posix_fallocate(descriptor, len(content), RESERVE_BYTES)
         os.fsync(descriptor)
-    finally:
+        staged.replace(path)
+    except BaseException:
         os.close(descriptor)
-    staged.replace(path)
-    sync_directory(path.parent)
+        raise
+    return descriptor

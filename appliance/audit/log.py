@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
 
-from appliance.audit.entry import Draft, Entry, number
-from appliance.audit.files import sync_directory, write_at
+from appliance.audit.entry import ENTRY_BYTES, Draft, Entry, EntryInvalid, number
+from appliance.audit.files import read_file, sync_directory, write_at
 from appliance.audit.journal import Frame, Journal, JournalUnusable
 from appliance.audit.tree import (
     EMPTY_ROOT,
@@ -111,7 +111,8 @@ class AuditLog:
 
     @classmethod
     def open(cls, directory: Path, *, boot_id: bytes, clock: Callable[[], Stamp]) -> "AuditLog":
-        """Open or create the log in `directory`, and recover it.
+        """Open or create the log in `directory`, and recover it. Where `cut_bytes` of it were cut off, what is appended
+        first is to tell so: until then, each start finds them anew.
 
         Raises:
             LogInUse: another process has it.
@@ -153,9 +154,17 @@ class AuditLog:
         """How many entries it has; all of them are on the disk."""
         return self._journal.base + len(self._tail)
 
-    def recent_nonces(self) -> list[tuple[int, bytes]]:
-        """The sequence and the nonce of what the journal holds."""
-        return [(entry.sequence, entry.nonce) for entry in (Entry.unpack(frame.entry) for frame in self._tail)]
+    def recent_nonces(self, at_least: int) -> list[tuple[int, bytes]]:
+        """The sequence and the nonce of each entry of the journal; of bundled ones too, if these are not `at_least`."""
+        entries = [Entry.unpack(frame.entry) for frame in self._tail]
+        end, stride = self._journal.base // TILE_WIDTH, _LENGTH.size + ENTRY_BYTES
+        more = max(0, at_least - len(entries))
+        for index in range(max(0, end - -(-more // TILE_WIDTH)), end):
+            # What retention removed, or somebody damaged, stops no start.
+            with contextlib.suppress(OSError, EntryInvalid):
+                data = read_file(self._directory / tile_path("entries", index))
+                entries += [Entry.unpack(data[at + _LENGTH.size : at + stride]) for at in range(0, len(data), stride)]
+        return [(entry.sequence, entry.nonce) for entry in entries]
 
     def append(self, drafts: Sequence[Draft], *, privileged: bool = False) -> int:
         """Number, stamp and write drafts; they are on the disk when this returns. The first one's sequence.

@@ -14,6 +14,9 @@ from typing import Final, NamedTuple
 from appliance.audit.entry import MAX_SEALED_BYTES, Draft
 
 MAX_FRAME_BYTES: Final = 1 << 20
+MOST_UNANSWERED: Final = (
+    4096  # entries of a producer: in so many of the newest it is looked for what may be there already
+)
 
 # Requests
 APPEND: Final = 1  # drafts; answered DONE with the last one's sequence
@@ -22,6 +25,7 @@ STATUS: Final = 3  # answered DONE with JSON
 SIGNING_KEY: Final = 4  # the key that signs checkpoints; answered DONE
 CHECKPOINT: Final = 5  # publish now; answered DONE with JSON
 APPEND_AGAIN: Final = 6  # an append whose answer was lost with the appender: what is there already is not repeated
+APPEND_AGAIN_PRIVILEGED: Final = 7  # the same, from the reserve too
 # Answers
 DONE: Final = 128
 REFUSED: Final = 129  # JSON: an error's record

@@ -5,8 +5,8 @@ Rules:
 - What `record` returned for is in the log. When it raises, whatever the event was to allow does not happen.
 - An appender that was lost is started again; what it had not answered for is handed over once more, and not repeated in
   the log if it was there already. That takes at most `_WAIT_S`: then the caller is told.
-- What waits is bounded. What anybody can cause without a key is counted and told once in a while, so that nobody fills
-  the disk: `count`.
+- What waits is bounded: by how far back a new appender looks for it.
+- What anybody can cause without a key is counted and told once in a while, so that nobody fills the disk: `count`.
 - While the vault is sealed there are no keys: what happens then is in plaintext, and holds no tenant's name.
 """
 
@@ -24,10 +24,9 @@ from appliance.audit import protocol
 from appliance.audit.entry import AuditKeys, Draft, canonical, seal, search_tag
 from appliance.audit.events import ANYONE, Event, Scope
 from appliance.errors import ErrorRecord, Fault, HoldfastError
-from appliance.vault import VaultSealed
+from appliance.vault import KeyMissing, VaultSealed
 
 _WAIT_S: Final = 10.0
-_MOST_WAITING: Final = 4096
 _SENT_TOGETHER: Final = 16  # appends in a frame: the appender works at these while the next are sealed
 _ALONE_BYTES: Final = 32 << 10  # a longer append has a frame of its own
 _PATIENCE_S: Final = 3.0  # with an appender that does not start: its predecessor may be ending
@@ -39,7 +38,11 @@ _PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 5.0
 
 _APPENDS: Final = frozenset({protocol.APPEND, protocol.APPEND_AGAIN})
-_APPENDING: Final = _APPENDS | {protocol.APPEND_PRIVILEGED}
+_AGAIN: Final = {
+    protocol.APPEND: protocol.APPEND_AGAIN,
+    protocol.APPEND_PRIVILEGED: protocol.APPEND_AGAIN_PRIVILEGED,
+}
+_APPENDING: Final = frozenset({*_AGAIN.keys(), *_AGAIN.values()})
 
 Connect = Callable[[asyncio.Protocol], Awaitable[None]]
 
@@ -56,14 +59,16 @@ class _Asked:
 
     Attributes:
         entries: how many each of them appends; 0 for what is no append.
+        weight: all of them together; what is no append counts as one.
     """
 
-    __slots__ = ("answers", "bodies", "entries", "kind", "number", "until")
+    __slots__ = ("answers", "bodies", "entries", "kind", "number", "until", "weight")
 
     def __init__(self, kind: int, number: int, until: float) -> None:
         self.kind = kind
         self.number = number
         self.until = until
+        self.weight = 0
         self.bodies: list[bytes] = []
         self.entries: list[int] = []
         self.answers: list[asyncio.Future[Any]] = []
@@ -72,6 +77,7 @@ class _Asked:
         self.bodies.append(body)
         self.entries.append(entries)
         self.answers.append(answer)
+        self.weight += max(1, entries)
 
     def frame(self) -> bytes:
         return protocol.pack(self.kind, self.number, b"".join(self.bodies))
@@ -165,7 +171,7 @@ class Recorder:
         self._sweeping = False
         self._tags: dict[tuple[bytes, str, str], bytes] = {}
         self._waiting: dict[int, _Asked] = {}  # by number
-        self._waiters = 0
+        self._waiting_entries = 0
         self._gathering: _Asked | None = None  # appends that are not sent yet, and others may join
         self._connection: _Connection | None = None
         self._signing_key = b""
@@ -229,33 +235,42 @@ class Recorder:
 
     def count(self, event: Event) -> None:
         """Note something that anybody can cause: `tell_counted` records it, once for all that are alike."""
+        self._count(event, 1)
+
+    def _count(self, event: Event, times: int) -> None:
         key = (event.kind.number, event.actor.id, event.source, event.reason)
         if key not in self._counts and len(self._counts) >= _MOST_COUNTED:
-            event = replace(event, actor=ANYONE, tenant_id="", source="", reason="others", request_id="")
+            event = _of_others(event)
             key = (event.kind.number, "", "", "others")
         self._counted.setdefault(key, event)
-        self._counts[key] = self._counts.get(key, 0) + 1
+        self._counts[key] = self._counts.get(key, 0) + times
 
     async def tell_counted(self, *, at_once: bool = False) -> None:
-        """Record what was counted, if it is time, or `at_once`.
+        """Record what was counted, if it is time, or `at_once`; each by itself, as the vault may be sealed to some.
 
         Raises:
-            AuditUnavailable: it stays counted.
+            HoldfastError: why one of them could not be recorded; what could not stays counted.
         """
         if not self._counts or (not at_once and self._monotonic() < self._told_at + _TELL_EVERY_S):
             return
         counted, counts = self._counted, self._counts
         self._counted, self._counts = {}, {}
         self._told_at = self._monotonic()
-        try:
-            await self.record(
-                *(replace(event, counts={**event.counts, "count": counts[key]}) for key, event in counted.items())
-            )
-        except AuditUnavailable:
-            for key, event in counted.items():
-                self._counted.setdefault(key, event)
-                self._counts[key] = self._counts.get(key, 0) + counts[key]
-            raise
+        telling = {
+            key: self.begin(replace(event, counts={**event.counts, "count": counts[key]}))
+            for key, event in counted.items()
+        }
+        failure: HoldfastError | None = None
+        for key, told in telling.items():
+            try:
+                await told
+            except HoldfastError as error:
+                failure = error
+                # Of a tenant that was shredded meanwhile, how often it was can still be told.
+                event = _of_others(counted[key]) if isinstance(error, KeyMissing) else counted[key]
+                self._count(event, counts[key])
+        if failure is not None:
+            raise failure
 
     async def sign_with(self, signing_key: bytes) -> None:
         """Hand the appender the key that signs checkpoints; again to each one that follows it."""
@@ -296,15 +311,15 @@ class Recorder:
         )
 
     def _ask(self, kind: int, body: bytes, *, entries: int = 0) -> "asyncio.Future[Any]":
-        if self._waiters >= _MOST_WAITING:
-            raise _lost(f"{_MOST_WAITING} events wait already")
-        if self._connection is None and self._impatient() and self.error is not None:
-            raise _refused(self.error)
         if len(body) > protocol.MAX_FRAME_BYTES:
             raise ValueError(f"{entries} events of {len(body)} bytes do not fit into a frame: record fewer at once")
+        if self._waiting_entries + max(1, entries) > protocol.MOST_UNANSWERED:
+            raise _lost(f"{self._waiting_entries} events wait already")
+        if self._connection is None and self._impatient() and self.error is not None:
+            raise _refused(self.error)
         loop = asyncio.get_running_loop()
         answer = loop.create_future()
-        self._waiters += 1
+        self._waiting_entries += max(1, entries)
         together = kind == protocol.APPEND and len(body) <= _ALONE_BYTES
         if self._gathering is not None and together:
             self._gathering.add(body, entries, answer)
@@ -338,7 +353,7 @@ class Recorder:
     def _forget(self, number: int) -> _Asked | None:
         asked = self._waiting.pop(number, None)
         if asked is not None:
-            self._waiters -= len(asked.answers)
+            self._waiting_entries -= asked.weight
         return asked
 
     def _sweep(self) -> None:
@@ -346,7 +361,8 @@ class Recorder:
         loop = asyncio.get_running_loop()
         now = loop.time()
         for asked in list(self._waiting.values()):
-            if asked.is_over or asked.until <= now:
+            # Others may join what is not sent yet: it is swept once it is.
+            if asked is not self._gathering and (asked.is_over or asked.until <= now):
                 self._forget(asked.number)
                 asked.fail(_lost(f"no answer in {_WAIT_S:g} s"))
         self._sweeping = bool(self._waiting)
@@ -368,16 +384,16 @@ class Recorder:
         self._gathering = None
         if self._signing_key:
             connection.send(protocol.pack(protocol.SIGNING_KEY, 0, self._signing_key))
-        waiting, self._waiting, self._waiters = self._waiting, {}, 0
+        waiting, self._waiting, self._waiting_entries = self._waiting, {}, 0
         for asked in waiting.values():
             for body, entries, answer in zip(asked.bodies, asked.entries, asked.answers, strict=True):
                 if answer.done():
                     continue
                 self._numbers += 1
-                kind = protocol.APPEND_AGAIN if asked.kind == protocol.APPEND else asked.kind
+                kind = _AGAIN.get(asked.kind, asked.kind)
                 again = self._waiting[self._numbers] = _Asked(kind, self._numbers, asked.until)
                 again.add(body, entries, answer)
-                self._waiters += 1
+                self._waiting_entries += again.weight
                 connection.send(again.frame())
 
     def _answered(self, message: protocol.Message) -> None:
@@ -403,9 +419,15 @@ class Recorder:
             self._failing_since = self._monotonic()
         if not self._impatient():
             return
-        refused, self._waiting, self._waiters = self._waiting, {}, 0
+        self._gathering = None
+        refused, self._waiting, self._waiting_entries = self._waiting, {}, 0
         for asked in refused.values():
             asked.fail(_refused(error.record()))
+
+
+def _of_others(event: Event) -> Event:
+    """A counted event without what tells it from others."""
+    return replace(event, actor=ANYONE, tenant_id="", source="", reason="others", request_id="")
 
 
 def spelled(event: Event, versions: Mapping[str, str]) -> bytes:

@@ -3,15 +3,17 @@
 Rules:
 
 - The key is made with the log, and sealed under the system's RECORDS key: who has the folder alone signs nothing.
+- It is written whole or not at all: a full disk leaves no part of a key in its place.
 - A log that has a checkpoint and no key is not given another one: that would be another log under the same folder.
 """
 
+import errno
 import os
 from pathlib import Path
 from typing import ClassVar, Final
 
-from appliance.audit.files import sync_directory, write_at
-from appliance.audit.log import CHECKPOINT
+from appliance.audit.files import write_whole
+from appliance.audit.log import CHECKPOINT, unwritable
 from appliance.audit.notes import SigningKey, VerifierKey
 from appliance.errors import Fault, HoldfastError
 from appliance.vault import SYSTEM_SCOPE, Binding, KeyPurpose, Vault
@@ -35,6 +37,7 @@ def signing_key(directory: Path, vault: Vault) -> SigningKey:
         VaultSealed: the vault is sealed.
         TamperedValue: the file was changed, or is another appliance's.
         SigningKeyMissing: there is a log, and its key is not with it.
+        LogUnwritable: the key cannot be read, or kept.
     """
     path = directory / SIGNING_KEY
     try:
@@ -46,12 +49,16 @@ def signing_key(directory: Path, vault: Vault) -> SigningKey:
                 cause=f"it has a checkpoint, and {path} is not there",
                 remedy=f"Put {SIGNING_KEY} back from a copy; or move the whole folder away, and a new log begins",
             ) from None
+    except OSError as error:
+        raise unwritable(path, error.errno or errno.EIO) from None
     key = SigningKey.generate(f"holdfast.{os.urandom(8).hex()}")
     sealed = vault.encrypt(SYSTEM_SCOPE, KeyPurpose.RECORDS, key.to_bytes(), _BINDING)
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _write(directory / PUBLIC_KEY, f"{key.verifier()}\n".encode())
-    _write(path, sealed)
-    sync_directory(directory)
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_whole(directory / PUBLIC_KEY, f"{key.verifier()}\n".encode())
+        write_whole(path, sealed)
+    except OSError as error:
+        raise unwritable(path, error.errno or errno.EIO) from None
     return key
 
 
@@ -70,12 +77,3 @@ def public_key(directory: Path) -> VerifierKey:
             cause=f"{path}: {error.strerror}",
             remedy="It is made when the vault is opened for the first time",
         ) from None
-
-
-def _write(path: Path, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        write_at(descriptor, content, 0)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

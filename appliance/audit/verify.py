@@ -238,12 +238,19 @@ class _Run:
         while self._edge.size < self._size:
             first = self._edge.size
             bundle, width = first // TILE_WIDTH, min(TILE_WIDTH, self._size - first)
-            frames = self._frames(bundle, width)
-            if frames is None:
-                frames, hashes = [], self._hashes_of_missing(bundle, width)
+            frames: list[Frame] = []
+            found = self._frames(bundle, width)
+            if found is None:
+                hashes = self._hashes_of_missing(bundle, width)
             else:
-                hashes = self._checked(frames, first)
-                self._check_tile(0, bundle, width, hashes)
+                frames, damage = found
+                tile = self._tile(0, bundle, width, first)
+                hashes = self._checked(frames, first, tile)
+                if damage is not None:
+                    # An entry before it may be another one, too.
+                    self._compare(0, bundle, width, hashes, tile[: len(hashes) * HASH_BYTES])
+                    raise damage
+                self._compare(0, bundle, width, hashes, tile)
             self._check_removal(first, hashes, frames)
             self._check_earlier(first, hashes)
             self._check_witnessed(first, hashes)
@@ -287,7 +294,7 @@ class _Run:
                 cause=f"{self._directory / JOURNAL} has {content.rest_bytes} bytes there that are no entry",
                 sequence=end,
             )
-        self._checked(content.frames[self._size - content.base :], self._size)
+        self._checked(content.frames[self._size - content.base :], self._size, None)
         self.found.unsigned = end - self._size
 
     def _check_journal(self, first: int, hashes: list[bytes], frames: Sequence[Frame]) -> None:
@@ -382,8 +389,8 @@ class _Run:
             edge.append(each)
         return edge.root()
 
-    def _frames(self, bundle: int, width: int) -> list[Frame] | None:
-        """A bundle's entries with their sealed records; None: it is not there."""
+    def _frames(self, bundle: int, width: int) -> tuple[list[Frame], LogTampered | None] | None:
+        """A bundle's entries with their sealed records, and what is behind them that is none; None: it is not there."""
         first = bundle * TILE_WIDTH
         entries_path = self._directory / tile_path("entries", bundle, width)
         records_path = self._directory / record_path(bundle, width)
@@ -392,30 +399,29 @@ class _Run:
         held = self._part(names[1], width, first, lambda wider: _first_parts(wider, width))
         if data is None or held is None:
             return None
-        if len(data) != width * STRIDE:
-            raise LogTampered(
-                f"the bundle from entry {first} on is damaged",
-                cause=f"{entries_path} has {len(data)} bytes instead of {width * STRIDE}",
-                sequence=first,
-            )
         records = list(islice(prefixed_parts(held), width))
-        starts = range(0, len(data), STRIDE)
-        wrong = next((place for place, at in enumerate(starts) if data[at : at + 2] != _ENTRY_LENGTH), width)
-        if wrong < width or len(records) < width:
-            place = min(wrong, len(records))
-            raise LogTampered(
+        starts = range(0, min(len(data) // STRIDE, width) * STRIDE, STRIDE)
+        wrong = next((place for place, at in enumerate(starts) if data[at : at + 2] != _ENTRY_LENGTH), len(starts))
+        place = min(wrong, len(records))
+        frames = list(map(Frame, [data[at + 2 : at + STRIDE] for at in starts[:place]], records))
+        if place < width:
+            return frames, LogTampered(
                 f"entry {first + place} is damaged",
                 cause=f"{entries_path if place == wrong else records_path} does not hold it whole",
                 sequence=first + place,
             )
-        rest_bytes = len(held) - sum(map(len, records)) - 2 * width
-        if rest_bytes:
-            raise LogTampered(
-                f"there is something behind the record of entry {first + width - 1}",
-                cause=f"{records_path} has {rest_bytes} bytes more than {width} records",
-                sequence=first + width,
-            )
-        return list(map(Frame, [data[at + 2 : at + STRIDE] for at in starts], records))
+        more_bytes = {
+            entries_path: len(data) - width * STRIDE,
+            records_path: len(held) - sum(map(len, records)) - 2 * width,
+        }
+        for path, rest_bytes in more_bytes.items():
+            if rest_bytes:
+                return frames, LogTampered(
+                    f"there is something behind entry {first + width - 1}",
+                    cause=f"{path} has {rest_bytes} bytes more than {width} entries",
+                    sequence=first + width,
+                )
+        return frames, None
 
     def _tile(self, level: int, index: int, width: int, sequence: int) -> bytes:
         names = partial(tile_path, level, index)
@@ -443,11 +449,15 @@ class _Run:
                 f"what holds entry {sequence} cannot be read", cause=f"{path}: {error.strerror}", sequence=sequence
             ) from None
 
-    def _checked(self, frames: Sequence[Frame], first: int) -> list[bytes]:
-        """The leaf hashes of frames that are what they have to be."""
+    def _checked(self, frames: Sequence[Frame], first: int, tile: bytes | None) -> list[bytes]:
+        """The leaf hashes of frames that are what they have to be, up to the first that the tile does not have, if any.
+
+        An entry that was changed blames the clock of the next one only once the tile has it.
+        """
         if not frames:
             return []
         entries, records = zip(*frames, strict=True)
+        hashes = leaf_hashes(entries)
         formats, sequences, walls, monotonics, boots, sealed_hashes = zip(
             *_FIELDS.iter_unpack(b"".join(entries)), strict=True
         )
@@ -463,19 +473,19 @@ class _Run:
             or max(ahead) - min(ahead) >= _CLOCK_STEP_NS
             or sealed_hashes != tuple([sha256(record).digest() for record in records])
         ):
-            self._check_each(frames, first)
+            self._check_each(frames, first, hashes, tile)
         found = self.found
         if found.first_wall_ns is None:
             found.first_wall_ns = walls[0]
         found.last_wall_ns = walls[-1]
         self._boot, self._clocks = boots[-1], (walls[-1], monotonics[-1])
-        return leaf_hashes(entries)
+        return hashes
 
-    def _check_each(self, frames: Sequence[Frame], first: int) -> None:
+    def _check_each(self, frames: Sequence[Frame], first: int, hashes: list[bytes], tile: bytes | None) -> None:
         """Name the first frame that is not what it has to be, or the steps of the clock that there are."""
         boot = self._boot
         wall, monotonic = self._clocks
-        for expected, (entry, sealed) in enumerate(frames, first):
+        for expected, ((entry, sealed), leaf) in enumerate(zip(frames, hashes, strict=True), first):
             known, sequence, now_wall, now_monotonic, now_boot, sealed_hash = _FIELDS.unpack(entry)
             if known != FORMAT or sequence != expected:
                 raise LogTampered(
@@ -489,6 +499,9 @@ class _Run:
                     cause="it is not the one whose hash the entry holds",
                     sequence=expected,
                 )
+            at = (expected - first) * HASH_BYTES
+            if tile is not None and tile[at : at + HASH_BYTES] != leaf:
+                return  # who compares the whole tile names it
             if now_boot != boot:
                 boot = now_boot
                 self._boots.add(boot)
@@ -509,11 +522,14 @@ class _Run:
             self.found.clock_steps.append(ClockStep(sequence, step_ns))
 
     def _check_tile(self, level: int, index: int, width: int, hashes: list[bytes]) -> None:
-        first = index << (TILE_HEIGHT * (level + 1))
-        path = self._directory / tile_path(level, index, width)
-        tile = self._tile(level, index, width, first)
+        tile = self._tile(level, index, width, index << (TILE_HEIGHT * (level + 1)))
+        self._compare(level, index, width, hashes, tile)
+
+    def _compare(self, level: int, index: int, width: int, hashes: list[bytes], tile: bytes) -> None:
         if tile == b"".join(hashes):
             return
+        first = index << (TILE_HEIGHT * (level + 1))
+        path = self._directory / tile_path(level, index, width)
         place = next(
             (place for place, each in enumerate(hashes) if tile[place * HASH_BYTES : (place + 1) * HASH_BYTES] != each),
             width,

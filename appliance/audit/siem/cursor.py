@@ -7,13 +7,10 @@ Rules:
 """
 
 import json
-import os
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-from appliance.audit.files import sync_directory, write_at
-
-_MODE: Final = 0o600
+from appliance.audit.files import write_whole
 
 
 class Position(NamedTuple):
@@ -51,21 +48,3 @@ class Cursor:
             OSError: the one before is there still.
         """
         write_whole(self._path, json.dumps({"origin": self._origin, **position._asdict()}).encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Put a private file in the place of the one before; it is on the disk when this returns.
-
-    Raises:
-        OSError: the one before is there still.
-    """
-    staged = path.with_name(f"{path.name}.new")
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _MODE)
-    try:
-        write_at(descriptor, content, 0)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    staged.replace(path)
-    sync_directory(path.parent)

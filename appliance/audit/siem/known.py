@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Final
 
+from appliance.audit.files import write_whole
 from appliance.audit.siem.batches import Taken
-from appliance.audit.siem.cursor import write_whole
 from appliance.audit.tree import HASH_BYTES, Frontier
 from appliance.errors import Fault, HoldfastError
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
 
 from appliance.audit.entry import AuditKeys
-from appliance.audit.siem.cursor import write_whole
+from appliance.audit.files import write_whole
 from appliance.audit.siem.destinations import Destination
 from appliance.errors import Fault, HoldfastError
 from appliance.vault import SYSTEM_SCOPE, KeyMissing

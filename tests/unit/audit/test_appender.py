@@ -105,6 +105,32 @@ def test_a_checkpoint_is_signed_every_thousand_entries_and_every_minute(loop: Lo
     assert loop.signed() == 2501, "where nothing is new nothing is signed"
 
 
+@pytest.mark.parametrize("kind", [protocol.APPEND_AGAIN, protocol.APPEND_AGAIN_PRIVILEGED])
+def test_what_is_in_bundles_alone_is_not_repeated_either(tmp_path: Path, kind: int) -> None:
+    first = Loop(tmp_path / "audit")
+    first.ask(protocol.SIGNING_KEY, KEY.to_bytes())
+    for _ in range(5):
+        first.append(1000)
+    assert first.signed() == 5000
+    base = first.log._journal.base
+    assert base > 4096, "it has let go of them"
+    first.close()
+    again = Loop(tmp_path / "audit")
+    for number in (5000 - protocol.MOST_UNANSWERED, base - 1, base, 4999):
+        again.ask(kind, protocol.pack_drafts(drafts([number])))
+        assert again.log.size == 5000
+    again.ask(kind, protocol.pack_drafts(drafts([4999, 5000])))
+    assert again.log.size == 5001
+    again.close()
+    # What retention removed, and what somebody damaged, stops no start.
+    (tmp_path / "audit/tile/entries/017").unlink()
+    (tmp_path / "audit/tile/entries/018").write_bytes(b"something else")
+    again = Loop(tmp_path / "audit")
+    again.ask(kind, protocol.pack_drafts(drafts([4000])))
+    assert again.log.size == 5001
+    again.close()
+
+
 def test_it_looks_about_only_for_who_asks_at_once_again_and_sleeps_then(loop: Loop) -> None:
     assert loop.looks_s() == [1.0]
     loop.append(1)

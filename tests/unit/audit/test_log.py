@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from appliance.audit.entry import Entry
+from appliance.audit.appender import open_log as open_and_tell
+from appliance.audit.entry import Entry, open_record
+from appliance.audit.events import LOG_RECOVERED
 from appliance.audit.journal import RESERVE_BYTES, Journal, JournalUnusable, read_journal
 from appliance.audit.log import CHECKPOINT, JOURNAL, LogDamaged, LogInUse, LogUnwritable
 from appliance.audit.verify import verify_log
-from tests.unit.audit.making import KEY, draft, drafts, make_log, open_log, real_clock, sign
+from tests.unit.audit.making import BOOT, KEY, Keys, draft, drafts, make_log, open_log, real_clock, sign
 
 VERIFIER = KEY.verifier()
 
@@ -221,6 +223,97 @@ def test_a_checkpoint_that_cannot_be_written_loses_nothing(
     assert verify_log(tmp_path, VERIFIER).size == size == 600 + fails_at
 
 
+_BEGINNING_ANEW = ("open", "pwrite", "posix_fallocate", "fsync", "replace", "close")
+
+
+@pytest.mark.parametrize("lasts", [False, True], ids=["once", "for a while"])
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [*((call, number) for call in _BEGINNING_ANEW for number in (errno.EIO, errno.ENOSPC)), ("open", errno.EMFILE)],
+)
+def test_wherever_beginning_the_journal_anew_fails_nothing_acknowledged_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, lasts: bool
+) -> None:
+    """The first such call fails, then the second, and so on, until none is left to fail."""
+    monkeypatch.setattr("appliance.audit.log._LET_GO_AFTER", 1)
+    real, calls, fails_at, failed = getattr(os, call), 0, 0, True
+
+    def sometimes(*given: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        fails = calls == fails_at or (lasts and calls > fails_at)
+        if not fails or call == "close":
+            done = real(*given, **named)
+        if fails:
+            raise OSError(number, os.strerror(number))
+        return done
+
+    while failed:
+        directory = tmp_path / str(fails_at)
+        log = open_log(directory)
+        log.append(drafts(range(300)))
+        publication = log.prepare()
+        log.write(publication, sign(publication.head))
+        calls, fails_at, acknowledged = 0, fails_at + 1, 300
+        with monkeypatch.context() as patched:
+            patched.setattr(os, call, sometimes)
+            log.conclude(publication)
+            failed = calls >= fails_at
+            with contextlib.suppress(LogUnwritable):
+                acknowledged = 1 + log.append(drafts([300]))
+        assert log.size == acknowledged
+        acknowledged = 2 + log.append(drafts([301, 302]))
+        log.close()
+        log = open_log(directory)
+        assert (log.size, log.cut_bytes) == (acknowledged, 0)
+        log.publish(sign)
+        log.close()
+        assert verify_log(directory, VERIFIER).size == acknowledged
+    assert fails_at > 1
+
+
+def test_nothing_is_appended_to_a_journal_whose_name_is_not_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.audit.log._LET_GO_AFTER", 1)
+    log = open_log(tmp_path)
+    log.append(drafts(range(300)))
+    publication = log.prepare()
+    log.write(publication, sign(publication.head))
+
+    def refuse(_: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("appliance.audit.journal.sync_directory", refuse)
+        log.conclude(publication)
+        for privileged in (False, True):
+            with pytest.raises(LogUnwritable, match="Input/output error"):
+                log.append(drafts([300]), privileged=privileged)
+    assert log.append(drafts([300])) == 300
+    assert log._journal.base == 256
+    log.close()
+    log = open_log(tmp_path)
+    assert log.size == 301
+    log.close()
+
+
+def test_a_start_has_on_the_disk_what_the_run_before_may_have_left_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is asked whether an entry is there answers for it."""
+    make_log(tmp_path, 3)
+    synced, fsync = set(), os.fsync
+
+    def seen(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    open_log(tmp_path).close()
+    assert synced >= {tmp_path.stat().st_ino, (tmp_path / JOURNAL).stat().st_ino}
+
+
 def test_files_are_for_their_user_only(tmp_path: Path) -> None:
     directory = tmp_path / "audit"
     make_log(directory, 600)
@@ -234,6 +327,12 @@ def test_a_file_that_is_no_journal_is_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(JournalUnusable):
         Journal.open(tmp_path / JOURNAL)
     assert (tmp_path / JOURNAL).read_bytes().startswith(b"something")
+
+
+_STEPS = (
+    *("open", "pwrite", "posix_fallocate", "fsync", "fdatasync"),
+    *("replace", "rename", "unlink", "rmdir", "mkdir"),
+)
 
 
 def _append_until_killed(directory: Path, told: int) -> None:
@@ -301,8 +400,8 @@ def test_the_reserve_is_there_after_the_journal_was_begun_anew_and_on_a_full_dis
     assert verify_log(tmp_path, VERIFIER).unsigned == 100
 
 
-def _restart(directory: Path, kill_at: int) -> bool:
-    """A start and its first checkpoint, in a process that is killed before its `kill_at`th step; whether it ended."""
+def _until_killed(work: Callable[[], None], kill_at: int) -> bool:
+    """Do something in a process that is killed before its `kill_at`th step; whether it ended."""
     child = os.fork()
     if child == 0:
         taken = 0
@@ -318,17 +417,111 @@ def _restart(directory: Path, kill_at: int) -> bool:
             return step
 
         try:
-            for name in ("open", "pwrite", "fsync", "fdatasync", "replace", "rename", "unlink", "rmdir", "mkdir"):
+            for name in _STEPS:
                 setattr(os, name, counted(getattr(os, name)))
-            log = open_log(directory)
-            log.append(drafts([4999]))
-            log.publish(sign)
+            work()
             os._exit(0)
         finally:
             os._exit(1)
     _, status = os.waitpid(child, 0)
     assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0
     return os.WIFEXITED(status)
+
+
+def _restart(directory: Path, kill_at: int) -> bool:
+    """A start and its first checkpoint."""
+
+    def work() -> None:
+        log = open_log(directory)
+        log.append(drafts([4999]))
+        log.publish(sign)
+
+    return _until_killed(work, kill_at)
+
+
+def _told(journal: Path) -> list[int]:
+    """How many bytes starts said they cut off."""
+    content = read_journal(journal)
+    assert content is not None
+    entries = [(Entry.unpack(frame.entry), frame.sealed) for frame in content.frames]
+    return [
+        open_record(entry, sealed, Keys()).record["counts"]["bytes"]
+        for entry, sealed in entries
+        if entry.event_class == LOG_RECOVERED.number
+    ]
+
+
+_TAILS = {"a byte": b"x", "less than the event": b"\0" * 100 + b"y", "more than the event": b"z" * 9000}
+
+
+def _torn(directory: Path, tail: bytes) -> Path:
+    """A log of three entries with something behind them."""
+    log = open_log(directory, clock=real_clock)
+    log.append(drafts(range(3)))
+    end = log._journal.length
+    log.close()
+    with (directory / JOURNAL).open("r+b") as file:
+        file.seek(end)
+        file.write(tail)
+    return directory
+
+
+@pytest.mark.parametrize("tail", _TAILS.values(), ids=_TAILS)
+def test_killed_at_any_step_a_start_that_cut_the_log_has_said_so_in_the_end(tmp_path: Path, tail: bytes) -> None:
+    made = _torn(tmp_path / "made", tail)
+    for kill_at in range(1, 100):
+        directory = Path(shutil.copytree(made, tmp_path / str(kill_at)))
+
+        def start(directory: Path = directory) -> None:
+            open_and_tell(directory, boot_id=BOOT, clock=real_clock).close()
+
+        ended = _until_killed(start, kill_at)
+        start()
+        told = _told(directory / JOURNAL)
+        # Killed after the event, before the rest was overwritten, a start cut that, too.
+        assert told[0] == len(tail)
+        assert len(told) <= 2
+        start()
+        assert _told(directory / JOURNAL) == told
+        log = open_log(directory, clock=real_clock)
+        log.publish(sign)
+        log.close()
+        assert verify_log(directory, VERIFIER).size == 3 + len(told)
+        if ended:
+            break
+    assert ended
+    assert kill_at > 4
+
+
+@pytest.mark.parametrize("tail", _TAILS.values(), ids=_TAILS)
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "fdatasync"])
+def test_a_start_that_could_not_say_what_it_cut_leaves_it_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, tail: bytes
+) -> None:
+    real, calls, fails_at, failed = getattr(os, call), 0, 0, True
+
+    def sometimes(*given: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls >= fails_at:
+            raise OSError(number, os.strerror(number))
+        return real(*given, **named)
+
+    made = _torn(tmp_path / "made", tail)
+    while failed:
+        directory = Path(shutil.copytree(made, tmp_path / str(fails_at)))
+        calls, fails_at = 0, fails_at + 1
+        with monkeypatch.context() as patched:
+            patched.setattr(os, call, sometimes)
+            with contextlib.suppress(LogUnwritable):
+                open_and_tell(directory, boot_id=BOOT, clock=real_clock).close()
+            failed = calls >= fails_at
+        open_and_tell(directory, boot_id=BOOT, clock=real_clock).close()
+        told = _told(directory / JOURNAL)
+        assert told[0] == len(tail)
+        assert len(told) <= 2
+    assert fails_at > 1
 
 
 @pytest.mark.timeout(300)

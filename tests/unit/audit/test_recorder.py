@@ -2,14 +2,18 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import resource
+import select
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +24,7 @@ from appliance.audit.events import (
     CATALOGUE,
     LOG_RECOVERED,
     NOT_AUTHENTICATED,
+    REQUEST_REFUSED,
     VAULT_REFUSED,
     Actor,
     Event,
@@ -29,11 +34,13 @@ from appliance.audit.events import (
 from appliance.audit.journal import read_journal
 from appliance.audit.launch import SOCKET_NAME, AppenderFailed, Launcher
 from appliance.audit.log import CHECKPOINT, JOURNAL
+from appliance.audit.node import NodeAudit
 from appliance.audit.notes import SigningKey, open_checkpoint
 from appliance.audit.recorder import AuditUnavailable, Recorder, spelled
 from appliance.audit.verify import verify_log
-from appliance.vault import VaultSealed
+from appliance.vault import KeyMissing, Vault, VaultSealed
 from tests.unit.audit.making import KEY, Keys, draft, event, open_log
+from tests.unit.vault.keystore import MemoryKeys
 
 pytestmark = pytest.mark.anyio
 
@@ -203,7 +210,10 @@ async def test_another_process_of_the_same_user_is_not_heard(kind: int, tmp_path
         assert (await it.recorder.status())["public_key"] == str(KEY.verifier())
 
 
-async def test_an_appender_that_is_killed_is_started_again_and_repeats_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("privileged", [False, True])
+async def test_an_appender_that_is_killed_is_started_again_and_repeats_nothing(
+    tmp_path: Path, privileged: bool
+) -> None:
     async with recording(tmp_path) as it:
         await it.recorder.sign_with(KEY.to_bytes())
         await it.recorder.record(event(0))
@@ -211,7 +221,7 @@ async def test_an_appender_that_is_killed_is_started_again_and_repeats_nothing(t
         for _ in range(8):
             pid = it.launcher.pid
             assert pid is not None
-            waiting = [asyncio.create_task(it.recorder.record(event(number))) for number in range(200)]
+            waiting = [it.recorder.begin(event(number), privileged=privileged) for number in range(200)]
             await asyncio.sleep(0)
             os.kill(pid, signal.SIGKILL)
             done += len(await asyncio.gather(*waiting))
@@ -222,6 +232,92 @@ async def test_an_appender_that_is_killed_is_started_again_and_repeats_nothing(t
             assert len(entries) == done + recovered
         assert (await it.recorder.checkpoint())["signs"] is True
     assert verify_log(it.log, KEY.verifier()).size == done + recovered
+
+
+_DYING = """
+import os, signal, sys
+from appliance.audit import appender
+
+send = appender.Appender._send
+
+def send_or_die(self, producer):
+    die = sys.argv[1] + ".die"
+    if producer.unsent and os.path.exists(die):
+        os.unlink(die)
+        os.kill(os.getpid(), signal.SIGKILL)
+    send(self, producer)
+
+appender.Appender._send = send_or_die
+sys.exit(appender.main())
+"""
+
+
+@pytest.mark.parametrize("privileged", [False, True])
+async def test_killed_between_the_sync_and_its_answer_it_repeats_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, privileged: bool
+) -> None:
+    spawn = asyncio.create_subprocess_exec
+
+    async def dying(program: str, *_: str, **named: Any) -> asyncio.subprocess.Process:
+        return await spawn(program, "-P", "-c", _DYING, str(tmp_path / "audit"), **named)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", dying)
+    async with recording(tmp_path) as it:
+        await it.recorder.record(event(0))
+        (tmp_path / "audit.die").touch()
+        assert await it.recorder.record(event(1), event(2), privileged=privileged) == 2
+        assert not (tmp_path / "audit.die").exists(), "it was killed"
+        assert len(it.entries()) == 3
+
+
+def _kill_once_the_journal_has_let_go(journal: Path, pid: int, size: int) -> None:
+    """Blocks: no answer is read meanwhile. `size`: of the log then."""
+    while not (content := read_journal(journal)) or not content.base or content.base + len(content.frames) < size:
+        time.sleep(0.01)
+    ended = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGKILL)
+    select.select([ended], [], [])
+    os.close(ended)
+
+
+async def test_what_lay_answered_and_unread_while_the_journal_let_it_go_is_not_repeated(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        await it.recorder.sign_with(KEY.to_bytes())
+        for _ in range(4):
+            await it.recorder.record(*(event(number) for number in range(1000)))
+        await it.recorder.checkpoint()
+        await it.recorder.record(*(event(number) for number in range(800)))
+        begun = [it.recorder.begin(event(number)) for number in range(300)]
+        assert it.launcher.pid is not None
+        _kill_once_the_journal_has_let_go(it.log / JOURNAL, it.launcher.pid, 5100)
+        assert not any(answer.done() for answer in begun)
+        # Who writes to a socket that is closed is told so before anything is read from it.
+        begun += [it.recorder.begin(event(number)) for number in range(16)]
+        assert await asyncio.gather(*begun) == list(range(4800, 5116))
+        assert (await it.recorder.status())["size"] == 5116
+
+
+async def test_who_joins_appends_that_everybody_gave_up_is_answered(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        await it.recorder.record(event(0))
+        busy = it.recorder.begin(event(1))  # the appender has something to do: what follows is gathered
+        given_up = it.recorder.begin(event(2))
+        given_up.cancel()
+        it.recorder._sweep()
+        joined = it.recorder.begin(event(3))
+        async with asyncio.timeout(5):
+            assert (await busy, await joined) == (1, 3)
+
+
+async def test_many_events_of_one_append_count_as_many_that_wait(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        long = [it.recorder.begin(*(event(1),) * 1000) for _ in range(4)]
+        with pytest.raises(AuditUnavailable) as refused:
+            await it.recorder.record(*(event(1),) * 97)
+        assert "4000 events wait already" in refused.value.cause
+        assert await it.recorder.record(*(event(1),) * 96) == 4095
+        await asyncio.gather(*long)
+        assert await it.recorder.record(event(1)) == 4096
 
 
 async def test_what_cannot_be_written_is_told_with_the_file_and_the_cause(tmp_path: Path) -> None:
@@ -285,6 +381,97 @@ async def test_while_the_vault_is_sealed_events_are_recorded_in_plaintext(tmp_pa
         content = read_journal(it.log / JOURNAL)
         assert content is not None
         assert b"vault.refused" in content.frames[0].sealed
+
+
+def _refused(number: int) -> Event:
+    client = Actor("principal", "pri_1", "client")
+    return Event(REQUEST_REFUSED, client, Outcome.REFUSED, tenant_id=f"ten_{number}", reason="too_many_requests")
+
+
+STRANGER = Event(NOT_AUTHENTICATED, ANYONE, Outcome.REFUSED, source="10.0.0.1", reason="key_unknown")
+
+
+def _counted(it: Recording) -> list[tuple[str, str, int]]:
+    content = read_journal(it.log / JOURNAL)
+    assert content is not None
+    records = [open_record(Entry.unpack(frame.entry), frame.sealed, Keys()).record for frame in content.frames]
+    return [(record["action"], record["reason"], record["counts"]["count"]) for record in records]
+
+
+async def test_what_cannot_be_told_while_the_vault_is_sealed_is_told_later_and_the_rest_at_once(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        for _ in range(3):
+            it.recorder.count(_refused(1))
+            it.recorder.count(STRANGER)
+        it.keys = None
+        with pytest.raises(VaultSealed):
+            await it.recorder.tell_counted()
+        assert _counted(it) == [("key.refused", "key_unknown", 3)]
+        it.recorder.count(_refused(1))
+        it.keys = Keys()
+        it.now_s = 61.0
+        await it.recorder.tell_counted()
+        assert _counted(it)[1:] == [("request.refused", "too_many_requests", 4)]
+        await it.recorder.tell_counted(at_once=True)
+        assert len(it.entries()) == 2
+
+
+async def test_what_cannot_be_told_stays_bounded(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        it.keys = None
+        for minute in range(10):
+            for number in range(100):
+                it.recorder.count(replace(_refused(1), reason=f"{minute} {number}"))
+            it.now_s += 61.0
+            with pytest.raises(VaultSealed):
+                await it.recorder.tell_counted()
+        it.keys = Keys()
+        await it.recorder.tell_counted(at_once=True)
+        assert sum(count for _, _, count in _counted(it)) == 1000
+        assert len(it.entries()) <= 66 + 9
+
+
+async def test_of_a_tenant_that_was_shredded_it_is_told_how_often_it_was(tmp_path: Path) -> None:
+    class Shredded(Keys):
+        def audit_key_id(self, scope: str) -> bytes:
+            if scope == "ten_1":
+                raise KeyMissing(scope)
+            return super().audit_key_id(scope)
+
+    async with recording(tmp_path) as it:
+        it.keys = Shredded()
+        it.recorder.count(_refused(1))
+        with pytest.raises(KeyMissing):
+            await it.recorder.tell_counted()
+        await it.recorder.tell_counted(at_once=True)
+        assert _counted(it) == [("request.refused", "others", 1)]
+
+
+async def test_who_tells_what_was_counted_outlives_a_sealed_vault_and_so_does_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.audit.node._TELL_S", 0.01)
+    (tmp_path / "run").mkdir(mode=0o700)
+    audit = NodeAudit(tmp_path, Vault(MemoryKeys()), versions={})
+    await audit.start()
+    tries, tried_again = 0, asyncio.Event()
+    tell = audit._recorder.tell_counted
+
+    async def tell_counted(*, at_once: bool = False) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 3:
+            tried_again.set()
+        await tell(at_once=at_once or tries <= 3)
+
+    monkeypatch.setattr(audit._recorder, "tell_counted", tell_counted)
+    audit.count(_refused(1))
+    await tried_again.wait()
+    audit.count(STRANGER)
+    await audit.stop()
+    content = read_journal(tmp_path / "audit" / JOURNAL)
+    assert content is not None
+    assert [json.loads(frame.sealed[16:])["action"] for frame in content.frames] == ["key.refused"]
 
 
 async def test_what_anybody_can_cause_is_counted_and_told_once_a_minute(tmp_path: Path) -> None:

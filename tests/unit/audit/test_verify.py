@@ -11,6 +11,7 @@ from appliance.audit.entry import ENTRY_BYTES
 from appliance.audit.journal import Journal, read_journal
 from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED, Head
 from appliance.audit.notes import Algorithm, Checkpoint, SigningKey, VerifierKey, cosign, sign_checkpoint
+from appliance.audit.tree import HASH_BYTES
 from appliance.audit.verify import LogTampered, Verified, verify_log
 from tests.unit.audit.making import KEY, Clock, draft, drafts, make_log, open_log, sign
 
@@ -88,20 +89,34 @@ def _put(path: Path, at: int, byte: int) -> None:
         file.write(bytes([byte]))
 
 
+def _entry_at(name: str, content: bytes) -> list[int | None]:
+    """The entry that each byte of a file is of."""
+    if name == "tile/0/000.p/3":
+        return [at // HASH_BYTES for at in range(len(content))]
+    head, entry_bytes, sum_bytes = (24, ENTRY_BYTES, 4) if name == JOURNAL else (0, 0, 0)
+    found: list[int | None] = [None] * head
+    for sequence in range(3) if name.startswith((JOURNAL, "tile/entries", "record")) else ():
+        length = int.from_bytes(content[len(found) : len(found) + 2], "big")
+        found += [sequence] * (2 + length + entry_bytes + sum_bytes)
+    return found + [None] * (len(content) - len(found))
+
+
 @pytest.mark.timeout(600)
-def test_every_flipped_byte_of_a_small_log_is_found(tmp_path: Path) -> None:
+def test_every_flipped_byte_of_a_small_log_is_found_and_its_entry_named(tmp_path: Path) -> None:
     make_log(tmp_path, 3)
     journal = tmp_path / JOURNAL
     os.truncate(journal, len(journal.read_bytes().rstrip(b"\0")) + 5_000)  # of the megabytes that it took ahead
     assert _verify(tmp_path).size == 3
     for path in sorted(path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size):
         content = path.read_bytes()
+        entries = _entry_at(str(path.relative_to(tmp_path)), content)
         # Behind the frames lie zeros that were taken ahead: a few of them stand for all.
         end = len(content.rstrip(b"\0"))
         for at in [*range(end), *range(end, len(content), 1_003)]:
             _put(path, at, content[at] ^ 0x01)
-            with pytest.raises(LogTampered):
+            with pytest.raises(LogTampered) as found:
                 verify_log(tmp_path, VERIFIER, pause=lambda: None)
+            assert entries[at] in (None, found.value.sequence), (path, at)
             _put(path, at, content[at])
     assert _verify(tmp_path).size == 3
 
@@ -147,6 +162,40 @@ def test_a_changed_record_names_its_entry(log: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(LogTampered, match="record of entry 266 was changed"):
         _verify(log)
+
+
+def _damage(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("what", ["record", "entry", "tile"])
+@pytest.mark.parametrize("later", ["length of a record", "length of an entry", "cut"])
+def test_of_several_that_are_wrong_the_first_is_named(log: Path, what: str, later: str) -> None:
+    record = (log / "record/001").read_bytes()
+    starts = [0]
+    while starts[-1] < len(record):
+        starts.append(starts[-1] + 2 + int.from_bytes(record[starts[-1] : starts[-1] + 2], "big"))
+    stride = ENTRY_BYTES + 2
+    if later == "length of a record":
+        _damage(log / "record/001", starts[20])
+    elif later == "length of an entry":
+        _damage(log / "tile/entries/001", 20 * stride)
+    else:
+        os.truncate(log / "tile/entries/001", 20 * stride + 50)
+    with pytest.raises(LogTampered) as found:
+        _verify(log)
+    assert found.value.sequence == 256 + 20
+    if what == "record":
+        _damage(log / "record/001", starts[10] + 40)
+    elif what == "entry":
+        _damage(log / "tile/entries/001", 10 * stride + 22)  # its monotonic clock: that of the next one goes back
+    else:
+        _damage(log / "tile/0/001", 10 * HASH_BYTES)
+    with pytest.raises(LogTampered) as found:
+        _verify(log)
+    assert found.value.sequence == 256 + 10
 
 
 def test_swapped_entries_are_found(log: Path) -> None:
