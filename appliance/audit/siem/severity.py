@@ -9,6 +9,7 @@ from typing import Final
 from appliance.audit.events import (
     ADMIN_REFUSED,
     ENGINE_LOST,
+    ENTRIES_MISSING,
     LOG_RECOVERED,
     NOT_AUTHENTICATED,
     OLDER_COPY,
@@ -18,7 +19,16 @@ from appliance.audit.events import (
 
 _MEDIUM: Final = frozenset(
     kind.number
-    for kind in (ADMIN_REFUSED, ENGINE_LOST, LOG_RECOVERED, NOT_AUTHENTICATED, OLDER_COPY, TURN_NOT_KEPT, VAULT_REFUSED)
+    for kind in (
+        ADMIN_REFUSED,
+        ENGINE_LOST,
+        ENTRIES_MISSING,
+        LOG_RECOVERED,
+        NOT_AUTHENTICATED,
+        OLDER_COPY,
+        TURN_NOT_KEPT,
+        VAULT_REFUSED,
+    )
 )
 
 
