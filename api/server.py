@@ -28,6 +28,7 @@ from typing import ClassVar
 import uvicorn
 import uvloop
 
+from api import trail
 from api.admin.peers import PeerCredentialsProtocol
 from api.admin.routes import admin_app
 from api.admin.status import versions
@@ -124,16 +125,20 @@ async def _serve(settings: Settings) -> None:
 async def _run(services: Services, data: socket.socket, admin: socket.socket) -> None:
     stop = _Stop()
     gateway = services.settings.gateway
+
+    def refused(source: str, error: HoldfastError) -> None:
+        services.audit.count(trail.unreadable(source, error))
+
     servers = [
         _Server(
             create_app(services),
-            bounded_by(gateway.max_header_bytes, gateway.unread_timeout_s),
+            bounded_by(gateway.max_header_bytes, gateway.unread_timeout_s, refused),
             certificate=gateway.tls_certificate,
             private_key=gateway.tls_private_key,
         ),
         _Server(
             _with_health_and_metrics(services),
-            bounded_by(gateway.max_header_bytes, _ADMIN_UNREAD_S, PeerCredentialsProtocol),
+            bounded_by(gateway.max_header_bytes, _ADMIN_UNREAD_S, refused, PeerCredentialsProtocol),
         ),
     ]
     async with asyncio.TaskGroup() as tasks:
