@@ -38,6 +38,7 @@ from api.backups import BACKUP_PREFIX
 from api.configuration import tell_configuration
 from api.engine_leases import keep_releasing
 from api.engine_watch import EngineWatch
+from api.founding import tell_founding
 from api.health import HEALTH_ROUTES, Health
 from api.kv_metrics import KvCollector, exposition
 from api.kv_watch import KvWatch
@@ -54,7 +55,15 @@ from api.turn_ends import TurnEnds
 from api.waiting import WaitingRoom
 from appliance.audit import AuditUnavailable, Event, NodeAudit
 from appliance.audit.configuration import digest, effective
-from appliance.audit.events import ENGINE_LOST, ENGINE_READY, GATEWAY_STARTED, GATEWAY_STOPPED, SYSTEM, TENANT_REMOVED
+from appliance.audit.events import (
+    ENGINE_LOST,
+    ENGINE_READY,
+    GATEWAY_STARTED,
+    GATEWAY_STOPPED,
+    SYSTEM,
+    TENANT_REMOVED,
+    VAULT_OPENED,
+)
 from appliance.audit.siem.exports import Exports
 from appliance.engine.client import EngineClient
 from appliance.engine.command_line import SOCKET_NAME, EngineSpec, engine_python
@@ -152,6 +161,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         marking = tasks.create_task(keep_marks(services))
         retaining = tasks.create_task(keep_retention(services))
         comparing = tasks.create_task(tell_configuration(services))
+        founding = tasks.create_task(tell_founding(services))
         naming = tasks.create_task(tell_settings_of_nobody(services))
         watch = tasks.create_task(services.watch.run())
         looking = tasks.create_task(services.kv.run())
@@ -182,6 +192,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         marking.cancel()
         retaining.cancel()
         comparing.cancel()
+        founding.cancel()
         naming.cancel()
         if services.engine_process is not None:
             await services.engine_process.stop()
@@ -204,6 +215,8 @@ async def _record_start(services: Services, removed: Sequence[str]) -> None:
     try:
         details = {"pid": str(os.getpid()), "settings": digest(effective(services.settings))}
         events = [Event(GATEWAY_STARTED, SYSTEM, details=details)]
+        if not services.vault.sealed:  # a key file opened it: nobody asked for that
+            events.append(Event(VAULT_OPENED, SYSTEM, target=("vault", services.vault.root_id)))
         events += [Event(TENANT_REMOVED, SYSTEM, tenant_id=each, target=("tenant", each)) for each in removed]
         await services.audit.record(*events, privileged=True)
         if not services.vault.sealed:

@@ -27,7 +27,7 @@ from appliance.audit.events import (
     Outcome,
 )
 from appliance.errors import Fault, HoldfastError
-from appliance.identity import ApiKey, Caller, Principal
+from appliance.identity import ApiKey, Caller, Principal, Tenant
 
 
 def actor_of(caller: Caller) -> Actor:
@@ -111,6 +111,11 @@ def refused(request: Request, route: str, error: HoldfastError) -> Event:
 def unreadable(source: str, error: HoldfastError) -> Event:
     """What came over a connection was refused before it was a request."""
     return Event(MALFORMED, ANYONE, Outcome.REFUSED, source=source, reason=error.code)
+
+
+def details_of_tenant(tenant: Tenant) -> dict[str, str]:
+    """What a new tenant chose."""
+    return {"isolation": tenant.isolation.value}
 
 
 def details_of_principal(principal: Principal) -> dict[str, str]:

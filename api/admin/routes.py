@@ -380,7 +380,7 @@ async def _create_tenant(new: types.NewTenant, services: ServicesOf, asker: Aske
     tenant = await services.identity.create_tenant(
         new.name, idle_timeout_s=new.idle_timeout_s, isolation=Isolation(new.isolation)
     )
-    details = {"isolation": tenant.isolation.value}
+    details = trail.details_of_tenant(tenant)
     await asker.did(TENANT_CREATED, ("tenant", tenant.tenant_id), tenant_id=tenant.tenant_id, details=details)
     return views.tenant_view(services, tenant)
 

@@ -110,7 +110,9 @@ CONFIG_CHANGED: Final = EventClass(
 MODEL_CHANGED: Final = EventClass(
     16, "model.changed", "The model is another one than at the last start.", Scope.SYSTEM, (3004, 3)
 )
-VAULT_OPENED: Final = EventClass(20, "vault.opened", "The root key was opened.", Scope.SYSTEM, (3002, 1))
+VAULT_OPENED: Final = EventClass(
+    20, "vault.opened", "The root key was opened: by whom, or by a start with a key file.", Scope.SYSTEM, (3002, 1)
+)
 VAULT_REFUSED: Final = EventClass(21, "vault.refused", "Somebody failed to open the vault.", Scope.SYSTEM, (3002, 1))
 VAULT_SEALED: Final = EventClass(22, "vault.sealed", "The vault was sealed.", Scope.SYSTEM, (3002, 2))
 KEYS_ROTATED: Final = EventClass(
