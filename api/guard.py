@@ -12,8 +12,9 @@ Rules:
 - Every answer carries `X-Request-ID`; the client's own is kept if it is harmless. Every answer of a turn whose session
   is known, be it from its headers only, carries `X-Session-ID`: refusals too.
 - While the vault is sealed or the gateway drains, only health is answered.
-- What is refused is recorded; what anybody can have refused is counted, and told once a minute.
-- An error that nobody thought of is logged with the request's id and answers 500 without a word of it.
+- What is refused is recorded; what anybody can have refused is counted, and told once a minute. A valid key whose
+  request never became whole is recorded: hanging up in time must not tell unseen whether a key holds.
+- An error that nobody thought of is logged with the request's id, answers 500 without a word of it, and is recorded.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ from api.openai.errors import (
 from api.openai.hints import HEADERS as SESSION_HEADERS
 from api.openai.hints import named_session
 from api.services import Services
-from appliance.audit import AuditUnavailable
+from appliance.audit import AuditUnavailable, Event
 from appliance.errors import HoldfastError
 from appliance.vault import VaultSealed
 
@@ -112,7 +113,8 @@ class Guard:
             scope[REQUEST] = request
             await app(scope, receive, send_named)
         except ClientGone:
-            return
+            if request.caller is not None and not request.body_read:
+                await self._record(trail.authenticated(request))
         except HoldfastError as error:
             await self._tell_refused(request, route, error)
             await refuse(send_named, request, error)
@@ -121,17 +123,21 @@ class Guard:
             trace = "".join(traceback.format_tb(error.__traceback__))
             _LOG.error("request %s failed: %s\n%s", request.request_id, type(error).__name__, trace)
             # An answer that has begun is cut off: a client must not take it for whole.
+            defect = _defect(error)
             if not request.began:
-                await refuse(send_named, request, _defect(error))
+                await refuse(send_named, request, defect)
+            await self._tell_refused(request, route, defect)
 
     async def _tell_refused(self, request: Request, route: str, error: HoldfastError) -> None:
-        audit = self._services.audit
         event = trail.refused(request, route, error)
         if trail.is_counted(request, error):
-            audit.count(event)
-            return
-        with contextlib.suppress(AuditUnavailable, VaultSealed):  # it is refused all the same
-            await audit.record(event)
+            self._services.audit.count(event)
+        else:
+            await self._record(event)
+
+    async def _record(self, event: Event) -> None:
+        with contextlib.suppress(AuditUnavailable, VaultSealed):  # it has ended all the same
+            await self._services.audit.record(event)
 
     async def _admit(self, scope: Scope, request: Request, raw_path: bytes) -> App:
         services = self._services

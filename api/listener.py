@@ -8,12 +8,13 @@ Rules:
   to send is told that the client is gone.
 - What comes around a body (chunk extensions, trailer fields) has the size of the headers. Trailers are not kept.
 - What is not HTTP, or too much of it, is answered in the same shape as every other error, with an `X-Request-ID`, and
-  the connection is closed. Where an answer has begun already it is closed only.
+  the connection is closed. Where an answer has begun already it is closed only. Both are told to `tell_refused`.
 - An answer that is over before its request was read ends the connection: nobody would bound the rest.
 """
 
 import asyncio
 import os
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.config import Config
@@ -23,7 +24,12 @@ from uvicorn.server import ServerState
 from api.openai.errors import HeadersTooLarge, NotHttp, error_object, status_of
 from appliance.errors import HoldfastError
 
+TellRefused = Callable[[str, HoldfastError], None]
 _HEADER_DEADLINE_S = 15.0
+
+
+def _tell_nobody(source: str, error: HoldfastError) -> None:
+    pass
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -33,10 +39,12 @@ class BoundedProtocol(HttpToolsProtocol):
         max_header_bytes: of the request line and all headers together, and of what comes between pieces of a body and
             after the last.
         unread_timeout_s: how long what was written may lie unread.
+        tell_refused: is told the source and the error of what is refused here.
     """
 
     max_header_bytes = 64 << 10
     unread_timeout_s = 10.0
+    tell_refused: TellRefused = staticmethod(_tell_nobody)
     cycle: RequestResponseCycle | None  # type: ignore[assignment]  # none before the first request
 
     def __init__(
@@ -174,6 +182,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         if self.transport.is_closing():
             return
+        self.tell_refused("" if self.client is None else self.client[0], error)
         if not self._may_answer():
             self.transport.close()
             return
@@ -197,8 +206,15 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 def bounded_by(
-    max_header_bytes: int, unread_timeout_s: float, protocol: type[BoundedProtocol] = BoundedProtocol
+    max_header_bytes: int,
+    unread_timeout_s: float,
+    tell_refused: TellRefused,
+    protocol: type[BoundedProtocol] = BoundedProtocol,
 ) -> type[BoundedProtocol]:
     """`protocol` with bounds of its own: uvicorn makes protocols itself, from a class."""
-    bounds = {"max_header_bytes": max_header_bytes, "unread_timeout_s": unread_timeout_s}
+    bounds = {
+        "max_header_bytes": max_header_bytes,
+        "unread_timeout_s": unread_timeout_s,
+        "tell_refused": staticmethod(tell_refused),
+    }
     return type(protocol.__name__, (protocol,), bounds)

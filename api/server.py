@@ -28,6 +28,7 @@ from typing import ClassVar
 import uvicorn
 import uvloop
 
+from api import trail
 from api.admin.peers import PeerCredentialsProtocol
 from api.admin.routes import admin_app
 from api.admin.status import versions
@@ -37,6 +38,7 @@ from api.backups import BACKUP_PREFIX
 from api.configuration import tell_configuration
 from api.engine_leases import keep_releasing
 from api.engine_watch import EngineWatch
+from api.founding import tell_founding
 from api.health import HEALTH_ROUTES, Health
 from api.kv_metrics import KvCollector, exposition
 from api.kv_watch import KvWatch, quarantined
@@ -61,6 +63,7 @@ from appliance.audit.events import (
     KV_QUARANTINED,
     SYSTEM,
     TENANT_REMOVED,
+    VAULT_OPENED,
     Outcome,
 )
 from appliance.audit.siem.exports import Exports
@@ -135,16 +138,20 @@ async def _serve(settings: Settings) -> None:
 async def _run(services: Services, data: socket.socket, admin: socket.socket) -> None:
     stop = _Stop()
     gateway = services.settings.gateway
+
+    def refused(source: str, error: HoldfastError) -> None:
+        services.audit.count(trail.unreadable(source, error))
+
     servers = [
         _Server(
             create_app(services),
-            bounded_by(gateway.max_header_bytes, gateway.unread_timeout_s),
+            bounded_by(gateway.max_header_bytes, gateway.unread_timeout_s, refused),
             certificate=gateway.tls_certificate,
             private_key=gateway.tls_private_key,
         ),
         _Server(
             _with_health_and_metrics(services),
-            bounded_by(gateway.max_header_bytes, _ADMIN_UNREAD_S, PeerCredentialsProtocol),
+            bounded_by(gateway.max_header_bytes, _ADMIN_UNREAD_S, refused, PeerCredentialsProtocol),
         ),
     ]
     async with asyncio.TaskGroup() as tasks:
@@ -160,6 +167,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         retaining = tasks.create_task(keep_retention(services))
         checking = tasks.create_task(_keep_checking(services))
         comparing = tasks.create_task(tell_configuration(services))
+        founding = tasks.create_task(tell_founding(services))
         naming = tasks.create_task(tell_settings_of_nobody(services))
         watch = tasks.create_task(services.watch.run())
         looking = tasks.create_task(services.kv.run())
@@ -192,6 +200,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         retaining.cancel()
         checking.cancel()
         comparing.cancel()
+        founding.cancel()
         naming.cancel()
         if services.engine_process is not None:
             await services.engine_process.stop()
@@ -215,6 +224,8 @@ async def _record_start(services: Services, removed: Sequence[str]) -> None:
         await tell_restores(services)
         details = {"pid": str(os.getpid()), "settings": digest(effective(services.settings))}
         events = [Event(GATEWAY_STARTED, SYSTEM, details=details)]
+        if not services.vault.sealed:  # a key file opened it: nobody asked for that
+            events.append(Event(VAULT_OPENED, SYSTEM, target=("vault", services.vault.root_id)))
         events += [Event(TENANT_REMOVED, SYSTEM, tenant_id=each, target=("tenant", each)) for each in removed]
         await services.audit.record(*events, privileged=True)
         if not services.vault.sealed:

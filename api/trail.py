@@ -6,7 +6,7 @@ Rules:
 - An event names who, what and how it ended; never what was said, nor a key, nor a name that a person gave.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from api.answers import Request
 from appliance.audit.events import (
@@ -27,7 +27,7 @@ from appliance.audit.events import (
     Outcome,
 )
 from appliance.errors import Fault, HoldfastError
-from appliance.identity import Caller
+from appliance.identity import ApiKey, Caller, Principal, Tenant
 
 
 def actor_of(caller: Caller) -> Actor:
@@ -100,11 +100,54 @@ def models_read(request: Request) -> Event:
 
 
 def refused(request: Request, route: str, error: HoldfastError) -> Event:
-    """A request was refused; by whom it was sent is known, or not."""
+    """A request was refused, or failed of a defect; by whom it was sent is known, or not."""
+    outcome = outcome_of(error)
     if request.caller is not None:
-        return _of_caller(request, REQUEST_REFUSED, outcome=Outcome.REFUSED, target=("route", route), reason=error.code)
+        return _of_caller(request, REQUEST_REFUSED, outcome=outcome, target=("route", route), reason=error.code)
     kind = NOT_AUTHENTICATED if error.fault is Fault.UNAUTHENTICATED else MALFORMED
-    return Event(kind, ANYONE, Outcome.REFUSED, source=request.source, target=("route", route), reason=error.code)
+    return Event(kind, ANYONE, outcome, source=request.source, target=("route", route), reason=error.code)
+
+
+def unreadable(source: str, error: HoldfastError) -> Event:
+    """What came over a connection was refused before it was a request."""
+    return Event(MALFORMED, ANYONE, Outcome.REFUSED, source=source, reason=error.code)
+
+
+def details_of_tenant(tenant: Tenant) -> dict[str, str]:
+    """What a new tenant chose."""
+    return {"isolation": tenant.isolation.value}
+
+
+def details_of_principal(principal: Principal) -> dict[str, str]:
+    """A new principal's role and permissions."""
+    return {"role": principal.role.value, "permissions": _listed(principal.permissions)}
+
+
+def details_of_key(key: ApiKey, principal: Principal) -> dict[str, str]:
+    """Whose a new key is, and what it may do: a bound that is not named is none."""
+    scopes = key.scopes
+    bounds = {
+        "models": None if scopes.models is None else _listed(scopes.models),
+        "requests_per_minute": scopes.requests_per_minute,
+        "concurrent_requests": scopes.concurrent_requests,
+        "tokens_per_day": scopes.tokens_per_day,
+        "expires_at": key.expires_at,
+    }
+    return {
+        "principal_id": principal.principal_id,
+        "role": principal.role.value,
+        "permissions": _listed(scopes.permissions),
+        **{name: str(bound) for name, bound in bounds.items() if bound is not None},
+    }
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def outcome_of(error: HoldfastError) -> Outcome:
+    """How something ended that ended with an error."""
+    return Outcome.FAILURE if error.fault is Fault.INTERNAL else Outcome.REFUSED
 
 
 def is_counted(request: Request, error: HoldfastError) -> bool:

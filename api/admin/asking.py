@@ -27,13 +27,19 @@ _LOG = logging.getLogger("holdfast.gateway")
 _Answer = TypeVar("_Answer")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Asker:
-    """Who a request is made for. `caller` is None while the vault is sealed: the gateway's own user, nameless."""
+    """Who a request is made for.
+
+    Attributes:
+        caller: None while the vault is sealed: the gateway's own user, nameless.
+        failure_told: that the request did not succeed, and why, was recorded by who knows more than its error says.
+    """
 
     caller: Caller | None
     source: str
     audit: NodeAudit
+    failure_told: bool = False
 
     async def did(
         self,
@@ -62,6 +68,7 @@ class Asker:
             details=details or {},
         )
         await self.audit.record(event, privileged=True)
+        self.failure_told |= outcome is not Outcome.SUCCESS
 
     def __str__(self) -> str:
         return "the gateway's own user" if self.caller is None else self.caller.principal.principal_id

@@ -10,17 +10,22 @@ Rules:
 - While the vault is sealed nobody's name can be read: only what `RULES` opens then is open, and only to the user whose
   process this is. Unsealing needs the passphrase besides.
 - Whose session is it, and may it be read: `appliance.sessions` decides, not the routes.
-- Everything but a look at the status is in the audit log: that it was asked for before it is done, what came of it
-  after, what was refused too; ids, never names or secrets. What cannot be recorded is not done, and not shown.
+- Everything but a look at the status is in the audit log: that it was asked for, once the request is known to be one
+  and before it is done; what came of it after; ids, never names or secrets. What cannot be recorded is not done, and
+  not shown. Every refusal and every failure is there, of whatever route, with its code; those of who has no name here
+  are counted.
 - No answer repeats what a request contained.
 """
 
 import asyncio
+import contextlib
 import dataclasses
+import functools
+import inspect
 import logging
 import os
-from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Annotated, Any, ClassVar
 
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -29,6 +34,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api import trail
 from api.admin import audit_routes, prove_routes, status, types, views
 from api.admin.asking import Asker, AskerOf, Endpoints, ServicesOf, chosen_tenant, unknown, while_there, with_first
 from api.admin.kv import kv_status
@@ -39,7 +45,7 @@ from api.forgetting import forget_session
 from api.openai.errors import status_of
 from api.roots import open_root
 from api.services import Services
-from appliance.audit import Event, Outcome
+from appliance.audit import Actor, AuditUnavailable, Event, Outcome
 from appliance.audit.events import (
     ADMIN_ACTED,
     ADMIN_REFUSED,
@@ -48,7 +54,9 @@ from appliance.audit.events import (
     KEY_CREATED,
     KEY_REVOKED,
     KEYS_ROTATED,
+    MALFORMED,
     NOT_AUTHENTICATED,
+    PRINCIPAL_CREATED,
     SESSION_SHREDDED,
     SESSIONS_LISTED,
     TENANT_CHANGED,
@@ -57,6 +65,7 @@ from appliance.audit.events import (
     VAULT_OPENED,
     VAULT_REFUSED,
     VAULT_SEALED,
+    EventClass,
 )
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Isolation, Principal, Role, Tenant
@@ -171,7 +180,9 @@ def admin_app(services: Services) -> FastAPI:
     app.state.unsealing = asyncio.Lock()
     app.state.proving = asyncio.Lock()
     for (method, path), (endpoint, answer) in _ENDPOINTS.items():
-        app.add_api_route(path, endpoint, methods=[method], response_model=answer)
+        rule = RULES.get((method, path))
+        told = endpoint if rule is None or not rule.recorded else _recorded(endpoint)
+        app.add_api_route(path, told, methods=[method], response_model=answer)
     routes = {
         (method, route.path) for route in app.routes if isinstance(route, APIRoute) for method in route.methods or ()
     }
@@ -190,22 +201,11 @@ def admin_app(services: Services) -> FastAPI:
 
 async def _authorise(request: Request) -> None:
     services: Services = request.app.state.services
-    route = (request.method, request.scope["route"].path)
-    asker = await _asker(services, request)
-    details = {"route": " ".join(route)}
-    target = next(((name.removesuffix("_id"), str(given)) for name, given in request.path_params.items()), ("", ""))
-    rule = RULES.get(route)
-    try:
-        _check(asker, rule)
-    except AdminDenied as error:
-        _LOG.warning("refused %s %s to %s: %s", *route, asker, error.cause)
-        await asker.did(ADMIN_REFUSED, target, outcome=Outcome.REFUSED, reason=error.code, details=details)
-        raise
+    request.state.asker = asker = await _asker(services, request)
+    route = _route(request)
+    _check(asker, RULES.get((request.method, route)))
     if request.method != "GET":
-        _LOG.info("%s %s for %s", *route, asker)
-    if rule is not None and rule.recorded:
-        await asker.did(ADMIN_ACTED, target, details=details)
-    request.state.asker = asker
+        _LOG.info("%s %s for %s", request.method, route, asker)
 
 
 def _check(asker: Asker, rule: Rule | None) -> None:
@@ -241,11 +241,8 @@ async def _asker(services: Services, request: Request) -> Asker:
         scheme, _, secret = offered.partition(" ")
         try:
             caller = await services.identity.authenticate(secret.strip() if scheme.lower() == "bearer" else "")
-        except HoldfastError as error:
-            services.audit.count(Event(NOT_AUTHENTICATED, ANYONE, Outcome.REFUSED, source=source, reason=error.code))
-            if isinstance(error, VaultSealed):
-                raise VaultSealed(remedy="The gateway's own user runs `holdfast unseal`, without an API key") from None
-            raise
+        except VaultSealed:
+            raise VaultSealed(remedy="The gateway's own user runs `holdfast unseal`, without an API key") from None
         return Asker(caller, source, services.audit)
     uid = uid_of(client)
     if uid is None:
@@ -259,6 +256,69 @@ async def _asker(services: Services, request: Request) -> Asker:
             raise _denied("while the vault is sealed it is open to the gateway's own user only")
         return Asker(None, source, services.audit)
     return Asker(await services.identity.caller_of_uid(uid), source, services.audit)
+
+
+# What is recorded whatever the route
+
+
+def _route(request: Request) -> str:
+    """The path as `RULES` has it; empty: it is no route."""
+    return getattr(request.scope.get("route"), "path", "")
+
+
+def _target(request: Request) -> tuple[str, str]:
+    return next(((name.removesuffix("_id"), str(given)) for name, given in request.path_params.items()), ("", ""))
+
+
+async def _acted(request: Request) -> None:
+    asker: Asker = request.state.asker
+    await asker.did(ADMIN_ACTED, _target(request), details={"route": f"{request.method} {_route(request)}"})
+
+
+def _recorded(endpoint: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """`endpoint`, called once that it was asked for is recorded: what its parameters refuse never gets there."""
+
+    async def told(*, recording: Callable[[], Awaitable[None]], **given: object) -> object:
+        await recording()
+        return await endpoint(**given)
+
+    def recording(request: Request) -> Callable[[], Awaitable[None]]:
+        return functools.partial(_acted, request)
+
+    signature = inspect.signature(endpoint)
+    also = inspect.Parameter("recording", inspect.Parameter.KEYWORD_ONLY, default=Depends(recording))
+    told.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), also]
+    )
+    return told
+
+
+async def _tell_failed(request: Request, error: HoldfastError) -> None:
+    services: Services = request.app.state.services
+    asker: Asker | None = getattr(request.state, "asker", None)
+    outcome, route = trail.outcome_of(error), _route(request)
+    details = {"route": f"{request.method} {route}"} if route else {}
+    if asker is None:
+        # Nobody's name is known: it may be anybody, again and again.
+        client = None if request.client is None else (request.client.host, request.client.port)
+        source = "" if client is None else client[0]
+        actor = ANYONE if uid_of(client) is None else Actor("user", source)
+        services.audit.count(Event(_kind_of_nobodys(error), actor, outcome, source=source, reason=error.code))
+    elif not asker.failure_told and not isinstance(error, AuditUnavailable):
+        denied = isinstance(error, AdminDenied | VaultSealed)
+        if denied:
+            _LOG.warning("refused %s %s to %s: %s", request.method, route, asker, error.cause)
+        kind = ADMIN_REFUSED if denied else ADMIN_ACTED
+        with contextlib.suppress(AuditUnavailable):  # it has failed all the same
+            await asker.did(kind, _target(request), outcome=outcome, reason=error.code, details=details)
+
+
+def _kind_of_nobodys(error: HoldfastError) -> EventClass:
+    if isinstance(error, PeerUnknown):
+        return ADMIN_REFUSED
+    if error.fault is Fault.UNAUTHENTICATED:
+        return NOT_AUTHENTICATED
+    return MALFORMED if error.fault in (Fault.CALLER, Fault.MISSING) else ADMIN_REFUSED
 
 
 # The vault
@@ -328,7 +388,7 @@ async def _create_tenant(new: types.NewTenant, services: ServicesOf, asker: Aske
     tenant = await services.identity.create_tenant(
         new.name, idle_timeout_s=new.idle_timeout_s, isolation=Isolation(new.isolation)
     )
-    details = {"isolation": tenant.isolation.value}
+    details = trail.details_of_tenant(tenant)
     await asker.did(TENANT_CREATED, ("tenant", tenant.tenant_id), tenant_id=tenant.tenant_id, details=details)
     return views.tenant_view(services, tenant)
 
@@ -369,13 +429,24 @@ async def _keys(services: ServicesOf, asker: AskerOf, tenant: str | None = None)
 
 async def _create_key(new: types.NewKey, services: ServicesOf, asker: AskerOf) -> types.CreatedKey:
     tenant = await chosen_tenant(services, asker.named, new.tenant) or await _only_tenant(services)
-    principal = await services.identity.principal(tenant, new.principal, Role(new.role))
+    principal = await _principal(tenant, new.principal, Role(new.role), services, asker)
     return await _key_for(principal, new, new.limits, services, asker)
 
 
 async def _create_appliance_key(new: types.NewApplianceKey, services: ServicesOf, asker: AskerOf) -> types.CreatedKey:
-    principal = await services.identity.principal(None, new.principal, Role(new.role))
+    principal = await _principal(None, new.principal, Role(new.role), services, asker)
     return await _key_for(principal, new, types.Limits(permissions=new.permissions), services, asker)
+
+
+async def _principal(tenant: Tenant | None, name: str, role: Role, services: Services, asker: Asker) -> Principal:
+    """The principal of a name and a role; one that is made is an event."""
+    known = {each.principal_id for each in await services.identity.principals(tenant)}
+    principal = await services.identity.principal(tenant, name, role)
+    if principal.principal_id not in known:
+        made = ("principal", principal.principal_id)
+        details = trail.details_of_principal(principal)
+        await asker.did(PRINCIPAL_CREATED, made, tenant_id=principal.tenant_id, details=details)
+    return principal
 
 
 async def _key_for(
@@ -389,7 +460,7 @@ async def _key_for(
     key, secret = await services.identity.create_key(
         principal, views.scopes(limits), label=new.label, expires_at=expires_at
     )
-    details = {"principal_id": principal.principal_id, "role": principal.role.value}
+    details = trail.details_of_key(key, principal)
     await asker.did(KEY_CREATED, ("key", key.key_id), tenant_id=key.tenant_id, details=details)
     (view,) = await views.key_views(services, [key])
     return types.CreatedKey(key=view, secret=secret)
@@ -535,8 +606,9 @@ def _denied(cause: str, *, remedy: str = "Ask an administrator of the appliance"
     return AdminDenied("this may not be done", cause=cause, remedy=remedy)
 
 
-async def _answer_error(_: Request, error: Exception) -> JSONResponse:
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     told = _as_holdfast_error(error)
+    await _tell_failed(request, told)
     return JSONResponse({"error": types.ErrorBody.of(told).model_dump()}, status_code=status_of(told))
 
 

@@ -1,5 +1,6 @@
 """`GET /v1/models` and `GET /v1/models/{id}`: what is served here, as far as the caller's key may use it."""
 
+import contextlib
 from typing import Any
 from urllib.parse import quote
 
@@ -7,8 +8,10 @@ from api import trail
 from api.answers import REQUEST, Receive, Request, Scope, Send, answer_json, refuse
 from api.openai.errors import ModelMissing, engine_not_ready
 from api.services import Services
+from appliance.audit import AuditUnavailable
 from appliance.engine.client import ModelCard
 from appliance.errors import HoldfastError
+from appliance.vault import VaultSealed
 
 LIST_PATH = b"/v1/models"
 ITEM_PREFIX = b"/v1/models/"
@@ -40,6 +43,9 @@ class Models:
                 )
             await answer_json(send, 200, self._described(found))
         except HoldfastError as error:
+            route = LIST_PATH.decode() if scope["raw_path"] == LIST_PATH else "other"
+            with contextlib.suppress(AuditUnavailable, VaultSealed):  # it is refused all the same
+                await self._services.audit.record(trail.refused(request, route, error))
             await refuse(send, request, error)
 
     def _visible(self, request: Request) -> list[ModelCard]:

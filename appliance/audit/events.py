@@ -132,7 +132,9 @@ KV_QUARANTINED: Final = EventClass(
     Scope.SYSTEM,
     (6002, 99),
 )
-VAULT_OPENED: Final = EventClass(20, "vault.opened", "The root key was opened.", Scope.SYSTEM, (3002, 1))
+VAULT_OPENED: Final = EventClass(
+    20, "vault.opened", "The root key was opened: by whom, or by a start with a key file.", Scope.SYSTEM, (3002, 1)
+)
 VAULT_REFUSED: Final = EventClass(21, "vault.refused", "Somebody failed to open the vault.", Scope.SYSTEM, (3002, 1))
 VAULT_SEALED: Final = EventClass(22, "vault.sealed", "The vault was sealed.", Scope.SYSTEM, (3002, 2))
 KEYS_ROTATED: Final = EventClass(
@@ -143,7 +145,7 @@ KEYS_ROTATED: Final = EventClass(
     (3004, 3),
 )
 AUTHENTICATED: Final = EventClass(
-    30, "key.authenticated", "A request that is not a turn brought a valid key.", Scope.TENANT, (3002, 1)
+    30, "key.authenticated", "A request that came to no turn brought a valid key.", Scope.TENANT, (3002, 1)
 )
 NOT_AUTHENTICATED: Final = EventClass(
     31,
@@ -177,7 +179,7 @@ TURN_INTERRUPTED: Final = EventClass(
     (6003, 1),
 )
 REQUEST_REFUSED: Final = EventClass(
-    43, "request.refused", "A request of a known caller was refused.", Scope.TENANT, (6003, 99)
+    43, "request.refused", "A request of a known caller was refused, or failed of a defect.", Scope.TENANT, (6003, 99)
 )
 MODELS_READ: Final = EventClass(44, "models.read", "A caller asked which models there are.", Scope.TENANT, (6003, 2))
 SESSION_ENDED: Final = EventClass(46, "session.ended", "A client said that a session is over.", Scope.TENANT, (6003, 4))
@@ -191,8 +193,13 @@ TENANT_CHANGED: Final = EventClass(
 TENANT_REMOVED: Final = EventClass(
     52, "tenant.removed", "A tenant that was made for a proof was removed with all of its own.", Scope.SYSTEM, (3004, 4)
 )
-KEY_CREATED: Final = EventClass(60, "key.created", "An API key was made.", Scope.SYSTEM, (3004, 1))
+KEY_CREATED: Final = EventClass(
+    60, "key.created", "An API key was made: whose, and what it may do.", Scope.SYSTEM, (3004, 1)
+)
 KEY_REVOKED: Final = EventClass(61, "key.revoked", "An API key was revoked.", Scope.SYSTEM, (3004, 4))
+PRINCIPAL_CREATED: Final = EventClass(
+    62, "principal.created", "A principal was made: its role, and what it may do.", Scope.SYSTEM, (3001, 1)
+)
 SESSIONS_LISTED: Final = EventClass(70, "sessions.listed", "Somebody listed sessions.", Scope.SYSTEM, (6003, 2))
 TRANSCRIPT_READ: Final = EventClass(71, "transcript.read", "Somebody read a transcript.", Scope.SYSTEM, (6003, 2))
 SESSION_SHREDDED: Final = EventClass(72, "session.shredded", "A session's key was destroyed.", Scope.SYSTEM, (6003, 4))
@@ -205,8 +212,20 @@ BACKUP_RESTORED: Final = EventClass(
     Scope.SYSTEM,
     (6002, 99),
 )
-ADMIN_ACTED: Final = EventClass(90, "admin.acted", "The admin API was used.", Scope.SYSTEM, (6003, 99))
-ADMIN_REFUSED: Final = EventClass(91, "admin.refused", "The admin API refused a request.", Scope.SYSTEM, (6003, 99))
+ADMIN_ACTED: Final = EventClass(
+    90,
+    "admin.acted",
+    "The admin API was asked for something; refused or failure: what was asked came to nothing, for `reason`.",
+    Scope.SYSTEM,
+    (6003, 99),
+)
+ADMIN_REFUSED: Final = EventClass(
+    91,
+    "admin.refused",
+    "The admin API refused somebody who may not ask for that; `count` of who is nobody here.",
+    Scope.SYSTEM,
+    (6003, 99),
+)
 AUDIT_READ: Final = EventClass(95, "audit.read", "Somebody read the audit log.", Scope.SYSTEM, (6003, 2))
 AUDIT_WITNESSED: Final = EventClass(
     96, "audit.witnessed", "A witness co-signed a checkpoint.", Scope.SYSTEM, (6003, 99)

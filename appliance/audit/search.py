@@ -5,6 +5,7 @@ Rules:
 - The plaintext header and the keyed tags decide first: only what they let through is decrypted.
 - The newest comes first; a search is bounded in what it returns and in what it looks at, and says where it stopped.
 - A record that cannot be opened (its tenant was shredded) is returned without its content, never left out.
+- A record in plaintext has no tags and is the system's: what it says decides.
 """
 
 import fnmatch
@@ -16,6 +17,7 @@ from appliance.audit.entry import NO_ID, AuditKeys, Entry, EntryInvalid, open_re
 from appliance.audit.events import CATALOGUE
 from appliance.audit.reading import LogReader, removed
 from appliance.errors import HoldfastError
+from appliance.vault import SYSTEM_SCOPE
 
 MOST_LOOKED_AT: Final = 200_000
 
@@ -74,7 +76,9 @@ def search(log: LogReader, keys: AuditKeys, query: Query) -> Findings:
     classes = None
     if query.action is not None:
         classes = {number for number, known in CATALOGUE.items() if fnmatch.fnmatchcase(known.action, query.action)}
-    key_id = None if query.scope is None else keys.audit_key_id(query.scope)
+    key_ids = None if query.scope is None else {keys.audit_key_id(query.scope)}
+    if key_ids is not None and query.scope == SYSTEM_SCOPE:
+        key_ids.add(NO_ID)
     oldest = log.oldest
     start = oldest if query.since_ns is None else log.first_at(query.since_ns)
     end = log.size if query.until_ns is None else log.first_at(query.until_ns)
@@ -89,7 +93,7 @@ def search(log: LogReader, keys: AuditKeys, query: Query) -> Findings:
             break
         if classes is not None and entry.event_class not in classes:
             continue
-        if key_id is not None and entry.key_id != key_id:
+        if key_ids is not None and entry.key_id not in key_ids:
             continue
         if not actor.match(entry, entry.actor_tag) or not session.match(entry, entry.session_tag):
             continue
@@ -123,7 +127,7 @@ class _Tags:
         if self._value is None:
             return True
         if entry.key_id == NO_ID:
-            return False
+            return True
         if entry.key_id not in self._by_key:
             try:
                 wanted = search_tag(self._keys, entry.key_id, self._label, self._value)

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 from api.admin import types
+from api.admin.client import Refused
 from appliance.audit.notes import VerifierKey
 from appliance.audit.reading import LogReader
 from appliance.audit.verify import verify_log
-from tests.e2e.api.conftest import Served, serving, until
+from benchmarks.running import make_appliance, running_gateway, running_stub
+from tests.e2e.api.conftest import Served, read_answer, serving, until
 from tests.e2e.api.test_faults import begin, read_until
 
 
@@ -119,7 +121,60 @@ def test_a_refusal_of_a_known_caller_is_recorded_with_its_reason(served: Served)
     assert (refused["reason"], refused["request_id"]) == (answer.code, answer.headers["x-request-id"])
 
 
+def test_a_key_cannot_be_tried_without_a_trace_by_hanging_up(own: Served) -> None:
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n"
+    with own.connect() as connection:
+        connection.sendall(f"{head}Authorization: Bearer {own.api_key}\r\n\r\n".encode())
+        connection.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+    until(lambda: bool(_entries(own, action="key.authenticated")))
+    (tried,) = _entries(own, action="key.authenticated")
+    assert _record(tried)["target"]["id"].startswith("ak_")
+    assert _record(tried)["source"] == "127.0.0.1"
+
+
+def test_what_is_no_request_is_counted_on_both_listeners(own: Served) -> None:
+    for _ in range(20):
+        assert own.send_raw(b"\x00garbage\r\n\r\n").status == 400
+    assert own.send_raw(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 70_000 + b"\r\n\r\n").status == 431
+    for request in (b"\x00garbage\r\n\r\n", b"GET /v1/nothing HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+        with own.connect_admin() as connection:
+            connection.sendall(request)
+            assert read_answer(connection).status in (400, 404)
+    until(lambda: bool(_entries(own, action="request.malformed")))
+    told = [_record(entry) for entry in _entries(own, action="request.malformed")]
+    uid = f"uid={os.geteuid()}"
+    assert {(each["source"], each["reason"], each["counts"]["count"]) for each in told} == {
+        ("127.0.0.1", "not_http", 20),
+        ("127.0.0.1", "headers_too_large", 1),
+        (uid, "not_http", 1),
+        (uid, "admin_route_unknown", 1),
+    }
+
+
+def test_a_request_that_the_admin_api_cannot_use_is_recorded_as_refused(own: Served) -> None:
+    before = own.admin.audit_status().size
+    with pytest.raises(Refused) as refused:
+        own.admin.create_tenant("")
+    (entry,) = [each for each in _entries(own, action="admin.*") if each.sequence >= before]
+    assert (entry.action, _record(entry)["outcome"]) == ("admin.acted", "refused")
+    assert _record(entry)["reason"] == refused.value.code
+
+
+def test_what_a_new_key_may_do_is_recorded(own: Served) -> None:
+    until(lambda: bool(_entries(own, action="key.created")))  # the one that there was before the log
+    own.new_key(tenant="plain", principal="agent")
+    own.new_key(tenant="plain", principal="reader", permissions=["transcript:read"], models=["stub"], tokens_per_day=9)
+    plain, reader = [_record(entry)["details"] for entry in _entries(own, action="key.created")][-2:]
+    assert (plain["permissions"], "models" in plain) == ("none", False)
+    assert (reader["permissions"], reader["models"], reader["tokens_per_day"]) == ("transcript:read", "stub", "9")
+    made = [_record(entry) for entry in _entries(own, action="principal.created")][-2:]
+    assert [each["target"]["id"] for each in made] == [plain["principal_id"], reader["principal_id"]]
+
+
 def test_a_flood_of_unauthenticated_requests_leaves_a_few_entries(own: Served) -> None:
+    until(lambda: {"config.recorded", "key.created"} <= set(_actions(own)))  # a first start's own are there
     before = own.admin.audit_status().size
     for number in range(300):
         assert own.send("GET", "/v1/models", api_key=f"hf_{number}").status == 401
@@ -226,6 +281,34 @@ def _all(served: Served) -> list[types.AuditEntry]:
         if page.go_on_before is None:
             return entries
         before = page.go_on_before
+
+
+def test_a_first_start_tells_once_who_was_there_before_the_log_and_every_start_who_opened_the_vault(
+    tmp_path: Path,
+) -> None:
+    state_dir, engine = tmp_path / "state", tmp_path / "engine.sock"
+    api_key = make_appliance(state_dir, permissions=("transcript:read",))
+    made = ["tenant.created", "principal.created", "principal.created", "key.created"]
+    with running_stub(engine), running_gateway(state_dir, engine) as gateway:
+        own = Served(state_dir, engine, gateway, api_key)
+        until(lambda: "key.created" in _actions(own))
+        assert _actions(own)[:2] == ["gateway.started", "vault.opened"]
+        told = [_record(entry) for entry in _entries(own, action="*.created")]
+        assert [each["action"] for each in told] == made
+        assert {each["details"]["made"] for each in told} == {"before the first start"}
+        _, administrator, client, key = told
+        assert administrator["details"]["uid"] == str(os.geteuid())
+        assert administrator["details"]["permissions"] == "transcript:read"
+        assert key["details"]["principal_id"] == client["target"]["id"]
+        assert key["target"]["id"] == own.admin.keys().keys[0].key_id
+        kept, before = state_dir / "audit/last-start", b""
+        until(lambda: kept.exists() and kept.read_bytes() != before)
+        before = kept.read_bytes()
+    with running_stub(engine), running_gateway(state_dir, engine) as gateway:
+        own = Served(state_dir, engine, gateway, api_key)
+        until(lambda: kept.read_bytes() != before)
+        assert [entry.action for entry in _entries(own, action="*.created")] == made
+        assert len(_entries(own, action="vault.opened")) == 2
 
 
 def test_starts_and_stops_are_recorded_and_an_old_log_goes_on(own: Served) -> None:

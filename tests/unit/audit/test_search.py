@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from appliance.audit import search as searching
-from appliance.audit.entry import seal
-from appliance.audit.events import SYSTEM, VAULT_OPENED, Event
+from appliance.audit.entry import Draft, seal
+from appliance.audit.events import SYSTEM, VAULT_OPENED, VAULT_REFUSED, Actor, Event, Outcome
 from appliance.audit.reading import LogReader
 from appliance.audit.search import Findings, Query, search
 from appliance.errors import HoldfastError
@@ -99,6 +99,29 @@ def test_a_search_looks_at_so_much_and_says_where_it_stopped(directory: Path, mo
     monkeypatch.setattr(searching, "MOST_LOOKED_AT", 100)
     findings = _search(directory, session="ses_none")
     assert (findings.found, findings.go_on_before) == ([], 501)
+
+
+def test_what_was_recorded_in_plaintext_is_found_by_what_it_says(tmp_path: Path) -> None:
+    def drafted(event: Event, keys: Keys | None) -> Draft:
+        record = event.record({})
+        return seal(
+            event.kind.number, record, keys=keys, scope="system", actor=event.actor.id, session="", random=b"p" * 32
+        )
+
+    somebody = Actor("user", "uid=1000")
+    log = open_log(tmp_path)
+    while_sealed = drafted(Event(VAULT_REFUSED, somebody, Outcome.REFUSED), None)
+    log.append([while_sealed, drafted(Event(VAULT_OPENED, somebody), Keys()), *drafts([1])])
+    log.close()
+
+    def found(**wanted: Any) -> list[int]:
+        return [each.entry.sequence for each in _search(tmp_path, **wanted).found]
+
+    assert found(actor="uid=1000") == [1, 0]
+    assert found(scope="system") == [1, 0]
+    assert found(actor="uid=1000", outcome="refused") == [0]
+    assert found(actor="uid=1001") == found(session="ses_0") == found(scope="ten_0") == []
+    assert found(scope="ten_1") == [2]
 
 
 def test_a_record_that_was_changed_is_not_shown(directory: Path, tmp_path: Path) -> None:

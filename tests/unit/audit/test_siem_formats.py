@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from appliance.audit.entry import Entry, EntryInvalid, canonical, number, seal
 from appliance.audit.events import (
     CATALOGUE,
+    ENTRIES_MISSING,
     OLDER_COPY,
     SYSTEM,
     TURN_ADMITTED,
@@ -30,7 +31,7 @@ from appliance.audit.siem import cef, ecs, leef
 from appliance.audit.siem.destinations import FORMATS
 from appliance.audit.siem.facts import PROOF_KEY, shown
 from appliance.audit.siem.formats import Carried, CheckpointEvent, Disclosed, EventInvalid, Format, Withheld
-from appliance.audit.siem.severity import Severity
+from appliance.audit.siem.severity import Severity, severity_of
 from appliance.audit.siem.verify_export import ExportDiffers, verify_export
 from appliance.audit.tree import Frontier, leaf_hash
 from appliance.errors import HoldfastError
@@ -285,6 +286,9 @@ def test_severity_is_the_same_in_every_format() -> None:
             assert len({known.entry(ORIGIN, disclosed).severity_id for known in FORMATS.values()}) == 1
     put_back = disclosed_of(OLDER_COPY.number, Event(OLDER_COPY, SYSTEM, Outcome.FAILURE).record({}))
     assert cef.Cef().entry(ORIGIN, put_back).severity_id == Severity.MEDIUM
+    assert (
+        severity_of(ENTRIES_MISSING.number, "failure") is severity_of(ENTRIES_MISSING.number, None) is Severity.MEDIUM
+    )
 
 
 @pytest.mark.parametrize("kind", CATALOGUE.values(), ids=lambda each: each.action)

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from api.admin import routes
 from api.admin.routes import MAX_BODY_BYTES, RULES, admin_app
 from appliance.audit import AuditUnavailable, Event, Outcome
 from appliance.errors import Fault, HoldfastError
-from appliance.identity import Caller, Isolation, Principal, Role, Tenant
+from appliance.identity import Caller, Isolation, NotAnAdministrator, Principal, Role, Tenant
 
 OWN_UID = 1000
 PID = 4711
@@ -55,7 +56,7 @@ class FakeIdentity:
 
     async def caller_of_uid(self, uid: int) -> Caller:
         if uid != OWN_UID:
-            raise KeyRefused("no", cause="", remedy="")
+            raise NotAnAdministrator("no", cause="", remedy="")
         return caller(Role.ADMIN, None)
 
 
@@ -122,6 +123,7 @@ async def call(
 ) -> tuple[int, bytes]:
     """The status and the body of an answer; a body goes up in the pieces given."""
     method, path = route
+    path, _, query = path.partition("?")
     names = {"key_id": "ak_1", "session_id": "ses_1", "tenant_id": "ten_1", "sequence": "1", "destination": "soc"}
     for name, given in names.items():
         path = path.replace(f"{{{name}}}", given)
@@ -137,7 +139,7 @@ async def call(
         "scheme": "http",
         "path": path,
         "raw_path": path.encode(),
-        "query_string": b"",
+        "query_string": query.encode(),
         "root_path": "",
         "headers": headers,
         "client": (f"uid={uid}" if uid is not None else "127.0.0.1", PID),
@@ -189,7 +191,7 @@ async def test_only_an_administrator_makes_tenants_keys_and_backups(role: Role, 
 
 async def test_the_kernel_vouches_for_the_local_administrator(services: Any) -> None:
     assert (await ask(services, ("GET", "/v1/status"), uid=OWN_UID))[1] == "test_reached"
-    assert (await ask(services, ("GET", "/v1/status"), uid=OWN_UID + 1))[1] == "test_key_refused"
+    assert (await ask(services, ("GET", "/v1/status"), uid=OWN_UID + 1))[1] == "not_an_administrator"
 
 
 @pytest.mark.parametrize("key", [None, "admin@appliance"])
@@ -280,10 +282,12 @@ async def test_an_answer_repeats_nothing_of_a_request_that_cannot_be_used() -> N
 @pytest.mark.parametrize("route", [route for route, rule in RULES.items() if rule.recorded])
 async def test_what_is_asked_for_is_recorded_before_it_is_done(route: tuple[str, str], services: Any) -> None:
     assert await ask(services, route, key="admin@appliance") == (429, "test_reached")
-    (event,) = services.audit.events
-    assert (event.kind.action, event.actor.id, event.outcome) == ("admin.acted", "prn_1", Outcome.SUCCESS)
-    assert event.details == {"route": " ".join(route)}
-    assert event.target[1] in ("", "ak_1", "ses_1", "ten_1", "soc")
+    asked, failed = services.audit.events
+    assert (asked.kind.action, asked.actor.id, asked.outcome) == ("admin.acted", "prn_1", Outcome.SUCCESS)
+    assert (failed.kind, failed.outcome, failed.reason) == (asked.kind, Outcome.REFUSED, "test_reached")
+    for event in (asked, failed):
+        assert event.details == {"route": " ".join(route)}
+        assert event.target[1] in ("", "ak_1", "ses_1", "ten_1", "soc")
 
 
 @pytest.mark.parametrize("route", [route for route, rule in RULES.items() if rule.recorded])
@@ -299,6 +303,87 @@ async def test_what_is_denied_is_recorded_and_a_key_that_does_not_hold_is_counte
     await ask(services, ("POST", "/v1/tenants"), key="nobody@nowhere")
     (counted,) = services.audit.counted
     assert (counted.kind.action, counted.reason) == ("key.refused", "test_key_refused")
+
+
+async def test_a_user_who_is_no_administrator_is_counted(services: Any) -> None:
+    await ask(services, ("GET", "/v1/sessions"), uid=OWN_UID + 1)
+    (counted,) = services.audit.counted
+    assert (counted.kind.action, counted.outcome, counted.reason) == (
+        "admin.refused",
+        Outcome.REFUSED,
+        "not_an_administrator",
+    )
+    assert (counted.actor.kind, counted.actor.id) == ("user", f"uid={OWN_UID + 1}")
+    assert not services.audit.events
+
+
+async def test_nobody_and_the_engine_are_counted(services: Any) -> None:
+    await ask(services, ("GET", "/v1/sessions"))
+    services.engine_process = SimpleNamespace(owns=lambda pid: pid == PID)
+    await ask(services, ("GET", "/v1/sessions"), uid=OWN_UID)
+    assert [(each.kind.action, each.reason, each.actor.kind) for each in services.audit.counted] == [
+        ("admin.refused", "admin_peer_unknown", "anyone"),
+        ("admin.refused", "admin_peer_unknown", "user"),
+    ]
+
+
+async def test_what_is_refused_while_sealed_leaves_a_record(services: Any) -> None:
+    services.vault.sealed = True
+    await ask(services, ("GET", "/v1/status"), uid=OWN_UID + 1)
+    (counted,) = services.audit.counted
+    assert (counted.kind.action, counted.reason) == ("admin.refused", "admin_denied")
+    await ask(services, ("GET", "/v1/tenants"), uid=OWN_UID)
+    (event,) = services.audit.events
+    assert (event.kind.action, event.outcome, event.reason) == ("admin.refused", Outcome.REFUSED, "vault_sealed")
+    assert event.actor.id == f"uid={OWN_UID}"
+
+
+async def test_what_is_no_request_of_the_api_is_counted() -> None:
+    services: Any = gateway()
+    await ask(services, ("GET", "/nothing"), uid=OWN_UID)
+    await ask(services, ("DELETE", "/v1/tenants"), uid=OWN_UID)
+    await ask(services, ("POST", "/v1/tenants"), uid=OWN_UID, body=[b"{"])
+    await ask(services, ("POST", "/v1/tenants"), uid=OWN_UID, body=[b"x" * (MAX_BODY_BYTES + 1)])
+    assert {(each.kind.action, each.outcome) for each in services.audit.counted} == {
+        ("request.malformed", Outcome.REFUSED)
+    }
+    assert [each.reason for each in services.audit.counted] == [
+        "admin_route_unknown",
+        "admin_route_unknown",
+        "admin_request_invalid",
+        "admin_request_invalid",
+    ]
+    assert not services.audit.events
+
+
+@pytest.mark.parametrize("route", [("POST", "/v1/tenants"), ("GET", "/v1/sessions?limit=0")])
+async def test_a_request_that_its_schema_refuses_is_recorded_as_refused_only(route: tuple[str, str]) -> None:
+    services: Any = gateway()
+    assert await ask(services, route, uid=OWN_UID, body=[b"{}"]) == (400, "admin_request_invalid")
+    (event,) = services.audit.events
+    assert (event.kind.action, event.outcome) == ("admin.acted", Outcome.REFUSED)
+    assert event.reason == "admin_request_invalid"
+
+
+async def test_a_failure_that_its_route_recorded_is_recorded_once() -> None:
+    services: Any = gateway(sealed=True)
+    services.settings = SimpleNamespace(state_dir=Path("/nonexistent"))
+    await ask(services, ("POST", "/v1/vault/unseal"), uid=os.geteuid(), body=[b"wrong"])
+    assert [each.kind.action for each in services.audit.events] == ["admin.acted", "vault.refused"]
+
+
+async def test_a_defect_is_recorded_as_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(routes, "_ENDPOINTS", dict.fromkeys(routes._ENDPOINTS, (broken, None)))
+    services: Any = gateway()
+    with pytest.raises(ZeroDivisionError):
+        await call(admin_app(services), ("POST", "/v1/tenants"), uid=OWN_UID)
+    assert [(each.kind.action, each.outcome, each.reason) for each in services.audit.events] == [
+        ("admin.acted", Outcome.SUCCESS, ""),
+        ("admin.acted", Outcome.FAILURE, "internal_error"),
+    ]
 
 
 async def test_one_proof_runs_at_a_time() -> None:
