@@ -214,6 +214,41 @@ async def test_a_certificate_for_another_name_or_of_a_stranger_is_refused(tmp_pa
             await _until(lambda: _ids(receiver) == {f"{KEY.name}/test/1"})
 
 
+@pytest.mark.parametrize(
+    ("version", "suites"),
+    [
+        (ssl.TLSVersion.TLSv1_2, "AES128-SHA"),  # RFC 5425's own, which RFC 9662 replaces: no forward secrecy
+        (ssl.TLSVersion.TLSv1_2, "ECDHE-ECDSA-AES128-SHA:ECDHE-RSA-AES128-SHA"),
+        (ssl.TLSVersion.TLSv1_1, "ALL:@SECLEVEL=0"),
+        (ssl.TLSVersion.TLSv1_2, "ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256"),  # RFC 9662
+    ],
+)
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1 is deprecated")
+async def test_a_receiver_that_knows_only_old_suites_or_versions_gets_nothing(
+    version: ssl.TLSVersion, suites: str, tmp_path: Path
+) -> None:
+    is_old = "GCM" not in suites
+    async with _node(tmp_path) as node:
+        came: list[bytes] = []
+
+        async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            came.append(await reader.read())
+            writer.close()
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(node.pki.folder / "server.pem", node.pki.folder / "server.key")
+        context.minimum_version = min(version, ssl.TLSVersion.TLSv1_2)
+        context.maximum_version = version
+        context.set_ciphers(suites)
+        server = await asyncio.start_server(take, "127.0.0.1", 0, ssl=context)
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            with pytest.raises(ExportUnreachable) if is_old else contextlib.nullcontext():
+                await try_out(Ocsf(), node.transport(port), origin=KEY.name, wall_ms=1)
+            await _until(lambda: is_old or bool(came))
+        assert (came == []) is is_old
+
+
 async def test_a_blackholed_receiver_is_given_up_and_nothing_else_waits(tmp_path: Path) -> None:
     async with _node(tmp_path) as node:
         with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as queued:
