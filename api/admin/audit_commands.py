@@ -570,7 +570,7 @@ def _checkpoint_words(state: "types.AuditStatus") -> str:
 def _checked_words(state: "types.AuditStatus") -> str:
     if state.checked_age_s is None:
         return "not since the start; `holdfast audit verify` does it now"
-    found = f"{state.checked_size} entries are whole" if state.checked_size else "NOT whole, see alarm"
+    found = f"{state.checked_size} entries are whole" if state.checked_size else "NOT found whole, see alarm"
     return f"{in_words(state.checked_age_s)} ago: {found}"
 
 

@@ -5,7 +5,7 @@
 Rules:
 
 - What was changed on the disk is found within a day, without anybody asking: it is an alarm, until a check finds the
-  log whole, and an event.
+  log whole, and an event. A log that could not be looked at is an alarm, and no event: nobody changed it.
 - The key is the vault's, not the folder's: whoever changes the log can change `log.vkey`, too. It is at least as long
   as its appender says that its checkpoint is.
 - It reads in a process of its own, which gives way to everybody else: nobody's request waits for it.
@@ -28,6 +28,8 @@ from appliance.errors import ErrorRecord, HoldfastError
 
 _FIRST_S: Final = 60.0
 _EVERY_S: Final = 24 * 3600.0
+_AGAIN_S: Final = 600.0  # after a check that came to nothing
+_DEADLINE_S: Final = 12 * 3600.0  # of one check: a log of 400 days on a slow disk takes hours
 _LEAST_URGENT: Final = 19
 _LOG = logging.getLogger("holdfast.audit")
 
@@ -67,6 +69,7 @@ class Checking:
         self._trail = trail
         self._directory = directory
         self._monotonic = monotonic
+        self._is_told = False  # that it is not what was written
         self.last: Checked | None = None
 
     @property
@@ -80,31 +83,36 @@ class Checking:
         pause_s = _FIRST_S
         while True:
             await asyncio.sleep(pause_s)
+            pause_s = _AGAIN_S
             try:
                 await self.check()
             except HoldfastError as error:  # there is no appender to ask, which has an alarm of its own
                 _LOG.warning("the audit log could not be checked: %s", error.cause)
-            pause_s = _EVERY_S
+            except OSError as error:  # no process can be started now: not the end of the gateway
+                _LOG.warning("the audit log could not be checked: %s", error.strerror)
+            else:
+                pause_s = _EVERY_S
 
     async def check(self) -> None:
         """Check it now.
 
         Raises:
             HoldfastError: its appender cannot be asked, or what was found cannot be recorded.
+            OSError: no process can be started.
         """
         said = await self._trail.checkpoint()
         found = await self._verified(said["public_key"], said["checkpoint_size"])
         error: ErrorRecord | None = found.get("error")
-        was_known = bool(self.alarm)
         self.last = Checked(self._monotonic(), found.get("size", 0), error)
         if error is None:
+            self._is_told = False
             return
         _LOG.error("%s", self.alarm)
-        if not was_known:
-            first = found.get("sequence")
-            counts = {} if first is None else {"first": first}
+        if "sequence" in found and not self._is_told:
+            counts = {} if found["sequence"] is None else {"first": found["sequence"]}
             event = Event(LOG_TAMPERED, SYSTEM, Outcome.FAILURE, reason=error["code"], counts=counts)
             await self._trail.record(event, privileged=True)
+            self._is_told = True
 
     async def _verified(self, vkey: str, at_least: int) -> dict[str, Any]:
         process = await asyncio.create_subprocess_exec(
@@ -120,11 +128,15 @@ class Checking:
             env={name: os.environ[name] for name in PASSED_ON if name in os.environ},
             start_new_session=True,
         )
+        said = b""
         try:
-            said, _ = await process.communicate()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_DEADLINE_S):
+                    said, _ = await process.communicate()
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
+            await process.wait()
         try:
             found: dict[str, Any] = json.loads(said)
         except ValueError:

@@ -99,7 +99,7 @@ OLDER_COPY_ACKNOWLEDGED: Final = EventClass(
 LOG_TAMPERED: Final = EventClass(
     8,
     "log.tampered",
-    "A check found that the log on the disk is not what was written, from `first` on, or could not look.",
+    "A check found that the log on the disk is not what was written, from `first` on.",
     Scope.SYSTEM,
     (6002, 99),
 )

@@ -25,7 +25,7 @@ def _schedule_and_tell(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
         for descriptor in (1, 2):
             os.write(descriptor, f"{told}\n{told}".encode())
             subprocess.run(["/bin/sh", "-c", f'echo "$0" >&{descriptor}', told], check=True)
-        print(told, file=sys.stderr)  # noqa: T201 -- as a library would
+        sys.stderr.write(f"{told}\n")  # as a library would
         _logger.info(told)
         _logger.warning("A request asks for %s", told)
         if asked.seed == 13 and request in self.running:

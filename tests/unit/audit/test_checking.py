@@ -1,5 +1,6 @@
 """The node checks its own log: what was changed on the disk is an alarm and an event."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 
 from appliance.audit.checking import Checking
 from appliance.audit.events import LOG_TAMPERED, Event
+from appliance.audit.notes import SigningKey
+from appliance.audit.recorder import AuditUnavailable
 from tests.unit.audit.making import KEY, draft, open_log, sign
 
 pytestmark = pytest.mark.anyio
@@ -66,8 +69,53 @@ async def test_a_changed_byte_is_an_alarm_until_it_is_put_back_and_an_event_once
 
 
 async def test_a_log_that_was_put_back_to_an_older_copy_or_signed_by_another_is_not_whole(directory: Path) -> None:
-    for trail in (Trail(601), Trail(600, "other+00000000+AAAA")):
+    for trail in (Trail(601), Trail(600, str(SigningKey("other", b"o" * 32).verifier()))):
         checking = Checking(trail, directory)
         await checking.check()
         assert checking.alarm
         assert [event.kind for event in trail.recorded] == [LOG_TAMPERED]
+
+
+async def test_a_log_that_cannot_be_looked_at_is_an_alarm_and_no_event(directory: Path) -> None:
+    trail = Trail(600, "no key")
+    checking = Checking(trail, directory)
+    await checking.check()
+    assert checking.alarm
+    assert trail.recorded == []
+
+
+async def test_what_could_not_be_recorded_is_recorded_by_the_next_check(directory: Path) -> None:
+    class Refusing(Trail):
+        refusals = 1
+
+        async def record(self, *events: Event, privileged: bool = False) -> int:
+            if self.refusals:
+                self.refusals -= 1
+                raise AuditUnavailable("nothing is recorded", cause="a full disk", remedy="Make room")
+            return await super().record(*events, privileged=privileged)
+
+    trail = Refusing(601)
+    checking = Checking(trail, directory)
+    with pytest.raises(AuditUnavailable):
+        await checking.check()
+    assert checking.alarm
+    await checking.check()
+    assert [event.kind for event in trail.recorded] == [LOG_TAMPERED]
+
+
+async def test_a_check_that_is_broken_off_leaves_no_process(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spawn = asyncio.create_subprocess_exec
+    started: asyncio.Future[asyncio.subprocess.Process] = asyncio.get_running_loop().create_future()
+
+    async def spawned(*command: str, **named: Any) -> asyncio.subprocess.Process:
+        process = await spawn(*command, **named)
+        started.set_result(process)
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", spawned)
+    checking = asyncio.create_task(Checking(Trail(600), directory).check())
+    process = await started
+    checking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await checking
+    assert process.returncode is not None

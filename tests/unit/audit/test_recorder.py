@@ -272,7 +272,9 @@ async def test_killed_between_the_sync_and_its_answer_it_repeats_nothing(
 
 def _kill_once_the_journal_has_let_go(journal: Path, pid: int, size: int) -> None:
     """Blocks: no answer is read meanwhile. `size`: of the log then."""
+    until = time.monotonic() + 30
     while not (content := read_journal(journal)) or not content.base or content.base + len(content.frames) < size:
+        assert time.monotonic() < until, "the journal never was so long, or never let go"
         time.sleep(0.01)
     ended = os.pidfd_open(pid)
     os.kill(pid, signal.SIGKILL)
