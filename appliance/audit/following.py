@@ -34,9 +34,8 @@ class LogFollower:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._journal = (-1, -1)  # which file `_next` and `_at` are of: another one may take its place
-        self._next = 0
-        self._at = 0
+        self._next = 0  # where in the journal the next entry stands, if it is still the same journal
+        self._at = FRAMES_AT
         self._bundle: tuple[int, list[Frame]] = (-1, [])
         self._note = (-1, -1, Published("", 0))
 
@@ -72,11 +71,13 @@ class LogFollower:
         try:
             descriptor = open_regular(path)
             try:
-                base = self._open(descriptor)
+                base = first_sequence(descriptor)
                 if first >= base:
                     return self._from_journal(descriptor, base, first, most)
             finally:
                 os.close(descriptor)
+        except LogUnreadable:
+            raise
         except OSError as error:
             raise unreadable(path, error) from None
         index, place = divmod(first, TILE_WIDTH)
@@ -115,18 +116,22 @@ class LogFollower:
         """
         return Frontier.read(hashes_of(self._directory, self.published().size), size).peaks
 
-    def _open(self, descriptor: int) -> int:
-        """The sequence of the journal's first frame."""
-        base = first_sequence(descriptor)
-        status = os.fstat(descriptor)
-        if self._journal != (status.st_dev, status.st_ino):
-            self._journal = (status.st_dev, status.st_ino)
-            self._next, self._at = base, FRAMES_AT
-        return base
-
     def _from_journal(self, descriptor: int, base: int, first: int, most: int) -> list[Frame]:
-        if first < self._next:
+        # Another journal may stand in the place of the one that was read, and have its inode: what is not where it
+        # was left is looked for from the beginning.
+        found = [] if first < self._next else self._go_on(descriptor, first, most)
+        if not found:
             self._next, self._at = base, FRAMES_AT
+            found = self._go_on(descriptor, first, most)
+        if not found:
+            raise LogUnreadable(
+                "the audit log cannot be read",
+                cause=f"{self._directory / JOURNAL} ends before entry {first}, which its appender has written",
+                remedy="`holdfast audit verify` names what is wrong with the log",
+            )
+        return found
+
+    def _go_on(self, descriptor: int, first: int, most: int) -> list[Frame]:
         found: list[Frame] = []
         while len(found) < most:
             content = os.pread(descriptor, _READ_BYTES, self._at)
@@ -137,10 +142,4 @@ class LogFollower:
             found += frames[max(0, first - self._next) :]
             self._next += len(frames)
             self._at += length
-        if not found:
-            raise LogUnreadable(
-                "the audit log cannot be read",
-                cause=f"{self._directory / JOURNAL} ends before entry {first}, which its appender has written",
-                remedy="`holdfast audit verify` names what is wrong with the log",
-            )
         return found

@@ -240,7 +240,7 @@ def unreadable(path: Path, error: OSError) -> LogUnreadable:
     """What the system's error means to a person."""
     return LogUnreadable(
         "the audit log cannot be read",
-        cause=f"{path}: {error.strerror}",
+        cause=f"{path}: {error.strerror or error}",
         remedy="Read it as the appliance's user, or from a copy of the whole folder",
     )
 
