@@ -15,8 +15,9 @@ from appliance.sessions.archive import (
 from appliance.sessions.deltas import TranscriptBroken
 from appliance.sessions.endings import Forgotten, Sessions
 from appliance.sessions.ledger import LastTurn, Ledger, Quantiles, Sums, TurnOf
+from appliance.sessions.live import Session
 from appliance.sessions.misses import Account, Cause, Served
-from appliance.sessions.registry import Session, SessionForgotten, UnknownResponse
+from appliance.sessions.registry import SessionForgotten, UnknownResponse
 from appliance.sessions.throwaways import Throwaways
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind, TurnState
 

@@ -21,6 +21,7 @@ from sqlalchemy.engine import RowMapping
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Caller, Permission, Role
 from appliance.sessions.deltas import Reader
+from appliance.sessions.labels import lease_label
 from appliance.sessions.misses import (
     ExplainedTurn,
     Finding,
@@ -31,7 +32,7 @@ from appliance.sessions.misses import (
 )
 from appliance.sessions.turn import Message, Origin, TurnState
 from appliance.store import RowCipher, Store, tables
-from appliance.vault import KeyPurpose, Vault
+from appliance.vault import Vault
 
 EXPLAINED_TURNS = 1000  # at most, in one answer
 TRANSCRIPT_TURNS = 1000  # at most, in one answer
@@ -368,11 +369,8 @@ class Archive:
             completion_tokens=row["completion_tokens"],
             created_at=row["created_at"],
             last_used_at=row["last_used_at"],
-            lease_label=self.lease_label(row["tenant_id"], row["session_id"]),
+            lease_label=lease_label(self._vault, row["tenant_id"], row["session_id"]),
         )
-
-    def lease_label(self, tenant_id: str, session_id: str) -> str:
-        return self._vault.mac(tenant_id, KeyPurpose.SALT, "lease-label", session_id.encode()).hex()[:32]
 
 
 def may_read_transcripts(caller: Caller) -> bool:

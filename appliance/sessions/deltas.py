@@ -13,6 +13,7 @@ Rules:
 
 import struct
 from array import array
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -54,6 +55,33 @@ class Tip:
     def size(self) -> int:
         """Bytes held, roughly."""
         return 64 * len(self.chain) + len(self.parameters) + 4 * len(self.token_ids) + 256
+
+
+class Tips:
+    """The latest turn of sessions in use, the least recently used dropped first; bounded in bytes."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self._capacity = capacity_bytes
+        self._held = 0
+        self._tips: OrderedDict[str, Tip] = OrderedDict()
+
+    def get(self, session_id: str) -> Tip | None:
+        return self._tips.get(session_id)
+
+    def put(self, session_id: str, tip: Tip) -> None:
+        self.drop(session_id)
+        if tip.size() > self._capacity:
+            return
+        self._tips[session_id] = tip
+        self._held += tip.size()
+        while self._held > self._capacity:
+            _, oldest = self._tips.popitem(last=False)
+            self._held -= oldest.size()
+
+    def drop(self, session_id: str) -> None:
+        tip = self._tips.pop(session_id, None)
+        if tip is not None:
+            self._held -= tip.size()
 
 
 def message_chain(messages: Sequence[Message]) -> list[bytes]:

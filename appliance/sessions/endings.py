@@ -23,7 +23,9 @@ from sqlalchemy.engine import RowMapping
 from appliance.errors import HoldfastError
 from appliance.identity import Caller, Role
 from appliance.sessions.archive import SessionSummary, unknown_session
-from appliance.sessions.registry import Registry, Session, is_over
+from appliance.sessions.labels import lease_label
+from appliance.sessions.live import Session, is_over
+from appliance.sessions.registry import Registry
 from appliance.settings import SessionSettings
 from appliance.store import Change, Store, tables
 from appliance.vault import Vault
@@ -103,7 +105,7 @@ class Sessions(Registry):
             together |= await self._of_tree(live.tenant_id, live.principal_id, live.tree_id)
         return Ended(
             [session_id for session_id, over in together.items() if not over],
-            [self.lease_label(live.tenant_id, session_id) for session_id in together],
+            [lease_label(self._vault, live.tenant_id, session_id) for session_id in together],
         )
 
     async def _of_tree(self, tenant_id: str, principal_id: str, tree_id: str) -> dict[str, bool]:

@@ -26,24 +26,25 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
-from pydantic_core import to_json
-from sqlalchemy import Connection, Select, Text, bindparam, delete, exists, func, insert, literal, select, update
+from sqlalchemy import Connection, func, select
 from sqlalchemy.engine import RowMapping
 
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Caller, Isolation
 from appliance.sessions.archive import Archive, TranscriptForbidden, text_or_none, unknown_session
-from appliance.sessions.deltas import Tip, encode_request, encode_token_ids, message_chain, token_array
-from appliance.sessions.history import answered_positions, history_links, shared_length
-from appliance.sessions.keeping import Keeping, keeping
-from appliance.sessions.misses import Account, Circumstances, Ran, Served, account_of, shared_tokens
+from appliance.sessions.deltas import Tips
+from appliance.sessions.history import answered_positions, history_links
+from appliance.sessions.keeping import keeping
+from appliance.sessions.labels import Label, Labels, lease_label
+from appliance.sessions.live import Continuation, Live, Session, is_over, own_tree
+from appliance.sessions.misses import Account, Circumstances, Served
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind, TurnState
+from appliance.sessions.writing import first_changes, next_changes, write_turn
 from appliance.settings import SessionSettings
-from appliance.store import Change, Store, key_changes, tables
+from appliance.store import Change, Store, tables
 from appliance.vault import KeyPurpose, Vault
 
 _LIVE_SESSIONS = 4096
@@ -51,10 +52,6 @@ _TIP_BYTES = 32 << 20
 _KNOWN_LINKS = 32_768
 _OWN_ID = re.compile(r"ses_[0-9a-f]{32}")
 _LOOKUP_LINKS = 512  # how far back from its end a history is searched for an answer of ours
-_KNOWN_LABELS = 65_536  # of sessions, by which the engine names them
-_LABELS_AGAIN_S = 10.0  # for a label that is not known the sessions are looked through at most so often
-_LABELS_DEADLINE_S = 120.0  # for one look
-_ASKED_TOGETHER_S = 0.05  # who asks within that of the first is answered by the same look
 
 
 class UnknownResponse(HoldfastError):
@@ -69,97 +66,6 @@ class SessionForgotten(HoldfastError):
 
     code: ClassVar[str] = "session_forgotten"
     fault: ClassVar[Fault] = Fault.CONFLICT
-
-
-class LabelNotKnown(HoldfastError):
-    """Which session the engine means cannot be said now: it may well be there."""
-
-    code: ClassVar[str] = "session_label_not_known"
-    fault: ClassVar[Fault] = Fault.UNAVAILABLE
-
-
-class _Continuation:
-    """That a turn goes on from a session's latest answer; held by the turn, for as long as it is not written down."""
-
-    __slots__ = ("__weakref__",)
-
-
-@dataclass(eq=False, slots=True)
-class _Live:
-    """A session in memory, shared by its turns that run at once."""
-
-    session_id: str
-    tenant_id: str
-    principal_id: str
-    tree_id: str
-    client_id: str | None
-    epoch: int
-    turns: int
-    origin: Origin
-    parent_session_id: str | None = None
-    answered: int = 0  # the number of its latest turn that the engine finished
-    continued_by: "weakref.ref[_Continuation] | None" = None
-    stored: bool = False
-    forgotten: bool = False
-    ran_until_s: float | None = None  # when its latest turn ended, by a clock that nobody sets, if it ran here
-    is_over: bool = False  # its client has said so, and nothing of it was written down since
-    ends: int = 0  # how often its client has said so while it was in memory
-    label: tuple[str, str] | None = None  # what the engine calls its tenant and itself
-    salt: tuple[int, str] | None = None  # its epoch, and its own salt in that
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    __weakref__: Any = field(init=False, repr=False)
-
-    def continued_from(self, turn_number: int) -> _Continuation | None:
-        """The right to go on from a turn; None: the session has gone on from there, or is about to.
-
-        A turn that was broken off may be asked for again.
-        """
-        if turn_number < self.answered or (self.continued_by is not None and self.continued_by() is not None):
-            return None
-        continuation = _Continuation()
-        self.continued_by = weakref.ref(continuation)
-        return continuation
-
-    @property
-    def is_first_of_its_tree(self) -> bool:
-        return self.tree_id == _own_tree(self.session_id)
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """The session that a turn belongs to.
-
-    Attributes:
-        visible_id: what the client knows it by: its own id, else ours.
-        salt: the engine's `cache_salt`; 64 hexadecimal digits.
-        shared_salt: of the tools and system messages, where the tenant's sessions share those and nothing else.
-        lease_label: what the engine calls the session; says nothing about it.
-        keeping: how long and within what bounds its KV is kept.
-        is_new: this is its first turn.
-    """
-
-    session_id: str
-    tenant_id: str
-    principal_id: str
-    visible_id: str
-    salt: str
-    shared_salt: str | None
-    lease_label: str
-    tenant_label: str
-    keeping: Keeping
-    parent_lease_label: str  # of the agent that waits for this one; empty: none does
-    origin: Origin
-    is_new: bool
-    _live: _Live = field(repr=False, compare=False)
-    _epoch: int = field(repr=False, compare=False)
-    _was_over: bool = field(repr=False, compare=False)
-    _ends: int = field(repr=False, compare=False)
-    _links: Sequence[bytes] = field(default=(), repr=False, compare=False)  # of the request, where they were needed
-    _continuation: _Continuation | None = field(default=None, repr=False, compare=False)
-
-    def was_ended(self) -> bool:
-        """Whether it was forgotten, or its client has said that it is over, since the turn was placed in it."""
-        return self._live.forgotten or self._live.ends != self._ends
 
 
 class Registry(Archive):
@@ -187,16 +93,12 @@ class Registry(Archive):
         self._block_size = block_size
         self._now = now
         self._random_bytes = random_bytes
-        self._live: weakref.WeakValueDictionary[str, _Live] = weakref.WeakValueDictionary()
-        self._recent: OrderedDict[str, _Live] = OrderedDict()
+        self._live: weakref.WeakValueDictionary[str, Live] = weakref.WeakValueDictionary()
+        self._recent: OrderedDict[str, Live] = OrderedDict()
         self._by_client_id: OrderedDict[bytes, str] = OrderedDict()
         self._by_link: OrderedDict[bytes, tuple[str, int]] = OrderedDict()
-        self._tips = _Tips(_TIP_BYTES)
-        self._by_label: OrderedDict[tuple[str, str], tuple[str, str]] = OrderedDict()
-        self._labels_read_at: float | None = None
-        self._asked_labels: set[tuple[str, str]] = set()
-        self._all_labels_read_at: float | None = None  # the last time that no session was left out
-        self._reading_labels = asyncio.Lock()
+        self._tips = Tips(_TIP_BYTES)
+        self._labels = Labels(store, vault)
 
     # Finding the session of a turn
 
@@ -224,7 +126,7 @@ class Registry(Archive):
         self._remember(live)
         return self._session(caller, turn.model, live, links, continuation)
 
-    async def _of_response(self, tenant_id: str, principal_id: str, response_id: str) -> _Live:
+    async def _of_response(self, tenant_id: str, principal_id: str, response_id: str) -> Live:
         turns, sessions = tables.turns, tables.sessions
         row = await self._store.read(
             lambda db: (
@@ -246,12 +148,12 @@ class Registry(Archive):
             )
         return await self._load(row)
 
-    async def _of_client_id(self, tenant_id: str, principal_id: str, client_id: str, hints: SessionHints) -> _Live:
+    async def _of_client_id(self, tenant_id: str, principal_id: str, client_id: str, hints: SessionHints) -> Live:
         lookup = self._client_id_lookup(tenant_id, principal_id, client_id)
         found = await self._by_lookup(tenant_id, principal_id, lookup)
         if found is not None:
             return found
-        parent: _Live | None = None
+        parent: Live | None = None
         if hints.parent_client_id is not None:
             parent = await self._of_parent(tenant_id, principal_id, hints.parent_client_id)
         # Another turn may have made it while this one asked the store: no await between this look and the making.
@@ -262,14 +164,14 @@ class Registry(Archive):
         _keep(self._by_client_id, lookup, live.session_id, _LIVE_SESSIONS)
         return live
 
-    async def _of_parent(self, tenant_id: str, principal_id: str, parent_id: str) -> _Live | None:
+    async def _of_parent(self, tenant_id: str, principal_id: str, parent_id: str) -> Live | None:
         if _OWN_ID.fullmatch(parent_id):
             return await self._of_session_id(tenant_id, principal_id, parent_id)
         return await self._by_lookup(
             tenant_id, principal_id, self._client_id_lookup(tenant_id, principal_id, parent_id)
         )
 
-    async def _named(self, caller: Caller, visible_id: str) -> _Live:
+    async def _named(self, caller: Caller, visible_id: str) -> Live:
         """The session that its principal names, by its own id for it or by ours.
 
         Raises:
@@ -287,7 +189,7 @@ class Registry(Archive):
         self._remember(live)
         return live
 
-    async def _of_session_id(self, tenant_id: str, principal_id: str, session_id: str) -> _Live | None:
+    async def _of_session_id(self, tenant_id: str, principal_id: str, session_id: str) -> Live | None:
         known = self._live.get(session_id)
         if known is not None:
             ours = (known.tenant_id, known.principal_id) == (tenant_id, principal_id)
@@ -301,7 +203,7 @@ class Registry(Archive):
         row = await self._store.read(lambda db: db.execute(query).mappings().first())
         return None if row is None else await self._load(row)
 
-    async def _by_lookup(self, tenant_id: str, principal_id: str, lookup: bytes) -> _Live | None:
+    async def _by_lookup(self, tenant_id: str, principal_id: str, lookup: bytes) -> Live | None:
         known = self._live.get(self._by_client_id.get(lookup, ""))
         if known is not None and not known.forgotten:
             return known
@@ -327,7 +229,7 @@ class Registry(Archive):
 
     async def _of_history(
         self, tenant_id: str, principal_id: str, messages: Sequence[Message]
-    ) -> tuple[_Live, list[bytes], _Continuation | None]:
+    ) -> tuple[Live, list[bytes], Continuation | None]:
         """The session, the links of `messages` if they had to be made, and what to hold where it goes on."""
         positions = answered_positions(messages)[:_LOOKUP_LINKS]
         links: list[bytes] = []
@@ -345,7 +247,7 @@ class Registry(Archive):
 
     async def _known_link(
         self, tenant_id: str, principal_id: str, candidates: Sequence[bytes]
-    ) -> tuple[_Live, int] | None:
+    ) -> tuple[Live, int] | None:
         """The session and turn of the first candidate that was an answer of ours to this principal."""
         for link in candidates:
             session_id, at_turn = self._by_link.get(link, ("", 0))
@@ -368,7 +270,7 @@ class Registry(Archive):
         row = await self._store.read(query)
         return None if row is None else (await self._load(row), row["turn_number"])
 
-    async def _load(self, row: RowMapping) -> _Live:
+    async def _load(self, row: RowMapping) -> Live:
         session_id = row["session_id"]
         # First of all: that the row is this caller's is so far only what the database says.
         opened = self._rows.open(tables.sessions, row)
@@ -380,7 +282,7 @@ class Registry(Archive):
         known = self._live.get(session_id)
         if known is not None:
             return known
-        live = _Live(
+        live = Live(
             session_id=session_id,
             tenant_id=row["tenant_id"],
             principal_id=row["principal_id"],
@@ -416,14 +318,14 @@ class Registry(Archive):
         origin: Origin,
         *,
         client_id: str | None = None,
-        parent: _Live | None = None,
-    ) -> _Live:
+        parent: Live | None = None,
+    ) -> Live:
         session_id = self._new_id("ses")
-        live = _Live(
+        live = Live(
             session_id=session_id,
             tenant_id=tenant_id,
             principal_id=principal_id,
-            tree_id=parent.tree_id if parent is not None else _own_tree(session_id),
+            tree_id=parent.tree_id if parent is not None else own_tree(session_id),
             client_id=client_id,
             epoch=parent.epoch if parent is not None else 0,
             turns=0,
@@ -434,7 +336,7 @@ class Registry(Archive):
         return live
 
     def _session(
-        self, caller: Caller, model: str, live: _Live, links: Sequence[bytes], continuation: _Continuation | None
+        self, caller: Caller, model: str, live: Live, links: Sequence[bytes], continuation: Continuation | None
     ) -> Session:
         tenant_id = live.tenant_id
         isolation, cache_epoch = Isolation.SESSION, 0
@@ -445,9 +347,9 @@ class Registry(Archive):
             said = isolation.value.encode(), str(cache_epoch).encode()
             shared_salt = self._vault.mac(tenant_id, KeyPurpose.SALT, "shared-salt", *said).hex()
         if live.label is None:
-            live.label = self._tenant_label(tenant_id), self.lease_label(tenant_id, live.session_id)
+            live.label = self._labels.of(live.named)
         label = live.label
-        self._note_label(label, (tenant_id, live.session_id))
+        self._labels.note(label, live.named)
         return Session(
             session_id=live.session_id,
             tenant_id=tenant_id,
@@ -455,11 +357,11 @@ class Registry(Archive):
             visible_id=live.client_id or live.session_id,
             salt=shared_salt if shared_salt is not None and isolation is Isolation.TENANT else self._own_salt(live),
             shared_salt=shared_salt if isolation is Isolation.TENANT_PREFIX else None,
-            lease_label=label[1],
-            tenant_label=label[0],
+            lease_label=label.lease,
+            tenant_label=label.tenant,
             keeping=keeping(self._settings, caller.tenant, model),
             parent_lease_label=(
-                "" if live.parent_session_id is None else self.lease_label(tenant_id, live.parent_session_id)
+                "" if live.parent_session_id is None else lease_label(self._vault, tenant_id, live.parent_session_id)
             ),
             origin=live.origin,
             is_new=not live.stored,
@@ -471,7 +373,7 @@ class Registry(Archive):
             _continuation=continuation,
         )
 
-    def _own_salt(self, live: _Live) -> str:
+    def _own_salt(self, live: Live) -> str:
         if live.salt is None or live.salt[0] != live.epoch:
             said = live.principal_id.encode(), live.tree_id.encode(), str(live.epoch).encode()
             live.salt = live.epoch, self._vault.mac(live.tenant_id, KeyPurpose.SALT, "cache-salt", *said).hex()
@@ -485,85 +387,16 @@ class Registry(Archive):
             LabelNotKnown: it is not among the sessions that are remembered, and not all were looked through now.
             VaultSealed: the vault is sealed.
         """
-        label = (tenant_label, lease_label)
-        asked_at = time.monotonic()
-        were_all_read = False
-        if label not in self._by_label:
-            self._asked_labels.add(label)
-            try:
-                async with self._reading_labels:  # who asks meanwhile finds what was read
-                    were_all_read = await self._read_labels(asked_at)
-            finally:
-                self._asked_labels.discard(label)
-        if label not in self._by_label:
-            if were_all_read:
-                raise unknown_session("of that label")
-            raise LabelNotKnown(
-                "no session of that label is remembered",
-                cause="the sessions were looked through a moment ago, or there are more than can be looked through",
-                remedy="Ask again later; the session's next turn makes it known",
-            )
-        tenant_id, session_id = self._by_label[label]
+        named = await self._labels.find(Label(tenant_label, lease_label))
+        if named is None:
+            raise unknown_session("of that label")
+        tenant_id, session_id = named
         live = self._live.get(session_id)
         if live is not None and live.forgotten:
             raise unknown_session(session_id)
         if live is not None and not live.stored:  # its first turn runs: its key is made before it is stored
             self._vault.pending_session_key(tenant_id, session_id)
         return await asyncio.to_thread(self._vault.tier_key, session_id)
-
-    async def _read_labels(self, asked_at: float) -> bool:
-        """After a start: the labels of the sessions that were used last, and of those that are asked for.
-
-        Returns:
-            Whether whoever was stored by `asked_at` and is not known now is not there.
-        """
-        if self._all_labels_read_at is not None and asked_at <= self._all_labels_read_at:
-            return True
-        if self._labels_read_at is not None and asked_at - self._labels_read_at < _LABELS_AGAIN_S:
-            return False
-        await asyncio.sleep(_ASKED_TOGETHER_S)
-        read_at = self._labels_read_at = time.monotonic()
-        sessions = tables.sessions
-        page = _KNOWN_LABELS // 2
-        named = select(sessions.c.tenant_id, sessions.c.session_id)
-        found = await self._labelled(named.order_by(sessions.c.last_used_at.desc()).limit(page))
-        for label, whose in found:
-            self._by_label.setdefault(label, whose)
-        after = ""
-        while len(found) == page:
-            if time.monotonic() - read_at > _LABELS_DEADLINE_S:
-                return False
-            found = await self._labelled(
-                named.where(sessions.c.session_id > after).order_by(sessions.c.session_id).limit(page)
-            )
-            for label, whose in found:
-                if label in self._asked_labels:
-                    self._note_label(label, whose)
-                after = whose[1]
-        self._all_labels_read_at = read_at
-        return True
-
-    async def _labelled(self, query: Select[str, str]) -> list[tuple[tuple[str, str], tuple[str, str]]]:
-        """The labels of sessions, and their tenants and names."""
-        rows = await self._store.read(lambda db: db.execute(query).all())
-
-        def labelled() -> list[tuple[tuple[str, str], tuple[str, str]]]:
-            tenants = {tenant_id: self._tenant_label(tenant_id) for tenant_id, _ in rows}
-            return [
-                ((tenants[tenant_id], self.lease_label(tenant_id, named)), (tenant_id, named))
-                for tenant_id, named in rows
-            ]
-
-        return await asyncio.to_thread(labelled)
-
-    def _note_label(self, label: tuple[str, str], named: tuple[str, str]) -> None:
-        self._by_label[label] = named
-        self._by_label.move_to_end(label)
-        if len(self._by_label) > _KNOWN_LABELS:
-            self._by_label.popitem(last=False)
-
-    def _tenant_label(self, tenant_id: str) -> str:
-        return self._vault.mac(tenant_id, KeyPurpose.SALT, "tenant-label").hex()[:32]
 
     # Writing a turn down
 
@@ -601,8 +434,7 @@ class Registry(Archive):
                     remedy="Begin a new session",
                 )
             number = live.turns + 1
-            links = self._turn_links(session, turn, outcome)
-            tip = self._tips.get(live.session_id)
+            link = self._link_of(session, turn, outcome)
             circumstances = Circumstances(
                 self._block_size,
                 engine,
@@ -616,9 +448,19 @@ class Registry(Archive):
             )
             ends = live.ends
             try:
-                session_changes = self._session_changes(live, turn, outcome, number, last=last)
-                changes, new_tip, account = self._turn_changes(live, turn, outcome, number, links, tip, circumstances)
-                await self._store.write([*session_changes, *changes, *also])
+                changes = self._session_changes(live, turn, outcome, number, last=last)
+                written = write_turn(
+                    self._rows,
+                    self._new_id("trn"),
+                    live,
+                    turn,
+                    outcome,
+                    number,
+                    link=link,
+                    tip=self._tips.get(live.session_id),
+                    circumstances=circumstances,
+                )
+                await self._store.write([*changes, *written.changes, *also])
             except BaseException:
                 if not live.stored:
                     self._vault.forget(live.session_id)  # the next try makes a key of its own
@@ -632,112 +474,25 @@ class Registry(Archive):
             if live.ends == ends:  # else: what was said meanwhile stands
                 live.is_over = last
             live.ends += last
-            self._tips.put(live.session_id, new_tip)
-            if links:
-                _keep(self._by_link, links[-1], (live.session_id, number), _KNOWN_LINKS)
-            return account
+            self._tips.put(live.session_id, written.tip)
+            if link is not None:
+                _keep(self._by_link, link, (live.session_id, number), _KNOWN_LINKS)
+            return written.account
 
-    def _turn_links(self, session: Session, turn: Turn, outcome: Outcome) -> list[bytes]:
+    def _link_of(self, session: Session, turn: Turn, outcome: Outcome) -> bytes | None:
         if turn.kind is not TurnKind.CHAT:
-            return []
+            return None
         said = [*turn.messages, outcome.answer]
-        return self._links(session.tenant_id, session.principal_id, said, session._links)
+        return self._links(session.tenant_id, session.principal_id, said, session._links)[-1]
 
-    def _session_changes(self, live: _Live, turn: Turn, outcome: Outcome, number: int, *, last: bool) -> list[Change]:
-        totals = {
-            "turns": number,
-            "prompt_tokens": outcome.prompt_tokens,
-            "cached_tokens": outcome.cached_tokens or 0,
-            "completion_tokens": outcome.completion_tokens,
-            "last_used_at": outcome.ended_at,
-            "over_at": outcome.ended_at if last else None,
-        }
+    def _session_changes(self, live: Live, turn: Turn, outcome: Outcome, number: int, *, last: bool) -> list[Change]:
         if live.stored:
-            named = {f"b_{name}": value for name, value in totals.items()}
-            return [Change(_UPDATE_SESSION, {"b_session_id": live.session_id, **named})]
-        changes = [
-            *key_changes([self._vault.pending_session_key(live.tenant_id, live.session_id)]),
-            Change(_INSERT_TREE, {"b_tree_id": live.tree_id, "b_tenant_id": live.tenant_id}),
-        ]
+            return next_changes(live, outcome, number, last=last)
         lookup = None
         if live.client_id is not None:
             lookup = self._client_id_lookup(live.tenant_id, live.principal_id, live.client_id)
-        row = {
-            "session_id": live.session_id,
-            "tenant_id": live.tenant_id,
-            "principal_id": live.principal_id,
-            "tree_id": live.tree_id,
-            "parent_session_id": live.parent_session_id,
-            "client_id_lookup": lookup,
-            "client_id": live.client_id or "",
-            "model": turn.model,
-            "origin": live.origin.value,
-            "created_at": outcome.started_at,
-            "row_version": 1,
-            **totals,
-        }
-        sealed = self._rows.seal(tables.sessions, row, scope=live.session_id, purpose=KeyPurpose.SESSION)
-        return [*changes, Change(_INSERT_SESSION, sealed)]
-
-    def _turn_changes(
-        self,
-        live: _Live,
-        turn: Turn,
-        outcome: Outcome,
-        number: int,
-        links: list[bytes],
-        tip: Tip | None,
-        circumstances: Circumstances,
-    ) -> tuple[list[Change], Tip, Account]:
-        parameters = to_json(turn.parameters)
-        prompt_length = len(outcome.prompt_token_ids)
-        ids = token_array(outcome.prompt_token_ids, outcome.completion_token_ids)
-        shared_ids = 0 if tip is None else shared_tokens(tip.ran.token_ids, ids)
-        ran = Ran(
-            turn.model,
-            ids,
-            outcome.prompt_tokens,
-            outcome.cached_tokens,
-            outcome.started_at,
-            outcome.ended_at,
-            circumstances,
-        )
-        chain = message_chain([*turn.messages, outcome.answer])
-        shared = min(shared_length(tip.chain, chain), len(turn.messages)) if tip is not None else 0
-        account = account_of(
-            None if tip is None else tip.ran,
-            ran,
-            shared=shared_ids,
-            first=number == 1,
-            history_came_again=tip is not None and shared == len(tip.chain),
-        )
-        row = {
-            "turn_id": self._new_id("trn"),
-            "session_id": live.session_id,
-            "tenant_id": live.tenant_id,
-            "number": number,
-            "response_id": outcome.response_id,
-            "model": turn.model,
-            "state": outcome.state.value,
-            "request": encode_request(tip, shared, turn.messages, parameters, circumstances),
-            "response": to_json(outcome.answer),
-            "token_ids": encode_token_ids(tip, shared_ids, ids, prompt_length),
-            "prompt_tokens": outcome.prompt_tokens,
-            "cached_tokens": outcome.cached_tokens or 0,
-            "completion_tokens": outcome.completion_tokens,
-            "finish_reason": outcome.finish_reason,
-            "started_at": outcome.started_at,
-            "ended_at": outcome.ended_at,
-            "row_version": 1,
-        }
-        changes = [
-            Change(_INSERT_TURN, self._rows.seal(tables.turns, row, scope=live.session_id, purpose=KeyPurpose.SESSION))
-        ]
-        if links:
-            at = {"tenant_id": live.tenant_id, "link": links[-1]}
-            changes.append(Change(_DELETE_LINK, {f"b_{name}": value for name, value in at.items()}))
-            changes.append(Change(_INSERT_LINK, {**at, "session_id": live.session_id, "turn_number": number}))
-        return changes, Tip(number, chain, parameters, ran), account
+        key = self._vault.pending_session_key(live.tenant_id, live.session_id)
+        return first_changes(self._rows, live, turn, outcome, key=key, client_id_lookup=lookup, last=last)
 
     # Small things
 
@@ -759,10 +514,10 @@ class Registry(Archive):
     def _new_id(self, prefix: str) -> str:
         return f"{prefix}_{self._random_bytes(16).hex()}"
 
-    def _remember(self, live: _Live) -> None:
+    def _remember(self, live: Live) -> None:
         _keep(self._recent, live.session_id, live, _LIVE_SESSIONS)
 
-    def _let_go(self, live: _Live) -> None:
+    def _let_go(self, live: Live) -> None:
         """Remember nothing of a session."""
         self._recent.pop(live.session_id, None)
         self._live.pop(live.session_id, None)
@@ -770,44 +525,7 @@ class Registry(Archive):
         self._vault.forget(live.session_id)
 
 
-class _Tips:
-    """The latest turn of sessions in use, the least recently used dropped first; bounded in bytes."""
-
-    def __init__(self, capacity_bytes: int) -> None:
-        self._capacity = capacity_bytes
-        self._held = 0
-        self._tips: OrderedDict[str, Tip] = OrderedDict()
-
-    def get(self, session_id: str) -> Tip | None:
-        return self._tips.get(session_id)
-
-    def put(self, session_id: str, tip: Tip) -> None:
-        self.drop(session_id)
-        if tip.size() > self._capacity:
-            return
-        self._tips[session_id] = tip
-        self._held += tip.size()
-        while self._held > self._capacity:
-            _, oldest = self._tips.popitem(last=False)
-            self._held -= oldest.size()
-
-    def drop(self, session_id: str) -> None:
-        tip = self._tips.pop(session_id, None)
-        if tip is not None:
-            self._held -= tip.size()
-
-
-def _own_tree(session_id: str) -> str:
-    """The tree that a session is the first of."""
-    return f"tre_{session_id.removeprefix('ses_')}"
-
-
-def is_over(last_used_at: float, over_at: float | None) -> bool:
-    """What a session's row says of it: by the wall clock, which is all that a row has."""
-    return over_at is not None and over_at >= last_used_at
-
-
-def _paused_s(live: _Live, outcome: Outcome) -> float | None:
+def _paused_s(live: Live, outcome: Outcome) -> float | None:
     """How long before a turn the session's last one was over; negative: it was not."""
     if live.ran_until_s is None or outcome.ran_s is None:
         return None
@@ -830,29 +548,3 @@ def _keep(kept: "OrderedDict[Any, Any]", key: Any, value: Any, bound: int) -> No
     kept.move_to_end(key)
     if len(kept) > bound:
         kept.popitem(last=False)
-
-
-_INSERT_TREE = insert(tables.trees).from_select(
-    ["tree_id", "tenant_id", "epoch"],
-    select(bindparam("b_tree_id", type_=Text), bindparam("b_tenant_id", type_=Text), literal(0)).where(
-        ~exists().where(tables.trees.c.tree_id == bindparam("b_tree_id", type_=Text))
-    ),
-)  # a child's first turn may be over before its parent's
-_INSERT_SESSION = insert(tables.sessions)
-_INSERT_TURN = insert(tables.turns)
-_INSERT_LINK = insert(tables.chain)
-_DELETE_LINK = delete(tables.chain).where(
-    tables.chain.c.tenant_id == bindparam("b_tenant_id"), tables.chain.c.link == bindparam("b_link")
-)
-_UPDATE_SESSION = (
-    update(tables.sessions)
-    .where(tables.sessions.c.session_id == bindparam("b_session_id"))
-    .values(
-        turns=bindparam("b_turns"),
-        prompt_tokens=tables.sessions.c.prompt_tokens + bindparam("b_prompt_tokens"),
-        cached_tokens=tables.sessions.c.cached_tokens + bindparam("b_cached_tokens"),
-        completion_tokens=tables.sessions.c.completion_tokens + bindparam("b_completion_tokens"),
-        last_used_at=bindparam("b_last_used_at"),
-        over_at=bindparam("b_over_at"),
-    )
-)

@@ -32,8 +32,8 @@ from appliance.sessions import (
     archive,
     misses,
 )
+from appliance.sessions.labels import LabelNotKnown
 from appliance.sessions.misses import Divergence
-from appliance.sessions.registry import LabelNotKnown
 from appliance.settings import SessionSettings
 from appliance.store import Change, DatabaseKeys, Store, StoreConflict, StoreUnavailable, key_changes, tables
 from appliance.vault import Binding, KeyMissing, KeyPurpose, KeyRecord, RootKey, TamperedValue, Vault, VaultSealed
@@ -935,7 +935,7 @@ async def test_a_session_that_was_forgotten_has_no_tiers_key(world: World) -> No
 async def test_among_more_sessions_than_are_remembered_those_that_are_there_are_told_from_those_that_are_gone(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("appliance.sessions.registry._KNOWN_LABELS", 4)
+    monkeypatch.setattr("appliance.sessions.labels._KNOWN_LABELS", 4)
     said = [await say(world.sessions, caller(), chat(HELLO, client_id=f"s{n}"), "Hi", f"r{n}") for n in range(7)]
     await world.sessions.forget(caller(), said[2].session_id)
     answer = key_of(world.reopened())
@@ -945,8 +945,8 @@ async def test_among_more_sessions_than_are_remembered_those_that_are_there_are_
 
 
 async def test_a_look_that_takes_too_long_calls_nobody_gone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("appliance.sessions.registry._KNOWN_LABELS", 4)
-    monkeypatch.setattr("appliance.sessions.registry._LABELS_DEADLINE_S", -1.0)
+    monkeypatch.setattr("appliance.sessions.labels._KNOWN_LABELS", 4)
+    monkeypatch.setattr("appliance.sessions.labels._DEADLINE_S", -1.0)
     said = [await say(world.sessions, caller(), chat(HELLO, client_id=f"s{n}"), "Hi", f"r{n}") for n in range(3)]
     anew = world.reopened()
     answers = [
