@@ -160,6 +160,8 @@ class Sessions(Registry):
         """
         row = await self._forgettable(caller, session_id)
         live = await self._load(row)
+        if live is None:
+            raise unknown_session(session_id)
         async with live.lock:
             due = self._new_id("era")
             await self._store.transact(lambda db: _shred(db, session_id, live.tree_id, due))

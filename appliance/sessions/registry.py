@@ -45,7 +45,7 @@ from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn
 from appliance.sessions.writing import first_changes, next_changes, write_turn
 from appliance.settings import SessionSettings
 from appliance.store import Change, Store, tables
-from appliance.vault import KeyPurpose, Vault
+from appliance.vault import KeyMissing, KeyPurpose, Vault
 
 _LIVE_SESSIONS = 4096
 _TIP_BYTES = 32 << 20
@@ -99,6 +99,7 @@ class Registry(Archive):
         self._by_link: OrderedDict[bytes, tuple[str, int]] = OrderedDict()
         self._tips = Tips(_TIP_BYTES)
         self._labels = Labels(store, vault)
+        self._forgotten = 0  # sessions, by this process
 
     # Finding the session of a turn
 
@@ -140,13 +141,14 @@ class Registry(Archive):
                 .first()
             )
         )
-        if row is None:
+        live = None if row is None else await self._load(row)
+        if live is None:
             raise UnknownResponse(
                 "previous_response_id names no response",
                 cause="no response of this principal has that id, or its session was forgotten",
                 remedy="Send the whole conversation without previous_response_id",
             )
-        return await self._load(row)
+        return live
 
     async def _of_client_id(self, tenant_id: str, principal_id: str, client_id: str, hints: SessionHints) -> Live:
         lookup = self._client_id_lookup(tenant_id, principal_id, client_id)
@@ -221,9 +223,9 @@ class Registry(Archive):
                 .first()
             )
         )
-        if row is None:
+        live = None if row is None else await self._load(row)
+        if live is None:
             return None
-        live = await self._load(row)
         _keep(self._by_client_id, lookup, live.session_id, _LIVE_SESSIONS)
         return live
 
@@ -268,25 +270,35 @@ class Registry(Archive):
             return next((by_link[link] for link in candidates if link in by_link), None)
 
         row = await self._store.read(query)
-        return None if row is None else (await self._load(row), row["turn_number"])
+        found = None if row is None else await self._load(row)
+        return None if row is None or found is None else (found, row["turn_number"])
 
-    async def _load(self, row: RowMapping) -> Live:
+    async def _load(self, row: RowMapping) -> Live | None:
+        """The session of a row that was read; None: it was forgotten since."""
         session_id = row["session_id"]
         # First of all: that the row is this caller's is so far only what the database says.
-        opened = self._rows.open(tables.sessions, row)
-        known = self._live.get(session_id)
-        if known is not None:
-            return known
-        tree_id = row["tree_id"]
-        epoch, answered = await self._epoch_and_answered(tree_id, session_id)
-        known = self._live.get(session_id)
-        if known is not None:
-            return known
+        try:
+            opened = self._rows.open(tables.sessions, row)
+        except KeyMissing:
+            if await self._epoch_and_answered(row["tree_id"], session_id) is None:
+                return None
+            raise
+        while True:
+            known = self._live.get(session_id)
+            if known is not None:
+                return known
+            forgotten = self._forgotten
+            stored = await self._epoch_and_answered(row["tree_id"], session_id)
+            if stored is None:
+                return None
+            if forgotten == self._forgotten and session_id not in self._live:
+                break
+        epoch, answered = stored
         live = Live(
             session_id=session_id,
             tenant_id=row["tenant_id"],
             principal_id=row["principal_id"],
-            tree_id=tree_id,
+            tree_id=row["tree_id"],
             client_id=text_or_none(opened["client_id"]) or None,
             epoch=epoch,
             turns=row["turns"],
@@ -299,12 +311,17 @@ class Registry(Archive):
         self._live[session_id] = live
         return live
 
-    async def _epoch_and_answered(self, tree_id: str, session_id: str) -> tuple[int, int]:
-        """The epoch of a tree, and the number of a session's latest turn that the engine finished; 0: none."""
-        trees, turns = tables.trees, tables.turns
+    async def _epoch_and_answered(self, tree_id: str, session_id: str) -> tuple[int, int] | None:
+        """The epoch of a tree, and the number of a session's latest turn that the engine finished; 0: none.
+
+        None: there is no such session any more.
+        """
+        sessions, trees, turns = tables.sessions, tables.trees, tables.turns
         finished = turns.c.session_id == session_id, turns.c.state == TurnState.COMPLETE.value
 
-        def query(db: Connection) -> tuple[int, int]:
+        def query(db: Connection) -> tuple[int, int] | None:
+            if db.execute(select(sessions.c.session_id).where(sessions.c.session_id == session_id)).first() is None:
+                return None
             epoch = db.execute(select(trees.c.epoch).where(trees.c.tree_id == tree_id)).scalar_one()
             answered = db.execute(select(func.max(turns.c.number)).where(*finished)).scalar_one()
             return epoch, answered or 0
@@ -518,7 +535,8 @@ class Registry(Archive):
         _keep(self._recent, live.session_id, live, _LIVE_SESSIONS)
 
     def _let_go(self, live: Live) -> None:
-        """Remember nothing of a session."""
+        """Remember nothing of a session that was forgotten."""
+        self._forgotten += 1
         self._recent.pop(live.session_id, None)
         self._live.pop(live.session_id, None)
         self._tips.drop(live.session_id)

@@ -2,7 +2,8 @@
 
 import asyncio
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -901,6 +902,30 @@ async def test_salts_and_labels_say_nothing_of_what_they_are_made_from(world: Wo
     assert len(session.salt) == 64
     assert session.session_id[4:] not in shown
     assert "ten_1" not in shown
+
+
+@pytest.mark.parametrize("reads", [1, 2])
+@pytest.mark.parametrize("by", ["client_id", "history"])
+async def test_a_session_that_is_forgotten_while_a_turn_looks_for_it_is_not_found(
+    world: World, monkeypatch: pytest.MonkeyPatch, by: str, reads: int
+) -> None:
+    hints = {"client_id": "mine"} if by == "client_id" else {}
+    said = await say(world.sessions, caller(), chat(HELLO, **hints), "Hello.")
+    sessions, read, seen = world.reopened(), world.store.read, itertools.count(1)
+
+    async def read_and_be_late(query: Callable[[Connection], Any]) -> Any:
+        found = await read(query)
+        if next(seen) == reads:
+            await sessions.forget(caller(), said.session_id)
+        return found
+
+    monkeypatch.setattr(world.store, "read", read_and_be_late)
+    turn = chat(HELLO, {"role": "assistant", "content": "Hello."}, HELLO, **hints)
+    session = await sessions.resolve(caller(), turn)
+    assert session.session_id != said.session_id
+    await sessions.record(session, turn, outcome("Hello again."))
+    again = await sessions.resolve(caller(), turn) if by == "client_id" else session
+    assert again.session_id == session.session_id
 
 
 # Keys of the engine's tiers
