@@ -27,7 +27,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic_core import from_json, to_json
@@ -48,7 +48,8 @@ from api.openai.errors import (
     error_object,
 )
 from api.openai.hints import ends_session, read_hints
-from api.openai.prefixes import Prefix, Prefixes
+from api.openai.prefixes import Prefixes
+from api.openai.running import Running, StreamReader
 from api.openai.wire import Asked, HintsReader
 from api.services import Services
 from api.turn_ends import stop_of
@@ -65,7 +66,6 @@ from appliance.vault import VaultSealed
 
 _STALLED_CLIENT_S = 2.0  # how long a client that does not read is given to take the error event
 _ACCOUNT_WITHIN_S = 1.0  # what the engine has not said of a turn by then is not known
-_SLOW_CLIENT_S = 2.0  # that a stream may wait for its client, all in all, before its place at the engine is another's
 _MUCH_TO_HASH = 64 << 10  # bytes of a request that are canonicalised and hashed beside the loop
 _BYTES_PER_TOKEN = 4  # what an answer cost whose prompt the engine did not get to count
 _EVENT_STREAM = (
@@ -90,92 +90,6 @@ class Endpoint:
     read: Callable[[bytes | bytearray, HintsReader, GatewaySettings], Asked]
 
 
-@dataclass(eq=False, slots=True)
-class _Running:
-    """A turn that is with the engine, and how it is broken off."""
-
-    asked: Asked
-    session: Session
-    admission: Admission
-    answer: Answer
-    response_id: str
-    prompt_bytes: int
-    started_at: float
-    began_s: float  # the same moment, by a clock that nobody sets
-    prefix: Prefix | None = None
-    recorded: "asyncio.Future[int] | None" = None
-    broken_off_by: HoldfastError | None = None
-    client_gone: bool = False
-    settled: bool = False
-    reached_engine: bool = False
-    first_token_s: float | None = None
-    _limit: asyncio.Timeout | None = field(default=None)
-
-    def interrupt(self, why: HoldfastError | None) -> None:
-        """Break the turn off; `why` None: the client is gone."""
-        if self._limit is None or self.client_gone or self.broken_off_by is not None:
-            return
-        self.broken_off_by, self.client_gone = why, why is None
-        self._limit.reschedule(asyncio.get_running_loop().time())
-
-    @property
-    def is_recorded(self) -> bool:
-        """Whether its admission is on the disk."""
-        recorded = self.recorded
-        return recorded is not None and recorded.done() and not recorded.cancelled() and recorded.exception() is None
-
-    async def until_recorded(self) -> None:
-        """Return when its admission is on the disk.
-
-        Raises:
-            AuditUnavailable: it will not be.
-        """
-        if self.recorded is None:
-            raise RuntimeError("a turn was begun that nobody recorded")
-        if not self.recorded.done():
-            await asyncio.wait((self.recorded,))  # which leaves it alone when this is cancelled
-        self.recorded.result()
-
-    @contextlib.asynccontextmanager
-    async def until(self, timeout_s: float) -> AsyncIterator[None]:
-        """Run the body until it ends or is interrupted, at most `timeout_s`."""
-        try:
-            async with asyncio.timeout(timeout_s) as self._limit:
-                try:
-                    yield
-                finally:
-                    limit, self._limit = self._limit, None
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            if not self.client_gone and self.broken_off_by is None:
-                self.broken_off_by = TurnTooLong(
-                    "the turn took too long",
-                    cause=f"it was not over after {timeout_s:g} s (gateway.request_timeout_s)",
-                    remedy="Ask for fewer tokens, or have an administrator raise the bound",
-                )
-
-
-class _Reader:
-    """Whom a stream goes to. A place at the engine is not held for a client that reads slowly: the engine, which does
-    not wait for it, has done long before."""
-
-    def __init__(self, send: Send, too_slow: Callable[[], None]) -> None:
-        self._send = send
-        self._too_slow = too_slow
-        self._left_s = _SLOW_CLIENT_S
-
-    async def send(self, events: bytes) -> None:
-        loop = asyncio.get_running_loop()
-        begun_at = loop.time()
-        slow = loop.call_later(self._left_s, self._too_slow)
-        try:
-            await self._send({"type": "http.response.body", "body": events, "more_body": True})
-        finally:
-            slow.cancel()
-            self._left_s = max(self._left_s - (loop.time() - begun_at), 0.0)
-
-
 class Turns:
     """One of the two completion routes, as an ASGI application."""
 
@@ -195,7 +109,7 @@ class Turns:
         services, lifecycle = self._services, self._services.lifecycle
         self._refuse_busy(request)
         admission = services.quotas.enter(request.known_caller())
-        running: _Running | None = None
+        running: Running | None = None
         try:
             ends = ends_session(request.headers)
             asked, body_bytes = await self._read(request, receive)
@@ -286,7 +200,7 @@ class Turns:
         longest = model.max_model_len if model is not None and model.max_model_len else prompt
         return asked.choices * max(longest, prompt)
 
-    async def _place(self, request: Request, asked: Asked, admission: Admission, prompt_bytes: int) -> _Running:
+    async def _place(self, request: Request, asked: Asked, admission: Admission, prompt_bytes: int) -> Running:
         services = self._services
         if not services.watch.ready:
             raise engine_not_ready(services.watch.summary, for_good=services.watch.failed)
@@ -312,10 +226,10 @@ class Turns:
         prefix = None
         if session.shared_salt is not None:
             prefix = await self._prefixes.of(session.tenant_id, asked.turn)
-        return _Running(asked, session, admission, answer, response_id, prompt_bytes, started_at, began_s, prefix)
+        return Running(asked, session, admission, answer, response_id, prompt_bytes, started_at, began_s, prefix)
 
     @contextlib.asynccontextmanager
-    async def _at_the_engine(self, request: Request, running: _Running) -> AsyncIterator[Callable[[], None]]:
+    async def _at_the_engine(self, request: Request, running: Running) -> AsyncIterator[Callable[[], None]]:
         """Wait for a place at the engine, and have it while the body runs, or until what this yields is called.
 
         Raises:
@@ -359,7 +273,7 @@ class Turns:
         finally:
             leave()
 
-    def _engine_body(self, running: _Running) -> bytes:
+    def _engine_body(self, running: Running) -> bytes:
         """The only way that anything reaches the engine."""
         asked, session = running.asked, running.session
         shared = None
@@ -394,7 +308,7 @@ class Turns:
 
     # Streamed
 
-    async def _stream(self, request: Request, running: _Running, body: bytes, send: Send) -> None:
+    async def _stream(self, request: Request, running: Running, body: bytes, send: Send) -> None:
         answer = running.answer
         failure: HoldfastError | None = None
         try:
@@ -427,7 +341,7 @@ class Turns:
             async with asyncio.timeout(None if failure is None else _STALLED_CLIENT_S):
                 await send({"type": "http.response.body", "body": last})
 
-    async def _pass_on(self, request: Request, running: _Running, body: bytes, send: Send) -> None:
+    async def _pass_on(self, request: Request, running: Running, body: bytes, send: Send) -> None:
         """From the engine to the client, all but the end."""
         answer = running.answer
         begun_at = time.perf_counter()
@@ -438,7 +352,7 @@ class Turns:
             engine.batches(self._endpoint.path, body, request_id=engine_id) as batches,
         ):
             await running.until_recorded()
-            reader = _Reader(send, leave)
+            reader = StreamReader(send, leave)
             async for batch in batches:
                 # Who waits for the first event does not wait for those to be read that came with it.
                 for together in (batch,) if request.began or len(batch) == 1 else (batch[:1], batch[1:]):
@@ -455,7 +369,7 @@ class Turns:
 
     # Whole
 
-    async def _whole(self, request: Request, running: _Running, body: bytes, send: Send) -> None:
+    async def _whole(self, request: Request, running: Running, body: bytes, send: Send) -> None:
         failure: HoldfastError | None = None
         engine_id = running.response_id.removeprefix(self._endpoint.id_prefix)
         try:
@@ -482,7 +396,7 @@ class Turns:
     # Writing it down
 
     async def _commit(
-        self, request: Request, running: _Running, state: TurnState, failure: HoldfastError | None
+        self, request: Request, running: Running, state: TurnState, failure: HoldfastError | None
     ) -> Account:
         """Store a turn and record how it ended, at the same time: both are on the disk when this returns.
 
@@ -533,7 +447,7 @@ class Turns:
         self._note(running, state, stored, time.perf_counter() - begun_at, outcome)
         return stored
 
-    async def _served(self, running: _Running, told: "asyncio.Future[TurnAccount | None]") -> Served | None:
+    async def _served(self, running: Running, told: "asyncio.Future[TurnAccount | None]") -> Served | None:
         """From where the engine had what it found of the prompt; None: that is not certain."""
         cached_tokens = running.answer.usage.cached_tokens
         if cached_tokens is None or self._services.engine_life is None:
@@ -546,7 +460,7 @@ class Turns:
             return None
         return Served(account.device_tokens, account.dram_tokens, account.disk_tokens, account.reason)
 
-    def _note(self, running: _Running, state: TurnState, account: Account, commit_s: float, outcome: Outcome) -> None:
+    def _note(self, running: Running, state: TurnState, account: Account, commit_s: float, outcome: Outcome) -> None:
         """Count a turn that was written down."""
         session = running.session
         self._services.metrics.turn(
@@ -564,7 +478,7 @@ class Turns:
             first_token_s=running.first_token_s,
         )
 
-    def _say_hints(self, request: Request, running: _Running) -> None:
+    def _say_hints(self, request: Request, running: Running) -> None:
         """Have a header say what is made of the client's hints."""
         services = self._services
         hints = running.asked.agent_hints.allowed(services.waiting.most_priority(request.known_caller().tenant))
@@ -573,7 +487,7 @@ class Turns:
         if said is not None:
             request.answer_headers.append((b"x-holdfast-hints", said.encode("ascii")))
 
-    def _tell_engine(self, running: _Running) -> "asyncio.Future[TurnAccount | None]":
+    def _tell_engine(self, running: Running) -> "asyncio.Future[TurnAccount | None]":
         session, answer = running.session, running.answer
         stop = stop_of(answer.finish_reason)
         end = TurnEnd(
@@ -587,7 +501,7 @@ class Turns:
         )
         return self._services.turn_ends.tell(end, at_once=_wants_account(self._services, running))
 
-    def _ended(self, request: Request, running: _Running, state: TurnState, failure: HoldfastError | None) -> Event:
+    def _ended(self, request: Request, running: Running, state: TurnState, failure: HoldfastError | None) -> Event:
         usage = running.answer.usage
         gone = "client_gone" if running.client_gone else ""
         return trail.ended(
@@ -605,7 +519,7 @@ class Turns:
             answer_digest=self._answer_digest(request, running.answer),
         )
 
-    async def _settle_unanswered(self, request: Request, running: _Running, failure: HoldfastError | None) -> None:
+    async def _settle_unanswered(self, request: Request, running: Running, failure: HoldfastError | None) -> None:
         """Nothing was answered: what a client did not wait for, or asked too much for, it pays; else nothing.
 
         Nor does it pay for what never came to the engine.
@@ -626,7 +540,7 @@ class Turns:
         if used:
             await self._services.store.write(used)
 
-    def _explained(self, running: _Running, error: HoldfastError) -> HoldfastError:
+    def _explained(self, running: Running, error: HoldfastError) -> HoldfastError:
         """The error that a client is told for one that the engine or its client raised."""
         if isinstance(error, EngineUnavailable | EngineLost):
             self._services.watch.missed()
@@ -635,7 +549,7 @@ class Turns:
         return error
 
 
-def _wants_account(services: Services, running: _Running) -> bool:
+def _wants_account(services: Services, running: Running) -> bool:
     """Whether the engine knows more of where a prompt was found: it has more tiers, or a cap that may have been met."""
     keeping = running.session.keeping
     return services.kv.has_more_tiers or min(keeping.tenant_cap, keeping.session_cap) < 1.0
@@ -664,7 +578,7 @@ def _feed(answer: Answer, payloads: list[bytes]) -> tuple[bytes, AnswerBroken | 
     return b"".join(events), None
 
 
-async def _watch(receive: Receive, running: _Running) -> None:
+async def _watch(receive: Receive, running: Running) -> None:
     """Break the turn off when its client goes away."""
     while (await receive())["type"] != "http.disconnect":
         pass
