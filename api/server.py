@@ -22,6 +22,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -50,7 +51,7 @@ from api.retaining import keep_retention
 from api.roots import open_root, read_seal
 from api.services import Lifecycle, Services
 from api.tenant_names import tell_settings_of_nobody
-from api.tier_keys import key_of
+from api.tier_keys import key_of, strict_labels
 from api.turn_ends import TurnEnds
 from api.waiting import WaitingRoom
 from appliance.audit import AuditUnavailable, Event, NodeAudit
@@ -342,7 +343,9 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             block_size=None if spec is None else spec.block_size,
             random_bytes=DrawnAhead(),
         )
-        process = None if spec is None else EngineProcess(spec, engine, keys=KeyChannel(key_of(sessions)))
+        identity = Identity(store, vault)
+        answer = key_of(sessions, partial(strict_labels, settings.sessions, identity, vault))
+        process = None if spec is None else EngineProcess(spec, engine, keys=KeyChannel(answer))
         turn_ends = TurnEnds(engine)
         watch = EngineWatch(
             engine,
@@ -366,7 +369,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             store=store,
             audit=audit,
             exports=exports,
-            identity=Identity(store, vault),
+            identity=identity,
             quotas=Quotas(store),
             sessions=sessions,
             throwaways=Throwaways(store, vault),

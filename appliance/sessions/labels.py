@@ -59,7 +59,7 @@ class Labels:
 
     def of(self, named: Named) -> Label:
         """A session's label."""
-        return Label(self._of_tenant(named.tenant_id), lease_label(self._vault, *named))
+        return Label(tenant_label(self._vault, named.tenant_id), lease_label(self._vault, *named))
 
     def note(self, label: Label, named: Named) -> None:
         """Remember whose a label is."""
@@ -130,7 +130,7 @@ class Labels:
         rows = await self._store.read(lambda db: db.execute(query).all())
 
         def labelled() -> list[tuple[Label, Named]]:
-            tenants = {tenant_id: self._of_tenant(tenant_id) for tenant_id, _ in rows}
+            tenants = {tenant_id: tenant_label(self._vault, tenant_id) for tenant_id, _ in rows}
             return [
                 (
                     Label(tenants[tenant_id], lease_label(self._vault, tenant_id, session_id)),
@@ -141,8 +141,10 @@ class Labels:
 
         return await asyncio.to_thread(labelled)
 
-    def _of_tenant(self, tenant_id: str) -> str:
-        return self._vault.mac(tenant_id, KeyPurpose.SALT, "tenant-label").hex()[:32]
+
+def tenant_label(vault: Vault, tenant_id: str) -> str:
+    """What the engine calls a tenant; 32 hexadecimal digits."""
+    return vault.mac(tenant_id, KeyPurpose.SALT, "tenant-label").hex()[:32]
 
 
 def lease_label(vault: Vault, tenant_id: str, session_id: str) -> str:

@@ -931,6 +931,11 @@ async def test_a_session_that_is_forgotten_while_a_turn_looks_for_it_is_not_foun
 # Keys of the engine's tiers
 
 
+async def nobody() -> tuple[str, ...]:
+    """The labels of strict tenants."""
+    return ()
+
+
 async def test_the_engine_gets_a_tiers_key_in_the_first_turn_already_and_the_same_ever_after(world: World) -> None:
     turn = chat(HELLO)
     session = await world.sessions.resolve(caller(), turn)
@@ -963,7 +968,7 @@ async def test_among_more_sessions_than_are_remembered_those_that_are_there_are_
     monkeypatch.setattr("appliance.sessions.labels._KNOWN_LABELS", 4)
     said = [await say(world.sessions, caller(), chat(HELLO, client_id=f"s{n}"), "Hi", f"r{n}") for n in range(7)]
     await world.sessions.forget(caller(), said[2].session_id)
-    answer = key_of(world.reopened())
+    answer = key_of(world.reopened(), nobody)
     asked = (answer(one.tenant_label, one.lease_label) for one in said[:4])
     told = await asyncio.gather(*asked, return_exceptions=True)
     assert [type(each) for each in told] == [bytes, bytes, SessionGone, bytes]
@@ -975,14 +980,15 @@ async def test_a_look_that_takes_too_long_calls_nobody_gone(world: World, monkey
     said = [await say(world.sessions, caller(), chat(HELLO, client_id=f"s{n}"), "Hi", f"r{n}") for n in range(3)]
     anew = world.reopened()
     answers = [
-        await asyncio.gather(key_of(anew)(one.tenant_label, one.lease_label), return_exceptions=True) for one in said
+        await asyncio.gather(key_of(anew, nobody)(one.tenant_label, one.lease_label), return_exceptions=True)
+        for one in said
     ]
     kinds = sorted(type(answer).__name__ for (answer,) in answers)
     assert kinds == ["LabelNotKnown", "bytes", "bytes"]
 
 
 async def test_who_asks_for_a_label_again_at_once_is_not_told_that_it_is_gone(world: World) -> None:
-    answer = key_of(world.reopened())
+    answer = key_of(world.reopened(), nobody)
     with pytest.raises(SessionGone):
         await answer("of-nobody", "and-nothing")  # everything was looked through
     elsewhere = await say(world.sessions, caller(), chat(HELLO), "Hello.")
@@ -994,7 +1000,7 @@ async def test_all_that_are_asked_for_together_after_a_start_are_told_that_they_
     said = [await say(world.sessions, caller(), chat(HELLO, client_id=f"s{n}"), "Hi", f"r{n}") for n in range(6)]
     for session in said[:5]:
         await world.sessions.forget(caller(), session.session_id)
-    answer = key_of(world.reopened())
+    answer = key_of(world.reopened(), nobody)
     asked = (answer(one.tenant_label, one.lease_label) for one in said)
     told = await asyncio.gather(*asked, return_exceptions=True)
     assert [type(each) for each in told] == [SessionGone] * 5 + [bytes]
@@ -1002,7 +1008,7 @@ async def test_all_that_are_asked_for_together_after_a_start_are_told_that_they_
 
 async def test_a_vault_that_was_sealed_when_the_engine_asked_makes_no_session_gone(world: World) -> None:
     session = await say(world.sessions, caller(), chat(HELLO), "Hello.")
-    answer = key_of(world.reopened())
+    answer = key_of(world.reopened(), nobody)
     world.vault.seal()
     with pytest.raises(VaultSealed):
         await answer(session.tenant_label, session.lease_label)
