@@ -2,7 +2,9 @@
 
 Rules:
 
-- A connection carries one request at a time, and is used again only when its answer was read to the end.
+- A connection carries one request at a time, and is used again only when its answer was read to the end. What came of
+  one and was not read, because who asked left, is never another's: such a connection is closed, and a request begins
+  with nothing that was there before it.
 - What comes is handed out as it came. Who reads slowly slows the engine down: no more than `_AHEAD_BYTES` wait here.
 - To connect, and the silence between two reads, have deadlines.
 - What goes wrong is `Unreachable` (nothing was asked) or `Broken` (the engine had the request); neither repeats a byte.
@@ -50,7 +52,7 @@ class Connection(asyncio.Protocol):
     @property
     def reusable(self) -> bool:
         """Whether another request can be sent over it."""
-        return self._ended and self._broken is None and self._parser is None
+        return self._ended and not self._parts and self._broken is None and self._parser is None
 
     @property
     def usable(self) -> bool:
@@ -64,6 +66,7 @@ class Connection(asyncio.Protocol):
             Broken: no answer came.
         """
         self._parser = httptools.HttpResponseParser(self)
+        self._parts, self._ahead = [], 0
         self._ended, self.status = False, 0
         if self._transport is not None:
             self._transport.write(request)
@@ -139,11 +142,17 @@ class Connection(asyncio.Protocol):
 
     # httptools' side
 
+    def on_message_begin(self) -> None:
+        if self._ended:
+            self._break("it spoke without being asked")
+
     def on_headers_complete(self) -> None:
         if self._parser is not None:
             self.status = self._parser.get_status_code()
 
     def on_body(self, body: bytes) -> None:
+        if self._ended:
+            return
         self._parts.append(body)
         before, self._ahead = self._ahead, self._ahead + len(body)
         if before <= _AHEAD_BYTES < self._ahead and self._transport is not None:

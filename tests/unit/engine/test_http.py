@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance.engine.http import Broken, Pool, Unreachable, request_bytes
+from appliance.engine.http import Broken, Connection, Pool, Unreachable, request_bytes
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -70,6 +70,68 @@ async def test_a_connection_is_used_again_one_that_is_too_old_is_not(tmp_path: P
         assert [await ask(brief) for _ in range(2)] == [b"hello"] * 2
         assert len(connections) == 3
         brief.close()
+
+
+async def test_an_answer_that_came_whole_and_was_not_read_is_nobody_elses(tmp_path: Path) -> None:
+    async with server(tmp_path / "s", hello) as connections:
+        it = pool(tmp_path / "s")
+        connection = await it.take()
+        await connection.ask(ASK)
+        it.give_back(connection)  # all of it came with the headers, and who asked has left
+        assert await ask(it) == b"hello"
+        assert len(connections) == 2
+        it.close()
+
+
+async def test_an_answer_that_came_in_the_moment_in_which_its_asker_left_is_nobody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with server(tmp_path / "s", hello) as connections:
+        it = pool(tmp_path / "s")
+        connection = await it.take()
+        asking = asyncio.create_task(connection.ask(ASK))
+        received = connection.data_received
+
+        def receive_and_leave(data: bytes) -> None:
+            received(data)
+            asking.cancel()
+
+        monkeypatch.setattr(Connection, "data_received", lambda _, data: receive_and_leave(data))
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        monkeypatch.undo()
+        it.give_back(connection)
+        assert await ask(it) == b"hello"
+        assert len(connections) == 2
+        it.close()
+
+
+async def test_a_request_begins_with_nothing_of_the_one_before(tmp_path: Path) -> None:
+    async with server(tmp_path / "s", hello):
+        it = pool(tmp_path / "s")
+        connection = await it.take()
+        await connection.ask(ASK)  # and its answer is not read
+        await connection.ask(ASK)
+        assert await connection.read() == b"hello"
+        assert await connection.read() == b""
+        it.give_back(connection)
+        it.close()
+
+
+async def test_an_answer_behind_another_is_nobodys(tmp_path: Path) -> None:
+    async def twice(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.readuntil(b"\r\n\r\n"):
+            writer.write(2 * b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+
+    async with server(tmp_path / "s", twice) as connections:
+        it = pool(tmp_path / "s")
+        for number in (1, 2):
+            connection = await it.take()
+            await connection.ask(ASK)
+            assert await connection.read() == b"hello"
+            it.give_back(connection)
+            assert len(connections) == number
+        it.close()
 
 
 async def test_a_connection_whose_answer_was_not_read_is_not_used_again(tmp_path: Path) -> None:
