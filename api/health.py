@@ -65,7 +65,7 @@ class Health:
         exports = self._services.exports
         errors = [(view.name, view.error) for view in exports.views() if view.error is not None]
         if errors and self._in_full:
-            part["degraded"] = "; ".join(f"{name} takes no events: {error['cause']}" for name, error in errors)
+            part["degraded"] = "; ".join(f"{name}: {error['message']}: {error['cause']}" for name, error in errors)
         if exports.unreadable is not None and self._in_full:
             part["degraded"] = f"nothing is exported: {exports.unreadable['cause']}"
         return part

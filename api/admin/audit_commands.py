@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from appliance.audit.digests import prompt_hash
-from appliance.audit.notes import Algorithm, SigningKey, VerifierKey, decode_note
+from appliance.audit.notes import VerifierKey, decode_note
 from appliance.audit.proof import prove as make_proof
 from appliance.audit.proof import verify_proof
 from appliance.audit.reading import LogReader
@@ -29,7 +29,7 @@ from appliance.audit.siem.known import Known
 from appliance.audit.siem.verify_export import ExportVerified, verify_export
 from appliance.audit.signing import PUBLIC_KEY
 from appliance.audit.verify import Removed, Verified, verify_log
-from appliance.audit.witness import Witness, read_request
+from appliance.audit.witness import Witness, own_key, read_request
 from appliance.cli import EXIT_STATUS, Console, Group, api_key_option, in_words, moment, pass_console, printable, table
 from appliance.errors import Fault
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from api.admin import types
 
 _PROGRESS_EVERY_S = 0.5
-_WITNESS_KEY = "witness-key"
 _EXCERPT_DEADLINE_S = 6 * 3600.0
 _FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 _LOG_OPTION = click.option(
@@ -482,7 +481,7 @@ def export(console: Console, file: Path, witness_key: str | None, old_size: int 
 @pass_console
 def cosign(console: Console, request: Path, reply: Path, state: Path, key_text: str, name: str) -> None:
     """As the witness: check that the log goes on from what was seen before, and co-sign it."""
-    key = _witness_key(state, name)
+    key = own_key(state, name or "holdfast-witness")
     line = Witness(state, key).cosign(request.read_bytes(), _vkey(key_text), int(time.time()))
     reply.write_bytes(line)
     console.result(
@@ -506,18 +505,6 @@ def take(console: Console, request: Path, reply: Path, witness_key: str) -> None
         request=asked.decode(), reply=reply.read_text(encoding="utf-8"), witness=str(_vkey(witness_key))
     )
     console.result(taken, f"{taken.witness} saw {taken.size} entries.")
-
-
-def _witness_key(state: Path, name: str) -> SigningKey:
-    """The witness's own key, which lies with what it saw: lost together, they are missed together."""
-    path = state / _WITNESS_KEY
-    if path.exists():
-        return SigningKey.from_bytes(path.read_bytes())
-    state.mkdir(mode=0o700, exist_ok=True)
-    key = SigningKey.generate(name or "holdfast-witness", Algorithm.COSIGNATURE)
-    path.touch(mode=0o600)
-    path.write_bytes(key.to_bytes())
-    return key
 
 
 # Keys and places

@@ -17,7 +17,7 @@ from appliance.audit.journal import FRAMES_AT, Frame, first_sequence, frames_of
 from appliance.audit.log import CHECKPOINT, JOURNAL, record_path
 from appliance.audit.notes import decode_note, size_of_note
 from appliance.audit.reading import LogUnreadable, hashes_of, read_bundle, unreadable
-from appliance.audit.tree import TILE_WIDTH, Frontier
+from appliance.audit.tree import TILE_WIDTH, Frontier, leaf_hash
 
 _READ_BYTES: Final = 256 << 10  # of the journal at once: more than the longest frame
 
@@ -115,6 +115,17 @@ class LogFollower:
             LogUnreadable: a tile cannot be read.
         """
         return Frontier.read(hashes_of(self._directory, self.published().size), size).peaks
+
+    def leaf(self, sequence: int) -> bytes:
+        """The hash of an entry; it stays where the entry was removed.
+
+        Raises:
+            LogUnreadable, TileInvalid: it cannot be read.
+        """
+        published = self.published().size
+        if sequence < published:
+            return hashes_of(self._directory, published).hash_at(0, sequence)
+        return leaf_hash(self.frames(sequence, sequence + 1, most=1)[0].entry)
 
     def _from_journal(self, descriptor: int, base: int, first: int, most: int) -> list[Frame]:
         # Another journal may stand in the place of the one that was read, and have its inode: what is not where it

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
 
+from appliance.audit.files import read_file, write_whole
 from appliance.audit.notes import (
     MAX_NOTE_BYTES,
     Algorithm,
@@ -45,6 +46,7 @@ MAX_REQUEST_BYTES: Final = MAX_NOTE_BYTES + 64 * (MAX_PROOF_HASHES + 1)
 MAX_REPLY_BYTES: Final = 16 * 1024
 
 _LOCK: Final = "lock"
+_KEY: Final = "witness-key"
 
 
 class RequestInvalid(HoldfastError, ValueError):
@@ -178,7 +180,7 @@ class Witness:
         checkpoint = open_checkpoint(asked.note, log_key)
         if asked.old_size > checkpoint.size:
             raise _not_a_request(f"its old size is {asked.old_size}, and its checkpoint has {checkpoint.size} entries")
-        with self._locked():
+        with _locked(self._directory):
             _must_go_on(self._last(log_key), asked, checkpoint)
             line = cosign(asked.note, self._key, now_s)
             self._remember(checkpoint.origin, asked.note)
@@ -191,7 +193,7 @@ class Witness:
             WitnessBusy: a request is being worked on.
             WitnessStateUnusable: the state cannot be read.
         """
-        with self._locked():
+        with _locked(self._directory):
             return self._last(log_key)
 
     def _last(self, log_key: VerifierKey) -> Checkpoint | None:
@@ -231,32 +233,27 @@ class Witness:
     def _path(self, origin: str) -> Path:
         return self._directory / f"{hashlib.sha256(origin.encode()).hexdigest()}.note"
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+
+def own_key(state_dir: Path, name: str) -> SigningKey:
+    """The witness's own key, which lies with what it saw: lost together, they are missed together.
+
+    It is made where there is none yet; then `name` is what the witness is called.
+
+    Raises:
+        KeyInvalid: it is damaged, or cannot have that name.
+        WitnessBusy: another process makes it, or works on a request.
+        WitnessStateUnusable: it cannot be read or written.
+    """
+    path = state_dir / _KEY
+    with _locked(state_dir):
         try:
-            if not self._directory.is_dir():
-                self._directory.mkdir(mode=0o700)
-                _sync(self._directory.parent)
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(self._directory / _LOCK, flags, 0o600)
+            if path.exists():
+                return SigningKey.from_bytes(read_file(path))
+            key = SigningKey.generate(name, Algorithm.COSIGNATURE)
+            write_whole(path, key.to_bytes())
         except OSError as error:
-            raise _unusable(self._directory, error.strerror or "unknown") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise WitnessBusy(
-                "the witness takes one request at a time",
-                cause=f"another process holds {self._directory / _LOCK}",
-                remedy="Try again when it is done; nothing was co-signed",
-            ) from None
-        except OSError as error:
-            os.close(descriptor)
-            raise _unusable(self._directory, error.strerror or "unknown") from None
-        try:
-            yield
-        finally:
-            os.close(descriptor)
+            raise _unusable(path, error.strerror or "unknown") from None
+    return key
 
 
 def verify_reply(reply: bytes, note: str, witness_key: VerifierKey) -> Cosignature:
@@ -277,6 +274,34 @@ def verify_reply(reply: bytes, note: str, witness_key: VerifierKey) -> Cosignatu
     except NoteInvalid as error:
         raise _not_a_reply(error.cause) from None
     return max(found, key=lambda cosignature: cosignature.time_s)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    try:
+        if not directory.is_dir():
+            directory.mkdir(mode=0o700)
+            _sync(directory.parent)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(directory / _LOCK, flags, 0o600)
+    except OSError as error:
+        raise _unusable(directory, error.strerror or "unknown") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise WitnessBusy(
+            "the witness takes one request at a time",
+            cause=f"another process holds {directory / _LOCK}",
+            remedy="Try again when it is done; nothing was co-signed",
+        ) from None
+    except OSError as error:
+        os.close(descriptor)
+        raise _unusable(directory, error.strerror or "unknown") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _must_go_on(last: Checkpoint | None, asked: Request, checkpoint: Checkpoint) -> None:

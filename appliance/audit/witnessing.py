@@ -5,12 +5,14 @@ Rules:
 - A request goes on from what that witness co-signed last, as far as this folder knows.
 - The checkpoint that a request carries is kept in `checkpoints/`, and the reply is put with it: `verify_log` holds the
   log to every one of them.
-- A reply is checked before it is kept.
+- A reply is checked before it is kept. One at a time is put with what is there: no co-signature takes another's place.
 """
 
 import contextlib
 import os
+import threading
 from pathlib import Path
+from typing import Final
 
 from appliance.audit.files import read_file, sync_directory, write_at
 from appliance.audit.log import WITNESSED
@@ -18,6 +20,8 @@ from appliance.audit.notes import Checkpoint, NoteInvalid, VerifierKey, cosignat
 from appliance.audit.reading import LogReader, NoSuchEntry
 from appliance.audit.tree import consistency_proof
 from appliance.audit.witness import Request, read_request, verify_reply, write_request
+
+_KEEPING: Final = threading.Lock()  # one process keeps them: the gateway, a request a thread
 
 
 def make_request(directory: Path, *, old_size: int) -> bytes:
@@ -35,7 +39,8 @@ def make_request(directory: Path, *, old_size: int) -> bytes:
             remedy="Wait for a checkpoint: one is signed every minute, once the vault is open",
         )
     proof = consistency_proof(log.hashes(), old_size, log.published) if old_size else []
-    _keep(directory, log.published, log.note)
+    with _KEEPING:
+        _keep(directory, log.published, log.note)
     return write_request(old_size, proof, log.note)
 
 
@@ -48,11 +53,12 @@ def take_reply(directory: Path, request: bytes, reply: bytes, log_key: VerifierK
     asked: Request = read_request(request)
     checkpoint = open_checkpoint(asked.note, log_key)
     cosignature = verify_reply(reply, asked.note, witness)
-    note = _kept(directory, checkpoint.size) or asked.note
-    if open_checkpoint(note, log_key).root != checkpoint.root:
-        note = asked.note  # two roots of one size: the co-signed one is the one to hold the log to
-    if cosignature.line not in note:
-        _keep(directory, checkpoint.size, note + cosignature.line)
+    with _KEEPING:
+        note = _kept(directory, checkpoint.size) or asked.note
+        if open_checkpoint(note, log_key).root != checkpoint.root:
+            note = asked.note  # two roots of one size: the co-signed one is the one to hold the log to
+        if cosignature.line not in note:
+            _keep(directory, checkpoint.size, note + cosignature.line)
     return checkpoint
 
 

@@ -14,10 +14,17 @@ from appliance.audit.files import write_whole
 
 
 class Position(NamedTuple):
-    """Where in the log: the next entry to send, and the size of the last checkpoint that was sent."""
+    """Where in which history of the log.
+
+    Attributes:
+        next: the next entry to send.
+        checkpoint: the size of the last checkpoint that was sent.
+        leaf: the hash of the entry before `next`, hexadecimal; empty: it is not known.
+    """
 
     next: int = 0
     checkpoint: int = 0
+    leaf: str = ""
 
 
 class Cursor:
@@ -35,11 +42,11 @@ class Cursor:
         """The position, the beginning if there is none."""
         try:
             said = json.loads(self._path.read_bytes())
-            position = Position(int(said["next"]), int(said["checkpoint"]))
+            position = Position(int(said["next"]), int(said["checkpoint"]), str(said.get("leaf", "")))
             known = said["origin"] == self._origin
         except (OSError, ValueError, KeyError, TypeError):
             return Position()
-        return position if known and min(position) >= 0 else Position()
+        return position if known and min(position.next, position.checkpoint) >= 0 else Position()
 
     def save(self, position: Position) -> None:
         """Put it in the place of the one before; it is on the disk when this returns.

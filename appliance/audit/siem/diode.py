@@ -8,7 +8,8 @@ Rules:
 - The number is taken when the batch and its manifest are on the disk. From that moment the batch will appear, whatever
   ends meanwhile: who connects next puts it in its place. Before it, nothing has happened: a full disk leaves no trace.
 - Whoever carries batches away may remove them. The state (`.state`) must stay: without it another series begins.
-- What the folder's disk does not do within a deadline counts as not taken; nothing else is done there meanwhile.
+- What the folder's disk does not do within a deadline counts as not taken; nothing else is done there meanwhile. The
+  batch that was open is dropped when the disk answers again.
 - Several may write to one folder, a trial beside the export: numbers are given out under a lock.
 """
 
@@ -127,7 +128,7 @@ class Connection:
         self.check()
         async with self._writing:
             if self._batch is None:
-                self._batch = await self._room.run(self._room.begin)
+                self._batch = self._room.batch()
                 is_first = self._acknowledged == 0
                 self._due_s = self._monotonic() + (self._limits.first_age_s if is_first else self._limits.max_age_s)
                 self._begun.set()
@@ -173,7 +174,7 @@ class Connection:
         batch, self._batch = self._batch, None
         self._begun.clear()
         if batch is not None:
-            await self._room.run(batch.drop)
+            await self._room.drop(batch)
 
     async def _close_old_batches(self) -> HoldfastError:
         """Until that fails; how it did."""
@@ -216,14 +217,14 @@ def load_key(path: Path, name: str) -> SigningKey:
 
 
 class _Batch:
-    """A batch that is being written, under a name that nobody looks for. Blocks."""
+    """A batch that is being written, under a name that nobody looks for. Blocks. There is no file before `write`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size = self.events = 0
         self.first = self.last = ""
         self._hashed = hashlib.sha256()
-        self._descriptor = _create(path)
+        self._descriptor = -1
 
     @property
     def sha256(self) -> str:
@@ -232,6 +233,8 @@ class _Batch:
 
     def write(self, messages: Sequence[Message]) -> None:
         """Write events, whole."""
+        if self._descriptor < 0:
+            self._descriptor = _create(self.path)
         lines = b"".join(b"%b\n" % message.payload for message in messages)
         _write_all(self._descriptor, lines)
         self._hashed.update(lines)
@@ -262,7 +265,7 @@ class _State(NamedTuple):
 
 
 class _Room:
-    """The folder. Everything here blocks but `run`."""
+    """The folder. Everything here blocks but `run`, `drop` and `batch`."""
 
     def __init__(
         self, folder: Path, key: SigningKey, random: Callable[[int], bytes], deadline_s: float = DEADLINE_S
@@ -294,6 +297,17 @@ class _Room:
             if isinstance(error, HoldfastError):
                 raise
             raise _unreachable(self.folder, error) from None
+
+    async def drop(self, batch: _Batch) -> None:
+        """Drop a batch: once what is late with it, if anything is, is done. Raises as `run`."""
+        late = self._working
+        if late is None or late.done():
+            await self.run(batch.drop)
+        else:
+            late.add_done_callback(lambda _: self._drop_late(batch))
+
+    def _drop_late(self, batch: _Batch) -> None:
+        self._working = in_own_thread(batch.drop)
 
     def refuse_late(self) -> None:
         """Raise ExportUnreachable while something that is late may still be done."""
@@ -330,8 +344,8 @@ class _Room:
         except OSError as error:
             raise _unreachable(self.folder, error) from None
 
-    def begin(self) -> _Batch:
-        """A batch without a number."""
+    def batch(self) -> _Batch:
+        """A batch without a number, and without a file yet."""
         return _Batch(self.folder / f".{self._random(8).hex()}{_NEW}")
 
     def publish(self, batch: _Batch) -> None:

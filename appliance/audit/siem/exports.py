@@ -131,6 +131,7 @@ class Exports:
         self._connected = asyncio.Event()
         self._running: list[asyncio.Task[None]] = []
         self._changing = asyncio.Lock()
+        self._telling = asyncio.Lock()
 
     # What there is
 
@@ -220,7 +221,7 @@ class Exports:
             ExporterLost: there is no exporter to try it.
         """
         self._refuse_unread(unless_gone=True)
-        await read_in_time(_STOP_S, self._refuse_own_files, checked(destination), Path.resolve)
+        await read_in_time(_STOP_S, self._refuse_own_files, checked(destination), _resolved)
         await (await self._exporter()).ask(link.TRY_OUT, json.dumps(destination.record()).encode())
 
     async def add(
@@ -472,8 +473,9 @@ class Exports:
         _, connected = await asyncio.get_running_loop().create_connection(lambda: link.Link(self._serve), sock=ours)
         watching = asyncio.create_task(self._watch(connected))
         try:
+            self._link = connected  # before it is told: whoever changes something meanwhile tells it, too
             await self._tell(connected)
-            self._link, self._error = connected, None
+            self._error = None
             self._connected.set()
             await connected.lost
         finally:
@@ -514,18 +516,19 @@ class Exports:
 
     async def _tell(self, exporter: link.Link) -> None:
         """What there is to ship to: all but those whose files have come to be the appliance's own."""
-        refused = {}
-        for each in list(self._destinations.values()):
-            try:
-                await read_in_time(_STOP_S, self._refuse_own_files, each, Path.resolve)
-            except DestinationInvalid as error:
-                refused[each.name] = error.record()
-                _LOG.error("nothing is sent to %s: %s", each.name, error)
-            except ExportUnusable:
-                pass  # a disk that does not answer: the exporter says the same of it
-        self._refused = refused
-        records = [each.record() for each in self._destinations.values() if each.name not in refused]
-        await exporter.ask(link.DESTINATIONS, json.dumps(records).encode())
+        async with self._telling:  # who changes something last tells last
+            destinations, refused = list(self._destinations.values()), {}
+            for each in destinations:
+                try:
+                    await read_in_time(_STOP_S, self._refuse_own_files, each, _resolved)
+                except DestinationInvalid as error:
+                    refused[each.name] = error.record()
+                    _LOG.error("nothing is sent to %s: %s", each.name, error)
+                except ExportUnusable:
+                    pass  # a disk that does not answer, a link that leads nowhere: the exporter says so, until it does
+            self._refused = refused
+            records = [each.record() for each in destinations if each.name not in refused]
+            await exporter.ask(link.DESTINATIONS, json.dumps(records).encode())
 
     async def _serve(self, kind: int, body: bytes) -> bytes:
         """What the exporter asks for."""
@@ -536,6 +539,22 @@ class Exports:
         if kind == link.VIEWS:
             self._views = {view.name: view for view in map(view_of, json.loads(body))}
         return b""
+
+
+def _resolved(path: Path) -> Path:
+    """Where it leads to. Blocks.
+
+    Raises:
+        ExportUnusable: nowhere.
+    """
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself; a name that no file has
+        raise ExportUnusable(
+            f"{path} cannot be used",
+            cause=(error.strerror if isinstance(error, OSError) else None) or str(error),
+            remedy=f"See where it leads to: `ls -l {path}`",
+        ) from None
 
 
 def _exporter_ended(cause: str) -> ErrorRecord:

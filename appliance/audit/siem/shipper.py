@@ -11,7 +11,8 @@ Rules:
   line can take everything, forward nothing and keep the connection, and all of it counts as delivered. RELP, HEC and
   Elasticsearch answer inside TLS. What is missing is found at the receiver, by `verify_export` with a checkpoint from
   elsewhere.
-- What is known to be delivered is in the cursor, which is never ahead of it.
+- What is known to be delivered is in the cursor, which is never ahead of it. It names the last entry by its hash, too:
+  a log with another one there is an older copy that was put back, however long it has become, and is not sent.
 - A destination that is down, slow or silent is tried again, ever more seldom, with jitter. Nobody waits for it: what it
   has not got stays in the log. Whatever goes wrong here is told in `view`, and ends nothing.
 - Bounded: so many entries are read and opened ahead, so many may be sent and not acknowledged.
@@ -37,6 +38,7 @@ from appliance.audit.siem.cursor import Cursor, Position
 from appliance.audit.siem.formats import CheckpointEvent, Disclosed, Format, Withheld
 from appliance.audit.siem.transport import Connection, ExportUnreachable, Message, Transport
 from appliance.audit.signing import public_key
+from appliance.audit.tree import leaf_hash
 from appliance.errors import ErrorRecord, Fault, HoldfastError
 
 SETTLE_S: Final = 60.0
@@ -55,10 +57,17 @@ _LOG = logging.getLogger("holdfast.audit.siem")
 
 
 class LogShorter(HoldfastError):
-    """The log has fewer entries than were sent."""
+    """The log has fewer entries than were sent, or others in their place."""
 
     code: ClassVar[str] = "audit_export_log_shorter"
     fault: ClassVar[Fault] = Fault.CONFLICT
+
+
+class CursorUnsaved(HoldfastError, OSError):
+    """How far a destination is cannot be kept; it is sent to all the same."""
+
+    code: ClassVar[str] = "audit_export_cursor_unsaved"
+    fault: ClassVar[Fault] = Fault.ENVIRONMENT
 
 
 class Opener(Protocol):
@@ -149,6 +158,7 @@ class Shipper:
         self._oldest_ns: int | None = None
         self._position = self._delivered = self._saved = Position()
         self._saved_at_s = 0.0
+        self._is_same_log = False  # that what is delivered is in it
         self._marks: deque[_Mark] = deque()
         self._messages = 0  # of the connection there is
         self._checkpoint: Published | None = None  # its entries are not all sent
@@ -156,6 +166,7 @@ class Shipper:
         self._failures = 0
         self._waits_for = ""
         self._error: ErrorRecord | None = None
+        self._unsaved: ErrorRecord | None = None  # why the cursor is behind
 
     def view(self, size: int = 0) -> View:
         """How it is now.
@@ -175,7 +186,7 @@ class Shipper:
             lag_entries=waiting,
             lag_s=0.0 if oldest_s is None else max(0.0, self._wall_s() - oldest_s),
             waits_for=self._waits_for,
-            error=self._error,
+            error=self._error or self._unsaved,
         )
 
     async def run(self) -> None:
@@ -214,6 +225,7 @@ class Shipper:
         self._marks.clear()
         self._messages = 0
         self._checkpoint = None
+        self._is_same_log = False
 
     async def _look(self) -> list[Frame]:
         """What there is to send next, at most `_READ_AHEAD` entries."""
@@ -223,17 +235,24 @@ class Shipper:
             with contextlib.suppress(HoldfastError):
                 self._size = await self._ask_size()
             self._size_asked_s = now_s
-        if max(self._position) > self._size:
-            raise LogShorter(
-                f"{self.name} has more of the log than there is",
-                cause=f"{max(self._position)} entries were sent, and the log has {self._size}",
-                remedy="An older copy of the log was put back: keep what the SIEM has. To send this one from its "
-                f"beginning: `holdfast audit export remove {self.name}`, and add it again",
-            )
+        if (sent := max(self._position.next, self._position.checkpoint)) > self._size:
+            raise self._put_back(f"{sent} entries were sent, and the log has {self._size}")
+        if not self._is_same_log:
+            await self._refuse_another_history()
         await self._skip_what_was_removed()
         frames = await asyncio.to_thread(self._read, self._position, self._size)
         self._oldest_ns = Entry.unpack(frames[0].entry).wall_ns if frames else None
         return frames
+
+    async def _refuse_another_history(self) -> None:
+        """See that what is delivered ends with the entry that the log has there. Nothing was sent since."""
+        next_, leaf = self._delivered.next, self._delivered.leaf
+        if next_:
+            found = (await asyncio.to_thread(self._log.leaf, next_ - 1)).hex()
+            if leaf not in ("", found):
+                raise self._put_back(f"entry {next_ - 1} was sent, and the log has another one in its place")
+            self._position = self._delivered = self._delivered._replace(leaf=found)
+        self._is_same_log = True
 
     async def _skip_what_was_removed(self) -> None:
         """Go on with the oldest entry that the log keeps; what it removed before it was sent is nowhere."""
@@ -243,8 +262,9 @@ class Shipper:
         oldest = await asyncio.to_thread(self._log.oldest, next_)
         if oldest == next_:
             return
+        leaf = await asyncio.to_thread(self._log.leaf, oldest - 1)
         _LOG.warning("%s: entries %d to %d are not in the log any more", self.name, next_, oldest - 1)
-        self._position = Position(oldest, max(oldest, self._position.checkpoint))
+        self._position = Position(oldest, max(oldest, self._position.checkpoint), leaf.hex())
         if not self._marks:
             self._delivered = self._position
 
@@ -273,8 +293,13 @@ class Shipper:
         ):
             self._delivered = self._marks.popleft().position
         if self._delivered != self._saved and self._cursor is not None and now_s >= self._saved_at_s + _SAVE_EVERY_S:
-            await asyncio.to_thread(self._cursor.save, self._delivered)
-            self._saved, self._saved_at_s = self._delivered, now_s
+            self._saved_at_s = now_s
+            try:
+                await asyncio.to_thread(self._cursor.save, self._delivered)
+            except OSError as error:
+                self._tell_unsaved(error)
+            else:
+                self._saved, self._unsaved = self._delivered, None
 
     # Shipping
 
@@ -307,7 +332,8 @@ class Shipper:
             if opened:
                 await connection.send([self._made(each) for each in opened])
                 self._error = None
-                self._sent(len(opened), self._position._replace(next=self._position.next + len(opened)))
+                leaf = leaf_hash(some[len(opened) - 1].entry).hex()
+                self._sent(len(opened), self._position._replace(next=self._position.next + len(opened), leaf=leaf))
             if len(opened) < len(some):
                 self._waits_for = "the vault is sealed: what follows cannot be read until it is opened"
                 return False
@@ -341,6 +367,25 @@ class Shipper:
         self._error = error.record()
         self._position = self._delivered
         self._failures = 1 if self._monotonic() >= begun_s + _LIVED_S else self._failures + 1
+
+    def _put_back(self, cause: str) -> LogShorter:
+        return LogShorter(
+            f"{self.name} has another history than the log",
+            cause=cause,
+            remedy="An older copy of the log was put back: put the newest there, and keep what the SIEM has. To send "
+            f"this one from its beginning: `holdfast audit export remove {self.name}`, and add another place for it",
+        )
+
+    def _tell_unsaved(self, error: OSError) -> None:
+        """What was sent counts; after a restart it would be sent again."""
+        unsaved = CursorUnsaved(
+            f"how far {self.name} is cannot be kept",
+            cause=f"{self._cursor_path}: {error.strerror or error}",
+            remedy="It is sent to all the same, and what it has comes again after a restart. See that there is room",
+        )
+        if self._unsaved is None:
+            _LOG.warning("%s: %s", unsaved.message, unsaved.cause)
+        self._unsaved = unsaved.record()
 
     def _pause_s(self) -> float:
         """Twice as long each time, and a random part of that: those who lost one receiver do not all come at once."""

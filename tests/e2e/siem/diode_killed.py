@@ -48,7 +48,7 @@ def main() -> int:
 def _write(folder: Path, first: int) -> None:
     room = diode._Room(folder, KEY, os.urandom)
     room.prepare()
-    batch = room.begin()
+    batch = room.batch()
     batch.write(messages(2, first))
     room.publish(batch)
     batch.drop()

@@ -446,6 +446,41 @@ async def test_a_folder_that_does_not_answer_is_given_up_and_gone_on_with(tmp_pa
     verify_batches(tmp_path / "out", public_key(tmp_path))
 
 
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "rename", "unlink"])
+async def test_of_a_batch_that_a_late_disk_held_up_nothing_is_left(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, answers, real = str(tmp_path / "out"), threading.Event(), getattr(os, call)
+
+    def late(where: int | str | os.PathLike[str], *arguments: object, **named: object) -> object:
+        path = str(Path(f"/proc/self/fd/{where}").readlink()) if isinstance(where, int) else os.fspath(where)
+        if path.startswith(f"{out}/") and path.endswith(".new"):
+            answers.wait()
+        return real(where, *arguments, **named)
+
+    connection = await transport(tmp_path, SLOW).connect()
+    room = connection._room
+    room._deadline_s = 0.05
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, late)
+        with pytest.raises(ExportUnreachable, match=r"did not answer within 0\.05 s"):
+            await connection.send(messages(100))
+        await connection.close()
+        answers.set()
+        await until(lambda: room._working is not None and room._working.done() and not _open_in(out))
+    assert not list((tmp_path / "out").glob(".*.new"))
+    assert await _deliver(transport(tmp_path, SLOW), 100) == []
+
+
+def _open_in(folder: str) -> list[str]:
+    """The files there that this process has open."""
+    links = []
+    for each in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # it was closed
+            links.append(str(each.readlink()))
+    return [link for link in links if link.startswith(folder)]
+
+
 async def test_a_key_that_is_none_or_that_others_can_read_is_refused(tmp_path: Path) -> None:
     to = transport(tmp_path)
     path = key_file(tmp_path)

@@ -15,6 +15,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from appliance.audit.entry import seal
 from appliance.audit.events import STORE_MARKED, SYSTEM, Event
+from appliance.audit.siem import link
+from appliance.audit.siem.cursor import Cursor, Position
 from appliance.audit.siem.destinations import Destination
 from appliance.audit.siem.exports import DestinationsUnreadable, Exports
 from appliance.audit.siem.files import read_in_time
@@ -210,6 +212,98 @@ async def test_a_file_that_has_become_a_link_to_the_appliances_own_is_not_read(n
         error = exports.view("soc").error
         assert error is not None
         assert (error["code"], exports.view("soc").connected) == ("audit_export_invalid", False)
+    finally:
+        await exports.stop(ENTRIES)
+
+
+class Told:
+    """What exporters are told to ship to. The next that is told anything waits for `go_on` before it is told more."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: list[list[str]] = []
+        self.go_on = asyncio.Event()
+        ask = link.Link.ask
+
+        async def told(exporter: link.Link, kind: int, body: bytes = b"") -> bytes:
+            answer = await ask(exporter, kind, body)
+            if kind == link.DESTINATIONS:
+                self.names.append([each["name"] for each in json.loads(body)])
+                await self.go_on.wait()
+            return answer
+
+        monkeypatch.setattr(link.Link, "ask", told)
+
+
+async def test_what_is_removed_while_an_exporter_starts_is_shipped_to_no_more(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = node.exports()
+    first.start()
+    await first.add(node.diode("soc"))
+    await first.stop(ENTRIES)
+    told, exports = Told(monkeypatch), node.exports()
+    exports.start()
+    try:
+        await until(lambda: told.names == [["soc"]])
+        removing = asyncio.create_task(exports.remove("soc"))
+        await until(lambda: exports.names == [])
+        told.go_on.set()
+        await removing
+        assert told.names[-1] == []
+    finally:
+        await exports.stop(ENTRIES)
+    assert not list((node.state / "siem").glob("*.cursor"))
+
+
+async def test_what_is_added_while_an_exporter_starts_is_shipped_to(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exporter that it was tried with ends before it is saved."""
+    exports = node.exports()
+    exports.start()
+    try:
+        await exports.add(node.diode("soc"))
+        told = Told(monkeypatch)
+
+        async def another_starts() -> None:
+            assert exports.pid is not None
+            os.kill(exports.pid, signal.SIGKILL)
+            await until(lambda: told.names == [["soc"]], REPLACED_WITHIN_S)
+
+        adding = asyncio.create_task(exports.add(node.diode("new"), admitted=another_starts))
+        await until(lambda: exports.names == ["soc", "new"], REPLACED_WITHIN_S)
+        told.go_on.set()
+        await adding
+        await until(lambda: exports.view("new").delivered == ENTRIES)
+    finally:
+        await exports.stop(ENTRIES)
+
+
+async def test_a_link_that_leads_nowhere_stops_no_other_destination(node: Node) -> None:
+    bad = node.diode("bad")._replace(private_key=node.folder / "other.key")
+    assert bad.private_key is not None
+    shutil.copy(node.key, bad.private_key)
+    first = node.exports()
+    first.start()
+    await first.add(node.diode("soc"), first=ENTRIES)
+    await first.add(bad)
+    await first.stop(ENTRIES)
+    for name in ("soc", "bad"):
+        Cursor(node.state / "siem" / f"{name}.cursor", KEY.name).save(Position())
+    bad.private_key.rename(node.folder / "kept")
+    bad.private_key.symlink_to(bad.private_key)
+    exports = node.exports()
+    exports.start()
+    try:
+        await until(lambda: exports.view("soc").delivered == ENTRIES)
+        await until(lambda: exports.view("bad").error is not None)
+        assert "other.key" in (exports.view("bad").error or {"cause": ""})["cause"]
+        with pytest.raises(ExportUnusable, match=r"other\.key cannot be used"):
+            await exports.try_out(bad)
+        await exports.remove("soc")
+        bad.private_key.unlink()
+        (node.folder / "kept").rename(bad.private_key)
+        await until(lambda: exports.view("bad").delivered == ENTRIES)
     finally:
         await exports.stop(ENTRIES)
 

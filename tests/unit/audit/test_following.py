@@ -9,6 +9,8 @@ from appliance.audit.following import LogFollower
 from appliance.audit.journal import Frame
 from appliance.audit.log import JOURNAL, AuditLog
 from appliance.audit.reading import LogReader, LogUnreadable
+from appliance.audit.retention import remove_bundles
+from appliance.audit.tree import leaf_hash
 from tests.unit.audit.making import drafts, make_log, open_log, sign
 
 _MANY = 4_400  # entries: after so many more, published, a journal begins anew
@@ -52,6 +54,21 @@ def test_a_follower_goes_on_where_it_was_while_the_journal_is_replaced_again_and
         while len(read) < log.size - 7:
             read += follower.frames(len(read), log.size, most=500)
     assert read == _frames(tmp_path)[: len(read)]
+    log.close()
+
+
+def test_an_entrys_hash_is_known_in_the_journal_in_a_bundle_and_when_it_was_removed(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    log.append(drafts(range(50)))
+    follower = LogFollower(tmp_path)
+    first, hashes = follower.leaf(49), [leaf_hash(frame.entry) for frame in _frames(tmp_path)]
+    assert first == hashes[49]
+    _go_on(log, _MANY)
+    log.append(drafts(range(log.size, log.size + 10)))
+    hashes = [leaf_hash(frame.entry) for frame in _frames(tmp_path)]
+    assert LogReader(tmp_path).bundled > 300
+    remove_bundles(tmp_path, 0, 1)
+    assert [follower.leaf(sequence) for sequence in range(len(hashes))] == hashes
     log.close()
 
 

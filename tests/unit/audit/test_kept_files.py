@@ -19,7 +19,7 @@ from appliance.audit.siem.saved import load, save
 from appliance.audit.signing import SIGNING_KEY, public_key, signing_key
 from appliance.audit.tree import Frontier
 from appliance.audit.verify import verify_log
-from appliance.audit.witness import Witness, WitnessStateUnusable
+from appliance.audit.witness import Witness, WitnessStateUnusable, own_key
 from appliance.audit.witnessing import last_seen, make_request, take_reply
 from appliance.vault import RootKey, Vault
 from tests.unit.audit.making import KEY, ORIGIN, Keys, drafts, make_log, open_log, sign
@@ -150,6 +150,29 @@ def test_a_signing_key_is_whole_or_not_there_wherever_writing_it_fails(
         if not disk.has_failed:
             break
     assert disk.fails_at > 2
+
+
+@pytest.mark.parametrize(("call", "number"), FAILURES)
+def test_a_witnesss_key_is_whole_or_not_there_wherever_writing_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    disk = Disk(call, number)
+    while True:
+        directory = tmp_path / str(disk.fails_at)
+        cause = ""
+        with disk.failing_next(monkeypatch):
+            try:
+                own_key(directory, "witness.example")
+            except WitnessStateUnusable as error:
+                cause = error.cause
+        assert (os.strerror(number) in cause) == disk.has_failed
+        key = own_key(directory, "witness.example")
+        assert own_key(directory, "another").verifier() == key.verifier()
+        assert key.name == "witness.example"
+        if not disk.has_failed:
+            break
+    # Its content, its name and its folder's: none of them is only in memory.
+    assert disk.fails_at > (3 if call == "fsync" else 1)
 
 
 @pytest.mark.parametrize(("call", "number"), FAILURES)

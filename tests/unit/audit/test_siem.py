@@ -1,7 +1,10 @@
 """Events fit OCSF 1.8.0, are one line each, and show at the receiver what was changed on the way."""
 
+import errno
 import json
+import os
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from appliance.audit.siem.opening import KeyOpener
 from appliance.audit.siem.shipper import MOST_UNACKNOWLEDGED, Shipper
 from appliance.audit.siem.transport import ExportUnreachable, Message
 from appliance.audit.siem.verify_export import ExportDiffers, verify_export
+from appliance.audit.tree import leaf_hash
 from appliance.cli import holdfast
 from appliance.errors import HoldfastError
 from appliance.vault import KeyMissing
@@ -65,9 +69,10 @@ class Sink:
         self.after = 10**9
         self.acknowledged: int | None = None
         self.most = 0  # that were sent and not acknowledged
-        self.looks = 0
+        self.looks = self.connections = 0
 
     async def connect(self) -> "Sink":
+        self.connections += 1
         if self.acknowledged is not None:
             self.acknowledged = 0
         self.looks = 0
@@ -112,7 +117,7 @@ class World:
         self.sink = Sink(max_payload_bytes)
         self.now_s = 0.0
         self.pauses: list[float] = []
-        self.sealed = False
+        self.ends_with_an_error = False
         self.log.append(drafts(range(600)))
         self.log.publish(sign)
         (self.directory / "log.vkey").write_text(f"{KEY.verifier()}\n")
@@ -140,6 +145,8 @@ class World:
         return self.log.size
 
     async def _pause(self, seconds: float) -> None:
+        if self.ends_with_an_error and self.shipper.view().error is not None:
+            raise _Done
         if seconds > 0.1:
             self.pauses.append(seconds)
             self.sink.after = 10**9
@@ -396,11 +403,107 @@ async def test_what_is_acknowledged_is_delivered_at_once_and_not_sent_again(tmp_
     world.sink.acknowledged = 0
     lines = await world.ship()
     assert world.shipper.view().delivered == 600
-    assert Cursor(world.cursor, ORIGIN).load() == Position(600, 600)
+    assert Cursor(world.cursor, ORIGIN).load()[:2] == (600, 600)
     world.log.append(drafts(range(600, 610)))
     world.shipper = world.new_shipper()
     later = (await world.ship())[len(lines) :]
     assert [json.loads(line)["metadata"]["sequence"] for line in later] == list(range(600, 610))
+
+
+@pytest.mark.anyio
+async def test_a_cursor_that_cannot_be_saved_ends_no_connection_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path)
+    world.sink.acknowledged, world.now_s = 0, 10.0
+
+    def full(cursor: Cursor, position: Position) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Cursor, "save", full)
+        await world.ship()
+    view = world.shipper.view()
+    assert (world.sink.connections, len(world.sink.messages), view.delivered) == (1, 601, 600)
+    assert view.error is not None
+    assert view.error["code"] == "audit_export_cursor_unsaved"
+    assert view.error["cause"] == f"{world.cursor}: No space left on device"
+    world.now_s = 20.0
+    await world.ship()
+    assert world.shipper.view().error is None
+    assert Cursor(world.cursor, ORIGIN).load().next == 600
+
+
+def _put_back(world: World, folder: Path) -> None:
+    """A copy of the log takes its place, as it does while nothing runs."""
+    world.log.close()
+    shutil.rmtree(world.directory)
+    shutil.copytree(folder, world.directory)
+    world.log = open_log(world.directory)
+    world.shipper = world.new_shipper()
+
+
+async def _cannot_be_sent(world: World) -> str:
+    """Why nothing is sent."""
+    sent, world.ends_with_an_error = len(world.sink.messages), True
+    await world.ship()
+    world.ends_with_an_error = False
+    error = world.shipper.view().error
+    assert error is not None
+    assert (error["code"], len(world.sink.messages)) == ("audit_export_log_shorter", sent)
+    return error["cause"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("published", [False, True])
+async def test_an_older_copy_of_the_log_is_not_sent_however_long_it_becomes(tmp_path: Path, published: bool) -> None:
+    world = World(tmp_path)
+    world.sink.acknowledged = 0
+    older, newest = tmp_path / "older", tmp_path / "newest"
+    shutil.copytree(world.directory, older)
+    world.log.append(drafts(range(600, 900)))
+    await world.ship()
+    shutil.copytree(world.directory, newest)
+    _put_back(world, older)
+    assert await _cannot_be_sent(world) == "900 entries were sent, and the log has 600"
+    world.log.append(drafts(range(1600, 1950)))
+    if published:
+        world.log.publish(sign)
+    another = "entry 899 was sent, and the log has another one in its place"
+    assert await _cannot_be_sent(world) == another  # the same process
+    world.shipper = world.new_shipper()
+    assert await _cannot_be_sent(world) == another
+    _put_back(world, newest)
+    world.log.append(drafts(range(900, 910)))
+    later = (await world.ship())[901:]
+    assert [json.loads(line)["metadata"]["sequence"] for line in later] == list(range(900, 910))
+
+
+@pytest.mark.anyio
+async def test_an_older_copy_that_has_what_was_sent_is_gone_on_with(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.sink.acknowledged = 0
+    await world.ship()
+    shutil.copytree(world.directory, tmp_path / "older")
+    world.log.append(drafts(range(600, 700)))
+    _put_back(world, tmp_path / "older")
+    world.log.append(drafts(range(1600, 1610)))
+    assert len(await world.ship()) == 611
+    assert world.shipper.view().error is None
+
+
+@pytest.mark.anyio
+async def test_a_cursor_that_names_no_entry_takes_the_logs(tmp_path: Path) -> None:
+    """Such as `export add --from` makes."""
+    world = World(tmp_path)
+    world.sink.acknowledged = 0
+    cursor = Cursor(world.cursor, ORIGIN)
+    cursor.save(Position(600, 600))
+    await world.ship()
+    assert cursor.load() == Position(600, 600, leaf_hash(LogReader(world.directory).frame(599).entry).hex())
+    cursor.save(Position(600, 600, "00"))
+    world.shipper = world.new_shipper()
+    assert "entry 599 was sent" in await _cannot_be_sent(world)
 
 
 @pytest.mark.anyio
@@ -466,9 +569,9 @@ def test_pauses_grow_and_are_bounded(tmp_path: Path) -> None:
 def test_a_cursor_is_whole_or_the_one_before(tmp_path: Path) -> None:
     cursor = Cursor(tmp_path / "siem" / "a.cursor", "o")
     assert cursor.load() == Position()
-    cursor.save(Position(5, 3))
+    cursor.save(Position(5, 3, "ab"))
     (tmp_path / "siem" / "a.cursor.new").write_bytes(b'{"next": 9')  # a process that ended while it wrote
-    assert cursor.load() == Position(5, 3)
+    assert cursor.load() == Position(5, 3, "ab")
     assert Cursor(tmp_path / "siem" / "a.cursor", "another").load() == Position()
     (tmp_path / "siem" / "a.cursor").write_bytes(b'{"next": 9')
     assert cursor.load() == Position()

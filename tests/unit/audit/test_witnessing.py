@@ -2,10 +2,14 @@
 
 import os
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from appliance.audit import witnessing
+from appliance.audit.files import write_at
 from appliance.audit.following import LogFollower
 from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED
 from appliance.audit.notes import Algorithm, NoteInvalid, SigningKey
@@ -62,6 +66,54 @@ def test_two_witnesses_can_co_sign_one_checkpoint(tmp_path: Path) -> None:
         take_reply(log, request, reply, LOG_KEY, key.verifier())
         keys.append(key.verifier())
     assert set(verify_log(log, LOG_KEY, witnesses=keys).witnessed) == {"one.example", "two.example"}
+
+
+class _Lock:
+    """A lock that tells when somebody waits for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.is_waited_for = threading.Event()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self.is_waited_for.set()
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+@pytest.mark.parametrize("second", ["reply", "request"])
+def test_of_what_comes_at_once_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str) -> None:
+    log, lock = tmp_path / "audit", _Lock()
+    make_log(log, 300)
+    request = make_request(log, old_size=0)
+    keys = [SigningKey(f"{name}.example", name.encode().ljust(32), Algorithm.COSIGNATURE) for name in ("one", "two")]
+    replies = [Witness(tmp_path / key.name, key).cosign(request, LOG_KEY, 1_700_000_000) for key in keys]
+
+    def come() -> None:
+        if second == "reply":
+            take_reply(log, request, replies[1], LOG_KEY, keys[1].verifier())
+        else:
+            make_request(log, old_size=0)
+
+    coming = threading.Thread(target=come)
+
+    def write_while_another_comes(*given: Any) -> None:
+        if coming.ident is None:
+            coming.start()
+            assert lock.is_waited_for.wait(10)
+        write_at(*given)
+
+    monkeypatch.setattr(witnessing, "_KEEPING", lock)
+    monkeypatch.setattr(witnessing, "write_at", write_while_another_comes)
+    take_reply(log, request, replies[0], LOG_KEY, keys[0].verifier())
+    coming.join()
+    wanted = keys if second == "reply" else keys[:1]
+    assert set(verify_log(log, LOG_KEY, witnesses=[key.verifier() for key in wanted]).witnessed) == {
+        key.name for key in wanted
+    }
 
 
 def test_a_reply_to_something_else_is_not_kept(tmp_path: Path) -> None:
