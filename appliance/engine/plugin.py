@@ -142,7 +142,8 @@ class LeaseEndpoints:
 
         async def account(body: bytes) -> _Message:
             ends = protocol.read_turn_ends_request(body)
-            return protocol.turn_accounts_answer(await connector.turns_ended(self._engine_client, ends))
+            accounts = iter(await connector.turns_ended(self._engine_client, [end for end in ends if end is not None]))
+            return protocol.turn_accounts_answer(None if end is None else next(accounts) for end in ends)
 
         return await _answer(request, account)
 
