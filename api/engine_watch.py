@@ -39,6 +39,7 @@ class EngineWatch:
 
     Attributes:
         models: what the engine serves; empty while it does not answer.
+        losses: how often it was found gone after it had answered: since then another of its lives may have begun.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class EngineWatch:
         self._failure = "it has not answered yet"
         self._on_change = on_change
         self.models: tuple[ModelCard, ...] = ()
+        self.losses = 0
 
     @property
     def ready(self) -> bool:
@@ -86,8 +88,7 @@ class EngineWatch:
 
     def missed(self) -> None:
         """A request found the engine gone: ask again at once."""
-        self.models = ()
-        self._seen.clear()
+        self._lose()
         self._ask_now.set()
 
     async def wait_ready(self) -> None:
@@ -101,17 +102,23 @@ class EngineWatch:
             self._ask_now.clear()
             try:
                 async with asyncio.timeout(_DEADLINE_S):
-                    self.models = tuple(await self._client.models())
+                    models = tuple(await self._client.models())
             except (HoldfastError, TimeoutError) as error:
-                self.models = ()
+                models = ()
                 self._failure = str(error) or f"it did not answer within {_DEADLINE_S:g} s"
-            if self.models:
+            if models:
+                self.models = models
                 self._seen.set()
             else:
-                self._seen.clear()
+                self._lose()
             if self.models != told:
                 told = self.models
                 self._on_change(told)
             with suppress(TimeoutError):
                 async with asyncio.timeout(_WHILE_PRESENT_S if self.models else _WHILE_ABSENT_S):
                     await self._ask_now.wait()
+
+    def _lose(self) -> None:
+        self.losses += self.ready
+        self.models = ()
+        self._seen.clear()

@@ -2,15 +2,17 @@
 
 Rules:
 
-- However many ask, the engine is asked once at a time, and once in `_FRESH_S` at most.
+- However many ask, the engine is asked once at a time, and once in `_FRESH_S` at most. What comes of it, were it a
+  failure, is the answer to all who wait for it.
 - Whoever asks waits for `_DEADLINE_S` at most; what cannot be had is None, and nothing old is given out for new.
-- Rates are of what the engine counted between two looks, of one life of its own.
+- Rates are of what the engine counted between two looks, of one life of its own: it was not lost between them.
 """
 
 import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 from api.engine_watch import EngineWatch
@@ -68,8 +70,9 @@ class KvWatch:
         self._engine = engine
         self._watch = watch
         self._clock = clock
-        self._asking = asyncio.Lock()
+        self._asking: asyncio.Task[Seen | None] | None = None
         self._looks: deque[tuple[float, int]] = deque()  # when, and how many blocks had been reclaimed
+        self._losses = 0  # of the engine, before these looks
         self.seen: Seen | None = None
         self.quarantines: asyncio.Queue[KvPicture] = asyncio.Queue()
 
@@ -89,22 +92,18 @@ class KvWatch:
 
     async def look(self, sessions: int = 0) -> Seen | None:
         """The engine's picture, with so many sessions, `_FRESH_S` old at most; None: it cannot be had now."""
-        async with self._asking:
-            seen = self.seen
-            if seen is not None and self._clock() - seen.at < _FRESH_S and seen.sessions_asked >= sessions:
-                return seen
-            if not self._watch.ready:
-                return None
-            try:
-                picture = await self._engine.kv(sessions, deadline_s=_DEADLINE_S)
-            except HoldfastError:
-                return None
-            was_quarantined = seen is not None and bool(quarantined(seen.picture))
-            if quarantined(picture) and not was_quarantined:
-                self.quarantines.put_nowait(picture)
-            self.seen = Seen(self._clock(), picture, sessions)
-            self._remember(self.seen)
-            return self.seen
+        seen = self.seen
+        if seen is not None and self._clock() - seen.at < _FRESH_S and seen.sessions_asked >= sessions:
+            return seen
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DEADLINE_S):
+                while self._watch.ready:
+                    if self._asking is None or self._asking.done():
+                        self._asking = asyncio.create_task(self._ask(sessions), name="holdfast-kv-picture")
+                    seen = await asyncio.shield(self._asking)
+                    if seen is None or seen.sessions_asked >= sessions:
+                        return seen
+        return None
 
     def fresh(self) -> Seen | None:
         """The picture that was taken last, if that is not long ago."""
@@ -129,10 +128,24 @@ class KvWatch:
             seen = await self.look()
             await asyncio.sleep(_FRESH_S if seen is None else _LOOK_EVERY_S)
 
-    def _remember(self, seen: Seen) -> None:
+    async def _ask(self, sessions: int) -> Seen | None:
+        losses = self._watch.losses
+        try:
+            picture = await self._engine.kv(sessions, deadline_s=_DEADLINE_S)
+        except HoldfastError:
+            return None
+        was_quarantined = self.seen is not None and bool(quarantined(self.seen.picture))
+        if quarantined(picture) and not was_quarantined:
+            self.quarantines.put_nowait(picture)
+        self.seen = Seen(self._clock(), picture, sessions)
+        self._remember(self.seen, losses)
+        return self.seen
+
+    def _remember(self, seen: Seen, losses: int) -> None:
         looks, reclaimed = self._looks, seen.picture.reclaimed_blocks_total
-        if looks and reclaimed < looks[-1][1]:
+        if losses != self._losses or (looks and reclaimed < looks[-1][1]):
             looks.clear()  # another life
+        self._losses = losses
         looks.append((seen.at, reclaimed))
         while len(looks) > 2 and looks[1][0] <= seen.at - _RATE_OVER_S:
             looks.popleft()

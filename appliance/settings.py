@@ -26,6 +26,7 @@ ENVIRONMENT_PREFIX = "HOLDFAST_"
 SIX_MONTHS_DAYS = 183
 TIER_DIR = "tier"  # of the state directory: where the tier on disk lies unless told otherwise
 _GIB = 1 << 30
+_IdleTimeout = Annotated[float, Field(ge=0, le=86_400)]  # seconds: no more is taken by the engine
 
 
 class SettingsError(HoldfastError, ValueError):
@@ -101,8 +102,8 @@ class TenantRetention(_Section):
     """What is kept of one tenant's sessions. None: as for everybody. Shares and caps: of each tier's blocks."""
 
     retention: Literal["soft", "strict"] = "soft"  # strict: all is dropped at the idle timeout
-    idle_timeout_s: float | None = Field(default=None, ge=0, le=86_400)
-    idle_timeout_after_tool_use_s: float | None = Field(default=None, ge=0, le=86_400)
+    idle_timeout_s: _IdleTimeout | None = None
+    idle_timeout_after_tool_use_s: _IdleTimeout | None = None
     kv_share: float = Field(default=0.0, ge=0, le=1)  # what other tenants' idle sessions leave to it
     kv_cap: float = Field(default=1.0, ge=0, le=1)  # the most that its idle sessions hold together
     session_kv_cap: float = Field(default=1.0, ge=0, le=1)  # the most that one of them holds
@@ -126,10 +127,10 @@ class TierSettings(_Section):
 class SessionSettings(_Section):
     """How long a session's KV is worth its room."""
 
-    idle_timeout_s: float = Field(default=15.0, ge=0, le=86_400)
-    idle_timeout_s_by_model: dict[str, float] = Field(default_factory=dict)
-    idle_timeout_after_tool_use_s: float = Field(default=120.0, ge=0, le=86_400)
-    idle_timeout_after_tool_use_s_by_model: dict[str, float] = Field(default_factory=dict)
+    idle_timeout_s: _IdleTimeout = 15.0
+    idle_timeout_s_by_model: dict[str, _IdleTimeout] = Field(default_factory=dict)
+    idle_timeout_after_tool_use_s: _IdleTimeout = 120.0
+    idle_timeout_after_tool_use_s_by_model: dict[str, _IdleTimeout] = Field(default_factory=dict)
     session_kv_cap: float = Field(default=1.0, ge=0, le=1)
     tenants: dict[str, TenantRetention] = Field(default_factory=dict)  # by name
 

@@ -171,8 +171,9 @@ class Stub(asyncio.Protocol):
                 self._whole(200, _KEPT.to_wire())
             case b"/holdfast/turns":
                 ends = read_turn_ends_request(bytes(self._body))
-                self.ends.extend(ends)
-                self._whole(200, turn_accounts_answer(TurnAccount(end.turn, 0) for end in ends))
+                self.ends.extend(end for end in ends if end is not None)
+                accounts = [None if end is None else TurnAccount(end.turn, 0) for end in ends]
+                self._whole(200, turn_accounts_answer(accounts))
             case b"/stub":
                 seen = {"requests": self.counts.requests, "abandoned": self.counts.abandoned}
                 told = [end.to_wire() for end in self.ends]

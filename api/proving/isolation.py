@@ -5,8 +5,8 @@ Rules:
 - It fails when anything is shared that must not be, and as well when something is not shared that should be: a proof
   that passes on an engine that caches nothing proves nothing.
 - In the tiers behind the device too, and in each: controls show what a tier had (`judgement`).
-- What cannot be told is `UNKNOWN`, with the reason, and a tier that is not configured is said to be that. Neither is a
-  pass.
+- What cannot be told, or was not looked at, is `UNKNOWN`, with the reason, and a tier that is not configured is said to
+  be that. Neither is a pass.
 - Everything asked is made up and differs from anything asked before. The tenants are throwaways: they are removed
   whatever happens, at the next start if not before.
 - Times are compared by a test with a stated error: see `_timing`.
@@ -25,6 +25,7 @@ from api.app import create_app
 from api.engine_leases import release
 from api.forgetting import forget_session
 from api.openai.prefixes import RENDER_PATH
+from api.proving.added import Added, GrowingLog
 from api.proving.asking import TIERS, Asker, Said
 from api.proving.expectations import REACH, Bounds, Pair, bounds
 from api.proving.judgement import Verdict, judged, shows
@@ -48,7 +49,8 @@ _ANSWER_TOKENS: Final = 24
 _ATTEMPTS: Final = 3
 _PRESSURE: Final = 1.5  # times the room of the tiers above, of other prompts, to have one leave them
 _MOST_PRESSURE: Final = 600  # prompts
-_LOG_TAIL_BYTES: Final = 4 << 20
+_LOGS: Final = ("gateway", "engine")
+_MOST_EVENTS: Final = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +158,15 @@ class _Proof:
         self._parties: list[_Party] = []
         self._texts: list[str] = []
         self._began_ns = int(services.now() * 1e9)
+        self._logs: dict[str, GrowingLog] = {}
 
     # Before and after
 
     async def prepare(self) -> None:
         services = self._services
+        folder = services.settings.state_dir / "log"
+        for name in _LOGS:  # before anything is asked
+            self._logs[name] = await asyncio.to_thread(GrowingLog, folder / f"{name}.log")
         if not services.watch.ready or not services.watch.models:
             raise _too_busy("the engine does not serve", "`holdfast status` says why; prove it again when it does")
         report = await services.engine.leases()
@@ -185,6 +191,8 @@ class _Proof:
 
     async def remove(self) -> None:
         services = self._services
+        for log in self._logs.values():
+            log.close()
         for party in self._parties:
             if party.caller.key is not None:
                 await services.identity.revoke_key(party.caller.key.key_id)
@@ -480,24 +488,24 @@ class _Proof:
         """No salt, key, or word of a prompt, a stop string or a schema in events, metrics and logs."""
         services = self._services
         needles = [*await self._asked_for(), *await self._needles()]
-        events = await asyncio.to_thread(self._events)
         texts = {
-            "events": events,
-            "metrics of the gateway": services.metrics.exposition(),
-            "metrics of the engine": (await services.engine.metrics()).encode(),
-            "report of leases": to_json((await services.engine.leases(every=True)).to_wire()),
-            "log of the gateway": await asyncio.to_thread(self._tail, "gateway.log"),
-            "log of the engine": await asyncio.to_thread(self._tail, "engine.log"),
+            "events": await asyncio.to_thread(self._events),
+            "metrics of the gateway": _whole(services.metrics.exposition()),
+            "metrics of the engine": _whole((await services.engine.metrics()).encode()),
+            "report of leases": _whole(to_json((await services.engine.leases(every=True)).to_wire())),
         }
+        for name, log in self._logs.items():
+            texts[f"log of the {name}"] = await asyncio.to_thread(log.added)
         checks = []
-        for name, text in texts.items():
-            leaked = sorted({kind for kind, needle in needles if needle.encode() in text})
+        for name, (text, missing) in texts.items():
+            leaked = await asyncio.to_thread(_found_in, text, needles)
+            said = f"none in {len(text)} bytes"
             checks.append(
                 Check(
                     f"{name}: no salt, key or word",
-                    Verdict.FAIL if leaked else Verdict.PASS if text else Verdict.UNKNOWN,
+                    Verdict.FAIL if leaked else Verdict.UNKNOWN if missing else Verdict.PASS,
                     f"none of {len(needles)} salts, keys, words and token ids",
-                    ", ".join(leaked) if leaked else f"none in {len(text)} bytes" if text else "nothing to look at",
+                    ", ".join(leaked) if leaked else f"{said}; {missing}" if missing else said,
                 )
             )
         return checks
@@ -524,20 +532,17 @@ class _Proof:
         needles += [("token ids", separator.join(map(str, run))) for separator in (", ", ",", " ")]
         return needles
 
-    def _events(self) -> bytes:
+    def _events(self) -> Added:
         """The records since the proof began, decrypted."""
-        query = Query(since_ns=self._began_ns, limit=100_000)
+        query = Query(since_ns=self._began_ns, limit=_MOST_EVENTS)
         found = search(LogReader(self._services.audit.directory), self._services.vault, query)
-        return to_json([each.record for each in found.found])
-
-    def _tail(self, name: str) -> bytes:
-        path = self._services.settings.state_dir / "log" / name
-        try:
-            with path.open("rb") as log:
-                log.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
-                return log.read()
-        except OSError:
-            return b""
+        records = [each.record for each in found.found if each.record is not None]
+        missing = "" if records else "there is no event"
+        if found.go_on_before is not None:
+            missing = f"only the newest {len(found.found)} events were looked at"
+        elif len(records) < len(found.found):
+            missing = f"{len(found.found) - len(records)} events cannot be opened"
+        return Added(to_json(records), missing)
 
 
 def verdict_of(checks: Sequence[Check]) -> Verdict:
@@ -553,6 +558,15 @@ def _check(name: str, mode: Isolation, said: Said, wanted: Bounds, tier: str, *,
     verdict, found = judged(said, wanted, tier, was_there=was_there)
     expected = "none" if wanted.most == 0 else f"{wanted.least} to {wanted.most}"
     return Check(name, verdict, f"{expected} of {said.prompt_tokens} tokens found", found, mode.value, tier)
+
+
+def _whole(text: bytes) -> Added:
+    return Added(text, "" if text else "nothing to look at")
+
+
+def _found_in(text: bytes, needles: Sequence[tuple[str, str]]) -> list[str]:
+    """What kinds of needles a text has."""
+    return sorted({kind for kind, needle in needles if needle.encode() in text})
 
 
 def _made_up(words: int) -> str:

@@ -25,7 +25,7 @@ from appliance.engine.tier_keys import hand_down
 
 _logger = logging.getLogger(f"vllm.{__name__}")
 _MAX_BODY_BYTES = 1 << 20
-_TELLING_NOTHING = (protocol.LEASES_PATH, protocol.TURNS_PATH)  # of a request's end
+_MOVING_NOTHING = (protocol.LEASES_PATH,)  # forward; the end of a turn may: it is told after the request's
 _Message = dict[str, Any]
 
 
@@ -142,7 +142,8 @@ class LeaseEndpoints:
 
         async def account(body: bytes) -> _Message:
             ends = protocol.read_turn_ends_request(body)
-            return protocol.turn_accounts_answer(await connector.turns_ended(self._engine_client, ends))
+            accounts = iter(await connector.turns_ended(self._engine_client, [end for end in ends if end is not None]))
+            return protocol.turn_accounts_answer(None if end is None else next(accounts) for end in ends)
 
         return await _answer(request, account)
 
@@ -173,7 +174,7 @@ async def _answer(request: Any, say: Callable[[bytes], Awaitable[_Message]]) -> 
 
 
 class _EndOfRequests:
-    """ASGI middleware that says when a request that may have left a lease has ended."""
+    """ASGI middleware that says when a request that may have left a lease, or moved a deadline forward, has ended."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], ended: Callable[[], None]) -> None:
         self._app = app
@@ -188,5 +189,5 @@ class _EndOfRequests:
         try:
             await self._app(scope, receive, send)
         finally:
-            if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] not in _TELLING_NOTHING:
+            if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] not in _MOVING_NOTHING:
                 self._ended()

@@ -6,7 +6,7 @@ Rules:
 - A lease travels in a request's `kv_transfer_params` under `LEASE_FIELD`. Only the gateway puts it there.
 - Labels are opaque: they name a session or a tenant to the engine and say nothing about either.
 - What comes over a wire is checked, field by field (`wire`). A message that is not exactly what this module writes
-  raises `MalformedMessage`.
+  raises `MalformedMessage`; of ends of turns, which travel together, only those are refused that are not.
 """
 
 import hashlib
@@ -325,17 +325,17 @@ def turn_ends_request(ends: Iterable[TurnEnd]) -> bytes:
     return json.dumps({"ends": [end.to_wire() for end in ends]}).encode()
 
 
-def read_turn_ends_request(body: bytes) -> tuple[TurnEnd, ...]:
-    """The ends in a body that `turn_ends_request` wrote.
+def read_turn_ends_request(body: bytes) -> tuple[TurnEnd | None, ...]:
+    """The ends in a body that `turn_ends_request` wrote; None for one that is malformed, which costs no other a thing.
 
     Raises:
-        MalformedMessage: when the body is anything else.
+        MalformedMessage: when the body is no list of ends.
     """
-    return tuple(TurnEnd.from_wire(end) for end in _only_list(wire.read_json(body), "ends"))
+    return tuple(_turn_end(end) for end in _only_list(wire.read_json(body), "ends"))
 
 
 def turn_accounts_answer(accounts: Iterable[TurnAccount | None]) -> dict[str, object]:
-    """What the engine answers at `TURNS_PATH`: an account for each end, None where it knows no such turn."""
+    """What the engine answers at `TURNS_PATH`: an account for each end, None where it is told of no turn it knows."""
     return {"accounts": [None if account is None else account.to_wire() for account in accounts]}
 
 
@@ -421,6 +421,13 @@ def connector_arguments(
 def _by_name(message: Any) -> dict[str, object]:
     """The fields of a flat message. `dataclasses.asdict` copies them deeply, which takes ten times as long."""
     return {name: getattr(message, name) for name in message.__slots__}
+
+
+def _turn_end(value: object) -> TurnEnd | None:
+    try:
+        return TurnEnd.from_wire(value)
+    except MalformedMessage:
+        return None
 
 
 def _lease_state(value: object) -> LeaseState:

@@ -187,8 +187,19 @@ def test_an_end_of_a_turn_is_answered_with_its_account_and_moves_the_deadline(se
     server.report(release=("told",))
 
 
-def test_a_malformed_end_of_a_turn_is_refused(server: Server) -> None:
-    status, answer = server.post(TURNS_PATH, b'{"ends": [{}]}')
+def test_a_malformed_end_of_a_turn_costs_no_other_its_account(server: Server) -> None:
+    server.turn(6, "well-told", idle_timeout_s=60.0, turn="told")
+    ends = [TurnEnd("well-told", "tenant", turn, "tool_use", 4, 60.0) for turn in ("no turn", "told")]
+    status, answer = server.post(TURNS_PATH, turn_ends_request(ends))
+    assert status == 200
+    malformed, told = answer["accounts"]
+    assert malformed is None
+    assert told["turn"] == "told"
+    server.report(release=("well-told",))
+
+
+def test_what_is_no_list_of_ends_is_refused(server: Server) -> None:
+    status, answer = server.post(TURNS_PATH, b'{"ends": {}}')
     assert status == 400
     assert answer["error"]["code"] == "engine_message_malformed"
 

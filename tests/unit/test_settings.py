@@ -1,11 +1,13 @@
 """Settings: where they come from, and which of them go together."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from appliance.engine.protocol import MAX_IDLE_TIMEOUT_S
 from appliance.settings import Settings, SettingsError, load_settings
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104  (what is tested)
@@ -69,6 +71,24 @@ def test_a_folder_of_its_own_is_the_tiers(tmp_path: Path, disk_dir: str) -> None
 def _tier(folder: Path, disk_dir: Path) -> Settings:
     tree = {"tiers": {"disk_dir": str(disk_dir)}, "engine": {"model": str(folder / "models" / "harbour")}}
     return load_settings(tree, environment={}, state_dir=folder / "state")
+
+
+@pytest.mark.parametrize("name", ["idle_timeout_s", "idle_timeout_after_tool_use_s"])
+@pytest.mark.parametrize("of", ["everybody", "a model", "a tenant"])
+def test_no_idle_timeout_is_one_that_the_engine_refuses(name: str, of: str) -> None:
+    def sessions(idle_timeout_s: float) -> Settings:
+        tree = {
+            "everybody": {name: idle_timeout_s},
+            "a model": {f"{name}_by_model": {"big": idle_timeout_s}},
+            "a tenant": {"tenants": {"bank": {name: idle_timeout_s}}},
+        }
+        return load_settings({"sessions": tree[of]}, environment={}, state_dir=Path("/nowhere"))
+
+    for idle_timeout_s in (0.0, MAX_IDLE_TIMEOUT_S):
+        sessions(idle_timeout_s)
+    for idle_timeout_s in (-0.1, MAX_IDLE_TIMEOUT_S + 1, math.nan, math.inf):
+        with pytest.raises(SettingsError, match="cannot be used"):
+            sessions(idle_timeout_s)
 
 
 def audit(**values: Any) -> Settings:

@@ -73,8 +73,26 @@ async def test_an_engine_found_gone_by_a_request_is_asked_again_at_once() -> Non
         watch.missed()
         assert not watch.ready
         await asked_again(engine)
+        assert watch.losses == 1
         engine.up = True
         await watch.wait_ready()
+    assert watch.losses == 1
+
+
+async def test_an_engine_that_does_not_answer_any_more_is_lost_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.engine_watch._WHILE_PRESENT_S", 0.0)
+    monkeypatch.setattr("api.engine_watch._WHILE_ABSENT_S", 0.0)
+    engine = Engine()
+    async with watching(engine) as watch:
+        await asked_again(engine)
+        assert watch.losses == 0, "it was not there yet"
+        for losses in (1, 2):
+            engine.up = True
+            await watch.wait_ready()
+            engine.up = False
+            for _ in range(3):
+                await asked_again(engine)
+            assert watch.losses == losses
 
 
 async def test_why_it_is_not_there_is_told_by_who_started_it() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from api.kv_watch import KvWatch, troubles
+from api.kv_watch import KvWatch, Seen, troubles
 from api.server import _record_quarantines
 from appliance.audit import AuditUnavailable, Event
 from appliance.engine.client import EngineUnavailable
@@ -30,10 +30,13 @@ class Engine:
     def __init__(self) -> None:
         self.picture: KvPicture | None = PICTURE
         self.asked: list[int] = []
+        self.answers = asyncio.Event()
+        self.answers.set()
 
     async def kv(self, sessions: int, *, deadline_s: float) -> KvPicture:
         self.asked.append(sessions)
         await asyncio.sleep(0)
+        await self.answers.wait()
         if self.picture is None:
             raise EngineUnavailable("gone", cause="", remedy="")
         return self.picture
@@ -47,7 +50,7 @@ class Clock:
 
 
 def watching() -> tuple[KvWatch, Engine, Clock, SimpleNamespace]:
-    engine, clock, watch = Engine(), Clock(), SimpleNamespace(ready=True)
+    engine, clock, watch = Engine(), Clock(), SimpleNamespace(ready=True, losses=0)
     return KvWatch(engine, watch, clock=clock), engine, clock, watch  # type: ignore[arg-type]
 
 
@@ -61,6 +64,55 @@ async def test_however_many_ask_the_engine_is_asked_once() -> None:
     clock.now += 1.5
     await kv.look()
     assert engine.asked == [5, 6, 0]
+
+
+async def asking(kv: KvWatch, *sessions: int) -> list["asyncio.Task[Seen | None]"]:
+    """Those who wait for an answer that is to come."""
+    tasks = [asyncio.create_task(kv.look(each)) for each in sessions]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return tasks
+
+
+async def test_a_failure_is_the_answer_to_all_who_waited_for_it() -> None:
+    kv, engine, _, _ = watching()
+    engine.answers.clear()
+    tasks = await asking(kv, 0, 0, 5, 0)
+    engine.picture = None
+    engine.answers.set()
+    assert await asyncio.gather(*tasks) == [None] * 4
+    assert engine.asked == [0]
+    engine.picture = PICTURE
+    assert await kv.look() is not None, "who comes later asks again"
+
+
+async def test_who_wants_more_than_is_being_asked_for_asks_when_that_is_answered() -> None:
+    kv, engine, _, _ = watching()
+    engine.answers.clear()
+    tasks = await asking(kv, 5, 9, 7, 2)
+    engine.answers.set()
+    seen = await asyncio.gather(*tasks)
+    assert [each.sessions_asked for each in seen if each is not None] == [5, 9, 9, 5]
+    assert engine.asked == [5, 9]
+
+
+async def test_who_hangs_up_takes_nobodys_answer_along() -> None:
+    kv, engine, _, _ = watching()
+    engine.answers.clear()
+    first, second = await asking(kv, 0, 0)
+    first.cancel()
+    await asyncio.wait([first])
+    engine.answers.set()
+    assert await second is not None
+    assert engine.asked == [0]
+
+
+async def test_nobody_waits_longer_than_the_deadline_whomever_waited_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.kv_watch._DEADLINE_S", 0.01)
+    kv, engine, _, _ = watching()
+    engine.answers.clear()
+    async with asyncio.timeout(5):
+        assert await asyncio.gather(*(kv.look(sessions) for sessions in (0, 5, 9))) == [None] * 3
 
 
 async def test_what_cannot_be_had_is_not_made_up_from_what_was() -> None:
@@ -88,6 +140,16 @@ async def test_a_rate_is_of_two_looks_at_one_life_of_the_engine() -> None:
     engine.picture = PICTURE
     await kv.look()
     assert kv.reclaimed_blocks_per_s() is None
+
+
+async def test_a_rate_is_not_of_two_lives_of_which_the_later_counted_further() -> None:
+    kv, engine, clock, watch = watching()
+    for reclaimed, losses, rate in ((100, 0, None), (130, 1, None), (160, 1, (3.0, 10.0))):
+        clock.now += 10
+        watch.losses = losses
+        engine.picture = replace(PICTURE, reclaimed_blocks_total=reclaimed)
+        await kv.look()
+        assert kv.reclaimed_blocks_per_s() == rate
 
 
 async def test_more_tiers_are_known_when_they_were_seen() -> None:

@@ -61,7 +61,7 @@ class DiskTier(SecondaryTierManager):  # type: ignore[misc]
         )
         status = self.store.status()
         if not status.on:
-            logger.warning("The KV tier on disk is off: %s.", status.last_error)
+            logger.warning("The KV tier on disk is off, and tried again every minute: %s.", status.last_error)
 
     def order_by(self, worth: Worth, clock: Callable[[], float]) -> None:
         """Say what decides which sessions leave first."""

@@ -45,7 +45,8 @@ _OWNER = re.compile(r"(?P<tenant>[A-Za-z0-9_.-]{1,64})~(?P<session>[A-Za-z0-9_.-
 _PART_SUFFIX: Final = ".part"
 _PART = re.compile(_NAME.pattern + re.escape(_PART_SUFFIX))
 _LAYOUT = re.compile(r"[0-9a-f]{32}")
-_UNALIGNED = (errno.EINVAL, errno.EOPNOTSUPP)
+_NOT_DIRECT: Final = (errno.EINVAL, errno.EOPNOTSUPP)
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _QUARANTINED: Final = "quarantined"
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MOST_SHARES_BYTES: Final = 1 << 20
@@ -309,7 +310,10 @@ class ChunkFiles:
         return self._chunk_bytes % HEADER_BYTES == 0
 
     def _takes_direct(self) -> bool:
-        """Whether the file system reads and writes past the page cache: overlayfs and tmpfs may not."""
+        """Whether the file system reads and writes past the page cache: overlayfs and tmpfs may not.
+
+        A full one does not tell: what lies on it is used all the same, through the page cache.
+        """
         path = self._layout / f"probe{_PART_SUFFIX}"
         path.unlink(missing_ok=True)
         try:
@@ -319,7 +323,7 @@ class ChunkFiles:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            if error.errno in _UNALIGNED:
+            if error.errno in (*_NOT_DIRECT, *_FULL):
                 return False
             raise
         finally:

@@ -15,6 +15,7 @@ Rules:
 - What was dropped is not found from that moment on; its files go as soon as a thread is free, before anything else is
   written.
 - The gateway is asked of everybody whose chunks a start finds, until it answers: who was forgotten is dropped.
+- A folder that cannot be used is tried again, so that a fault that passes costs no engine its tier.
 """
 
 import contextlib
@@ -23,15 +24,16 @@ import os
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from appliance.engine.inside.disk.cipher import NONCE_BYTES, TAG_BYTES, ChunkCipher, Tampered
-from appliance.engine.inside.disk.files import HEADER_BYTES, ChunkFiles, ChunkName, Owner
+from appliance.engine.inside.disk.files import HEADER_BYTES, ChunkFiles, ChunkName, FolderRefused, Found, Owner
 from appliance.engine.inside.disk.index import DiskIndex, Held
 from appliance.engine.inside.disk.keys import NoKey, TierKeys
 from appliance.engine.inside.quotas import NO_QUOTA, Quota
@@ -90,7 +92,7 @@ class DiskStatus:
         faults: how many chunks could not be read, by cause: "damaged", "lost", "error", "no_key".
         last_error: what went wrong last, in words; empty: nothing did.
         last_error_age_s: how long ago.
-        on: whether the folder can be used at all.
+        on: whether the folder could be used when it was tried last.
         paused: nothing is written for a while after an error.
         answers: whether the disk does what is asked of it; see `DiskStore.answers`.
     """
@@ -147,7 +149,7 @@ class DiskStore:
     """The tier. Its public methods are for the engine's thread, and return at once unless they say that they block.
 
     Args:
-        root: the tier's folder. Where it cannot be used the tier is off, and says why.
+        root: the tier's folder. While it cannot be used the tier is off, and says why.
         fingerprint: 32 bytes that name what the KV is made by; see `fingerprint`.
         chunk_bytes: of every chunk.
         capacity_bytes: the most that the files take.
@@ -182,7 +184,8 @@ class DiskStore:
         self._random_bytes = random_bytes
         self._plain = None if _encrypt else _Plain()
         # What is removed may be a file for each other thread behind what is written.
-        self._index = DiskIndex(max(0, capacity_bytes // self._file_bytes - (_WRITERS - 1)), ttl_s)
+        self._new_index = partial(DiskIndex, max(0, capacity_bytes // self._file_bytes - (_WRITERS - 1)), ttl_s)
+        self._index = self._new_index()
         self._capacity_bytes = capacity_bytes
         self._lock = threading.Lock()
         self._to_write, self._to_read = threading.Condition(self._lock), threading.Condition(self._lock)
@@ -195,8 +198,7 @@ class DiskStore:
         self._reads: deque[_Task] = deque()
         self._removals: deque[ChunkName] = deque()
         self._foreign = True
-        self._shares_changed = False
-        self._quarantine_due_at = inf  # when it is to be written down
+        self._shares_due_at = self._quarantine_due_at = inf  # when they are to be written down
         self.quarantined = False  # an engine before found what came back to be wrong
         self._finished: deque[Done] = deque()
         self._open_jobs = self._pieces_over = 0
@@ -209,24 +211,12 @@ class DiskStore:
         self._unreadable: OrderedDict[bytes, Owner] = OrderedDict()  # chunks that are gone because they could not be
         self._error, self._error_at = "", now()
         self._pause_s, self._paused_until = _FIRST_PAUSE_S, now()
+        self._new_files = partial(ChunkFiles, root, fingerprint=fingerprint, chunk_bytes=chunk_bytes)
         self._files: ChunkFiles | None = None
         self._threads: list[threading.Thread] = []
-        try:
-            self._files = ChunkFiles(root, fingerprint=fingerprint, chunk_bytes=chunk_bytes)
-            self.quarantined = self._files.is_quarantined()
-            self._take_up(self._files)
-        except OSError as error:
-            self._failed(error)
-            if self._files is not None:
-                self._files.close()
-            self._files = None
-            return
         keys.on_gone = self._forget
-        for number in range(_WRITERS):
-            self._start(self._write_on, f"holdfast-disk-write-{number}")
-        for number in range(_READERS):
-            self._start(self._read_on, f"holdfast-disk-read-{number}")
-        self._start(self._ask_on, "holdfast-disk-ask")
+        if not self._open():
+            self._start(self._open_on, "holdfast-disk-open")
 
     # Asking
 
@@ -364,7 +354,8 @@ class DiskStore:
                     coming.append(piece)
             fits = 0
             if held is not None:
-                self._shares_changed |= self._index.quotas.in_force(owner.tenant, quota)
+                if self._index.quotas.in_force(owner.tenant, quota):
+                    self._shares_due_at = -inf
                 ends = [piece.position for piece in coming]
                 fits, evicted = self._index.make_way(held, ends, quota, self._worth)
                 self._evicted += len(evicted)
@@ -490,22 +481,85 @@ class DiskStore:
 
     # The threads
 
-    def _start(self, target: Callable[[ChunkFiles], None], name: str) -> None:
-        thread = threading.Thread(target=target, args=(self._files,), name=name, daemon=True)
+    def _start(self, target: Callable[..., None], name: str, *arguments: ChunkFiles) -> None:
+        thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
         self._threads.append(thread)
         thread.start()
+
+    def _open_on(self) -> None:
+        """Try the folder until it can be used."""
+        while True:
+            with self._lock:
+                self._stopped.wait_for(lambda: self._stopping, _HOUSEKEEPING_S)
+                if self._stopping:
+                    return
+            if self._open(again=True):
+                return
+
+    def _open(self, *, again: bool = False) -> bool:
+        """Use the folder, and find again what an engine before left in it; whether it could be used. Blocks.
+
+        Args:
+            again: the engine serves by now: what a quarantine says is in doubt is left alone.
+        """
+        try:
+            files = self._new_files()
+            try:
+                if not again:
+                    self.quarantined = files.is_quarantined()
+                elif files.is_quarantined() and not self.quarantined:
+                    raise FolderRefused(errno.EPERM, "the folder is in quarantine")
+                left, shares = sorted(files.scan(), key=lambda found: found.used_at), files.read_shares()
+                for found in left:
+                    if not found.names:
+                        files.remove_folder(found.owner)
+            except BaseException:
+                files.close()
+                raise
+        except OSError as error:
+            with self._lock:
+                self._failed(error)
+            return False
+        # Beside the index that the engine's thread looks at: with many files this takes a while.
+        index, removals = self._take_up(left, shares)
+        with self._lock:
+            if self._stopping:
+                files.close()
+                return True
+            self._files, self._index = files, index
+            self._removals.extend(removals)
+            self._expire()
+            self._removals.extend(index.make_room(lambda _: 0.0))  # nothing is known yet of what sessions are worth
+            for number in range(_WRITERS):
+                self._start(self._write_on, f"holdfast-disk-write-{number}", files)
+            for number in range(_READERS):
+                self._start(self._read_on, f"holdfast-disk-read-{number}", files)
+            self._start(self._ask_on, "holdfast-disk-ask")
+        return True
+
+    def _take_up(self, left: Iterable[Found], shares: Mapping[str, float]) -> tuple[DiskIndex, list[ChunkName]]:
+        """What an engine before left, the oldest first; and what of it has no place here."""
+        index, now, wall = self._new_index(), self._now(), self._wall()
+        removals: list[ChunkName] = []
+        for found in left:
+            used_at = now - max(0.0, wall - found.used_at)
+            removals.extend(name for name in found.names if not index.found(name, used_at))
+        for tenant, share in shares.items():
+            if index.chunks_of_tenant(tenant):
+                index.quotas.in_force(tenant, Quota(share))
+        return index, removals
 
     def _write_on(self, files: ChunkFiles) -> None:
         buffer = files.buffer()
         while True:
-            foreign = shares_changed = quarantine = False
+            foreign = shares = quarantine = False
             task, removal = None, None
             with self._lock:
                 self._to_write.wait_for(
                     lambda: (
                         self._stopping
                         or self._quarantine_due_at <= self._now()
-                        or self._shares_changed
+                        or self._shares_due_at <= self._now()
                         or self._writes
                         or self._removals
                         or self._foreign
@@ -517,8 +571,8 @@ class DiskStore:
                 self._expire()
                 if self._quarantine_due_at <= self._now():
                     quarantine, self._quarantine_due_at = True, inf
-                elif self._shares_changed:
-                    shares_changed, self._shares_changed = True, False
+                elif self._shares_due_at <= self._now():
+                    shares, self._shares_due_at = True, inf
                 elif self._removals:
                     removal = self._removals.popleft()
                 elif self._writes:
@@ -527,7 +581,7 @@ class DiskStore:
                     foreign, self._foreign = self._foreign, False
             if quarantine:
                 self._write_quarantine(files)
-            elif shares_changed:
+            elif shares:
                 self._write_shares(files)
             elif removal is not None:
                 files.remove(removal)
@@ -566,6 +620,7 @@ class DiskStore:
             except OSError as error:
                 with self._lock:
                     self._failed(error)
+                    self._shares_due_at = self._now() + _FIRST_PAUSE_S
 
     def _write(self, files: ChunkFiles, buffer: memoryview, task: _Task) -> None:
         now = self._now()
@@ -652,7 +707,7 @@ class DiskStore:
                 del self._reading[thread]
         return ""
 
-    def _ask_on(self, _: ChunkFiles) -> None:
+    def _ask_on(self) -> None:
         """Ask of whom the gateway knows, among those whose chunks were found, until it is known of each."""
         with self._lock:
             left = self._index.owners()
@@ -682,21 +737,6 @@ class DiskStore:
             return False
         return not (self._reads or self._reading) or self._reads_due_at >= late
 
-    def _take_up(self, files: ChunkFiles) -> None:
-        """Find again what an engine before left."""
-        now, wall = self._now(), self._wall()
-        for found in sorted(files.scan(), key=lambda found: found.used_at):
-            used_at = now - max(0.0, wall - found.used_at)
-            if not found.names:
-                files.remove_folder(found.owner)
-            self._removals.extend(name for name in found.names if not self._index.found(name, used_at))
-        for tenant, share in files.read_shares().items():
-            if self._index.chunks_of_tenant(tenant):
-                self._index.quotas.in_force(tenant, Quota(share))
-        self._expire()
-        evicted = self._index.make_room(self._worth)
-        self._removals.extend(evicted)
-
     def _expire(self) -> None:
         expired = self._index.expired(self._now())
         self._expired += len(expired)
@@ -704,8 +744,8 @@ class DiskStore:
 
     def _next_chore_in_s(self) -> float:
         due_in_s = self._index.next_expiry_in_s(self._now())
-        quarantine_in_s = max(0.0, self._quarantine_due_at - self._now())
-        return min(_HOUSEKEEPING_S if due_in_s is None else due_in_s, _HOUSEKEEPING_S, quarantine_in_s)
+        writing_in_s = max(0.0, min(self._quarantine_due_at, self._shares_due_at) - self._now())
+        return min(_HOUSEKEEPING_S if due_in_s is None else due_in_s, _HOUSEKEEPING_S, writing_in_s)
 
     def _refusal(self, chunks: int) -> str:
         """Why nothing is written now; empty: it is."""

@@ -425,6 +425,23 @@ def test_shares_that_were_damaged_guarantee_nothing(make: Make, text: str) -> No
     assert make(chunks=10).write(EVE, range(10)).whole
 
 
+def test_shares_that_a_disk_does_not_take_are_written_when_it_does(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.engine.inside.disk.store._FIRST_PAUSE_S", 0.01)
+    refusals = [OSError(errno.ENOSPC, "full")] * 2
+    real = ChunkFiles.write_shares
+
+    def write(files: ChunkFiles, shares: dict[str, float]) -> None:
+        if refusals:
+            raise refusals.pop()
+        real(files, shares)
+
+    monkeypatch.setattr(ChunkFiles, "write_shares", write)
+    tier = make()
+    tier.write(ANA, [1], tenant_share=0.2)
+    until(lambda: _shares_of(tier) == {"acme": 0.2})
+    assert "ENOSPC" in tier.store.status().last_error
+
+
 def _shares_of(tier: Tier) -> object:
     file = tier.root / "shares"
     return json.loads(file.read_text()) if file.exists() else None
@@ -709,6 +726,34 @@ def test_a_disk_that_takes_nothing_is_left_alone_for_a_while(
     assert len(tier.files()) == 1
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full_when_the_engine_starts_is_read_and_what_is_old_goes(
+    make: Make, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    before = make()
+    before.write(ANA, range(3))
+    before.write(BEN, range(3))
+    before.store.close()
+    (old,) = before.found("acme~ben")
+    os.utime(old, (1.0, 1.0))
+    real = os.open
+
+    def past_the_probe(path: Path, flags: int, mode: int = 0o777) -> int:
+        return real(path, flags & ~os.O_DIRECT, mode)  # where a file system does not take that it is not probed further
+
+    def refuse(descriptor: int, data: memoryview) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("appliance.engine.inside.disk.files.os.open", past_the_probe)
+    monkeypatch.setattr("appliance.engine.inside.disk.files.os.write", refuse)
+    tier = make()
+    assert tier.store.status().on
+    assert tier.read(ANA, range(3)) == [0, 1, 2]
+    until(lambda: not old.exists())
+    assert tier.store.status().expired_chunks == 3
+    assert not tier.found("probe*")
+
+
 def test_a_disk_that_cannot_be_read_is_a_miss(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     tier = make()
     tier.write(ANA, [1])
@@ -835,6 +880,40 @@ def test_two_engines_do_not_share_a_folder(make: Make) -> None:
     assert not second.write(ANA, [2]).whole
     assert second.store.find(chunk_key(ANA, 1), "acme") is Presence.ABSENT
     assert first.read(ANA, [1]) == [1]
+    second.store.close()
+
+
+def test_a_folder_that_could_not_be_used_is_when_it_can(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.engine.inside.disk.store._HOUSEKEEPING_S", 0.01)
+    first = make()
+    first.write(ANA, [1, 2])
+    first.write(BEN, [1])
+    second = Tier(first.root)
+    assert not second.store.status().on
+    second.gateway.gone = {BEN}  # forgotten meanwhile
+    first.store.close()
+    until(lambda: second.store.status().on)
+    assert second.read(ANA, [1, 2]) == [1, 2]
+    assert second.write(EVE, [3]).whole
+    until(lambda: not second.found("acme~ben"))
+    second.store.close()
+
+
+def test_a_folder_that_is_in_quarantine_by_the_time_it_can_be_used_is_left_alone(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.engine.inside.disk.store._HOUSEKEEPING_S", 0.01)
+    first = make()
+    first.write(ANA, [1])
+    second = Tier(first.root)
+    first.store.quarantine()
+    until((first.root / "quarantined").exists)
+    first.store.close()
+    until(lambda: "quarantine" in second.store.status().last_error)
+    assert not second.store.status().on
+    assert second.read(ANA, [1]) == []
+    second.store.quarantine()  # from what it found itself: it has nothing that it could restore any more
+    until(lambda: second.store.status().on)
     second.store.close()
 
 
