@@ -10,7 +10,7 @@ Rules:
 - A backup is read completely and every hash is compared before anything is written. Unknown members, links, and names
   with a folder in them are refused.
 - A state directory changes hands in one rename: there is the old one or the new one, never a mixture. The old one is
-  kept.
+  kept, under a name that nothing had: it has it in that same rename, so nothing that fails can take it away.
 - The audit log of the appliance that is replaced goes on: each of its files gets a second name in what is put back, so
   that the old one, which is kept, is whole too. Where the database in the backup has no key for the log, that is kept
   beside, under a name of its own, and another begins. The next start records the restore (`appliance.audit.restores`).
@@ -25,6 +25,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -102,7 +103,7 @@ class RestoreWouldReplace(HoldfastError, FileExistsError):
 
 
 class RestoreFailed(HoldfastError, OSError):
-    """What was restored cannot be written; the state directory is as it was."""
+    """What was restored cannot be written; the state directory is as it was, unless the remedy says otherwise."""
 
     code: ClassVar[str] = "restore_failed"
     fault: ClassVar[Fault] = Fault.ENVIRONMENT
@@ -244,7 +245,6 @@ def restore_backup(path: Path, state_dir: Path, *, replace: bool, now: Callable[
     """
     manifest = verify_backup(path)
     at = now()
-    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(at))
     occupied = state_dir.exists() and any(state_dir.iterdir())
     if occupied and not replace:
         raise RestoreWouldReplace(
@@ -258,8 +258,9 @@ def restore_backup(path: Path, state_dir: Path, *, replace: bool, now: Callable[
         try:
             _unpack(path, staged)
             with _unused(state_dir):
-                restore = _announce(path, manifest, staged, state_dir, at, f"{_LOG}.before-restore-{stamp}")
-                kept = _exchange(staged, state_dir, occupied, stamp)
+                aside = _unused_suffix(state_dir, at)
+                restore = _announce(path, manifest, staged, state_dir, at, f"{_LOG}{aside}")
+                kept = _exchange(staged, state_dir, occupied, aside)
         finally:
             shutil.rmtree(staged, ignore_errors=True)  # gone already, unless something failed
     except HoldfastError:
@@ -468,8 +469,26 @@ def _name_again(source: Path, into: Path) -> None:
         _name_again(each, into / each.name)
 
 
-def _exchange(staged: Path, state_dir: Path, occupied: bool, stamp: str) -> Path | None:
-    """Make `staged` the state directory; where the former one is kept, if there was one."""
+def _unused_suffix(state_dir: Path, at: float) -> str:
+    """What the names of what is set aside end with: nothing beside or in `state_dir` has such a name."""
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(at))
+    for number in itertools.count(1):
+        suffix = f".before-restore-{stamp}" + (f"-{number}" if number > 1 else "")
+        if not (_beside(state_dir, suffix).exists() or (state_dir / f"{_LOG}{suffix}").exists()):
+            break
+    return suffix
+
+
+def _beside(state_dir: Path, suffix: str) -> Path:
+    return state_dir.with_name(f"{state_dir.name}{suffix}")
+
+
+def _exchange(staged: Path, state_dir: Path, occupied: bool, aside: str) -> Path | None:
+    """Make `staged` the state directory; where the former one is kept, if there was one.
+
+    Raises:
+        RestoreFailed: the backup is in place, and something of the former state is not with it.
+    """
     if not occupied:
         staged.rename(state_dir)  # onto nothing, or onto an empty folder
         sync_folder(state_dir.parent)
@@ -478,13 +497,24 @@ def _exchange(staged: Path, state_dir: Path, occupied: bool, stamp: str) -> Path
         if (state_dir / name).exists():
             with new_private_file(staged / name) as into:
                 into.write((state_dir / name).read_bytes())
-    kept = state_dir.with_name(f"{state_dir.name}.before-restore-{stamp}")
-    _rename_exchange(staged, state_dir)
+    kept = _beside(state_dir, aside)
     staged.rename(kept)
-    for name in _MOVED_OVER:
-        if (kept / name).exists():
-            (kept / name).rename(state_dir / name)
-    sync_folder(state_dir.parent)
+    try:
+        _rename_exchange(kept, state_dir)
+    except OSError:
+        kept.rename(staged)
+        raise
+    try:
+        for name in _MOVED_OVER:
+            if (kept / name).exists():
+                (kept / name).rename(state_dir / name)
+        sync_folder(state_dir.parent)
+    except OSError as error:
+        raise RestoreFailed(
+            f"the backup is in {state_dir}, and not all that belongs there is",
+            cause=f"{error.filename or state_dir.parent}: {error.strerror}",
+            remedy=f"What was there is kept in {kept}: move {', '.join(_MOVED_OVER)} from there, if it is there still",
+        ) from error
     return kept
 
 

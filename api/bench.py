@@ -149,6 +149,8 @@ def _own_appliance(console: Console, state_dir: Path, model: Path | None) -> "It
     gateway = Gateway(state_dir, environment, outlives=False)
     try:
         status = gateway.wait_until_ready(console.say, settings.engine.ready_timeout_s)
+        if status is None:
+            raise RuntimeError("who made an appliance is its administrator")
         yield target_of(settings, status, (state_dir / _KEY_FILE).read_text().strip())
     finally:
         gateway.stop(_STOP_WITHIN_S)

@@ -232,7 +232,7 @@ def up(
             gateway = Gateway(console.state_dir, environment, outlives=detach)
             status = _bring_up(console, gateway, settings, passphrase, timeout_s)
             serving = True
-            _announce(console, settings, status, detached=detach)
+            _announce(console, settings, gateway, status, detached=detach)
             if not detach:
                 _stay(console, gateway, status)
         except StopRequested:
@@ -313,10 +313,10 @@ def find_model(named: str, state_dir: Path) -> Path:
 
 def _bring_up(
     console: Console, gateway: "Gateway", settings: "Settings", passphrase: bytearray | None, timeout_s: float | None
-) -> "types.Status":
+) -> "types.Status | None":
     wait_s = timeout_s if timeout_s is not None else settings.engine.ready_timeout_s
     status = gateway.wait_until_ready(lambda text: console.say(printable(text)), wait_s)
-    if status.vault_sealed and passphrase is not None:
+    if status is not None and status.vault_sealed and passphrase is not None:
         try:
             console.admin(deadline_s=60).unseal(passphrase)
         finally:
@@ -325,15 +325,20 @@ def _bring_up(
     return status
 
 
-def _announce(console: Console, settings: "Settings", status: "types.Status", *, detached: bool) -> None:
+def _announce(
+    console: Console, settings: "Settings", gateway: "Gateway", status: "types.Status | None", *, detached: bool
+) -> None:
     key_file = settings.state_dir / DEMO_KEY_FILE
     api_key = key_file.read_text().strip() if settings.demo and key_file.exists() else None
-    rows = [("endpoint", status.endpoint), ("model", status.model or "-")]
+    rows = [] if status is None else [("endpoint", status.endpoint), ("model", status.model or "-")]
     if api_key is not None:
         rows.append(("API key", f"{api_key}  (of this demonstration; the same every time)"))
-    rows += [("state", str(settings.state_dir)), ("process", str(status.pid))]
+    rows += [("state", str(settings.state_dir)), ("process", str(gateway.pid))]
     text = "\n".join(f"  {name:<10}{value}" for name, value in rows)
-    if status.vault_sealed:
+    if status is None:
+        head = "Holdfast serves. More than that it does not tell this user, who is no administrator of it."
+        tail = f"How it is, it tells an administrator: {console.suggest('status')}, with --api-key-fd"
+    elif status.vault_sealed:
         head = "The vault is sealed: requests are answered with 503."
         tail = f"Give the passphrase in another terminal: {console.suggest('unseal')}"
     else:
@@ -342,11 +347,11 @@ def _announce(console: Console, settings: "Settings", status: "types.Status", *,
     tail += f"\nStop it with {console.suggest('down')}" if detached else "\nCtrl-C stops it; what runs is let finish."
     console.result(
         {
-            "endpoint": status.endpoint,
-            "model": status.model,
-            "sealed": status.vault_sealed,
-            "ready": status.ready,
-            "pid": status.pid,
+            "endpoint": None if status is None else status.endpoint,
+            "model": None if status is None else status.model,
+            "sealed": status is not None and status.vault_sealed,
+            "ready": status is None or status.ready,
+            "pid": gateway.pid,
             "state_dir": settings.state_dir,
             "api_key": api_key,
             "detached": detached,
@@ -356,9 +361,9 @@ def _announce(console: Console, settings: "Settings", status: "types.Status", *,
     console.say(tail)
 
 
-def _shown(console: Console, settings: "Settings", status: "types.Status", api_key: str | None) -> str:
+def _shown(console: Console, settings: "Settings", status: "types.Status | None", api_key: str | None) -> str:
     """What a demonstration shows a person: that state is kept, measured now, and what to paste."""
-    if console.json or api_key is None or not status.ready or status.model is None:
+    if console.json or api_key is None or status is None or not status.ready or status.model is None:
         return ""
     from api.demonstration import pastes, show_state_kept
 
@@ -367,12 +372,11 @@ def _shown(console: Console, settings: "Settings", status: "types.Status", api_k
     return f"\n\n{pastes(status.endpoint, api_key, status.model)}\n\n{shown}"
 
 
-def _stay(console: Console, gateway: "Gateway", status: "types.Status") -> None:
+def _stay(console: Console, gateway: "Gateway", status: "types.Status | None") -> None:
     """Watch the gateway until a signal comes (raised as `StopRequested`) or it ends; tell what changes meanwhile."""
-    known = _part_states(status)
+    known = _states(gateway.ask() if status is None else status)
     while not (gateway.wait(_LOOK_EVERY_S) and gateway.ended_well):
-        seen = gateway.ask()
-        states = _part_states(seen) if seen is not None else {"gateway": "does not answer"}
+        states = _states(gateway.ask())
         if states != known:
             for name in [name for name in states if states[name] != known.get(name)]:
                 console.say(f"{moment(time.time())}  {name}: {printable(states[name])}")
@@ -380,8 +384,15 @@ def _stay(console: Console, gateway: "Gateway", status: "types.Status") -> None:
     console.say("Stopped, from elsewhere.")
 
 
-def _part_states(status: "types.Status") -> dict[str, str]:
-    return {part.name: part.state if part.state == "ready" else f"{part.state}, {part.detail}" for part in status.parts}
+def _states(seen: "types.Status | HoldfastError | None") -> dict[str, str]:
+    """Of each part; of the gateway alone, where it tells no more."""
+    from api.launch import untold
+
+    if seen is None:
+        return {"gateway": "does not answer"}
+    if isinstance(seen, HoldfastError):
+        return {"gateway": untold(seen)}
+    return {part.name: part.state if part.state == "ready" else f"{part.state}, {part.detail}" for part in seen.parts}
 
 
 def _stop(console: Console, gateway: "Gateway | None", settings: "Settings") -> None:

@@ -3,7 +3,8 @@
 Rules:
 
 - What the engine could not be told it is told again until it answers: what was forgotten must not stay in a tier, nor
-  its key in the engine, because the engine was busy or away for a moment.
+  its key in the engine, because the engine was busy or away for a moment. An answer is to what was asked before it: a
+  session that is to go once more meanwhile is still due.
 - Telling it twice costs a session that went on meanwhile its KV, which is speed and nothing else.
 - So many are remembered at most. Beyond them the oldest is given up, and the log says so.
 """
@@ -25,21 +26,22 @@ _LOG = logging.getLogger("holdfast.engine")
 async def release(services: Services, lease_labels: Sequence[str]) -> bool:
     """Have the engine let go of leases, and of the blocks that nobody else uses; whether it could be told in time."""
     due = services.lifecycle.unreleased
-    due.update(dict.fromkeys(lease_labels))
+    due.update({label: object() for label in lease_labels})
     while len(due) > MAX_RELEASES:
         del due[next(iter(due))]
         _LOG.error("The engine was not told to let go of a session: too many wait for it. Start it again.")
-    told = tuple(due)
+    told = dict(due)
     if not told:
         return True
     try:
         async with asyncio.timeout(_DEADLINE_S):
-            await services.engine.leases(release=told)
+            await services.engine.leases(release=tuple(told))
     except (HoldfastError, TimeoutError):
         services.lifecycle.release_again.set()
         return False
-    for label in told:
-        due.pop(label, None)
+    for label, asked in told.items():
+        if due.get(label) is asked:
+            del due[label]
     return True
 
 

@@ -5,6 +5,8 @@ Rules:
 - The gateway is a child in a session of its own: Ctrl-C reaches it once, through whoever started it, as a request to
   finish. Started in the foreground it does not outlive that command.
 - Whether a gateway runs, and which process it is, is told by the kernel at the admin socket, never by a file.
+- A gateway that refuses to tell its status runs: its database may be away for a moment, or who started it be no
+  administrator of the appliance. Nothing is stopped for that.
 - Everything that waits has a deadline and says what it waits for.
 """
 
@@ -87,6 +89,7 @@ class Gateway:
 
     def __init__(self, state_dir: Path, environment: Mapping[str, str], *, outlives: bool) -> None:
         self._client = AdminClient(state_dir, deadline_s=10.0)
+        self._denied: HoldfastError | None = None
         self._log = state_dir / GATEWAY_LOG
         self._log.parent.mkdir(mode=0o700, exist_ok=True)
         if self._log.exists() and self._log.stat().st_size > _LOG_BOUND_BYTES:
@@ -112,11 +115,14 @@ class Gateway:
         """The gateway's process."""
         return self._child.pid
 
-    def wait_until_ready(self, say: Callable[[str], None], timeout_s: float) -> types.Status:
+    def wait_until_ready(self, say: Callable[[str], None], timeout_s: float) -> types.Status | None:
         """Wait until everything serves, or until only the passphrase is missing; says what it waits for.
 
         Args:
             timeout_s: from the gateway's first answer on.
+
+        Returns:
+            The status; None: everything serves, and this user may know no more.
 
         Raises:
             GatewayDied: the gateway ended.
@@ -126,13 +132,15 @@ class Gateway:
         """
         deadline = time.monotonic() + _FIRST_ANSWER_S
         waiting = _Waiting(say, self._engine_says)
-        status: types.Status | None = None
+        status: types.Status | HoldfastError | None = None
         while time.monotonic() < deadline:
             seen, known = self.ask(), status
             status = seen or known
             if seen is not None and known is None:
                 deadline = time.monotonic() + timeout_s
-            if status is not None:
+            if self._serves_and_tells_no_more():
+                return None
+            if isinstance(status, types.Status):
                 if status.ready or status.vault_sealed:
                     return status
                 engine = next(part for part in status.parts if part.name == "engine")
@@ -150,8 +158,8 @@ class Gateway:
             remedy="`holdfast logs` tells what it is busy with; --timeout waits longer",
         )
 
-    def ask(self) -> types.Status | None:
-        """The gateway's status now; None while it does not answer.
+    def ask(self) -> types.Status | HoldfastError | None:
+        """The gateway's status now, or why it does not tell it; None while it does not answer.
 
         Raises:
             GatewayDied, AlreadyRunning: it ended.
@@ -161,9 +169,21 @@ class Gateway:
         try:
             if self._client.gateway_pid() != self._child.pid:
                 return None  # another one: this one finds the directory locked, and ends
-            return self._client.status()
+            if self._denied is None:
+                return self._client.status()
         except (ApplianceDown, ApplianceSilent):
             return None
+        except HoldfastError as refusal:
+            if refusal.fault is not Fault.DENIED:
+                return refusal
+            self._denied = refusal  # as it will be: asking again would only be recorded again
+        return self._denied
+
+    def _serves_and_tells_no_more(self) -> bool:
+        try:
+            return self._denied is not None and self._client.ready()
+        except (ApplianceDown, ApplianceSilent):
+            return False
 
     @property
     def ended_well(self) -> bool:
@@ -254,6 +274,11 @@ def already_running(pid: int) -> AlreadyRunning:
     )
 
 
+def untold(refusal: HoldfastError) -> str:
+    """Of a gateway that refused to tell its status."""
+    return f"it runs, and does not tell how it is ({refusal.code}: {refusal.cause})"
+
+
 def refuse_if_running(state_dir: Path) -> None:
     """Raises `AlreadyRunning` when a gateway serves `state_dir`."""
     try:
@@ -335,7 +360,7 @@ class _Waiting:
         self._told: str | None = None
         self._told_at = self._began
 
-    def for_parts(self, status: types.Status | None) -> None:
+    def for_parts(self, status: types.Status | HoldfastError | None) -> None:
         now = self._now()
         waiting_for = "; ".join(_unready(status)) if status is not None else "the gateway starts"
         if waiting_for != self._told:
@@ -348,9 +373,11 @@ class _Waiting:
         self._told, self._told_at = waiting_for, now
 
 
-def _unready(status: types.Status | None) -> list[str]:
+def _unready(status: types.Status | HoldfastError | None) -> list[str]:
     if status is None:
         return []
+    if isinstance(status, HoldfastError):
+        return [untold(status)]
     return [f"{part.name}: {part.detail}" for part in status.parts if part.state != "ready"]
 
 

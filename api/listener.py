@@ -3,7 +3,7 @@
 Rules:
 
 - The request line and the headers of one request have a size and a deadline: a connection that sends neither more nor
-  less than it must is never waited for.
+  less than it must is never waited for. The deadline begins with whatever comes after an answer, an empty line too.
 - An answer waits for a client that does not read it only so long: then the connection is aborted, and whatever waits
   to send is told that the client is gone.
 - What comes around a body (chunk extensions, trailer fields) has the size of the headers. Trailers are not kept.
@@ -92,6 +92,9 @@ class BoundedProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self._bytes_without_body > self.max_header_bytes:
             self._refuse_headers()
+        elif self._is_idle():
+            # The wait for another request ended with the first byte, and the parser skips empty lines without a word.
+            self._await_headers()
 
     def on_message_begin(self) -> None:
         """Another request on this connection."""
@@ -147,6 +150,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def content_of(error: HoldfastError, request_id: str) -> bytes:
         """A refusal's body, in the shape of the listener's other errors."""
         return error_object(error, request_id)
+
+    def _is_idle(self) -> bool:
+        """Whether no request is being read, and none has its answer still to come."""
+        reading = self._in_headers or self._in_body
+        return not (reading or self._refused) and (self.cycle is None or self.cycle.response_complete)
 
     def _await_headers(self) -> None:
         self._in_headers, self._bytes_without_body = True, 0

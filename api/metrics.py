@@ -4,7 +4,8 @@ Rules:
 
 - A label is one of a few words that we chose, a destination's name, which an administrator chose, or a tenant's id,
   which says nothing of whose it is: never a token, a salt, a text, another name or another id.
-- The first `_MAX_TENANTS` tenants that have turns have series of their own; the others share those of `other`.
+- The first `_MAX_TENANTS` tenants that have turns have series of their own; the others share those of `other`. A tenant
+  that is removed takes its series with it, and another has room.
 - Units are in the names (https://prometheus.io/docs/practices/naming/).
 """
 
@@ -146,6 +147,12 @@ class Metrics:
                 self._first_token_of.labels(name, "cold"),
             )
         return known
+
+    def forget_tenant(self, tenant_id: str) -> None:
+        """A tenant was removed: its series go, and what they counted stays in those that are nobody's."""
+        if self._of_tenants.pop(tenant_id, None) is not None:
+            for family in (self._computed, self._served, self._prompts, self._repeated, self._first_token_of):
+                family.remove_by_labels({"tenant": tenant_id})
 
     def unanswered(self) -> None:
         """A turn ended before anything of it was answered; it is not written down."""

@@ -52,7 +52,8 @@ class Lifecycle:
         engine_changes: what the engine serves, each time that has changed; nothing: it is lost.
         placing: how many turns have been read and are about to run.
         bodies: what requests that arrive hold in memory.
-        unreleased: labels of sessions that the engine is still to let go of: it could not be told.
+        unreleased: labels of sessions that the engine is still to let go of, each with the newest time that this was
+            asked for, which is an object of its own.
         release_again: set when there are such.
     """
 
@@ -63,7 +64,7 @@ class Lifecycle:
     engine_changes: "asyncio.Queue[list[str]]" = field(default_factory=asyncio.Queue)
     placing: int = 0
     bodies: HeldBodies = field(default_factory=HeldBodies)
-    unreleased: dict[str, None] = field(default_factory=dict)
+    unreleased: dict[str, object] = field(default_factory=dict)
     release_again: asyncio.Event = field(default_factory=asyncio.Event)
 
 

@@ -91,6 +91,16 @@ class AdminClient:
         """Every part, what it is in and why."""
         return self._call(types.Status, "GET", "/v1/status")
 
+    def ready(self) -> bool:
+        """Whether everything serves: told to whoever reaches the socket, whatever he may know besides."""
+        try:
+            with self._answer("GET", "/readyz"):
+                return True
+        except (ApplianceDown, ApplianceSilent):
+            raise
+        except HoldfastError:
+            return False
+
     def unseal(self, passphrase: bytes | bytearray) -> types.VaultState:
         """Open the vault."""
         return self._call(types.VaultState, "POST", "/v1/vault/unseal", raw=passphrase)

@@ -206,6 +206,9 @@ class _Proof:
 
     async def _remove_all(self) -> None:
         removed = await self._services.throwaways.remove_all()
+        for tenant_id in removed:
+            self._services.ledger.forget_tenant(tenant_id)
+            self._services.metrics.forget_tenant(tenant_id)
         if removed:
             await self._record(*(self._event(TENANT_REMOVED, ("tenant", each), each) for each in removed))
 

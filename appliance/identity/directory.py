@@ -277,7 +277,7 @@ class Identity:
             "created_at": self._now(),
             "row_version": 1,
         }
-        sealed = self._seal(tables.principals, row)
+        sealed = await self._seal(tables.principals, row)
         await self._add([Change(_INSERT_PRINCIPAL, sealed)], f"a principal named {name!r}", "holdfast key list")
         return principal
 
@@ -337,7 +337,7 @@ class Identity:
             "revoked_at": None,
             "row_version": 1,
         }
-        sealed = self._seal(tables.api_keys, row)
+        sealed = await self._seal(tables.api_keys, row)
         await self._add([Change(_INSERT_API_KEY, sealed)], "that key", "holdfast key list")
         return key, secret
 
@@ -391,7 +391,7 @@ class Identity:
         statement = (
             update(api_keys)
             .where(api_keys.c.key_id == row["key_id"], api_keys.c.row_version == row["row_version"])
-            .values(self._seal(api_keys, revoked))
+            .values(await self._seal(api_keys, revoked))
         )
         return await self._store.transact(lambda db: db.execute(statement).rowcount == 1)
 
@@ -410,7 +410,7 @@ class Identity:
         statement = (
             update(tenants)
             .where(tenants.c.tenant_id == row["tenant_id"], tenants.c.row_version == row["row_version"])
-            .values(self._seal(tenants, chosen))
+            .values(await self._seal(tenants, chosen))
         )
         return await self._store.transact(lambda db: db.execute(statement).rowcount == 1)
 
@@ -455,9 +455,10 @@ class Identity:
         self._revocations += 1
         self._callers.clear()
 
-    def _seal(self, table: Table, row: Mapping[str, object]) -> dict[str, object]:
-        scope = row["tenant_id"] or SYSTEM_SCOPE
-        return self._rows.seal(table, row, scope=str(scope), purpose=KeyPurpose.RECORDS)
+    async def _seal(self, table: Table, row: Mapping[str, object]) -> dict[str, object]:
+        scope = str(row["tenant_id"] or SYSTEM_SCOPE)
+        await self._rows.prepare(scope=scope, purpose=KeyPurpose.RECORDS)
+        return self._rows.seal(table, row, scope=scope, purpose=KeyPurpose.RECORDS)
 
     def _tenant(self, row: RowMapping) -> Tenant:
         name = _text(self._rows.open(tables.tenants, row)["name"])

@@ -6,13 +6,14 @@ Rules:
   at afterwards. One that was refused then has been a request all the same.
 - A turn's tokens are reserved before it runs, as if it used all that it may, and settled when it is over.
 - What was admitted is settled or released exactly once; doing it again changes nothing.
-- A day is a UTC day. A turn counts for the day on which its tokens were reserved.
+- A day is a UTC day. A turn counts for the day on which its tokens were reserved, and a clock that is set back over
+  midnight changes no day's count.
 - What a day has used is stored with the turn that used it, in one transaction; reservations live in memory only.
 """
 
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -36,7 +37,7 @@ class _Use:
     running: int = 0
     day: str = ""
     used: int = 0  # tokens of the day that are settled
-    reserved: int = 0  # tokens of the day that running turns may use
+    reserved: Counter[str] = field(default_factory=Counter)  # tokens that running turns may use, by day
 
 
 class Admission:
@@ -125,7 +126,7 @@ class Quotas:
         use = self._uses[key.key_id]
         day = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d")
         self._check_day(key, use, day, now, tokens)
-        use.reserved += tokens
+        use.reserved[day] += tokens
         return day
 
     def _check_rate(self, use: _Use, limit: int | None, now: float) -> None:
@@ -147,14 +148,14 @@ class Quotas:
     def _check_day(self, key: ApiKey, use: _Use, day: str, now: float, reserve_tokens: int) -> None:
         limit = key.scopes.tokens_per_day
         if use.day != day:
-            use.day, use.reserved = day, 0
+            use.day = day
             use.used = 0 if limit is None else self._stored_use(key.key_id, day)
-        if limit is None or use.used + use.reserved + reserve_tokens <= limit:
+        if limit is None or use.used + use.reserved[day] + reserve_tokens <= limit:
             return
         retry_after_s = _DAY_S - now % _DAY_S
         raise DailyTokensSpent(
             "the day's tokens do not suffice for this request",
-            cause=f"of {limit} tokens {use.used} are used, {use.reserved} are reserved by running requests, "
+            cause=f"of {limit} tokens {use.used} are used, {use.reserved[day]} are reserved by running requests, "
             f"and this one may use {reserve_tokens}",
             remedy="Ask with a smaller max_tokens, or after midnight UTC",
             retry_after_s=retry_after_s,
@@ -168,8 +169,10 @@ class Quotas:
     def _end(self, key: ApiKey, day: str, reserved: int, tokens: int) -> list[Change]:
         use = self._uses[key.key_id]
         use.running -= 1
+        use.reserved[day] -= reserved
+        if not use.reserved[day]:
+            del use.reserved[day]
         if use.day == day:
-            use.reserved -= reserved
             use.used += tokens
         if key.scopes.tokens_per_day is None or tokens == 0:
             return []

@@ -4,7 +4,8 @@ For the live picture only: what is kept for good is in the transcript.
 
 Rules:
 
-- Bounded, whatever happens: so many sessions, tenants and observations; the oldest leave first. Tenants beyond are one.
+- Bounded, whatever happens: so many sessions, tenants and observations; the oldest leave first. Tenants beyond are one,
+  and a tenant that is removed makes room for another.
 - Holds counts, times and ids; no word of what was said.
 - A turn is warm when more of its prompt was found than computed.
 """
@@ -112,6 +113,15 @@ class Ledger:
         gone = self._last.pop(session_id, None)
         if gone is not None:
             self._by_label.pop((gone.of.tenant_label, gone.of.session_label), None)
+
+    def forget_tenant(self, tenant_id: str) -> None:
+        """Strike a tenant out that was removed; in the sums of all it stays."""
+        for last in [last for last in self._last.values() if last.of.tenant_id == tenant_id]:
+            self.forget(last.of.session_id)
+        self._tenants = OrderedDict(known for known in self._tenants.items() if known[1] != tenant_id)
+        self.sums_of.pop(tenant_id, None)
+        kept = [each for each in self._first_tokens if each.tenant_id != tenant_id]
+        self._first_tokens = deque(kept, maxlen=self._first_tokens.maxlen)
 
     def of_labels(self, tenant_label: str, session_label: str) -> LastTurn | None:
         """The newest turn of the session that the engine calls so; None: it is not in the books."""

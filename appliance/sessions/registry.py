@@ -464,6 +464,8 @@ class Registry(Archive):
                 paused_s=_paused_s(live, outcome),
             )
             ends = live.ends
+            if live.stored:
+                await self._rows.prepare(scope=live.session_id, purpose=KeyPurpose.SESSION)
             try:
                 changes = self._session_changes(live, turn, outcome, number, last=last)
                 written = write_turn(

@@ -15,12 +15,9 @@ import sqlite3
 import threading
 from pathlib import Path
 
-from appliance.store.errors import StoreUnavailable
-
 _EVERY_CHANGE_SETS = 100
 _OVERDUE_BYTES = 32 << 20
-_WAIT_S = 5.0
-_SHORT_WAIT_S = 0.05  # for reads that do not last
+_WAIT_S = 0.05  # for reads that do not last: every commit waits as long
 
 
 class Checkpoints:
@@ -42,23 +39,23 @@ class Checkpoints:
         """Told by the writer after each commit, in its thread and outside of a transaction."""
         self._since += change_sets
         if (length := self._length()) > self._longest:
-            self._longest = _OVERDUE_BYTES if self._cut(_SHORT_WAIT_S) else length + _OVERDUE_BYTES
+            self._longest = _OVERDUE_BYTES if self.cut() else length + _OVERDUE_BYTES
         elif self._since >= _EVERY_CHANGE_SETS:
             self._since = 0
             self._wanted.set()
 
-    def cut(self) -> None:
-        """Copy everything back and cut the log to nothing. The writer must stand still.
+    def cut(self) -> bool:
+        """Copy everything back and cut the log to nothing, in the writer's thread.
 
-        Raises:
-            StoreUnavailable: a read held the log for too long.
+        False: a read holds the log, or the disk takes no more.
         """
-        if not self._cut(_WAIT_S):
-            raise StoreUnavailable(
-                "deleted keys may still be on the disk",
-                cause=f"a read held the write-ahead log for more than {_WAIT_S:.0f} s, or the disk took no more",
-                remedy="Do it again when the reads that run now are over and the disk has room",
-            )
+        with self._one_at_a_time:
+            try:
+                self._connection.execute(f"PRAGMA busy_timeout = {int(_WAIT_S * 1000)}").fetchone()
+                held_back, _, _ = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            except sqlite3.Error:
+                return False
+        return not held_back
 
     def close(self) -> None:
         self._closed = True
@@ -80,15 +77,6 @@ class Checkpoints:
                 self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             except sqlite3.Error:
                 return  # a disk that is full, say; the writer will say so
-
-    def _cut(self, wait_s: float) -> bool:
-        with self._one_at_a_time:
-            try:
-                self._connection.execute(f"PRAGMA busy_timeout = {int(wait_s * 1000)}").fetchone()
-                held_back, _, _ = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            except sqlite3.Error:
-                return False
-        return not held_back
 
     def _length(self) -> int:
         try:

@@ -12,6 +12,7 @@ Rules:
 - Reading returns the plaintext or raises. No function says whether a row is authentic.
 """
 
+import asyncio
 import hashlib
 import struct
 from collections.abc import Mapping
@@ -68,6 +69,16 @@ class RowCipher:
     def __init__(self, vault: Vault) -> None:
         self._vault = vault
         self._layouts: dict[str, _Layout] = {}
+
+    async def prepare(self, *, scope: str, purpose: KeyPurpose) -> None:
+        """Have `seal` wait for no write: it would do so in the event loop's thread. Whose key as there.
+
+        Raises:
+            VaultSealed, KeyMissing, KeyExhausted: the key cannot be used.
+            StoreFull, StoreBusy, StoreUnavailable: its next uses could not be accounted for.
+        """
+        if self._vault.needs_uses(scope, purpose):
+            await asyncio.to_thread(self._vault.reserve_uses, scope, purpose)
 
     def seal(self, table: Table, row: Mapping[str, object], *, scope: str, purpose: KeyPurpose) -> dict[str, object]:
         """A copy of `row` with its plaintext `bytes` and `str` encrypted; NULL stays NULL.

@@ -8,21 +8,19 @@ transcripts.
   of a row in its gap: every key is moved to pages that were zeroed, and the WAL is cut to nothing.
 - PostgreSQL writes the table to a new file and cuts the old one (`VACUUM FULL`). Its own write-ahead log and its
   archives keep what was written until they are recycled: rotating the tenant's key makes that worthless too.
+
+Both run in the writer's thread, outside of a transaction, and wait there for whoever reads only for a moment.
 """
 
-from sqlalchemy import Engine, text
-
-from appliance.store.checkpoints import Checkpoints
+from sqlalchemy import Engine, exc, text
 
 _DEADLINE_S = 600
+_LOCK_WAIT_MS = 50
+_LOCK_NOT_AVAILABLE = "55P03"  # PostgreSQL, appendix A
 
 
-def rewrite_sqlite_keys(checkpoints: Checkpoints, engine: Engine) -> None:
-    """Rewrite the keys that are left, and cut the log. Runs in the writer's thread, outside of a transaction.
-
-    Raises:
-        StoreUnavailable: a reader kept the log from being cut within its time.
-    """
+def rewrite_sqlite_keys(engine: Engine) -> None:
+    """Rewrite the keys that are left; the log has the former ones until it is cut."""
     with engine.begin() as db:
         for statement in (
             "CREATE TEMP TABLE keys_left AS SELECT * FROM main.keys",  # in memory: temp_store
@@ -31,14 +29,20 @@ def rewrite_sqlite_keys(checkpoints: Checkpoints, engine: Engine) -> None:
             "DROP TABLE temp.keys_left",
         ):
             db.exec_driver_sql(statement)
-    checkpoints.cut()
 
 
-def rewrite_postgresql_keys(engine: Engine) -> None:
-    """Rewrite the keys that are left into a new file. Runs in the writer's thread, outside of a transaction."""
+def rewrite_postgresql_keys(engine: Engine) -> bool:
+    """Rewrite the keys that are left into a new file; False: a transaction, `pg_dump`'s say, holds the table."""
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as db:
         db.execute(text(f"SET statement_timeout = '{_DEADLINE_S}s'"))
+        db.execute(text(f"SET lock_timeout = '{_LOCK_WAIT_MS}ms'"))
         try:
             db.execute(text("VACUUM (FULL) keys"))
+        except exc.DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+                raise
+            return False
         finally:
+            db.execute(text("RESET lock_timeout"))
             db.execute(text("RESET statement_timeout"))
+    return True

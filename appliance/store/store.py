@@ -27,12 +27,14 @@ from sqlalchemy import Connection, Engine, bindparam, delete, insert, literal, s
 from appliance.store import connections, erasure, schema, tables
 from appliance.store.checkpoints import Checkpoints
 from appliance.store.connections import Connections
-from appliance.store.errors import BackupFailed, BackupUnsupported, busy, closed, meaning
+from appliance.store.errors import BackupFailed, BackupUnsupported, StoreUnavailable, busy, closed, meaning
 from appliance.store.writer import Change, Waiting, Writer
 
 T = TypeVar("T")
 
 _WAITING_READS = 4096
+_ERASE_TRIES = 10
+_ERASE_PAUSE_S = 0.5
 _PROBE = "written-to"
 _LOOK = select(literal(1))
 _PROBED = insert(tables.meta)
@@ -171,13 +173,25 @@ class Store:
     async def erase(self) -> None:
         """Make the deletion of keys true on disk: what was deleted is in no file of the database when this returns.
 
+        A backup or another long read holds this up for some seconds, and commits for a moment only.
+
         Raises:
             StoreFull, StoreUnavailable: deleted bytes may still be there; call it again.
         """
-        if self._checkpoints is None:
-            await self._alone(erasure.rewrite_postgresql_keys)
-        else:
-            await self._alone(partial(erasure.rewrite_sqlite_keys, self._checkpoints))
+        step: Callable[[Engine], bool] = erasure.rewrite_postgresql_keys
+        if self._checkpoints is not None:
+            await self._alone(erasure.rewrite_sqlite_keys)
+            step = partial(_cut, self._checkpoints)
+        for tries_left in reversed(range(_ERASE_TRIES)):
+            if await self._alone(step):
+                return
+            if tries_left:
+                await asyncio.sleep(_ERASE_PAUSE_S)
+        raise StoreUnavailable(
+            "deleted keys may still be on the disk",
+            cause="a backup or another read holds them there, or the disk takes no more",
+            remedy="Do it again when the backup that runs now is over and the disk has room",
+        )
 
     async def backup(self, path: Path) -> None:
         """Write a consistent copy of the running SQLite database to the new file `path`, 0600.
@@ -214,6 +228,10 @@ class Store:
 
     def _meaning(self, error: BaseException) -> BaseException:
         return meaning(error, self._connections.place, self._connections.path)
+
+
+def _cut(checkpoints: Checkpoints, _: Engine) -> bool:
+    return checkpoints.cut()
 
 
 def _nothing(change_sets: int) -> None:

@@ -9,7 +9,8 @@ Rules:
   that a crash never loses count (NIST SP 800-38D, 8.3: at most 2^32 a key).
 - What is cached is bounded, and found again in the store.
 
-Safe to call from several threads. A call blocks on the store when a key is not cached or its reserved uses are spent.
+Safe to call from several threads. A call blocks on the store when a key is not cached or its reserved uses are spent:
+an event loop has uses reserved in a thread before it encrypts (`needs_uses`, `reserve_uses`).
 
 Example:
     vault = Vault(keys)
@@ -57,6 +58,7 @@ _NONCE_BYTES = 12
 _HEADER_BYTES = len(_FORMAT) + _KEY_ID_BYTES + _NONCE_BYTES
 _MAX_USES = 1 << 32
 _RESERVED_USES = 4096
+_FEW_USES = 64  # no row has so many encrypted columns
 _CACHED_KEYS = 16_384  # a key that is not stored yet can be dropped too: who makes one uses it before waiting
 _CACHED_LABELS = 64  # of one key
 _BLOCK_BYTES = 64  # of SHA-256
@@ -251,6 +253,31 @@ class Vault:
             self._rotating.pop(scope, None)
 
     # Using keys
+
+    def needs_uses(self, scope: str, purpose: KeyPurpose) -> bool:
+        """Whether `reserve_uses` is called for: few encryptions are left before one waits for the store.
+
+        Raises:
+            VaultSealed, KeyMissing: the key is not to be had.
+        """
+        with self._lock:
+            key = self._key_of(scope, purpose)
+            return key.reserved - key.used < _FEW_USES
+
+    def reserve_uses(self, scope: str, purpose: KeyPurpose) -> None:
+        """Reserve more encryptions. Blocks until the store has it; other threads go on using the vault.
+
+        Raises:
+            VaultSealed, KeyMissing: the key is not to be had.
+            KeyExhausted: the key was used 2^32 times.
+        """
+        with self._lock:
+            key = self._key_of(scope, purpose)
+            total = _next_total(key)
+        self._keys.reserve_uses(key.record.key_id, total)
+        with self._lock:
+            # Where the key was dropped and loaded again meanwhile, this one is used no more.
+            key.reserved = max(key.reserved, total)
 
     def encrypt(self, scope: str, purpose: KeyPurpose, plaintext: bytes, binding: Binding) -> bytes:
         """Encrypt for one place: format, key id, nonce, then AES-256-GCM ciphertext and tag; 45 bytes longer.
@@ -460,9 +487,7 @@ class Vault:
 
     def _count_use(self, key: _Key) -> None:
         if key.used >= key.reserved:
-            total = key.reserved + _RESERVED_USES
-            if total > _MAX_USES:
-                raise KeyExhausted(key.record.key_id)
+            total = _next_total(key)
             self._keys.reserve_uses(key.record.key_id, total)
             key.reserved = total
         key.used += 1
@@ -473,6 +498,18 @@ def key_id_of(envelope: bytes) -> str | None:
     if len(envelope) < _HEADER_BYTES or envelope[:1] != _FORMAT:
         return None
     return f"key_{envelope[1 : 1 + _KEY_ID_BYTES].hex()}"
+
+
+def _next_total(key: _Key) -> int:
+    """Of encryptions that are to be reserved.
+
+    Raises:
+        KeyExhausted: there are no more.
+    """
+    total = key.reserved + _RESERVED_USES
+    if total > _MAX_USES:
+        raise KeyExhausted(key.record.key_id)
+    return total
 
 
 def _mac_of(key: _Key, label: str) -> _Mac:

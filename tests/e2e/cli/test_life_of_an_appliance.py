@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from api.initialise import initialise
+from appliance.settings import load_settings
 from appliance.store import Store
 from tests.e2e.cli.conftest import PASSPHRASE, Appliance, free_port
 
@@ -246,6 +248,19 @@ def test_a_gateway_in_the_foreground_does_not_outlive_the_command_that_was_kille
     ended, _, _ = select.select([gateway], [], [], 30)
     os.close(gateway)
     assert ended
+
+
+def test_who_is_no_administrator_of_it_starts_an_appliance_all_the_same(
+    appliance: Appliance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "getuid", lambda: 4711)
+        settings = load_settings({"vault": {"seal": "key-file"}}, environment={}, state_dir=appliance.state_dir)
+        initialise(settings, passphrase=None, tenant_name="default")
+    said = appliance.up()
+    assert (said["ready"], said["endpoint"]) == (True, None)
+    assert is_alive(said["pid"])
+    assert appliance.run("status", "--json").json["code"] == "not_an_administrator"
 
 
 def test_without_an_engine_up_says_what_it_waited_for_and_stops(appliance: Appliance) -> None:

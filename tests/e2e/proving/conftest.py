@@ -78,6 +78,7 @@ def prove(engine: Path, tmp_path: Path) -> Prove:
             client = AdminClient(state_dir, deadline_s=280)
             proof = client.prove_isolation(rounds=ROUNDS)
             assert [tenant.name for tenant in client.tenants().tenants] == ["tenant"], "the made-up tenants are gone"
+            assert {each.tenant_id for each in client.kv().tenants} <= {"other"}, "they have no place in the books"
             assert client.sessions().sessions == []
             return proof
 

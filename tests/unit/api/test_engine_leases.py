@@ -63,3 +63,22 @@ async def test_no_more_is_remembered_than_one_message_holds(monkeypatch: Any) ->
     services = services_of(Engine())
     await release(services, ["one", "two", "three"])
     assert list(services.lifecycle.unreleased) == ["two", "three"]
+
+
+async def test_an_answer_to_an_earlier_word_leaves_due_what_was_asked_again_and_could_not_be_told() -> None:
+    answer = asyncio.Event()
+
+    class Late(Engine):
+        async def leases(self, release: Sequence[str]) -> None:
+            if self.released:
+                raise EngineUnavailable("away", cause="it is", remedy="wait")
+            self.released += release
+            await answer.wait()
+
+    services = services_of(Late())
+    first = asyncio.create_task(release(services, ["over", "another"]))
+    await asyncio.sleep(0)  # it is told, and has not answered
+    assert not await release(services, ["over"])  # had a turn meanwhile
+    answer.set()
+    assert await first
+    assert list(services.lifecycle.unreleased) == ["over"]

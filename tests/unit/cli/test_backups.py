@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from api import server
+from api import backups, server
 from api.backups import (
     ApplianceInUse,
     BackupDamaged,
@@ -297,3 +297,61 @@ def test_a_restore_that_fails_changes_nothing(backup: Path, state_dir: Path, mon
         restore_backup(backup, state_dir, replace=True)
     assert {path.name: path.read_bytes() for path in state_dir.iterdir() if path.is_file()} == before
     assert [path for path in state_dir.parent.iterdir() if path.name.startswith(".state")] == []
+
+
+def test_two_restores_within_one_second_keep_both_former_states(backup: Path, state_dir: Path) -> None:
+    first = restore_backup(backup, state_dir, replace=True, now=lambda: MADE_AT)
+    (state_dir / "in-use").write_text("the appliance of the second in between")
+    second = restore_backup(backup, state_dir, replace=True, now=lambda: MADE_AT)
+    assert first.kept == state_dir.with_name("state.before-restore-20270115T080000Z")
+    assert second.kept == state_dir.with_name("state.before-restore-20270115T080000Z-2")
+    assert (first.kept / "holdfast.db").exists()
+    assert (second.kept / "in-use").exists()
+
+
+def test_two_logs_that_are_set_aside_within_one_second_are_both_kept(backup: Path, state_dir: Path) -> None:
+    sealed_under_another_key = b"\x01" + bytes(64)
+    for content in (b"first", b"second"):
+        (state_dir / "audit").mkdir()
+        (state_dir / "audit" / "signing-key").write_bytes(sealed_under_another_key)
+        (state_dir / "audit" / "journal").write_bytes(content)
+        assert restore_backup(backup, state_dir, replace=True, now=lambda: MADE_AT).restore.log == "set-aside"
+    kept = sorted(state_dir.glob("audit.before-restore-*"))
+    assert [(folder / "journal").read_bytes() for folder in kept] == [b"first", b"second"]
+
+
+@pytest.mark.parametrize("step", ["the name", "the swap"])
+def test_a_restore_that_fails_at_its_last_steps_leaves_the_appliance_that_is_there(
+    step: str, backup: Path, state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(one: Path, other: Path) -> None:
+        raise OSError(5, "Input/output error", str(other))
+
+    before = {path.name: path.read_bytes() for path in state_dir.iterdir() if path.is_file()}
+    owner, name = (Path, "rename") if step == "the name" else (backups, "_rename_exchange")
+    monkeypatch.setattr(owner, name, refused)
+    with pytest.raises(RestoreFailed, match="nothing was changed"):
+        restore_backup(backup, state_dir, replace=True)
+    assert {path.name: path.read_bytes() for path in state_dir.iterdir() if path.is_file()} == before
+    assert sorted(path.name for path in state_dir.parent.iterdir()) == ["backup.tar", "state"]
+
+
+def test_a_restore_that_cannot_move_the_models_says_where_they_are(
+    backup: Path, state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (state_dir / "models" / "mine").mkdir(parents=True)
+    (state_dir / "only-here").touch()
+    rename = Path.rename
+
+    def busy(self: Path, target: Path) -> Path:
+        if self.name == "models":
+            raise OSError(16, "Device or resource busy", str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(RestoreFailed, match=r"kept in .*/state\.before-restore-20270115T080000Z: move models"):
+        restore_backup(backup, state_dir, replace=True, now=lambda: MADE_AT)
+    kept = state_dir.with_name("state.before-restore-20270115T080000Z")
+    assert (kept / "models" / "mine").is_dir()
+    assert (kept / "only-here").exists()
+    assert (state_dir / "holdfast.db").exists()

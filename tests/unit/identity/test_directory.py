@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from appliance.identity import (
     Tenant,
     UnknownIdentity,
 )
-from appliance.store import DatabaseKeys, Store, StoreFull, tables
+from appliance.store import Change, DatabaseKeys, Store, StoreFull, tables
 from appliance.vault import Binding, KeyPurpose, RootKey, TamperedValue, Vault, VaultSealed
 
 
@@ -478,6 +479,22 @@ async def test_a_key_that_two_revoke_at_once_is_revoked_once(
     key, _ = await identity.create_key(client, Scopes())
     one, other = await asyncio.gather(identity.revoke_key(key.key_id), identity.revoke_key(key.key_id))
     assert one == other
+
+
+async def test_the_first_key_after_a_restart_waits_for_no_write_in_the_event_loop(
+    store: Store, client: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+    write_blocking = store.write_blocking
+
+    def watched(changes: Sequence[Change]) -> None:
+        threads.append(threading.current_thread())
+        write_blocking(changes)
+
+    monkeypatch.setattr(store, "write_blocking", watched)
+    await reopened(store).create_key(client, Scopes())
+    assert len(threads) == 1
+    assert threads[0] is not threading.current_thread()
 
 
 # Rotation

@@ -206,6 +206,29 @@ def test_midnight_in_utc_gives_the_day_back_but_not_to_what_ran_before_it(
         admit(quotas, asking, "m", 1)
 
 
+def test_a_clock_that_is_set_back_over_midnight_gives_no_tokens_away(quotas: Quotas, clock: Clock) -> None:
+    asking = caller(tokens_per_day=1000)
+    clock.at = MIDNIGHT
+    running = admit(quotas, asking, "m", 900)
+    clock.at = MIDNIGHT - 1
+    admit(quotas, asking, "m", 10).release()
+    clock.at = MIDNIGHT
+    with pytest.raises(DailyTokensSpent, match="900 are reserved"):
+        admit(quotas, asking, "m", 101)
+    running.release()
+    with pytest.raises(DailyTokensSpent):
+        admit(quotas, asking, "m", 1001)
+    admit(quotas, asking, "m", 1000)
+
+
+def test_reservations_of_days_that_are_over_are_not_kept(quotas: Quotas, clock: Clock) -> None:
+    asking = caller(tokens_per_day=1000)
+    for _ in range(3):
+        clock.at += 86_400
+        admit(quotas, asking, "m", 10).settle(10)
+    assert not quotas._uses["ak_1"].reserved
+
+
 def test_what_a_day_has_used_outlives_a_restart_and_reservations_do_not(store: Store, clock: Clock) -> None:
     asking = caller(tokens_per_day=100)
     before = Quotas(store, now=clock)

@@ -62,3 +62,23 @@ def test_nothing_grows_without_bound() -> None:
     times = ledger.first_tokens(warm=True)
     assert times is not None
     assert times.turns == 10
+
+
+def test_a_tenant_that_is_removed_leaves_the_books_and_its_place_to_another() -> None:
+    ledger = Ledger()
+    for number in range(MAX_TENANTS):
+        ledger.note(of(number, number), WARM, ended_at=float(number), first_token_s=1.0)
+    ledger.note(of(1000, 1000), WARM, ended_at=1000.0, first_token_s=2.0)
+    assert ledger.tenant_of("tenant-1000") == OTHER_TENANTS
+    for number in range(10):
+        ledger.forget_tenant(f"ten_{number}")
+    assert ledger.tenant_of("tenant-3") == OTHER_TENANTS
+    assert ledger.of_labels("tenant-3", "session-3") is None
+    assert ledger.first_tokens(warm=True, tenant_id="ten_3") is None
+    assert "ten_3" not in ledger.sums_of
+    assert ledger.sums.turns == MAX_TENANTS + 1
+    ledger.note(of(1000, 1000), WARM, ended_at=1001.0, first_token_s=2.0)
+    assert ledger.tenant_of("tenant-1000") == "ten_1000"
+    assert ledger.sums_of["ten_1000"].turns == 1
+    assert ledger.tenant_of("tenant-20") == "ten_20"
+    assert ledger.first_tokens(warm=True) == (MAX_TENANTS - 10 + 2, 1.0, 1.0, 2.0, 10.0)

@@ -3,7 +3,8 @@
 import asyncio
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -1022,3 +1023,24 @@ async def test_no_tenants_key_comes_by_another_tenants_label(world: World) -> No
     theirs = await say(world.sessions, caller("prn_2", "ten_2"), chat(HELLO), "Hello.", "chatcmpl-2")
     with pytest.raises(UnknownSession):
         await world.sessions.tier_key(theirs.tenant_label, mine.lease_label)
+
+
+async def test_a_session_s_first_turn_after_a_restart_waits_for_no_write_in_the_event_loop(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = chat(HELLO, client_id="job-7")
+    await say(world.sessions, caller(), turn, "Hello.")
+    world.vault = Vault(DatabaseKeys(world.store))
+    world.vault.open(RootKey(b"r" * 32))
+    sessions, threads = world.reopened(), []
+    write_blocking = world.store.write_blocking
+
+    def watched(changes: Sequence[Change]) -> None:
+        threads.append(threading.current_thread())
+        write_blocking(changes)
+
+    monkeypatch.setattr(world.store, "write_blocking", watched)
+    await say(sessions, caller(), turn, "Again.", response="chatcmpl-2")
+    await say(sessions, caller(), turn, "And again.", response="chatcmpl-3")
+    assert len(threads) == 1
+    assert threads[0] is not threading.current_thread()

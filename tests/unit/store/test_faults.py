@@ -30,6 +30,7 @@ from appliance.store import (
     key_changes,
     tables,
 )
+from appliance.store import store as store_module
 from appliance.store.errors import meaning
 from appliance.vault import Vault
 from tests.postgres import PostgresServer
@@ -315,7 +316,7 @@ async def test_a_stale_copy_of_a_key_that_a_rearranged_page_kept_is_gone_too(tmp
 
 def cut_log(store: Store) -> None:
     assert store._checkpoints is not None
-    store._checkpoints.cut()
+    assert store._checkpoints.cut()
 
 
 def churn(db: Connection, *, chance: random.Random, living: dict[str, bytes], dead: list[bytes], added: int) -> None:
@@ -338,23 +339,56 @@ def churn(db: Connection, *, chance: random.Random, living: dict[str, bytes], de
             dead.append(living.pop(key_id))
 
 
-async def test_erasing_says_so_when_a_read_holds_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "_WAIT_S", 0.05)
-    store = Store.open(f"sqlite:///{tmp_path / 'holdfast.db'}")
-    await store.write([named("a")])
+@contextmanager
+def reading_keys(store: Store) -> "Iterator[None]":
+    """Within it a read that lasts, as a backup does, has seen the table of keys."""
     reading, let_go = threading.Event(), threading.Event()
 
     def slow(db: Connection) -> None:
-        names(db)
+        db.execute(select(tables.keys)).all()
         reading.set()
-        assert let_go.wait(10)
+        assert let_go.wait(60)
 
-    task = asyncio.create_task(store.read(slow))
-    assert await asyncio.to_thread(reading.wait, 10)
-    with pytest.raises(StoreUnavailable, match="may still be on the disk"):
+    thread = threading.Thread(target=store.read_blocking, args=(slow,))
+    thread.start()
+    try:
+        assert reading.wait(10)
+        yield
+    finally:
+        let_go.set()
+        thread.join()
+
+
+async def test_erasing_says_so_when_a_read_holds_what_was_deleted(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_ERASE_PAUSE_S", 0)
+    await store.write([named("a")])
+    with reading_keys(store), pytest.raises(StoreUnavailable, match="may still be on the disk"):
         await store.erase()
-    let_go.set()
-    await task
+    await store.erase()
+
+
+async def test_the_log_is_cut_to_nothing_when_the_read_that_held_it_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_ERASE_PAUSE_S", 0)
+    store = Store.open(f"sqlite:///{tmp_path / 'holdfast.db'}")
+    await store.write([named("a")])
+    with reading_keys(store), pytest.raises(StoreUnavailable):
+        await store.erase()
     await store.erase()
     assert (tmp_path / "holdfast.db-wal").stat().st_size == 0
     store.close()
+
+
+async def test_commits_go_on_while_erasing_waits_for_a_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_ERASE_PAUSE_S", 3600)
+    with reading_keys(store):
+        erasing = asyncio.create_task(store.erase())
+        await asyncio.sleep(0)  # it is in the writer's queue
+        await store.write([named("a")])
+        await store.write([named("b")])
+        assert not erasing.done()
+        erasing.cancel()
+    assert {"a", "b"} <= await store.read(names)

@@ -315,6 +315,48 @@ def test_uses_are_reserved_before_they_are_made(vault: Vault, keys: MemoryKeys) 
     assert keys.reservations == [(record.key_id, 2 * record.uses_reserved)]
 
 
+def test_uses_are_reserved_ahead_while_others_use_the_vault(vault: Vault, keys: MemoryKeys) -> None:
+    record = keys.stored("ses_1", KeyPurpose.SESSION)
+    assert not vault.needs_uses("ses_1", KeyPurpose.SESSION)
+    vault = _reopened(keys)
+    assert vault.needs_uses("ses_1", KeyPurpose.SESSION)
+    macs: list[bytes] = []
+
+    def reserve(key_id: str, total: int) -> None:
+        elsewhere = threading.Thread(target=lambda: macs.append(vault.mac("ten_1", KeyPurpose.LOOKUP, "", b"")))
+        elsewhere.start()
+        elsewhere.join(10)
+        assert macs, "the store is waited for with the vault's lock held"
+        MemoryKeys.reserve_uses(keys, key_id, total)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keys, "reserve_uses", reserve)
+        vault.reserve_uses("ses_1", KeyPurpose.SESSION)
+    assert not vault.needs_uses("ses_1", KeyPurpose.SESSION)
+    vault.encrypt("ses_1", KeyPurpose.SESSION, b"", PLACE)
+    assert keys.reservations == [(record.key_id, 2 * record.uses_reserved)]
+
+
+def test_no_use_is_counted_twice_when_a_key_was_dropped_while_its_uses_were_reserved(
+    vault: Vault, keys: MemoryKeys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = keys.stored("ses_1", KeyPurpose.SESSION)
+    vault = _reopened(keys)
+    vault.needs_uses("ses_1", KeyPurpose.SESSION)
+
+    def reserve(key_id: str, total: int) -> None:
+        vault.forget("ses_1")
+        vault.needs_uses("ses_1", KeyPurpose.SESSION)  # loads it again, before the reservation is there
+        MemoryKeys.reserve_uses(keys, key_id, total)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keys, "reserve_uses", reserve)
+        vault.reserve_uses("ses_1", KeyPurpose.SESSION)
+    for _ in range(record.uses_reserved + 1):
+        vault.encrypt("ses_1", KeyPurpose.SESSION, b"", PLACE)
+    assert keys.stored("ses_1", KeyPurpose.SESSION).uses_reserved == 3 * record.uses_reserved
+
+
 def test_after_a_crash_every_reserved_use_counts_as_made(vault: Vault, keys: MemoryKeys) -> None:
     record = keys.stored("ses_1", KeyPurpose.SESSION)
     vault.encrypt("ses_1", KeyPurpose.SESSION, b"", PLACE)
