@@ -314,7 +314,8 @@ async def _changed_three_times(node: Node) -> Path:
     exports.start()
     await exports.add(node.diode("soc"))
     await exports.add(node.diode("other"))
-    shutil.copytree(node.state / "siem", node.state / "before")
+    # A cursor that is being written is no part of a copy, and gone when it is looked for.
+    shutil.copytree(node.state / "siem", node.state / "before", ignore=shutil.ignore_patterns("*.new"))
     assert exports.changed.is_set()
     await exports.remove("soc")
     assert exports.version == 3
