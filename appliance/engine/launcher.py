@@ -8,7 +8,8 @@ Rules:
 - A start that can heal is repeated, after a pause that doubles up to a minute and is short again once the engine has
   been ready for a minute. One that cannot (a model that is not there, an option that vLLM refuses) fails at once, and
   so does an engine that was never ready after three starts: `EngineFailed` says what the engine said last.
-- What the engine writes is kept in its log: all of it until it serves, then what `log` says of it.
+- What the engine writes is kept in its log: all of it until it serves, then what `log` says of it. Whatever becomes of
+  the log, the engine's pipe is read: an engine that nobody reads stands still.
 - Clock and sleep are passed in. What starts here ends here: `stop` and the gateway's own death take every process of
   the engine with them.
 """
@@ -37,7 +38,7 @@ from appliance.errors import Fault, HoldfastError
 
 _T = TypeVar("_T")
 
-_LOG_BYTES = 8 << 20  # then it is turned over once
+_LOG_BYTES = 8 << 20  # then it is turned over once; where it cannot be, it grows to twice as much
 _TAIL_LINES = 200
 _TAIL_LINE_CHARACTERS = 1000
 
@@ -250,7 +251,7 @@ class EngineProcess:
         spec = self.spec
         mark, serving = secrets.token_hex(16), spec.run_dir / SERVING_NAME
         _furnish(spec, mark, serving)
-        log, sieve = _Log(spec.log_path), Sieve(mark, serving.exists)
+        log, sieve = _Log(spec.log_path), Sieve(mark, lambda: _serves(serving))
         report_read, report_write = os.pipe()
         self.started_at, started_at = self._now(), time.time()
         keys = None if self._keys is None else self._keys.open(self.owns)
@@ -368,26 +369,33 @@ class _Log:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._open()
+        self._descriptor = self._opened()
+        self._size = os.fstat(self._descriptor).st_size
         self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._line = b""
 
-    def _open(self) -> None:
-        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._size = os.fstat(self._descriptor).st_size
+    def _opened(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
     def write(self, text: bytes) -> None:
         """Append; blocks for as long as the page cache takes."""
         if self._size + len(text) > _LOG_BYTES:
-            os.close(self._descriptor)
-            self._path.replace(self._path.with_name(f"{self._path.name}.1"))
-            self._open()
-        with contextlib.suppress(OSError):  # a full disk must not end the engine: the store says so where it matters
-            os.write(self._descriptor, text)
-        self._size += len(text)
+            with contextlib.suppress(OSError):  # then the old file is written on, and the next write tries again
+                self._turn_over()
+        if self._size + len(text) <= 2 * _LOG_BYTES:
+            with contextlib.suppress(OSError):  # a full disk ends no engine: the store says so where it matters
+                os.write(self._descriptor, text)
+            self._size += len(text)
         *lines, self._line = (self._line + text).split(b"\n")
         self._line = self._line[-_TAIL_LINE_CHARACTERS:]
         self.tail.extend(line[:_TAIL_LINE_CHARACTERS].decode("utf-8", "replace") for line in lines if line.strip())
+
+    def _turn_over(self) -> None:
+        """Go on in a new file; the old one stays open until there is one."""
+        with contextlib.suppress(FileNotFoundError):  # somebody moved it, or the last attempt did
+            self._path.replace(self._path.with_name(f"{self._path.name}.1"))
+        full, self._descriptor, self._size = self._descriptor, self._opened(), 0
+        os.close(full)
 
     def close(self) -> None:
         """Close the file; the last lines stay."""
@@ -397,7 +405,17 @@ class _Log:
 async def _copy(process: asyncio.subprocess.Process, sieve: Sieve, log: _Log) -> None:
     if process.stdout is not None:
         while output := await process.stdout.read(1 << 16):
-            log.write(sieve.pass_on(output))
+            kept = sieve.pass_on(output)
+            with contextlib.suppress(Exception):  # whatever it is: the engine waits for who reads
+                log.write(kept)
+
+
+def _serves(serving: Path) -> bool:
+    """Whether the engine serves; also when that cannot be told: what may quote a request is withheld then."""
+    try:
+        return serving.exists()
+    except OSError:
+        return True
 
 
 def _exit_of(pid: int) -> "asyncio.Future[None]":

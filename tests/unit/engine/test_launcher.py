@@ -1,6 +1,7 @@
 """The launcher and the cage with a fake engine in it: isolation, restarts, and nothing left behind."""
 
 import asyncio
+import errno
 import json
 import os
 import select
@@ -11,6 +12,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -18,6 +20,7 @@ from appliance.engine import cage, launcher
 from appliance.engine.client import EngineClient, EngineLost, EngineUnavailable
 from appliance.engine.command_line import EngineSpec
 from appliance.engine.launcher import EngineFailed, EngineProcess, EngineState, Patience
+from appliance.engine.log import Sieve
 from tests.unit.engine.conftest import left_behind
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
@@ -98,6 +101,10 @@ def limits_of(mark: str) -> list[str]:
 
 def text_of(path: Path) -> str:
     return path.read_text() if path.exists() else ""
+
+
+def full(*_: object, **__: object) -> NoReturn:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def mode(path: str) -> int | None:
@@ -466,6 +473,60 @@ def test_a_full_log_is_turned_over_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(size <= 1000 for size in sizes.values())
     assert (tmp_path / "engine.log").stat().st_mode & 0o777 == 0o600
     assert log.tail[-1].startswith("line 099")
+
+
+@pytest.mark.parametrize("refused", ["moved", "open", "replace"])
+def test_a_log_that_cannot_be_turned_over_is_written_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    monkeypatch.setattr(launcher, "_LOG_BYTES", 1000)
+    path = tmp_path / "log" / "engine.log"
+    path.parent.mkdir()
+    log = launcher._Log(path)
+    log.write(b"x" * 899 + b"\n")
+    with monkeypatch.context() as faulty:
+        if refused == "moved":
+            path.parent.rename(tmp_path / "moved")
+        else:
+            faulty.setattr(os if refused == "open" else Path, refused, full)
+        for number in range(100):
+            log.write(b"%099d\n" % number)
+    opened_since = [os.open(os.devnull, os.O_RDONLY) for _ in range(4)]
+    written = b"".join(file.read_bytes() for file in tmp_path.glob("*/engine.log*"))
+    assert written.startswith(b"x" * 899 + b"\n" + b"%099d\n" % 0)
+    assert len(written) == 2000  # and no more
+    assert log.tail[-1].endswith("99")
+    path.parent.mkdir(exist_ok=True)
+    log.write(b"later\n")  # it can be had again
+    assert path.read_bytes() == b"later\n"
+    log.close()
+    for descriptor in opened_since:
+        os.close(descriptor)  # an OSError, had the log closed it
+
+
+async def test_the_engine_is_read_whatever_becomes_of_its_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log, asked = launcher._Log(tmp_path / "engine.log"), 0
+
+    def refuse(_: bytes) -> None:
+        nonlocal asked
+        asked += 1
+        raise RuntimeError
+
+    monkeypatch.setattr(log, "write", refuse)
+    process = await asyncio.create_subprocess_exec("printf", "%0300000d", "0", stdout=subprocess.PIPE)
+    async with asyncio.timeout(30):
+        await launcher._copy(process, Sieve("mark", lambda: False), log)
+    assert await process.wait() == 0  # printf was not left with a pipe that nobody reads
+    assert asked > 1
+    log.close()
+
+
+def test_what_may_quote_a_request_is_withheld_while_it_cannot_be_told_whether_there_was_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert not launcher._serves(tmp_path / "serving")
+    monkeypatch.setattr(Path, "stat", full)
+    assert launcher._serves(tmp_path / "serving")
 
 
 def test_a_line_without_end_does_not_fill_the_memory(tmp_path: Path) -> None:
