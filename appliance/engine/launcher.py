@@ -7,7 +7,8 @@ Rules:
   `isolation_detail` says why.
 - A start that can heal is repeated, after a pause that doubles up to a minute and is short again once the engine has
   been ready for a minute. One that cannot (a model that is not there, an option that vLLM refuses) fails at once, and
-  so does an engine that was never ready after three starts: `EngineFailed` says what the engine said last.
+  so does an engine that was never ready after three starts: `EngineFailed` says what the engine said last. What the
+  system refuses a start (a descriptor, a process, room on the disk) may be had later: it is a start that can heal.
 - What the engine writes is kept in its log: all of it until it serves, then what `log` says of it. Whatever becomes of
   the log, the engine's pipe is read: an engine that nobody reads stands still.
 - Clock and sleep are passed in. What starts here ends here: `stop` and the gateway's own death take every process of
@@ -49,6 +50,7 @@ HEALTH_INTERVAL_S = 1.0
 STARTING_INTERVAL_S = 0.2
 SILENT_FOR_S = 60.0  # a ready engine that does not answer for so long is started again
 STOP_GRACE_S = 10.0
+_DESCRIPTORS = 16  # a start takes fewer
 
 
 class EngineFailed(HoldfastError):
@@ -222,21 +224,18 @@ class EngineProcess:
 
     async def _keep_running(self) -> None:
         patience = Patience(self.spec.restart_backoff_s)
-        try:
-            while True:
-                death = await self._live()
-                if self._stopping:
-                    return
-                pause_s = None if death.final else patience.pause_after(death.ready_for_s)
-                if pause_s is None:
-                    self._fail(death)
-                    return
-                self._become(EngineState.RESTARTING, f"{death.cause}; it is started again in {pause_s:g} s")
-                await self._sleep(pause_s)
-                self.restarts += 1
-                self._become(EngineState.STARTING, f"it is starting again: {death.cause}")
-        except OSError as error:
-            self._fail(_Death(str(error), final=True))
+        while True:
+            death = await self._live()
+            if self._stopping:
+                return
+            pause_s = None if death.final else patience.pause_after(death.ready_for_s)
+            if pause_s is None:
+                self._fail(death)
+                return
+            self._become(EngineState.RESTARTING, f"{death.cause}; it is started again in {pause_s:g} s")
+            await self._sleep(pause_s)
+            self.restarts += 1
+            self._become(EngineState.STARTING, f"it is starting again: {death.cause}")
 
     def _fail(self, death: "_Death") -> None:
         self.failure = EngineFailed(
@@ -247,17 +246,68 @@ class EngineProcess:
         self._become(EngineState.FAILED, death.cause)
 
     async def _live(self) -> "_Death":
-        """One life of the engine, from its start to its end."""
-        spec = self.spec
-        mark, serving = secrets.token_hex(16), spec.run_dir / SERVING_NAME
-        _furnish(spec, mark, serving)
-        log, sieve = _Log(spec.log_path), Sieve(mark, lambda: _serves(serving))
-        report_read, report_write = os.pipe()
-        self.started_at, started_at = self._now(), time.time()
-        keys = None if self._keys is None else self._keys.open(self.owns)
-        inherited = (report_write,) if keys is None else (report_write, keys.fileno())
+        """One life of the engine, from its start to its end; also one that the system refuses."""
+        mark = secrets.token_hex(16)
         try:
-            self._process = process = await asyncio.create_subprocess_exec(
+            _need_descriptors(_DESCRIPTORS)
+            _furnish(self.spec, mark)
+            with contextlib.closing(_Log(self.spec.log_path)) as log:
+                return await self._live_with(log, mark)
+        except OSError as error:
+            return _Death(
+                f"the system refused what a start needs: {error}",
+                remedy="Mend that, and start again; `holdfast doctor` checks this machine",
+            )
+        finally:
+            if self._keys is not None:
+                self._keys.close()
+
+    async def _live_with(self, log: "_Log", mark: str) -> "_Death":
+        serving = self.spec.run_dir / SERVING_NAME
+        sieve = Sieve(mark, lambda: _serves(serving))
+        self.started_at, started_at = self._now(), time.time()
+        report, reporting = os.pipe()
+        try:
+            self._process = process = await self._start_cage(reporting)
+        except BaseException:
+            os.close(report)
+            raise
+        finally:
+            os.close(reporting)
+        copying, heeding = asyncio.create_task(_copy(process, sieve, log)), asyncio.create_task(self._heed(report))
+        reaping = asyncio.create_task(process.wait())
+        exited: asyncio.Future[int] | asyncio.Future[None] = reaping
+        ready_at: float | None = None
+        silence = ""
+        try:
+            exited = _exit_of(process.pid)
+            silence = await self._until_ready(exited)
+            if not exited.done() and not silence:
+                serving.touch(mode=0o600)
+                ready_at = self._now()
+                self._become(EngineState.READY, f"it serves {self.spec.served_name}")
+                silence = await self._until_silent(exited)
+        finally:
+            died_at = self._now()
+            await _end(process, exited)
+            await asyncio.wait({heeding}, timeout=STOP_GRACE_S)
+            if not (outcome := _result(heeding)):
+                with contextlib.suppress(OSError):  # then the next cage does
+                    sweep(self.spec.run_dir, started_at)  # the cage was killed: it could not
+            await asyncio.wait({copying}, timeout=STOP_GRACE_S)
+            copying.cancel()
+            log.write(sieve.end())
+            heeding.cancel()
+            await asyncio.wait({reaping}, timeout=STOP_GRACE_S)  # so that asyncio lets go of it too
+            reaping.cancel()
+            self._process = None
+        return _death(log.tail, outcome, silence, None if ready_at is None else died_at - ready_at)
+
+    async def _start_cage(self, reporting: int) -> asyncio.subprocess.Process:
+        spec = self.spec
+        with contextlib.nullcontext() if self._keys is None else self._keys.open(self.owns) as keys:
+            inherited = (reporting,) if keys is None else (reporting, keys.fileno())
+            return await asyncio.create_subprocess_exec(
                 *cage_line(spec, inherited, self._command(spec)),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
@@ -267,43 +317,6 @@ class EngineProcess:
                 pass_fds=inherited,
                 start_new_session=True,
             )
-        except BaseException:
-            os.close(report_read)
-            log.close()
-            raise
-        finally:
-            os.close(report_write)
-            if keys is not None:
-                keys.close()
-        exited = _exit_of(process.pid)
-        copying, heeding = asyncio.create_task(_copy(process, sieve, log)), asyncio.create_task(self._heed(report_read))
-        ready_at: float | None = None
-        silence = ""
-        try:
-            silence = await self._until_ready(exited)
-            if not exited.done() and not silence:
-                serving.touch(mode=0o600)
-                ready_at = self._now()
-                self._become(EngineState.READY, f"it serves {spec.served_name}")
-                silence = await self._until_silent(exited)
-        finally:
-            died_at = self._now()
-            await _end(process, exited)
-            await asyncio.wait({heeding}, timeout=STOP_GRACE_S)
-            if not (outcome := _result(heeding)):
-                sweep(spec.run_dir, started_at)  # the cage was killed: it could not
-            await asyncio.wait({copying}, timeout=STOP_GRACE_S)
-            copying.cancel()
-            log.write(sieve.end())
-            heeding.cancel()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STOP_GRACE_S):
-                    await process.wait()  # so that asyncio lets go of it too
-            log.close()
-            self._process = None
-            if self._keys is not None:
-                self._keys.close()
-        return _death(log.tail, outcome, silence, None if ready_at is None else died_at - ready_at)
 
     async def _until_ready(self, exited: "asyncio.Future[None]") -> str:
         """Wait until the engine is ready or has ended; why it is given up, if it is."""
@@ -338,19 +351,19 @@ class EngineProcess:
     async def _heed(self, descriptor: int) -> dict[str, object]:
         """Read what the cage reports; the last word is how it ended."""
         last: dict[str, object] = {}
-        with os.fdopen(descriptor, "rb", buffering=0) as pipe:
-            reader = asyncio.StreamReader()
-            loop = asyncio.get_running_loop()
-            transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
-            try:
-                async for line in reader:
-                    event = json.loads(line)
-                    if event["event"] == "started":
-                        self.isolated, self.isolation_detail = event["isolated"], event["detail"]
-                    else:
-                        last = event
-            finally:
-                transport.close()
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb", buffering=0)
+        )
+        try:
+            async for line in reader:
+                event = json.loads(line)
+                if event["event"] == "started":
+                    self.isolated, self.isolation_detail = event["isolated"], event["detail"]
+                else:
+                    last = event
+        finally:
+            transport.close()  # which closes the pipe, in a moment; whoever else did it might close another's by then
         return last
 
 
@@ -434,11 +447,15 @@ def _exit_of(pid: int) -> "asyncio.Future[None]":
         if not ended.done():
             ended.set_result(None)
 
-    loop.add_reader(descriptor, note)
+    try:
+        loop.add_reader(descriptor, note)
+    except OSError:
+        os.close(descriptor)
+        raise
     return ended
 
 
-async def _end(process: asyncio.subprocess.Process, exited: "asyncio.Future[None]") -> None:
+async def _end(process: asyncio.subprocess.Process, exited: "asyncio.Future[int] | asyncio.Future[None]") -> None:
     """Let go of the cage and wait for it; then nothing of its session is left."""
     if process.stdin is not None:
         process.stdin.close()
@@ -465,8 +482,16 @@ def _result(heeding: "asyncio.Task[dict[str, object]]") -> dict[str, object]:
     return {}
 
 
-def _furnish(spec: EngineSpec, mark: str, serving: Path) -> None:
+def _need_descriptors(count: int) -> None:
+    """Raise an OSError where so many cannot be had: a start that runs out of them midway leaves some open (uvloop)."""
+    with contextlib.ExitStack() as opened:
+        for _ in range(count):
+            opened.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def _furnish(spec: EngineSpec, mark: str) -> None:
     """Make the engine's private folder, with what it reads there."""
+    serving = spec.run_dir / SERVING_NAME
     spec.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     spec.run_dir.chmod(0o700)
     spec.log_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

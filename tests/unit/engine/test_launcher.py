@@ -1,9 +1,11 @@
 """The launcher and the cage with a fake engine in it: isolation, restarts, and nothing left behind."""
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -19,7 +21,7 @@ import pytest
 from appliance.engine import cage, launcher
 from appliance.engine.client import EngineClient, EngineLost, EngineUnavailable
 from appliance.engine.command_line import EngineSpec
-from appliance.engine.launcher import EngineFailed, EngineProcess, EngineState, Patience
+from appliance.engine.launcher import FRUITLESS_STARTS, EngineFailed, EngineProcess, EngineState, Patience
 from appliance.engine.log import Sieve
 from tests.unit.engine.conftest import left_behind
 
@@ -364,6 +366,116 @@ async def test_a_start_that_may_heal_is_tried_three_times(make: Start) -> None:
     assert [pause for pause in clock.slept if pause >= 7] == [7.0, 14.0]
     assert engine.process.restarts == 2
     assert engine.process.state is EngineState.FAILED
+
+
+def refuse_a_descriptor(patch: pytest.MonkeyPatch) -> None:
+    real = os.pipe
+    patch.setattr(os, "pipe", lambda: full() if asked_by_the_launcher() else real())
+
+
+def refuse_room(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Path, "write_text", full)
+
+
+def refuse_a_process(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(asyncio, "create_subprocess_exec", full)
+
+
+def refuse_to_tell_of_its_end(patch: pytest.MonkeyPatch) -> None:
+    real = os.pidfd_open
+    patch.setattr(os, "pidfd_open", lambda pid: full() if asked_by_the_launcher() else real(pid))
+
+
+def refuse_to_watch(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(asyncio.get_running_loop(), "add_reader", full)
+
+
+REFUSED = [refuse_a_descriptor, refuse_room, refuse_a_process, refuse_to_tell_of_its_end, refuse_to_watch]
+
+
+def open_descriptors() -> int:
+    return len([*Path("/proc/self/fd").iterdir()])
+
+
+def asked_by_the_launcher() -> bool:
+    return sys._getframe(2).f_globals is vars(launcher)
+
+
+@pytest.mark.parametrize("refuse", REFUSED)
+async def test_an_engine_that_served_is_started_again_until_the_system_lets_it(
+    make: Start, mark: str, refuse: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    engine = make(restart_backoff_s=7.0)
+    seen: list[tuple[str, int, list[str]]] = []
+    lets_it = asyncio.Event()
+
+    async def sleep(seconds: float) -> None:
+        if seconds >= 7:
+            seen.append((engine.process.detail, open_descriptors(), left_behind(mark)))
+            if len(seen) == 1:
+                refuse(patch)
+            elif len(seen) == FRUITLESS_STARTS + 2:
+                patch.undo()
+                lets_it.set()
+        await asyncio.sleep(0.005)
+
+    engine.process._sleep = sleep
+    with pytest.MonkeyPatch.context() as patch:
+        await engine.process.start()
+        await engine.process.wait_ready(30)
+        await engine.die()
+        async with asyncio.timeout(30):
+            await lets_it.wait()
+        await engine.process.wait_ready(30)
+    details, descriptors, left = zip(*seen[1:], strict=True)
+    assert all(each.startswith("the system refused what a start needs: [Errno 24]") for each in details)
+    assert set(descriptors) == {seen[0][1]}  # nothing was left open
+    assert not any(left)  # nor running
+
+
+async def test_a_start_that_the_system_refuses_is_tried_three_times(
+    make: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    refuse_a_process(monkeypatch)
+    await engine.process.start()
+    with pytest.raises(EngineFailed, match="Too many open files") as failed:
+        await engine.process.wait_ready(30)
+    assert "holdfast doctor" in failed.value.remedy
+    assert engine.process.restarts == 2
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[Callable[[int], None]]:
+    """Leave this process so many descriptors."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+
+    def leave(count: int) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        give_back(count)
+
+    def give_back(count: int) -> None:
+        for _ in range(min(count, len(taken))):
+            os.close(taken.pop())
+
+    yield leave
+    give_back(len(taken))
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+async def test_without_descriptors_for_all_of_a_start_none_is_begun(
+    make: Start, spec: EngineSpec, few_descriptors: Callable[[int], None]
+) -> None:
+    few_descriptors(8)
+    engine = make()
+    await engine.process.start()
+    with pytest.raises(EngineFailed, match="Too many open files"):
+        await engine.process.wait_ready(30)
+    assert not spec.run_dir.exists()
 
 
 async def test_a_start_that_cannot_heal_is_tried_once(make: Start, spec: EngineSpec) -> None:
