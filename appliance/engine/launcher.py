@@ -9,6 +9,7 @@ Rules:
   been ready for a minute. One that cannot (a model that is not there, an option that vLLM refuses) fails at once, and
   so does an engine that was never ready after three starts: `EngineFailed` says what the engine said last. What the
   system refuses a start (a descriptor, a process, room on the disk) may be had later: it is a start that can heal.
+- An engine that was ready once is never given up, whatever it says of a start: the same settings did serve.
 - What the engine writes is kept in its log: all of it until it serves, then what `log` says of it. Whatever becomes of
   the log, the engine's pipe is read: an engine that nobody reads stands still.
 - Clock and sleep are passed in. What starts here ends here: `stop` and the gateway's own death take every process of
@@ -74,7 +75,8 @@ class Patience:
     """How long to wait before an engine that died is started again, and when to give up.
 
     The pause doubles with each death up to `LONGEST_BACKOFF_S`; an engine that was ready for `STABLE_AFTER_S` begins
-    anew. One that has been ready once is never given up: what failed it, a lack of memory say, may pass.
+    anew. One that has been ready once is never given up: what fails it, a lack of memory or a model's file system that
+    is away, may pass.
     """
 
     def __init__(self, first_pause_s: float) -> None:
@@ -82,15 +84,18 @@ class Patience:
         self._next_pause_s = first_pause_s
         self._fruitless: int | None = 0  # None: it was ready once
 
-    def pause_after(self, ready_for_s: float | None) -> float | None:
-        """Seconds to wait after a life that was ready for so long (None: never); None to give up."""
+    def pause_after(self, ready_for_s: float | None, *, final: bool = False) -> float | None:
+        """Seconds to wait after a life that was ready for so long (None: never); None to give up.
+
+        `final`: by what it said, another start would end the same way.
+        """
         if ready_for_s is not None:
             self._fruitless = None
             if ready_for_s >= STABLE_AFTER_S:
                 self._next_pause_s = self._first_pause_s
         elif self._fruitless is not None:
             self._fruitless += 1
-            if self._fruitless >= FRUITLESS_STARTS:
+            if final or self._fruitless >= FRUITLESS_STARTS:
                 return None
         pause_s, self._next_pause_s = self._next_pause_s, min(LONGEST_BACKOFF_S, 2 * self._next_pause_s)
         return pause_s
@@ -228,7 +233,7 @@ class EngineProcess:
             death = await self._live()
             if self._stopping:
                 return
-            pause_s = None if death.final else patience.pause_after(death.ready_for_s)
+            pause_s = patience.pause_after(death.ready_for_s, final=death.final)
             if pause_s is None:
                 self._fail(death)
                 return
@@ -369,7 +374,7 @@ class EngineProcess:
 
 @dataclass(frozen=True, slots=True)
 class _Death:
-    """How one life of the engine ended. `final`: another start would end the same way."""
+    """How one life of the engine ended. `final`: by what it said, another start would end the same way."""
 
     cause: str
     final: bool = False

@@ -52,6 +52,7 @@ class Engine:
 
     def __init__(self, spec: EngineSpec, mark: str, behaviour: str, clock: Clock) -> None:
         self.client = EngineClient(spec.socket)
+        self.behaviour = behaviour  # of its next life
         self.states: list[EngineState] = []
         self._changed = asyncio.Event()
         self._slept = clock.moved
@@ -59,7 +60,7 @@ class Engine:
             spec,
             self.client,
             base_environment={"SECRET": "word"},
-            command=lambda _: [sys.executable, str(FAKE_ENGINE), mark, behaviour],
+            command=lambda _: [sys.executable, str(FAKE_ENGINE), mark, self.behaviour],
             now=clock.now,
             sleep=clock.sleep,
             on_change=self._note,
@@ -487,6 +488,22 @@ async def test_a_start_that_cannot_heal_is_tried_once(make: Start, spec: EngineS
     assert engine.process.restarts == 0
 
 
+async def test_what_an_engine_that_served_says_of_a_start_is_not_believed_for_good(make: Start) -> None:
+    clock = Clock()
+    engine = make("serve", clock, restart_backoff_s=7.0)
+    await engine.process.start()
+    await engine.process.wait_ready(30)
+    engine.behaviour = "refuse"
+    await engine.die()
+    async with asyncio.timeout(30):
+        while engine.process.restarts <= FRUITLESS_STARTS:
+            clock.moved.clear()
+            await clock.moved.wait()
+    assert "ModuleNotFoundError" in engine.process.detail
+    engine.behaviour = "serve"
+    await engine.process.wait_ready(30)
+
+
 @pytest.mark.parametrize(
     ("missing", "said"), [("python", "there is no interpreter at"), ("model", "it holds no config.json")]
 )
@@ -665,6 +682,13 @@ def test_the_pause_is_short_again_after_a_stable_minute() -> None:
 
 def test_an_engine_that_was_ready_once_is_never_given_up() -> None:
     assert None not in pauses(Patience(1.0), 0.1, *[None] * 20)
+
+
+def test_an_engine_whose_start_cannot_heal_is_given_up_unless_it_was_ready_once() -> None:
+    patience = Patience(1.0)
+    assert patience.pause_after(None, final=True) is None
+    assert patience.pause_after(0.1, final=True) == 1
+    assert patience.pause_after(None, final=True) == 2
 
 
 def test_an_engine_that_was_never_ready_is_given_up() -> None:
