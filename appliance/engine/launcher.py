@@ -8,7 +8,8 @@ Rules:
 - A start that can heal is repeated, after a pause that doubles up to a minute and is short again once the engine has
   been ready for a minute. One that cannot (a model that is not there, an option that vLLM refuses) fails at once, and
   so does an engine that was never ready after three starts: `EngineFailed` says what the engine said last. What the
-  system refuses a start (a descriptor, a process, room on the disk) may be had later: it is a start that can heal.
+  system refuses a start (a descriptor, a process, memory, room on the disk) may be had later: it is a start that can
+  heal. For memory it waits first: an engine that has ended gives back what it had for a while.
 - An engine that was ready once is never given up, whatever it says of a start: the same settings did serve.
 - What the engine writes is kept in its log: all of it until it serves, then what `log` says of it. Whatever becomes of
   the log, the engine's pipe is read: an engine that nobody reads stands still.
@@ -51,6 +52,7 @@ HEALTH_INTERVAL_S = 1.0
 STARTING_INTERVAL_S = 0.2
 SILENT_FOR_S = 60.0  # a ready engine that does not answer for so long is started again
 STOP_GRACE_S = 10.0
+MEMORY_WAIT_S = 30.0  # each start, for what the tier in DRAM takes
 _DESCRIPTORS = 16  # a start takes fewer
 
 
@@ -174,7 +176,7 @@ class EngineProcess:
         """Start the engine and return at once; `wait_ready` waits.
 
         Raises:
-            EngineFailed: the interpreter or the model is not there.
+            EngineFailed: the interpreter or the model is not there, or the tier in DRAM is too much for the machine.
         """
         if self._keeper is not None and not self._keeper.done():
             return
@@ -254,6 +256,8 @@ class EngineProcess:
         """One life of the engine, from its start to its end; also one that the system refuses."""
         mark = secrets.token_hex(16)
         try:
+            if lacking := await self._lacking_memory():
+                return _Death(lacking, remedy="Lower tiers.dram_bytes, or stop something else")
             _need_descriptors(_DESCRIPTORS)
             _furnish(self.spec, mark)
             with contextlib.closing(_Log(self.spec.log_path)) as log:
@@ -266,6 +270,15 @@ class EngineProcess:
         finally:
             if self._keys is not None:
                 self._keys.close()
+
+    async def _lacking_memory(self) -> str:
+        """Wait until the tier in DRAM can be had; why it cannot after `MEMORY_WAIT_S`, if so."""
+        detail, deadline = self.detail, self._now() + MEMORY_WAIT_S
+        while (lacking := dram_not_available(self.spec.dram_bytes, _meminfo())) and self._now() < deadline:
+            self.detail = f"{detail}; it waits for memory: {lacking}"
+            await self._sleep(STARTING_INTERVAL_S)
+        self.detail = detail
+        return lacking
 
     async def _live_with(self, log: "_Log", mark: str) -> "_Death":
         serving = self.spec.run_dir / SERVING_NAME
@@ -524,29 +537,51 @@ def _missing(spec: EngineSpec) -> EngineFailed | None:
             cause=f"{spec.model} is no model: it holds no config.json",
             remedy="Name the folder that holds the model's config.json and weights, with --model or engine.model",
         )
-    return too_much_dram(spec.dram_bytes, Path("/proc/meminfo").read_text())
+    return too_much_dram(spec.dram_bytes, _meminfo())
 
 
 def too_much_dram(dram_bytes: int, meminfo: str) -> EngineFailed | None:
-    """Why a DRAM tier of so many bytes cannot be had on this machine; None: it can.
+    """Why a DRAM tier of so many bytes can never be had on this machine; None: it can.
 
-    It is shared memory, of which the cage gives half the machine's (tmpfs(5)), and it is taken whole at the start.
+    It is shared memory, of which the cage gives half the machine's (tmpfs(5)).
 
     Args:
         dram_bytes: the tier's size.
         meminfo: the text of /proc/meminfo (proc(5)). What it does not tell is not held against the tier.
     """
-    lines = re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB$", meminfo, re.MULTILINE)
-    told = {name: int(kib) << 10 for name, kib in lines}
-    most = min(told.get("MemTotal", 2 * dram_bytes) // 2, told.get("MemAvailable", dram_bytes))
+    most = _told("MemTotal", meminfo, 2 * dram_bytes) // 2
     if dram_bytes <= most:
         return None
     return EngineFailed(
         "the engine cannot be started",
-        cause=f"tiers.dram_bytes asks for {dram_bytes / 2**30:.1f} GiB of memory; at most {most / 2**30:.1f} GiB can be"
-        " had (half of the machine's, and no more than is available)",
-        remedy="Lower tiers.dram_bytes, or stop something else",
+        cause=f"tiers.dram_bytes asks for {_gib(dram_bytes)} of memory; at most {_gib(most)} can be had, half of the"
+        " machine's",
+        remedy="Lower tiers.dram_bytes",
     )
+
+
+def dram_not_available(dram_bytes: int, meminfo: str) -> str:
+    """Why a DRAM tier of so many bytes, which is taken whole at the start, cannot be had now; empty: it can.
+
+    For the arguments see `too_much_dram`.
+    """
+    available = _told("MemAvailable", meminfo, dram_bytes)
+    if dram_bytes <= available:
+        return ""
+    return f"tiers.dram_bytes asks for {_gib(dram_bytes)} of memory, and {_gib(available)} is available"
+
+
+def _meminfo() -> str:
+    return Path("/proc/meminfo").read_text()
+
+
+def _told(name: str, meminfo: str, otherwise: int) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB$", meminfo, re.MULTILINE)
+    return otherwise if found is None else int(found[1]) << 10
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 # What a Python exception looks like, at the end of a traceback, behind whatever a logger put in front of it.

@@ -479,6 +479,50 @@ async def test_without_descriptors_for_all_of_a_start_none_is_begun(
     assert not spec.run_dir.exists()
 
 
+def memory(patch: pytest.MonkeyPatch, available_gib: Callable[[], int]) -> None:
+    patch.setattr(launcher, "_meminfo", lambda: f"MemTotal: {192 << 20} kB\nMemAvailable: {available_gib() << 20} kB\n")
+
+
+async def test_memory_that_another_engine_gives_back_is_waited_for(
+    make: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    memory(monkeypatch, lambda: 20 if clock.time < 1020 else 150)
+    engine = make("serve", clock, dram_bytes=90 << 30)
+    await engine.process.start()
+    await asyncio.wait_for(clock.moved.wait(), 30)
+    waiting = (
+        "it is starting; it waits for memory: tiers.dram_bytes asks for 90.0 GiB of memory, and 20.0 GiB is available"
+    )
+    assert engine.process.detail == waiting
+    await engine.process.wait_ready(30)
+    assert engine.states == [EngineState.STARTING, EngineState.READY]
+
+
+async def test_memory_that_stays_away_ends_a_start_as_anything_else_does(
+    make: Start, spec: EngineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    memory(monkeypatch, lambda: 20)
+    engine = make("serve", clock, dram_bytes=90 << 30, restart_backoff_s=7.0)
+    await engine.process.start()
+    with pytest.raises(EngineFailed, match=r"20\.0 GiB is available") as failed:
+        await engine.process.wait_ready(30)
+    assert "tiers.dram_bytes" in failed.value.remedy
+    assert [pause for pause in clock.slept if pause >= 7] == [7.0, 14.0]
+    assert sum(clock.slept) == pytest.approx(FRUITLESS_STARTS * launcher.MEMORY_WAIT_S + 21, abs=1.0)
+    assert not spec.run_dir.exists()
+
+
+async def test_more_memory_than_the_machine_can_give_fails_before_anything_starts(
+    make: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory(monkeypatch, lambda: 192)
+    engine = make(dram_bytes=97 << 30)
+    with pytest.raises(EngineFailed, match=r"at most 96\.0 GiB"):
+        await engine.process.start()
+
+
 async def test_a_start_that_cannot_heal_is_tried_once(make: Start, spec: EngineSpec) -> None:
     engine = make("refuse")
     await engine.process.start()
