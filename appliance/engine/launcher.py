@@ -7,8 +7,12 @@ Rules:
   `isolation_detail` says why.
 - A start that can heal is repeated, after a pause that doubles up to a minute and is short again once the engine has
   been ready for a minute. One that cannot (a model that is not there, an option that vLLM refuses) fails at once, and
-  so does an engine that was never ready after three starts: `EngineFailed` says what the engine said last.
-- What the engine writes is kept in its log: all of it until it serves, then what `log` says of it.
+  so does an engine that was never ready after three starts: `EngineFailed` says what the engine said last. What the
+  system refuses a start (a descriptor, a process, memory, room on the disk) may be had later: it is a start that can
+  heal. For memory it waits first: an engine that has ended gives back what it had for a while.
+- An engine that was ready once is never given up, whatever it says of a start: the same settings did serve.
+- What the engine writes is kept in its log: all of it until it serves, then what `log` says of it. Whatever becomes of
+  the log, the engine's pipe is read: an engine that nobody reads stands still.
 - Clock and sleep are passed in. What starts here ends here: `stop` and the gateway's own death take every process of
   the engine with them.
 """
@@ -37,7 +41,7 @@ from appliance.errors import Fault, HoldfastError
 
 _T = TypeVar("_T")
 
-_LOG_BYTES = 8 << 20  # then it is turned over once
+_LOG_BYTES = 8 << 20  # then it is turned over once; where it cannot be, it grows to twice as much
 _TAIL_LINES = 200
 _TAIL_LINE_CHARACTERS = 1000
 
@@ -48,6 +52,8 @@ HEALTH_INTERVAL_S = 1.0
 STARTING_INTERVAL_S = 0.2
 SILENT_FOR_S = 60.0  # a ready engine that does not answer for so long is started again
 STOP_GRACE_S = 10.0
+MEMORY_WAIT_S = 30.0  # each start, for what the tier in DRAM takes
+_DESCRIPTORS = 16  # a start takes fewer
 
 
 class EngineFailed(HoldfastError):
@@ -71,7 +77,8 @@ class Patience:
     """How long to wait before an engine that died is started again, and when to give up.
 
     The pause doubles with each death up to `LONGEST_BACKOFF_S`; an engine that was ready for `STABLE_AFTER_S` begins
-    anew. One that has been ready once is never given up: what failed it, a lack of memory say, may pass.
+    anew. One that has been ready once is never given up: what fails it, a lack of memory or a model's file system that
+    is away, may pass.
     """
 
     def __init__(self, first_pause_s: float) -> None:
@@ -79,15 +86,18 @@ class Patience:
         self._next_pause_s = first_pause_s
         self._fruitless: int | None = 0  # None: it was ready once
 
-    def pause_after(self, ready_for_s: float | None) -> float | None:
-        """Seconds to wait after a life that was ready for so long (None: never); None to give up."""
+    def pause_after(self, ready_for_s: float | None, *, final: bool = False) -> float | None:
+        """Seconds to wait after a life that was ready for so long (None: never); None to give up.
+
+        `final`: by what it said, another start would end the same way.
+        """
         if ready_for_s is not None:
             self._fruitless = None
             if ready_for_s >= STABLE_AFTER_S:
                 self._next_pause_s = self._first_pause_s
         elif self._fruitless is not None:
             self._fruitless += 1
-            if self._fruitless >= FRUITLESS_STARTS:
+            if final or self._fruitless >= FRUITLESS_STARTS:
                 return None
         pause_s, self._next_pause_s = self._next_pause_s, min(LONGEST_BACKOFF_S, 2 * self._next_pause_s)
         return pause_s
@@ -166,7 +176,7 @@ class EngineProcess:
         """Start the engine and return at once; `wait_ready` waits.
 
         Raises:
-            EngineFailed: the interpreter or the model is not there.
+            EngineFailed: the interpreter or the model is not there, or the tier in DRAM is too much for the machine.
         """
         if self._keeper is not None and not self._keeper.done():
             return
@@ -221,21 +231,18 @@ class EngineProcess:
 
     async def _keep_running(self) -> None:
         patience = Patience(self.spec.restart_backoff_s)
-        try:
-            while True:
-                death = await self._live()
-                if self._stopping:
-                    return
-                pause_s = None if death.final else patience.pause_after(death.ready_for_s)
-                if pause_s is None:
-                    self._fail(death)
-                    return
-                self._become(EngineState.RESTARTING, f"{death.cause}; it is started again in {pause_s:g} s")
-                await self._sleep(pause_s)
-                self.restarts += 1
-                self._become(EngineState.STARTING, f"it is starting again: {death.cause}")
-        except OSError as error:
-            self._fail(_Death(str(error), final=True))
+        while True:
+            death = await self._live()
+            if self._stopping:
+                return
+            pause_s = patience.pause_after(death.ready_for_s, final=death.final)
+            if pause_s is None:
+                self._fail(death)
+                return
+            self._become(EngineState.RESTARTING, f"{death.cause}; it is started again in {pause_s:g} s")
+            await self._sleep(pause_s)
+            self.restarts += 1
+            self._become(EngineState.STARTING, f"it is starting again: {death.cause}")
 
     def _fail(self, death: "_Death") -> None:
         self.failure = EngineFailed(
@@ -246,17 +253,79 @@ class EngineProcess:
         self._become(EngineState.FAILED, death.cause)
 
     async def _live(self) -> "_Death":
-        """One life of the engine, from its start to its end."""
-        spec = self.spec
-        mark, serving = secrets.token_hex(16), spec.run_dir / SERVING_NAME
-        _furnish(spec, mark, serving)
-        log, sieve = _Log(spec.log_path), Sieve(mark, serving.exists)
-        report_read, report_write = os.pipe()
-        self.started_at, started_at = self._now(), time.time()
-        keys = None if self._keys is None else self._keys.open(self.owns)
-        inherited = (report_write,) if keys is None else (report_write, keys.fileno())
+        """One life of the engine, from its start to its end; also one that the system refuses."""
+        mark = secrets.token_hex(16)
         try:
-            self._process = process = await asyncio.create_subprocess_exec(
+            if lacking := await self._lacking_memory():
+                return _Death(lacking, remedy="Lower tiers.dram_bytes, or stop something else")
+            _need_descriptors(_DESCRIPTORS)
+            _furnish(self.spec, mark)
+            with contextlib.closing(_Log(self.spec.log_path)) as log:
+                return await self._live_with(log, mark)
+        except OSError as error:
+            return _Death(
+                f"the system refused what a start needs: {error}",
+                remedy="Mend that, and start again; `holdfast doctor` checks this machine",
+            )
+        finally:
+            if self._keys is not None:
+                self._keys.close()
+
+    async def _lacking_memory(self) -> str:
+        """Wait until the tier in DRAM can be had; why it cannot after `MEMORY_WAIT_S`, if so."""
+        detail, deadline = self.detail, self._now() + MEMORY_WAIT_S
+        while (lacking := dram_not_available(self.spec.dram_bytes, _meminfo())) and self._now() < deadline:
+            self.detail = f"{detail}; it waits for memory: {lacking}"
+            await self._sleep(STARTING_INTERVAL_S)
+        self.detail = detail
+        return lacking
+
+    async def _live_with(self, log: "_Log", mark: str) -> "_Death":
+        serving = self.spec.run_dir / SERVING_NAME
+        sieve = Sieve(mark, lambda: _serves(serving))
+        self.started_at, started_at = self._now(), time.time()
+        report, reporting = os.pipe()
+        try:
+            self._process = process = await self._start_cage(reporting)
+        except BaseException:
+            os.close(report)
+            raise
+        finally:
+            os.close(reporting)
+        copying, heeding = asyncio.create_task(_copy(process, sieve, log)), asyncio.create_task(self._heed(report))
+        reaping = asyncio.create_task(process.wait())
+        exited: asyncio.Future[int] | asyncio.Future[None] = reaping
+        ready_at: float | None = None
+        silence = ""
+        try:
+            exited = _exit_of(process.pid)
+            silence = await self._until_ready(exited)
+            if not exited.done() and not silence:
+                serving.touch(mode=0o600)
+                ready_at = self._now()
+                self._become(EngineState.READY, f"it serves {self.spec.served_name}")
+                silence = await self._until_silent(exited)
+        finally:
+            died_at = self._now()
+            await _end(process, exited)
+            await asyncio.wait({heeding}, timeout=STOP_GRACE_S)
+            if not (outcome := _result(heeding)):
+                with contextlib.suppress(OSError):  # then the next cage does
+                    sweep(self.spec.run_dir, started_at)  # the cage was killed: it could not
+            await asyncio.wait({copying}, timeout=STOP_GRACE_S)
+            copying.cancel()
+            log.write(sieve.end())
+            heeding.cancel()
+            await asyncio.wait({reaping}, timeout=STOP_GRACE_S)  # so that asyncio lets go of it too
+            reaping.cancel()
+            self._process = None
+        return _death(log.tail, outcome, silence, None if ready_at is None else died_at - ready_at)
+
+    async def _start_cage(self, reporting: int) -> asyncio.subprocess.Process:
+        spec = self.spec
+        with contextlib.nullcontext() if self._keys is None else self._keys.open(self.owns) as keys:
+            inherited = (reporting,) if keys is None else (reporting, keys.fileno())
+            return await asyncio.create_subprocess_exec(
                 *cage_line(spec, inherited, self._command(spec)),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
@@ -266,43 +335,6 @@ class EngineProcess:
                 pass_fds=inherited,
                 start_new_session=True,
             )
-        except BaseException:
-            os.close(report_read)
-            log.close()
-            raise
-        finally:
-            os.close(report_write)
-            if keys is not None:
-                keys.close()
-        exited = _exit_of(process.pid)
-        copying, heeding = asyncio.create_task(_copy(process, sieve, log)), asyncio.create_task(self._heed(report_read))
-        ready_at: float | None = None
-        silence = ""
-        try:
-            silence = await self._until_ready(exited)
-            if not exited.done() and not silence:
-                serving.touch(mode=0o600)
-                ready_at = self._now()
-                self._become(EngineState.READY, f"it serves {spec.served_name}")
-                silence = await self._until_silent(exited)
-        finally:
-            died_at = self._now()
-            await _end(process, exited)
-            await asyncio.wait({heeding}, timeout=STOP_GRACE_S)
-            if not (outcome := _result(heeding)):
-                sweep(spec.run_dir, started_at)  # the cage was killed: it could not
-            await asyncio.wait({copying}, timeout=STOP_GRACE_S)
-            copying.cancel()
-            log.write(sieve.end())
-            heeding.cancel()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STOP_GRACE_S):
-                    await process.wait()  # so that asyncio lets go of it too
-            log.close()
-            self._process = None
-            if self._keys is not None:
-                self._keys.close()
-        return _death(log.tail, outcome, silence, None if ready_at is None else died_at - ready_at)
 
     async def _until_ready(self, exited: "asyncio.Future[None]") -> str:
         """Wait until the engine is ready or has ended; why it is given up, if it is."""
@@ -337,25 +369,25 @@ class EngineProcess:
     async def _heed(self, descriptor: int) -> dict[str, object]:
         """Read what the cage reports; the last word is how it ended."""
         last: dict[str, object] = {}
-        with os.fdopen(descriptor, "rb", buffering=0) as pipe:
-            reader = asyncio.StreamReader()
-            loop = asyncio.get_running_loop()
-            transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
-            try:
-                async for line in reader:
-                    event = json.loads(line)
-                    if event["event"] == "started":
-                        self.isolated, self.isolation_detail = event["isolated"], event["detail"]
-                    else:
-                        last = event
-            finally:
-                transport.close()
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb", buffering=0)
+        )
+        try:
+            async for line in reader:
+                event = json.loads(line)
+                if event["event"] == "started":
+                    self.isolated, self.isolation_detail = event["isolated"], event["detail"]
+                else:
+                    last = event
+        finally:
+            transport.close()  # which closes the pipe, in a moment; whoever else did it might close another's by then
         return last
 
 
 @dataclass(frozen=True, slots=True)
 class _Death:
-    """How one life of the engine ended. `final`: another start would end the same way."""
+    """How one life of the engine ended. `final`: by what it said, another start would end the same way."""
 
     cause: str
     final: bool = False
@@ -368,26 +400,33 @@ class _Log:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._open()
+        self._descriptor = self._opened()
+        self._size = os.fstat(self._descriptor).st_size
         self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._line = b""
 
-    def _open(self) -> None:
-        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._size = os.fstat(self._descriptor).st_size
+    def _opened(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
     def write(self, text: bytes) -> None:
         """Append; blocks for as long as the page cache takes."""
         if self._size + len(text) > _LOG_BYTES:
-            os.close(self._descriptor)
-            self._path.replace(self._path.with_name(f"{self._path.name}.1"))
-            self._open()
-        with contextlib.suppress(OSError):  # a full disk must not end the engine: the store says so where it matters
-            os.write(self._descriptor, text)
-        self._size += len(text)
+            with contextlib.suppress(OSError):  # then the old file is written on, and the next write tries again
+                self._turn_over()
+        if self._size + len(text) <= 2 * _LOG_BYTES:
+            with contextlib.suppress(OSError):  # a full disk ends no engine: the store says so where it matters
+                os.write(self._descriptor, text)
+            self._size += len(text)
         *lines, self._line = (self._line + text).split(b"\n")
         self._line = self._line[-_TAIL_LINE_CHARACTERS:]
         self.tail.extend(line[:_TAIL_LINE_CHARACTERS].decode("utf-8", "replace") for line in lines if line.strip())
+
+    def _turn_over(self) -> None:
+        """Go on in a new file; the old one stays open until there is one."""
+        with contextlib.suppress(FileNotFoundError):  # somebody moved it, or the last attempt did
+            self._path.replace(self._path.with_name(f"{self._path.name}.1"))
+        full, self._descriptor, self._size = self._descriptor, self._opened(), 0
+        os.close(full)
 
     def close(self) -> None:
         """Close the file; the last lines stay."""
@@ -397,7 +436,17 @@ class _Log:
 async def _copy(process: asyncio.subprocess.Process, sieve: Sieve, log: _Log) -> None:
     if process.stdout is not None:
         while output := await process.stdout.read(1 << 16):
-            log.write(sieve.pass_on(output))
+            kept = sieve.pass_on(output)
+            with contextlib.suppress(Exception):  # whatever it is: the engine waits for who reads
+                log.write(kept)
+
+
+def _serves(serving: Path) -> bool:
+    """Whether the engine serves; also when that cannot be told: what may quote a request is withheld then."""
+    try:
+        return serving.exists()
+    except OSError:
+        return True
 
 
 def _exit_of(pid: int) -> "asyncio.Future[None]":
@@ -416,11 +465,15 @@ def _exit_of(pid: int) -> "asyncio.Future[None]":
         if not ended.done():
             ended.set_result(None)
 
-    loop.add_reader(descriptor, note)
+    try:
+        loop.add_reader(descriptor, note)
+    except OSError:
+        os.close(descriptor)
+        raise
     return ended
 
 
-async def _end(process: asyncio.subprocess.Process, exited: "asyncio.Future[None]") -> None:
+async def _end(process: asyncio.subprocess.Process, exited: "asyncio.Future[int] | asyncio.Future[None]") -> None:
     """Let go of the cage and wait for it; then nothing of its session is left."""
     if process.stdin is not None:
         process.stdin.close()
@@ -447,8 +500,16 @@ def _result(heeding: "asyncio.Task[dict[str, object]]") -> dict[str, object]:
     return {}
 
 
-def _furnish(spec: EngineSpec, mark: str, serving: Path) -> None:
+def _need_descriptors(count: int) -> None:
+    """Raise an OSError where so many cannot be had: a start that runs out of them midway leaves some open (uvloop)."""
+    with contextlib.ExitStack() as opened:
+        for _ in range(count):
+            opened.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def _furnish(spec: EngineSpec, mark: str) -> None:
     """Make the engine's private folder, with what it reads there."""
+    serving = spec.run_dir / SERVING_NAME
     spec.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     spec.run_dir.chmod(0o700)
     spec.log_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -476,29 +537,51 @@ def _missing(spec: EngineSpec) -> EngineFailed | None:
             cause=f"{spec.model} is no model: it holds no config.json",
             remedy="Name the folder that holds the model's config.json and weights, with --model or engine.model",
         )
-    return too_much_dram(spec.dram_bytes, Path("/proc/meminfo").read_text())
+    return too_much_dram(spec.dram_bytes, _meminfo())
 
 
 def too_much_dram(dram_bytes: int, meminfo: str) -> EngineFailed | None:
-    """Why a DRAM tier of so many bytes cannot be had on this machine; None: it can.
+    """Why a DRAM tier of so many bytes can never be had on this machine; None: it can.
 
-    It is shared memory, of which the cage gives half the machine's (tmpfs(5)), and it is taken whole at the start.
+    It is shared memory, of which the cage gives half the machine's (tmpfs(5)).
 
     Args:
         dram_bytes: the tier's size.
         meminfo: the text of /proc/meminfo (proc(5)). What it does not tell is not held against the tier.
     """
-    lines = re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB$", meminfo, re.MULTILINE)
-    told = {name: int(kib) << 10 for name, kib in lines}
-    most = min(told.get("MemTotal", 2 * dram_bytes) // 2, told.get("MemAvailable", dram_bytes))
+    most = _told("MemTotal", meminfo, 2 * dram_bytes) // 2
     if dram_bytes <= most:
         return None
     return EngineFailed(
         "the engine cannot be started",
-        cause=f"tiers.dram_bytes asks for {dram_bytes / 2**30:.1f} GiB of memory; at most {most / 2**30:.1f} GiB can be"
-        " had (half of the machine's, and no more than is available)",
-        remedy="Lower tiers.dram_bytes, or stop something else",
+        cause=f"tiers.dram_bytes asks for {_gib(dram_bytes)} of memory; at most {_gib(most)} can be had, half of the"
+        " machine's",
+        remedy="Lower tiers.dram_bytes",
     )
+
+
+def dram_not_available(dram_bytes: int, meminfo: str) -> str:
+    """Why a DRAM tier of so many bytes, which is taken whole at the start, cannot be had now; empty: it can.
+
+    For the arguments see `too_much_dram`.
+    """
+    available = _told("MemAvailable", meminfo, dram_bytes)
+    if dram_bytes <= available:
+        return ""
+    return f"tiers.dram_bytes asks for {_gib(dram_bytes)} of memory, and {_gib(available)} is available"
+
+
+def _meminfo() -> str:
+    return Path("/proc/meminfo").read_text()
+
+
+def _told(name: str, meminfo: str, otherwise: int) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB$", meminfo, re.MULTILINE)
+    return otherwise if found is None else int(found[1]) << 10
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 # What a Python exception looks like, at the end of a traceback, behind whatever a logger put in front of it.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from appliance.engine.command_line import EngineSpec, cage_line, command_line, device_of, environment
-from appliance.engine.launcher import too_much_dram
+from appliance.engine.launcher import dram_not_available, too_much_dram
 from appliance.settings import EngineSettings, TierSettings
 
 SPEC = EngineSpec(
@@ -173,19 +173,26 @@ def test_in_a_folder_that_the_settings_name_the_tier_has_one_of_its_own(tmp_path
     assert spec(disk_dir="/nvme", disk_bytes=0).disk_dir is None
 
 
-@pytest.mark.parametrize(("dram_gib", "fits"), [(0, True), (8, True), (9, False), (13, False)])
-def test_dram_that_the_machine_does_not_have_is_refused(dram_gib: int, fits: bool) -> None:
-    meminfo = f"MemTotal:       {24 << 20} kB\nMemFree: 1 kB\nMemAvailable:   {8 << 20} kB\n"
-    failure = too_much_dram(dram_gib << 30, meminfo)
+MEMINFO = f"MemTotal:       {24 << 20} kB\nMemFree: 1 kB\nMemAvailable:   {8 << 20} kB\n"
+
+
+@pytest.mark.parametrize(("dram_gib", "fits"), [(0, True), (9, True), (12, True), (13, False)])
+def test_half_of_the_machine_is_the_most_that_dram_may_be(dram_gib: int, fits: bool) -> None:
+    failure = too_much_dram(dram_gib << 30, MEMINFO)
     assert (failure is None) == fits
     if failure is not None:
-        assert "at most 8.0 GiB" in str(failure.cause)
+        assert "at most 12.0 GiB" in str(failure.cause)
 
 
-def test_half_of_the_machine_is_the_most_that_dram_may_be() -> None:
-    meminfo = f"MemTotal:       {24 << 20} kB\nMemAvailable:   {23 << 20} kB\n"
-    assert too_much_dram(12 << 30, meminfo) is None
-    assert too_much_dram(13 << 30, meminfo) is not None
+@pytest.mark.parametrize(("dram_gib", "said"), [(0, ""), (8, ""), (9, "9.0 GiB of memory, and 8.0 GiB is available")])
+def test_dram_that_is_not_available_now_is_told(dram_gib: int, said: str) -> None:
+    assert dram_not_available(dram_gib << 30, MEMINFO).endswith(said)
+    assert bool(dram_not_available(dram_gib << 30, MEMINFO)) == bool(said)
+
+
+def test_what_the_kernel_does_not_tell_is_not_held_against_dram() -> None:
+    assert too_much_dram(1 << 50, "") is None
+    assert dram_not_available(1 << 50, "") == ""
 
 
 def test_the_tier_on_disk_is_named_with_its_bounds_and_stays_visible_in_the_cage() -> None:

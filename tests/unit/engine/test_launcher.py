@@ -1,8 +1,11 @@
 """The launcher and the cage with a fake engine in it: isolation, restarts, and nothing left behind."""
 
 import asyncio
+import contextlib
+import errno
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -11,13 +14,15 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from appliance.engine import cage, launcher
 from appliance.engine.client import EngineClient, EngineLost, EngineUnavailable
 from appliance.engine.command_line import EngineSpec
-from appliance.engine.launcher import EngineFailed, EngineProcess, EngineState, Patience
+from appliance.engine.launcher import FRUITLESS_STARTS, EngineFailed, EngineProcess, EngineState, Patience
+from appliance.engine.log import Sieve
 from tests.unit.engine.conftest import left_behind
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
@@ -47,6 +52,7 @@ class Engine:
 
     def __init__(self, spec: EngineSpec, mark: str, behaviour: str, clock: Clock) -> None:
         self.client = EngineClient(spec.socket)
+        self.behaviour = behaviour  # of its next life
         self.states: list[EngineState] = []
         self._changed = asyncio.Event()
         self._slept = clock.moved
@@ -54,7 +60,7 @@ class Engine:
             spec,
             self.client,
             base_environment={"SECRET": "word"},
-            command=lambda _: [sys.executable, str(FAKE_ENGINE), mark, behaviour],
+            command=lambda _: [sys.executable, str(FAKE_ENGINE), mark, self.behaviour],
             now=clock.now,
             sleep=clock.sleep,
             on_change=self._note,
@@ -98,6 +104,10 @@ def limits_of(mark: str) -> list[str]:
 
 def text_of(path: Path) -> str:
     return path.read_text() if path.exists() else ""
+
+
+def full(*_: object, **__: object) -> NoReturn:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def mode(path: str) -> int | None:
@@ -359,6 +369,160 @@ async def test_a_start_that_may_heal_is_tried_three_times(make: Start) -> None:
     assert engine.process.state is EngineState.FAILED
 
 
+def refuse_a_descriptor(patch: pytest.MonkeyPatch) -> None:
+    real = os.pipe
+    patch.setattr(os, "pipe", lambda: full() if asked_by_the_launcher() else real())
+
+
+def refuse_room(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Path, "write_text", full)
+
+
+def refuse_a_process(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(asyncio, "create_subprocess_exec", full)
+
+
+def refuse_to_tell_of_its_end(patch: pytest.MonkeyPatch) -> None:
+    real = os.pidfd_open
+    patch.setattr(os, "pidfd_open", lambda pid: full() if asked_by_the_launcher() else real(pid))
+
+
+def refuse_to_watch(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(asyncio.get_running_loop(), "add_reader", full)
+
+
+REFUSED = [refuse_a_descriptor, refuse_room, refuse_a_process, refuse_to_tell_of_its_end, refuse_to_watch]
+
+
+def open_descriptors() -> int:
+    return len([*Path("/proc/self/fd").iterdir()])
+
+
+def asked_by_the_launcher() -> bool:
+    return sys._getframe(2).f_globals is vars(launcher)
+
+
+@pytest.mark.parametrize("refuse", REFUSED)
+async def test_an_engine_that_served_is_started_again_until_the_system_lets_it(
+    make: Start, mark: str, refuse: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    engine = make(restart_backoff_s=7.0)
+    seen: list[tuple[str, int, list[str]]] = []
+    lets_it = asyncio.Event()
+
+    async def sleep(seconds: float) -> None:
+        if seconds >= 7:
+            seen.append((engine.process.detail, open_descriptors(), left_behind(mark)))
+            if len(seen) == 1:
+                refuse(patch)
+            elif len(seen) == FRUITLESS_STARTS + 2:
+                patch.undo()
+                lets_it.set()
+        await asyncio.sleep(0.005)
+
+    engine.process._sleep = sleep
+    with pytest.MonkeyPatch.context() as patch:
+        await engine.process.start()
+        await engine.process.wait_ready(30)
+        await engine.die()
+        async with asyncio.timeout(30):
+            await lets_it.wait()
+        await engine.process.wait_ready(30)
+    details, descriptors, left = zip(*seen[1:], strict=True)
+    assert all(each.startswith("the system refused what a start needs: [Errno 24]") for each in details)
+    assert set(descriptors) == {seen[0][1]}  # nothing was left open
+    assert not any(left)  # nor running
+
+
+async def test_a_start_that_the_system_refuses_is_tried_three_times(
+    make: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    refuse_a_process(monkeypatch)
+    await engine.process.start()
+    with pytest.raises(EngineFailed, match="Too many open files") as failed:
+        await engine.process.wait_ready(30)
+    assert "holdfast doctor" in failed.value.remedy
+    assert engine.process.restarts == 2
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[Callable[[int], None]]:
+    """Leave this process so many descriptors."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+
+    def leave(count: int) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        give_back(count)
+
+    def give_back(count: int) -> None:
+        for _ in range(min(count, len(taken))):
+            os.close(taken.pop())
+
+    yield leave
+    give_back(len(taken))
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+async def test_without_descriptors_for_all_of_a_start_none_is_begun(
+    make: Start, spec: EngineSpec, few_descriptors: Callable[[int], None]
+) -> None:
+    few_descriptors(8)
+    engine = make()
+    await engine.process.start()
+    with pytest.raises(EngineFailed, match="Too many open files"):
+        await engine.process.wait_ready(30)
+    assert not spec.run_dir.exists()
+
+
+def memory(patch: pytest.MonkeyPatch, available_gib: Callable[[], int]) -> None:
+    patch.setattr(launcher, "_meminfo", lambda: f"MemTotal: {192 << 20} kB\nMemAvailable: {available_gib() << 20} kB\n")
+
+
+async def test_memory_that_another_engine_gives_back_is_waited_for(
+    make: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    memory(monkeypatch, lambda: 20 if clock.time < 1020 else 150)
+    engine = make("serve", clock, dram_bytes=90 << 30)
+    await engine.process.start()
+    await asyncio.wait_for(clock.moved.wait(), 30)
+    waiting = (
+        "it is starting; it waits for memory: tiers.dram_bytes asks for 90.0 GiB of memory, and 20.0 GiB is available"
+    )
+    assert engine.process.detail == waiting
+    await engine.process.wait_ready(30)
+    assert engine.states == [EngineState.STARTING, EngineState.READY]
+
+
+async def test_memory_that_stays_away_ends_a_start_as_anything_else_does(
+    make: Start, spec: EngineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    memory(monkeypatch, lambda: 20)
+    engine = make("serve", clock, dram_bytes=90 << 30, restart_backoff_s=7.0)
+    await engine.process.start()
+    with pytest.raises(EngineFailed, match=r"20\.0 GiB is available") as failed:
+        await engine.process.wait_ready(30)
+    assert "tiers.dram_bytes" in failed.value.remedy
+    assert [pause for pause in clock.slept if pause >= 7] == [7.0, 14.0]
+    assert sum(clock.slept) == pytest.approx(FRUITLESS_STARTS * launcher.MEMORY_WAIT_S + 21, abs=1.0)
+    assert not spec.run_dir.exists()
+
+
+async def test_more_memory_than_the_machine_can_give_fails_before_anything_starts(
+    make: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory(monkeypatch, lambda: 192)
+    engine = make(dram_bytes=97 << 30)
+    with pytest.raises(EngineFailed, match=r"at most 96\.0 GiB"):
+        await engine.process.start()
+
+
 async def test_a_start_that_cannot_heal_is_tried_once(make: Start, spec: EngineSpec) -> None:
     engine = make("refuse")
     await engine.process.start()
@@ -366,6 +530,22 @@ async def test_a_start_that_cannot_heal_is_tried_once(make: Start, spec: EngineS
         await engine.process.wait_ready(30)
     assert str(spec.log_path) in failed.value.remedy
     assert engine.process.restarts == 0
+
+
+async def test_what_an_engine_that_served_says_of_a_start_is_not_believed_for_good(make: Start) -> None:
+    clock = Clock()
+    engine = make("serve", clock, restart_backoff_s=7.0)
+    await engine.process.start()
+    await engine.process.wait_ready(30)
+    engine.behaviour = "refuse"
+    await engine.die()
+    async with asyncio.timeout(30):
+        while engine.process.restarts <= FRUITLESS_STARTS:
+            clock.moved.clear()
+            await clock.moved.wait()
+    assert "ModuleNotFoundError" in engine.process.detail
+    engine.behaviour = "serve"
+    await engine.process.wait_ready(30)
 
 
 @pytest.mark.parametrize(
@@ -468,6 +648,60 @@ def test_a_full_log_is_turned_over_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert log.tail[-1].startswith("line 099")
 
 
+@pytest.mark.parametrize("refused", ["moved", "open", "replace"])
+def test_a_log_that_cannot_be_turned_over_is_written_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    monkeypatch.setattr(launcher, "_LOG_BYTES", 1000)
+    path = tmp_path / "log" / "engine.log"
+    path.parent.mkdir()
+    log = launcher._Log(path)
+    log.write(b"x" * 899 + b"\n")
+    with monkeypatch.context() as faulty:
+        if refused == "moved":
+            path.parent.rename(tmp_path / "moved")
+        else:
+            faulty.setattr(os if refused == "open" else Path, refused, full)
+        for number in range(100):
+            log.write(b"%099d\n" % number)
+    opened_since = [os.open(os.devnull, os.O_RDONLY) for _ in range(4)]
+    written = b"".join(file.read_bytes() for file in tmp_path.glob("*/engine.log*"))
+    assert written.startswith(b"x" * 899 + b"\n" + b"%099d\n" % 0)
+    assert len(written) == 2000  # and no more
+    assert log.tail[-1].endswith("99")
+    path.parent.mkdir(exist_ok=True)
+    log.write(b"later\n")  # it can be had again
+    assert path.read_bytes() == b"later\n"
+    log.close()
+    for descriptor in opened_since:
+        os.close(descriptor)  # an OSError, had the log closed it
+
+
+async def test_the_engine_is_read_whatever_becomes_of_its_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log, asked = launcher._Log(tmp_path / "engine.log"), 0
+
+    def refuse(_: bytes) -> None:
+        nonlocal asked
+        asked += 1
+        raise RuntimeError
+
+    monkeypatch.setattr(log, "write", refuse)
+    process = await asyncio.create_subprocess_exec("printf", "%0300000d", "0", stdout=subprocess.PIPE)
+    async with asyncio.timeout(30):
+        await launcher._copy(process, Sieve("mark", lambda: False), log)
+    assert await process.wait() == 0  # printf was not left with a pipe that nobody reads
+    assert asked > 1
+    log.close()
+
+
+def test_what_may_quote_a_request_is_withheld_while_it_cannot_be_told_whether_there_was_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert not launcher._serves(tmp_path / "serving")
+    monkeypatch.setattr(Path, "stat", full)
+    assert launcher._serves(tmp_path / "serving")
+
+
 def test_a_line_without_end_does_not_fill_the_memory(tmp_path: Path) -> None:
     log = launcher._Log(tmp_path / "engine.log")
     for _ in range(100):
@@ -492,6 +726,13 @@ def test_the_pause_is_short_again_after_a_stable_minute() -> None:
 
 def test_an_engine_that_was_ready_once_is_never_given_up() -> None:
     assert None not in pauses(Patience(1.0), 0.1, *[None] * 20)
+
+
+def test_an_engine_whose_start_cannot_heal_is_given_up_unless_it_was_ready_once() -> None:
+    patience = Patience(1.0)
+    assert patience.pause_after(None, final=True) is None
+    assert patience.pause_after(0.1, final=True) == 1
+    assert patience.pause_after(None, final=True) == 2
 
 
 def test_an_engine_that_was_never_ready_is_given_up() -> None:
