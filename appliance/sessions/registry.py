@@ -251,11 +251,22 @@ class Registry(Archive):
         self, tenant_id: str, principal_id: str, candidates: Sequence[bytes]
     ) -> tuple[Live, int] | None:
         """The session and turn of the first candidate that was an answer of ours to this principal."""
-        for link in candidates:
+        remembered, unknown = None, candidates
+        for place, link in enumerate(candidates):
             session_id, at_turn = self._by_link.get(link, ("", 0))
             live = self._live.get(session_id)
             if live is not None and not live.forgotten:
-                return live, at_turn
+                remembered, unknown = (live, at_turn), candidates[:place]
+                break
+        # A shorter history that is remembered may be another session's, and the store have a longer one.
+        stored = await self._stored_link(tenant_id, principal_id, unknown) if unknown else None
+        if stored is not None or remembered is None or remembered[0].forgotten:
+            return stored
+        return remembered
+
+    async def _stored_link(
+        self, tenant_id: str, principal_id: str, candidates: Sequence[bytes]
+    ) -> tuple[Live, int] | None:
         chain, sessions = tables.chain, tables.sessions
 
         def query(db: Connection) -> RowMapping | None:

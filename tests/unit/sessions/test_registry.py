@@ -32,6 +32,7 @@ from appliance.sessions import (
     UnknownSession,
     archive,
     misses,
+    registry,
 )
 from appliance.sessions.labels import LabelNotKnown
 from appliance.sessions.misses import Divergence
@@ -196,6 +197,27 @@ async def test_a_turn_that_was_broken_off_is_asked_again_in_its_session(
     await sessions.record(again, longer, outcome("Hello again.", response="chatcmpl-again"))
     branch = await sessions.resolve(caller(), longer)
     assert branch.session_id != first.session_id
+
+
+@pytest.mark.parametrize("left_memory", ["restarted", "session", "links"])
+async def test_the_longest_history_is_continued_though_another_session_of_its_opening_was_used_last(
+    world: World, monkeypatch: pytest.MonkeyPatch, left_memory: str
+) -> None:
+    if left_memory == "session":
+        monkeypatch.setattr(registry, "_LIVE_SESSIONS", 1)
+    if left_memory == "links":
+        monkeypatch.setattr(registry, "_KNOWN_LINKS", 1)
+    opening = [HELLO, {"role": "assistant", "content": "Hello."}]
+    task = [*opening, {"role": "user", "content": "task"}, {"role": "assistant", "content": "Done."}]
+    first_id = (await say(world.sessions, caller(), chat(HELLO), "Hello.")).session_id  # and nothing that holds it
+    await say(world.sessions, caller(), chat(*task[:-1]), "Done.", "chatcmpl-2")
+    sessions = world.reopened() if left_memory == "restarted" else world.sessions
+    other = await say(sessions, caller(), chat(HELLO), "Hello.", "chatcmpl-3")
+    assert other.session_id != first_id
+    longer = await say(sessions, caller(), chat(*task, {"role": "user", "content": "private"}), "x", "chatcmpl-4")
+    assert longer.session_id == first_id
+    assert (await sessions.resolve(caller(), chat(*opening, HELLO))).session_id == other.session_id
+    assert len((await sessions.transcript(caller(), other.session_id)).turns) == 1
 
 
 async def test_the_same_words_from_another_principal_are_another_session(world: World) -> None:
