@@ -18,7 +18,7 @@ from appliance.sessions.turn import Origin
 
 
 class Continuation:
-    """That a turn goes on from a session's latest answer; held by the turn, for as long as it is not written down."""
+    """That a turn goes on from a session's latest answer: held by the turn, and given up when that is over."""
 
     __slots__ = ("__weakref__",)
 
@@ -58,6 +58,11 @@ class Live:
         continuation = Continuation()
         self.continued_by = weakref.ref(continuation)
         return continuation
+
+    def give_up(self, continuation: Continuation | None) -> None:
+        """Let another turn have the right to go on, if it is this one that has it."""
+        if continuation is not None and self.continued_by is not None and self.continued_by() is continuation:
+            self.continued_by = None
 
     @property
     def named(self) -> Named:

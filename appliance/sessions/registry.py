@@ -493,11 +493,11 @@ class Registry(Archive):
                 if not live.stored:
                     self._vault.forget(live.session_id)  # the next try makes a key of its own
                 raise
+            finally:
+                live.give_up(session._continuation)
             live.turns, live.stored = number, True
             if outcome.state is TurnState.COMPLETE:
                 live.answered = number
-            if session._continuation is not None:
-                live.continued_by = None
             live.ran_until_s = None if outcome.ran_s is None else outcome.ran_s[1]
             if live.ends == ends:  # else: what was said meanwhile stands
                 live.is_over = last
@@ -506,6 +506,10 @@ class Registry(Archive):
             if link is not None:
                 _keep(self._by_link, link, (live.session_id, number), _KNOWN_LINKS)
             return written.account
+
+    def turn_over(self, session: Session) -> None:
+        """A turn has ended. Where it was not written down its client may ask again, and goes on with the session."""
+        session._live.give_up(session._continuation)
 
     def _link_of(self, session: Session, turn: Turn, outcome: Outcome) -> bytes | None:
         if turn.kind is not TurnKind.CHAT:

@@ -177,6 +177,28 @@ async def test_a_continuation_that_was_given_up_is_in_nobodys_way(world: World) 
     assert (await world.sessions.resolve(caller(), longer)).session_id == first.session_id
 
 
+async def test_a_turn_that_is_over_unrecorded_is_in_nobodys_way_though_it_is_still_in_memory(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    longer = chat(HELLO, {"role": "assistant", "content": "Hello."}, HELLO)
+    failed = await world.sessions.resolve(caller(), longer)
+    world.sessions.turn_over(failed)
+    refused = await world.sessions.resolve(caller(), longer)
+    assert refused.session_id == first.session_id
+    world.sessions.turn_over(failed)
+    assert (await world.sessions.resolve(caller(), longer)).session_id != first.session_id, "one of them goes on"
+
+    async def fail(_: object) -> None:
+        raise StoreUnavailable("x", cause="", remedy="")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.store, "write", fail)
+        with pytest.raises(StoreUnavailable):
+            await world.sessions.record(refused, longer, outcome("Hello again."))
+    assert (await world.sessions.resolve(caller(), longer)).session_id == first.session_id
+
+
 @pytest.mark.parametrize("state", [TurnState.INTERRUPTED, TurnState.FAILED])
 @pytest.mark.parametrize("restarted", [False, True])
 async def test_a_turn_that_was_broken_off_is_asked_again_in_its_session(
