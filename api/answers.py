@@ -4,6 +4,7 @@ Rules:
 
 - An error never waits for the rest of a body: it closes the connection where one was not read.
 - Nothing here knows a route.
+- What a request held goes when it ends, however it ends: see `drop_frames`.
 """
 
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -55,6 +56,15 @@ class Request:
         if self.caller is None:
             raise RuntimeError("this route is not guarded by a key")
         return self.caller
+
+
+def drop_frames(error: BaseException) -> None:
+    """Let go of an error's traceback and of what it came of, where it is kept or told.
+
+    Frames hold the request that they worked at, and may hold the error: such a circle stays until the cyclic collector
+    comes, which is seldom (`api.server`).
+    """
+    error.__traceback__ = error.__context__ = error.__cause__ = None
 
 
 async def answer_json(send: Send, status: int, body: object, *, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:

@@ -3,7 +3,8 @@
 Rules:
 
 - No request waits for the answer: what is known is what was seen last.
-- The engine is asked often until it answers, seldom afterwards, and at once when a request found it gone.
+- The engine is asked often until it answers, seldom afterwards, and at once when a request may have found it gone. That
+  request alone takes nothing away: an engine that is well may fail one request, and others would be refused for it.
 - Each question has a deadline.
 """
 
@@ -87,8 +88,7 @@ class EngineWatch:
         return next((model for model in self.models if model.id == name), None)
 
     def missed(self) -> None:
-        """A request found the engine gone: ask again at once."""
-        self._lose()
+        """A request may have found the engine gone: ask it at once. Until it has answered, what was seen last holds."""
         self._ask_now.set()
 
     async def wait_ready(self) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from api import trail
-from api.answers import REQUEST, App, Receive, Request, Scope, Send, refuse
+from api.answers import REQUEST, App, Receive, Request, Scope, Send, drop_frames, refuse
 from api.authentication import authenticate
 from api.bodies import ClientGone, too_large
 from api.health import HEALTH_ROUTES
@@ -116,12 +116,14 @@ class Guard:
             if request.caller is not None and not request.body_read:
                 await self._record(trail.authenticated(request))
         except HoldfastError as error:
+            drop_frames(error)
             await self._tell_refused(request, route, error)
             await refuse(send_named, request, error)
         except Exception as error:
             # Not its message: that may quote what a person said.
             trace = "".join(traceback.format_tb(error.__traceback__))
             _LOG.error("request %s failed: %s\n%s", request.request_id, type(error).__name__, trace)
+            drop_frames(error)
             # An answer that has begun is cut off: a client must not take it for whole.
             defect = _defect(error)
             if not request.began:

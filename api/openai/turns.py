@@ -33,7 +33,7 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 from api import trail
-from api.answers import REQUEST, Receive, Request, Scope, Send, answer_json
+from api.answers import REQUEST, Receive, Request, Scope, Send, answer_json, drop_frames
 from api.bodies import ClientGone, read_body, refuse_many_values
 from api.engine_leases import release
 from api.openai.chunks import Answer
@@ -146,6 +146,7 @@ class Turns:
                     await release(services, [running.session.lease_label])
         finally:
             if running is not None:
+                services.sessions.turn_over(running.session)
                 lifecycle.turns.discard(running)
             if running is None or not running.settled:
                 admission.release()
@@ -317,6 +318,7 @@ class Turns:
                 if not answer.complete:
                     raise _unfinished()
         except HoldfastError as error:
+            drop_frames(error)
             failure = error
         if running.first_token_s is not None:
             self._services.metrics.first_token_s.observe(running.first_token_s)
@@ -331,6 +333,7 @@ class Turns:
         try:
             account = await self._commit(request, running, state, failure)
         except HoldfastError as error:
+            drop_frames(error)
             failure = failure or error
         if running.client_gone:
             return
@@ -383,6 +386,7 @@ class Turns:
                 await running.until_recorded()
                 running.answer.take_whole(answered[1])
         except HoldfastError as error:
+            drop_frames(error)
             failure = error
         failure = failure or running.broken_off_by
         if failure is not None or running.client_gone:
@@ -438,10 +442,9 @@ class Turns:
                 last=ends_session(request.headers),
             )
         except HoldfastError as error:
-            with contextlib.suppress(AuditUnavailable, VaultSealed):
-                await services.audit.record(trail.not_kept(request, session_id=session_id, error=error))
-            with contextlib.suppress(AuditUnavailable, VaultSealed):  # the client is told that it was not stored
-                await recorded
+            not_kept = services.audit.begin(trail.not_kept(request, session_id=session_id, error=error))
+            # The client is told that it was not stored, whatever becomes of the records.
+            await asyncio.gather(not_kept, recorded, return_exceptions=True)
             raise
         await recorded
         self._note(running, state, stored, time.perf_counter() - begun_at, outcome)
@@ -542,8 +545,11 @@ class Turns:
 
     def _explained(self, running: Running, error: HoldfastError) -> HoldfastError:
         """The error that a client is told for one that the engine or its client raised."""
+        watch = self._services.watch
         if isinstance(error, EngineUnavailable | EngineLost):
-            self._services.watch.missed()
+            watch.missed()
+        if isinstance(error, EngineUnavailable):
+            return engine_not_ready(watch.summary, for_good=watch.failed)
         if isinstance(error, EngineRejected):
             return _refusal(error, running.session, running.asked.turn.kind)
         return error

@@ -18,7 +18,7 @@ from appliance.sessions.turn import Origin
 
 
 class Continuation:
-    """That a turn goes on from a session's latest answer; held by the turn, for as long as it is not written down."""
+    """That a turn goes on from a session's latest answer: held by the turn, and given up when that is over."""
 
     __slots__ = ("__weakref__",)
 
@@ -40,6 +40,7 @@ class Live:
     continued_by: "weakref.ref[Continuation] | None" = None
     stored: bool = False
     forgotten: bool = False
+    unsure: bool = False  # whether its latest turn was written is known to the store alone
     ran_until_s: float | None = None  # when its latest turn ended, by a clock that nobody sets, if it ran here
     is_over: bool = False  # its client has said so, and nothing of it was written down since
     ends: int = 0  # how often its client has said so while it was in memory
@@ -58,6 +59,11 @@ class Live:
         continuation = Continuation()
         self.continued_by = weakref.ref(continuation)
         return continuation
+
+    def give_up(self, continuation: Continuation | None) -> None:
+        """Let another turn have the right to go on, if it is this one that has it."""
+        if continuation is not None and self.continued_by is not None and self.continued_by() is continuation:
+            self.continued_by = None
 
     @property
     def named(self) -> Named:

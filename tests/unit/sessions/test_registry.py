@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import gc
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from api.tier_keys import key_of
 from appliance.engine.tier_keys import SessionGone
@@ -33,6 +34,7 @@ from appliance.sessions import (
     UnknownSession,
     archive,
     misses,
+    registry,
 )
 from appliance.sessions.labels import LabelNotKnown
 from appliance.sessions.misses import Divergence
@@ -177,6 +179,28 @@ async def test_a_continuation_that_was_given_up_is_in_nobodys_way(world: World) 
     assert (await world.sessions.resolve(caller(), longer)).session_id == first.session_id
 
 
+async def test_a_turn_that_is_over_unrecorded_is_in_nobodys_way_though_it_is_still_in_memory(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    longer = chat(HELLO, {"role": "assistant", "content": "Hello."}, HELLO)
+    failed = await world.sessions.resolve(caller(), longer)
+    world.sessions.turn_over(failed)
+    refused = await world.sessions.resolve(caller(), longer)
+    assert refused.session_id == first.session_id
+    world.sessions.turn_over(failed)
+    assert (await world.sessions.resolve(caller(), longer)).session_id != first.session_id, "one of them goes on"
+
+    async def fail(_: object) -> None:
+        raise StoreUnavailable("x", cause="", remedy="")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.store, "write", fail)
+        with pytest.raises(StoreUnavailable):
+            await world.sessions.record(refused, longer, outcome("Hello again."))
+    assert (await world.sessions.resolve(caller(), longer)).session_id == first.session_id
+
+
 @pytest.mark.parametrize("state", [TurnState.INTERRUPTED, TurnState.FAILED])
 @pytest.mark.parametrize("restarted", [False, True])
 async def test_a_turn_that_was_broken_off_is_asked_again_in_its_session(
@@ -197,6 +221,27 @@ async def test_a_turn_that_was_broken_off_is_asked_again_in_its_session(
     await sessions.record(again, longer, outcome("Hello again.", response="chatcmpl-again"))
     branch = await sessions.resolve(caller(), longer)
     assert branch.session_id != first.session_id
+
+
+@pytest.mark.parametrize("left_memory", ["restarted", "session", "links"])
+async def test_the_longest_history_is_continued_though_another_session_of_its_opening_was_used_last(
+    world: World, monkeypatch: pytest.MonkeyPatch, left_memory: str
+) -> None:
+    if left_memory == "session":
+        monkeypatch.setattr(registry, "_LIVE_SESSIONS", 1)
+    if left_memory == "links":
+        monkeypatch.setattr(registry, "_KNOWN_LINKS", 1)
+    opening = [HELLO, {"role": "assistant", "content": "Hello."}]
+    task = [*opening, {"role": "user", "content": "task"}, {"role": "assistant", "content": "Done."}]
+    first_id = (await say(world.sessions, caller(), chat(HELLO), "Hello.")).session_id  # and nothing that holds it
+    await say(world.sessions, caller(), chat(*task[:-1]), "Done.", "chatcmpl-2")
+    sessions = world.reopened() if left_memory == "restarted" else world.sessions
+    other = await say(sessions, caller(), chat(HELLO), "Hello.", "chatcmpl-3")
+    assert other.session_id != first_id
+    longer = await say(sessions, caller(), chat(*task, {"role": "user", "content": "private"}), "x", "chatcmpl-4")
+    assert longer.session_id == first_id
+    assert (await sessions.resolve(caller(), chat(*opening, HELLO))).session_id == other.session_id
+    assert len((await sessions.transcript(caller(), other.session_id)).turns) == 1
 
 
 async def test_the_same_words_from_another_principal_are_another_session(world: World) -> None:
@@ -754,6 +799,81 @@ async def test_a_turn_that_could_not_be_written_leaves_no_trace_and_the_next_one
     assert [(turn.number, turn.answer["content"]) for turn in transcript.turns] == [(1, "kept")]
 
 
+@pytest.mark.parametrize("first_turn", [False, True])
+@pytest.mark.parametrize("left_memory", [False, True])
+@pytest.mark.parametrize("error", [StoreUnavailable("x", cause="", remedy=""), asyncio.CancelledError()])
+async def test_a_turn_that_was_written_though_nobody_was_told_is_followed_by_the_next(
+    world: World, monkeypatch: pytest.MonkeyPatch, first_turn: bool, left_memory: bool, error: BaseException
+) -> None:
+    sessions, write = world.sessions, world.store.write
+    turn, longer = [chat(*[HELLO] * said, client_id="job") for said in (1, 2)]
+    if not first_turn:
+        await say(sessions, caller(), turn, "one", "chatcmpl-1")
+    session = await sessions.resolve(caller(), longer)
+    tier_key = await sessions.tier_key(session.tenant_label, session.lease_label)
+
+    async def write_and_lose_the_answer(changes: Sequence[Change]) -> None:
+        await write(changes)
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.store, "write", write_and_lose_the_answer)
+        with pytest.raises(type(error)):
+            await sessions.record(session, longer, outcome("lost", response="chatcmpl-2"))
+    assert await sessions.tier_key(session.tenant_label, session.lease_label) == tier_key
+    if left_memory:
+        del session
+        monkeypatch.setattr(registry, "_LIVE_SESSIONS", 1)
+        await sessions.resolve(caller(), chat(HELLO, client_id="another"))
+        gc.collect()
+    again = await say(sessions, caller(), longer, "kept", "chatcmpl-3")
+    transcript = await sessions.transcript(caller(), again.session_id)
+    assert [turn.answer["content"] for turn in transcript.turns] == [*([] if first_turn else ["one"]), "lost", "kept"]
+    assert [turn.number for turn in transcript.turns] == list(range(1, again._live.turns + 1))
+
+
+async def test_a_client_s_session_whose_first_turn_runs_is_found_however_many_begin_meanwhile(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_LIVE_SESSIONS", 4)
+    turn = chat(HELLO, client_id="long")
+    first = await world.sessions.resolve(caller(), turn)
+    for number in range(20):
+        await world.sessions.resolve(caller(), chat(HELLO, client_id=f"job-{number}"))
+    second = await world.sessions.resolve(caller(), turn)
+    assert second.session_id == first.session_id
+    for session in (first, second):
+        await world.sessions.record(session, turn, outcome("done"))
+
+
+async def test_a_client_s_session_that_another_gateway_began_meanwhile_is_gone_on_with(world: World) -> None:
+    turn = chat(HELLO, client_id="job")
+    mine = await world.sessions.resolve(caller(), turn)
+    theirs = await say(world.reopened(), caller(), turn, "theirs", "chatcmpl-1")
+    with pytest.raises(StoreConflict):
+        await world.sessions.record(mine, turn, outcome("mine"))
+    again = await say(world.sessions, caller(), turn, "again", "chatcmpl-2")
+    assert again.session_id == theirs.session_id
+    transcript = await world.sessions.transcript(caller(), theirs.session_id)
+    assert [turn.answer["content"] for turn in transcript.turns] == ["theirs", "again"]
+
+
+async def test_a_child_joins_the_tree_of_a_parent_whose_first_turn_was_not_written(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = chat(HELLO, client_id="parent")
+
+    async def fail(_: object) -> None:
+        raise StoreUnavailable("x", cause="", remedy="")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.store, "write", fail)
+        with pytest.raises(StoreUnavailable):
+            await say(world.sessions, caller(), turn, "Hello.")
+    child = await world.sessions.resolve(caller(), chat(HELLO, client_id="child", parent_client_id="parent"))
+    assert child.salt == (await say(world.sessions, caller(), turn, "Hello.")).salt
+
+
 async def test_a_first_turn_is_kept_however_many_sessions_begin_meanwhile(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -927,6 +1047,56 @@ async def test_a_session_that_is_forgotten_while_a_turn_looks_for_it_is_not_foun
     await sessions.record(session, turn, outcome("Hello again."))
     again = await sessions.resolve(caller(), turn) if by == "client_id" else session
     assert again.session_id == session.session_id
+
+
+def forgotten_after_the_next_read(world: World, monkeypatch: pytest.MonkeyPatch, session_id: str) -> None:
+    """Have a session go when its row was read and not opened yet."""
+    read, seen = world.store.read, itertools.count(1)
+
+    async def read_and_be_late(query: Callable[[Connection], Any]) -> Any:
+        found = await read(query)
+        if next(seen) == 1:
+            await world.sessions.forget(caller(), session_id)
+        return found
+
+    monkeypatch.setattr(world.store, "read", read_and_be_late)
+
+
+async def test_a_session_that_goes_while_all_are_listed_is_left_out(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, one, two, other = await family(world)
+    forgotten_after_the_next_read(world, monkeypatch, one.session_id)
+    left = await world.sessions.summaries(caller())
+    assert {each.session_id for each in left} == {parent.session_id, two.session_id, other.session_id}
+
+
+async def test_a_session_that_goes_while_its_tree_is_ended_is_left_out(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, one, two, _ = await family(world)
+    forgotten_after_the_next_read(world, monkeypatch, one.session_id)
+    ending = await world.sessions.ending(caller(), "job")
+    assert set(ending.session_ids) == {parent.session_id, two.session_id}
+
+
+@pytest.mark.parametrize("ask", ["summary", "transcript", "explanation", "forget"])
+async def test_a_session_that_goes_while_it_is_asked_for_is_not_there(
+    world: World, monkeypatch: pytest.MonkeyPatch, ask: str
+) -> None:
+    mine = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    forgotten_after_the_next_read(world, monkeypatch, mine.session_id)
+    with pytest.raises(UnknownSession):
+        await getattr(world.sessions, ask)(caller(), mine.session_id)
+
+
+async def test_a_session_that_is_there_and_whose_key_is_not_is_named(world: World) -> None:
+    mine = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    keys = tables.keys
+    await world.store.transact(lambda db: db.execute(delete(keys).where(keys.c.scope == mine.session_id)))
+    world.vault.forget(mine.session_id)
+    with pytest.raises(KeyMissing, match=mine.session_id):
+        await world.sessions.summaries(caller())
 
 
 # Keys of the engine's tiers
