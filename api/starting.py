@@ -34,25 +34,33 @@ async def record_start(services: Services, removed: Sequence[str]) -> None:
     if not services.vault.sealed:  # a key file opened it: nobody asked for that
         events.append(Event(VAULT_OPENED, SYSTEM, target=("vault", services.vault.root_id)))
     events += [Event(TENANT_REMOVED, SYSTEM, tenant_id=each, target=("tenant", each)) for each in removed]
+    said = ""
     while True:
         try:
             await tell_restores(services)
             await services.audit.record(*events, privileged=True)
             break
         except (HoldfastError, OSError) as error:
-            _LOG.error("the gateway's start is not recorded yet: %s", error)
+            said = _said_once("the gateway's start is not recorded yet", error, said)
             await asyncio.sleep(_AGAIN_S)
     await _sign(services)
 
 
 async def _sign(services: Services) -> None:
-    opened = services.audit.opened
+    opened, said = services.audit.opened, ""
     while not opened.is_set():
         if not services.vault.sealed:
             try:
                 await services.audit.sign()
             except (HoldfastError, OSError) as error:
-                _LOG.error("the audit log is not signed yet: %s", error)
+                said = _said_once("the audit log is not signed yet", error, said)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_AGAIN_S):
                 await opened.wait()
+
+
+def _said_once(what: str, why: Exception, said: str) -> str:
+    """Log why something failed, unless that was `said` last; what to give next time."""
+    if str(why) != said:
+        _LOG.error("%s: %s", what, why)
+    return str(why)

@@ -92,9 +92,12 @@ async def start(gateway: Gateway) -> None:
         await starting.record_start(gateway, [])  # type: ignore[arg-type]
 
 
-async def test_a_start_that_could_not_be_recorded_is_recorded_later_and_the_log_signed(tmp_path: Path) -> None:
+async def test_a_start_that_could_not_be_recorded_is_recorded_later_and_the_log_signed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     gateway = Gateway(tmp_path, record_fails=3, sign_fails=3)
     await start(gateway)
+    assert len(caplog.records) == 2, "each is said once"
     assert gateway.audit.told == ["gateway.started", "vault.opened"]
     assert gateway.audit.opened.is_set()
 
