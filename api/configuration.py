@@ -1,6 +1,10 @@
 """Tells the audit log, at each start, what is set otherwise than at the last one.
 
-Rule: what cannot be recorded now is recorded later, as long as the gateway runs; the next start compares with what was.
+Rules:
+
+- What cannot be recorded now is recorded later, as long as the gateway runs; the next start compares with what was.
+- What is recorded is not recorded again because the rest, or the copy that the next start compares with, found no room.
+  Nor does it take of what is kept for administrators.
 """
 
 import asyncio
@@ -18,6 +22,7 @@ from appliance.audit.configuration import (
     remember,
     weaknesses,
 )
+from appliance.audit.events import Event
 from appliance.errors import HoldfastError
 from appliance.vault import TamperedValue
 
@@ -30,9 +35,15 @@ async def tell_configuration(services: Services) -> None:
     """Record what changed since the last start, once the vault is open."""
     await services.audit.opened.wait()
     now = Configuration(effective(services.settings), await asyncio.to_thread(_model, services))
+    untold: list[Event] | None = None
     while True:
         try:
-            await _tell(services, now)
+            if untold is None:
+                untold = await _changes(services, now)
+            while untold:
+                await services.audit.record(*untold[:_AT_ONCE])
+                del untold[:_AT_ONCE]
+            await asyncio.to_thread(remember, services.audit.directory, services.vault, now)
         except (HoldfastError, OSError) as error:
             _LOG.warning("what is set otherwise than at the last start is not recorded yet: %s", error)
             await asyncio.sleep(_AGAIN_S)
@@ -40,16 +51,13 @@ async def tell_configuration(services: Services) -> None:
             return
 
 
-async def _tell(services: Services, now: Configuration) -> None:
-    audit, vault, weak = services.audit, services.vault, weaknesses(services.settings)
+async def _changes(services: Services, now: Configuration) -> list[Event]:
+    weak = weaknesses(services.settings)
     try:
-        before, why = await asyncio.to_thread(last_start, audit.directory, vault), ""
+        before, why = await asyncio.to_thread(last_start, services.audit.directory, services.vault), ""
     except TamperedValue as error:
         before, why = None, error.code
-    events = [recorded(now, weak, why=why)] if before is None else changes(before, now, weak)
-    for first in range(0, len(events), _AT_ONCE):
-        await audit.record(*events[first : first + _AT_ONCE], privileged=True)
-    await asyncio.to_thread(remember, audit.directory, vault, now)
+    return [recorded(now, weak, why=why)] if before is None else changes(before, now, weak)
 
 
 def _model(services: Services) -> Model:

@@ -38,22 +38,29 @@ async def keep_marks(services: Services) -> None:
     await services.audit.opened.wait()
     last = 0
     while True:
-        with contextlib.suppress(HoldfastError):
+        services.exports.changed.clear()
+        try:
             if last == 0:
                 last = await _compare(services)
             last = await mark(services, last)
+        except (HoldfastError, OSError) as error:
+            _LOG.warning("log and database are not marked: %s", error)
+            await asyncio.sleep(_EVERY_S)  # whatever changes meanwhile: what is full is full for a while
+            continue
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_EVERY_S):
                 await services.exports.changed.wait()
 
 
 async def tell_restores(services: Services) -> None:
-    """Record the restores that no start has recorded yet.
+    """Record the restores that no start has recorded yet; once, whatever becomes of their announcement.
 
     Raises:
         AuditUnavailable: they are recorded later.
     """
-    state_dir = services.settings.state_dir
+    state_dir, lifecycle = services.settings.state_dir, services.lifecycle
+    if lifecycle.restores_told:
+        return
     try:
         events = announced(state_dir)
     except (OSError, ValueError, TypeError) as error:
@@ -61,7 +68,11 @@ async def tell_restores(services: Services) -> None:
         return
     if events:
         await services.audit.record(*events, privileged=True)
-        await asyncio.to_thread(recorded, state_dir)
+        lifecycle.restores_told = True
+        try:
+            await asyncio.to_thread(recorded, state_dir)
+        except OSError as error:
+            _LOG.error("what a restore announced cannot be removed, and the next start records it again: %s", error)
 
 
 async def mark(services: Services, last: int) -> int:
@@ -72,7 +83,6 @@ async def mark(services: Services, last: int) -> int:
     """
     number = last + 1
     await remember(services.store, Marks(meant=number, made=last))
-    services.exports.changed.clear()
     counts = {"mark": number}
     if (version := services.exports.version) is not None:
         counts[DESTINATIONS] = version

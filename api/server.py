@@ -21,7 +21,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -44,27 +44,24 @@ from api.health import HEALTH_ROUTES, Health
 from api.kv_metrics import KvCollector, exposition
 from api.kv_watch import KvWatch, quarantined
 from api.listener import bounded_by
-from api.marking import keep_marks, tell_restores
+from api.marking import keep_marks
 from api.metrics import CONTENT_TYPE, Metrics
 from api.openai.errors import Draining
 from api.retaining import keep_retention
 from api.roots import open_root, read_seal
 from api.services import Lifecycle, Services
+from api.starting import record_start
 from api.tenant_names import tell_settings_of_nobody
 from api.tier_keys import key_of, strict_labels
 from api.turn_ends import TurnEnds
 from api.waiting import WaitingRoom
 from appliance.audit import AuditUnavailable, Event, NodeAudit
-from appliance.audit.configuration import digest, effective
 from appliance.audit.events import (
     ENGINE_LOST,
     ENGINE_READY,
-    GATEWAY_STARTED,
     GATEWAY_STOPPED,
     KV_QUARANTINED,
     SYSTEM,
-    TENANT_REMOVED,
-    VAULT_OPENED,
     Outcome,
 )
 from appliance.audit.siem.exports import Exports
@@ -161,7 +158,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         removed: list[str] = []
         with contextlib.suppress(HoldfastError):  # the next proof, or the next start, does it
             removed = await services.throwaways.remove_all()  # which a proof left that was cut off
-        tasks.create_task(_record_start(services, removed))
+        starting = tasks.create_task(record_start(services, removed))
         recording = tasks.create_task(_record_engine(services))
         alarming = tasks.create_task(_record_quarantines(services))
         marking = tasks.create_task(keep_marks(services))
@@ -195,6 +192,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         services.waiting.close()
         erasing.cancel()
         releasing.cancel()
+        starting.cancel()
         recording.cancel()
         alarming.cancel()
         marking.cancel()
@@ -213,26 +211,6 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
             last = await services.audit.record(Event(GATEWAY_STOPPED, SYSTEM), privileged=True)
         await services.exports.stop(None if last is None else last + 1)
         await services.audit.stop()
-
-
-async def _record_start(services: Services, removed: Sequence[str]) -> None:
-    """That the gateway begins. Where that cannot be recorded it begins and admits nothing: health says why.
-
-    Args:
-        removed: tenants of a proof that was cut off.
-    """
-    try:
-        await tell_restores(services)
-        details = {"pid": str(os.getpid()), "settings": digest(effective(services.settings))}
-        events = [Event(GATEWAY_STARTED, SYSTEM, details=details)]
-        if not services.vault.sealed:  # a key file opened it: nobody asked for that
-            events.append(Event(VAULT_OPENED, SYSTEM, target=("vault", services.vault.root_id)))
-        events += [Event(TENANT_REMOVED, SYSTEM, tenant_id=each, target=("tenant", each)) for each in removed]
-        await services.audit.record(*events, privileged=True)
-        if not services.vault.sealed:
-            await services.audit.sign()
-    except HoldfastError as error:
-        _LOG.error("%s", error)
 
 
 async def _keep_checking(services: Services) -> None:

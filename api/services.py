@@ -49,6 +49,7 @@ class Lifecycle:
         endpoint: the address that clients use, with the port that was really bound: `http://127.0.0.1:8321/v1`.
         draining: no new request is admitted; those that run are let finish.
         turns: those that run now.
+        restores_told: what restores announced is in the audit log; none is announced while a gateway runs.
         engine_changes: what the engine serves, each time that has changed; nothing: it is lost.
         placing: how many turns have been read and are about to run.
         bodies: what requests that arrive hold in memory.
@@ -60,6 +61,7 @@ class Lifecycle:
     started_at: float
     endpoint: str = ""
     draining: bool = False
+    restores_told: bool = False
     turns: set[Interruptible] = field(default_factory=set)
     engine_changes: "asyncio.Queue[list[str]]" = field(default_factory=asyncio.Queue)
     placing: int = 0

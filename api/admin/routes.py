@@ -332,28 +332,43 @@ async def _unseal(request: Request, services: ServicesOf, asker: AskerOf) -> typ
     passphrase = bytearray(await request.body())
     try:
         async with request.app.state.unsealing:
-            if not services.vault.sealed:
-                return types.VaultState(sealed=False, changed=False)
-            root = await asyncio.to_thread(open_root, services.settings.state_dir, passphrase)
-            services.vault.open(root)
+            changed = services.vault.sealed
+            if changed:
+                await _open(services, asker, passphrase)
+            if changed or not services.audit.opened.is_set():
+                await services.audit.sign()
+    finally:
+        passphrase[:] = bytes(len(passphrase))
+    return types.VaultState(sealed=False, changed=changed)
+
+
+async def _open(services: Services, asker: Asker, passphrase: bytearray) -> None:
+    """Open the vault; where that cannot be recorded it is sealed again."""
+    try:
+        root = await asyncio.to_thread(open_root, services.settings.state_dir, passphrase)
+        services.vault.open(root)
     except HoldfastError as error:
         await asker.did(VAULT_REFUSED, ("vault", ""), outcome=Outcome.REFUSED, reason=error.code)
         raise
-    finally:
-        passphrase[:] = bytes(len(passphrase))
-    await asker.did(VAULT_OPENED, ("vault", services.vault.root_id))
-    await services.audit.sign()
-    return types.VaultState(sealed=False, changed=True)
+    try:
+        await asker.did(VAULT_OPENED, ("vault", services.vault.root_id))
+    except BaseException:
+        _close(services)
+        raise
 
 
 async def _seal(services: ServicesOf, asker: AskerOf) -> types.VaultState:
     changed = not services.vault.sealed
     if changed:
         await asker.did(VAULT_SEALED, ("vault", services.vault.root_id))
+    _close(services)
+    return types.VaultState(sealed=True, changed=changed)
+
+
+def _close(services: Services) -> None:
     services.vault.seal()
     if services.engine_process is not None:
         services.engine_process.forget_keys()
-    return types.VaultState(sealed=True, changed=changed)
 
 
 async def _rotate(wanted: types.KeysToRotate, services: ServicesOf, asker: AskerOf) -> types.RotatedKeys:

@@ -21,6 +21,7 @@ from api.kv_watch import troubles
 from api.roots import read_seal
 from api.services import Services
 from api.tenant_names import settings_of_nobody
+from appliance.audit import AuditUnavailable
 from appliance.audit.witnessing import largest_witnessed
 from appliance.engine.launcher import EngineProcess, EngineState
 from appliance.errors import HoldfastError
@@ -104,10 +105,17 @@ async def audit_status(services: Services) -> types.AuditStatus:
     """The audit log now.
 
     Raises:
-        AuditUnavailable: there is no appender to ask.
+        AuditUnavailable: there is no appender to ask, or it does not answer in time.
     """
-    async with asyncio.timeout(_DEADLINE_S):
-        said = await services.audit.status()
+    try:
+        async with asyncio.timeout(_DEADLINE_S):
+            said = await services.audit.status()
+    except TimeoutError:
+        raise AuditUnavailable(
+            "it is not known how the audit log is",
+            cause=f"its appender did not answer within {_DEADLINE_S:g} s",
+            remedy="Ask again in a moment: it waits for its disk, or begins; `holdfast logs gateway` says more",
+        ) from None
     error = services.audit.error or said["error"]
     retention = services.audit.retention
     oldest = retention.oldest
@@ -139,9 +147,8 @@ async def _audit(services: Services) -> types.Part:
         return types.Part(name="audit", state="failed", detail=f"nothing is admitted: {error['cause']}")
     try:
         said = await audit_status(services)
-    except (HoldfastError, TimeoutError) as failure:
-        told = str(failure) or f"its appender did not answer within {_DEADLINE_S:g} s"
-        return types.Part(name="audit", state="failed", detail=told)
+    except HoldfastError as failure:
+        return types.Part(name="audit", state="failed", detail=str(failure))
     age = "none yet" if said.checkpoint_age_s is None else f"{said.checkpoint_age_s:.0f} s old"
     detail = f"{said.size} entries; last checkpoint {age}, of {said.checkpoint_size} entries"
     if said.restored is not None:

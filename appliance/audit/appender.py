@@ -176,7 +176,8 @@ class Appender:
         return self._poll.poll(self._wait_s())
 
     def _wait_s(self) -> float:
-        if self._sign is None or self._dirty_since is None:
+        # What is being written wakes the loop when it is done: until then no other checkpoint can begin.
+        if self._sign is None or self._dirty_since is None or self._writing is not None:
             return 1.0
         now = self._monotonic()
         return max(0.0, min(1.0, max(self._dirty_since + _CHECKPOINT_S, self._try_again_at) - now))

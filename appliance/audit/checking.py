@@ -5,7 +5,8 @@
 Rules:
 
 - What was changed on the disk is found within a day, without anybody asking: it is an alarm, until a check finds the
-  log whole, and an event. A log that could not be looked at is an alarm, and no event: nobody changed it.
+  log whole, and an event. A log that could not be looked at is an alarm, and no event: nobody changed it. It is looked
+  at again soon.
 - The key is the vault's, not the folder's: whoever changes the log can change `log.vkey`, too. It is at least as long
   as its appender says that its checkpoint is.
 - It reads in a process of its own, which gives way to everybody else: nobody's request waits for it.
@@ -51,11 +52,13 @@ class Checked(NamedTuple):
         at: when it ended, by the monotonic clock; seconds.
         size: how many entries are as they were written; 0 where some are not.
         error: what is wrong, or why it could not be looked at; None: the log is whole.
+        looked_at: the log was read to where it is wrong, or to its end.
     """
 
     at: float
     size: int
     error: ErrorRecord | None
+    looked_at: bool
 
 
 class Checking:
@@ -91,7 +94,8 @@ class Checking:
             except OSError as error:  # no process can be started now: not the end of the gateway
                 _LOG.warning("the audit log could not be checked: %s", error.strerror)
             else:
-                pause_s = _EVERY_S
+                if self.last is not None and self.last.looked_at:
+                    pause_s = _EVERY_S
 
     async def check(self) -> None:
         """Check it now.
@@ -103,12 +107,13 @@ class Checking:
         said = await self._trail.checkpoint()
         found = await self._verified(said["public_key"], said["checkpoint_size"])
         error: ErrorRecord | None = found.get("error")
-        self.last = Checked(self._monotonic(), found.get("size", 0), error)
+        looked_at = error is None or "sequence" in found
+        self.last = Checked(self._monotonic(), found.get("size", 0), error, looked_at)
         if error is None:
             self._is_told = False
             return
         _LOG.error("%s", self.alarm)
-        if "sequence" in found and not self._is_told:
+        if looked_at and not self._is_told:
             counts = {} if found["sequence"] is None else {"first": found["sequence"]}
             event = Event(LOG_TAMPERED, SYSTEM, Outcome.FAILURE, reason=error["code"], counts=counts)
             await self._trail.record(event, privileged=True)

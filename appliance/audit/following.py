@@ -9,14 +9,15 @@ Rules:
 
 import bisect
 import os
+from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from appliance.audit.files import open_regular, read_file
 from appliance.audit.journal import FRAMES_AT, Frame, first_sequence, frames_of
-from appliance.audit.log import CHECKPOINT, JOURNAL, record_path
+from appliance.audit.log import CHECKPOINT, JOURNAL
 from appliance.audit.notes import decode_note, size_of_note
-from appliance.audit.reading import LogUnreadable, hashes_of, read_bundle, unreadable
+from appliance.audit.reading import LogUnreadable, hashes_of, is_kept, read_bundle, unreadable
 from appliance.audit.tree import TILE_WIDTH, Frontier, leaf_hash
 
 _READ_BYTES: Final = 256 << 10  # of the journal at once: more than the longest frame
@@ -89,7 +90,7 @@ class LogFollower:
         """The first entry from `first` on that is still there: those before it were removed, by whom verification says.
 
         Raises:
-            LogUnreadable: the journal cannot be read.
+            LogUnreadable: that cannot be seen.
         """
         path = self._directory / JOURNAL
         try:
@@ -98,15 +99,13 @@ class LogFollower:
                 base = first_sequence(descriptor)
             finally:
                 os.close(descriptor)
-            if first >= base or self._is_kept(first // TILE_WIDTH):
-                return first
-            bundles = range(first // TILE_WIDTH, base // TILE_WIDTH)
-            return (bundles.start + bisect.bisect_left(bundles, True, key=self._is_kept)) * TILE_WIDTH
         except OSError as error:
             raise unreadable(path, error) from None
-
-    def _is_kept(self, bundle: int) -> bool:
-        return (self._directory / record_path(bundle)).exists()  # a removal takes the records first
+        kept = partial(is_kept, self._directory)
+        if first >= base or kept(first // TILE_WIDTH):
+            return first
+        bundles = range(first // TILE_WIDTH, base // TILE_WIDTH)
+        return (bundles.start + bisect.bisect_left(bundles, True, key=kept)) * TILE_WIDTH
 
     def peaks(self, size: int) -> tuple[bytes, ...]:
         """The roots of the complete subtrees of the first `size` entries, which a checkpoint names.

@@ -97,15 +97,15 @@ class NodeAudit:
         """Have checkpoints signed from now on. The vault must be open.
 
         Raises:
-            HoldfastError: the key cannot be had; what is recorded is kept, unsigned.
+            HoldfastError: the key cannot be had, or handed to the appender; what is recorded is kept, unsigned.
         """
         try:
             key = await asyncio.to_thread(signing_key, self.directory, self._vault)
+            await self._recorder.sign_with(key.to_bytes())
         except HoldfastError as error:
             self._signing_error = error.record()
             raise
         self._signing_error = None
-        await self._recorder.sign_with(key.to_bytes())
         self.opened.set()
 
     async def record(self, *events: Event, privileged: bool = False) -> int:

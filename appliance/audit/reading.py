@@ -83,7 +83,11 @@ class LogReader:
 
     @property
     def oldest(self) -> int:
-        """The first entry that is still there. Those before it were removed; by whom, verification says."""
+        """The first entry that is still there. Those before it were removed; by whom, verification says.
+
+        Raises:
+            LogUnreadable: that cannot be seen.
+        """
         bundles = range(self._base // TILE_WIDTH)
         if not bundles or self._is_kept(0):
             return 0
@@ -153,8 +157,7 @@ class LogReader:
             raise unreadable(path, error) from None
 
     def _is_kept(self, bundle: int) -> bool:
-        # A removal takes the records first.
-        return (self._directory / record_path(bundle)).exists()
+        return is_kept(self._directory, bundle)
 
     def _bundle(self, index: int) -> list[Frame]:
         frames = self._bundles.get(index)
@@ -192,6 +195,19 @@ def read_wider(directory: Path, name_of: Callable[[int], str], width: int) -> by
         with contextlib.suppress(OSError):
             return read_file(directory / name_of(more))
     return None
+
+
+def is_kept(directory: Path, bundle: int) -> bool:
+    """Whether the log in `directory` still has a full bundle.
+
+    Raises:
+        LogUnreadable: that cannot be seen.
+    """
+    path = directory / record_path(bundle)  # a removal takes the records first
+    try:
+        return path.exists()
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def read_bundle(directory: Path, index: int) -> list[Frame]:

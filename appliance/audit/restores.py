@@ -3,7 +3,8 @@
 Rules:
 
 - It is done while nothing runs, so it leaves an announcement in the state that it puts in place, by the same rename.
-  The next start records it and then takes the announcement away; one that is killed in between records it twice.
+  The next start records it and then takes the announcement away; where one is killed in between, or cannot take it
+  away, the start after that records it again.
 - Whoever may write the state directory can announce a restore. What nobody can do is restore unseen: the event stays.
 - An announcement speaks of one database, by the mark that this means to make. Another older copy is not covered by it.
 """

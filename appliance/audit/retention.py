@@ -10,7 +10,8 @@ Rules:
 - What is removed is the beginning of the log, whole bundles, each of whose entries is old enough; only what a signed
   checkpoint names, the journal has let go of, and no destination still needs.
 - First the event, then a signed checkpoint that names it, then the files, in their order. Whoever ends the run in
-  between leaves a log that verifies; the next run goes on.
+  between leaves a log that verifies; the next run goes on. The event may take of an administrator's reserve, as a
+  removal makes room; so it is recorded once, however often the checkpoint has to be tried.
 - The event is in plaintext: verification, which has no key, tells by it what was removed rightfully. What retention
   finds missing it did not remove: it tells of it, and counts it apart in its own events.
 """
@@ -172,6 +173,8 @@ class Retention:
         self.oldest: tuple[int, int] | None = None
         self._last: Removal | None = None
         self._searched_to = 0
+        self._announced: tuple[int, Plan] | None = None  # the newest event, and what it says
+        self._missing: tuple[int, int] | None = None  # what the alarm tells of: from, and up to
 
     async def run(self) -> Removal | None:
         """Remove what is old enough, if it is time; what was removed. To be called every hour or so.
@@ -187,12 +190,11 @@ class Retention:
             await self._remove(oldest, rightful)
             await asyncio.to_thread(self._look_at_oldest, log)
             return removed
-        if oldest > rightful:
-            await self._tell_missing(rightful, oldest)
+        await self._look_for_missing(rightful, oldest)
         plan = await asyncio.to_thread(self._plan, log, removed)
         if plan is None:
             return None
-        sequence = await self._trail.record(plan.event(self.days), privileged=True)
+        sequence, plan = await self._announce(plan)
         said = await self._trail.checkpoint()
         if said["checkpoint_size"] <= sequence:
             raise RemovalUnsigned(
@@ -247,14 +249,30 @@ class Retention:
         root = root_of(log.hashes(), log.published)
         return Plan(first, end * TILE_WIDTH, missing, log.published, root)
 
-    async def _tell_missing(self, first: int, oldest: int) -> None:
-        if self.alarm:
+    async def _announce(self, plan: Plan) -> tuple[int, Plan]:
+        """The event of a removal, and what it says: what was announced and fits goes on."""
+        if self._announced is not None:
+            sequence, announced = self._announced
+            same = (announced.first, announced.missing) == (plan.first, plan.missing)
+            if same and announced.kept_from <= plan.kept_from:
+                return sequence, announced
+        self._announced = await self._trail.record(plan.event(self.days), privileged=True), plan
+        return self._announced
+
+    async def _look_for_missing(self, rightful: int, oldest: int) -> None:
+        """Tell of each loss once. The alarm ends when everything is back."""
+        if self._missing is not None and oldest <= self._missing[0]:
+            self._missing, self.alarm = None, ""
+        told_to = 0 if self._missing is None else self._missing[1]
+        if oldest <= max(rightful, told_to):
             return
-        told = f"the entries from {first} to {oldest - 1} of the audit log are gone, and retention did not remove them"
-        counts = {"first": first, "last": oldest - 1, "count": oldest - first}
+        counts = {"first": rightful, "last": oldest - 1, "count": oldest - rightful}
         await self._trail.record(Event(ENTRIES_MISSING, SYSTEM, Outcome.FAILURE, counts=counts), privileged=True)
-        self.alarm = told
-        _LOG.warning("%s", told)
+        self._missing = rightful, oldest
+        self.alarm = (
+            f"the entries from {rightful} to {oldest - 1} of the audit log are gone, and retention did not remove them"
+        )
+        _LOG.warning("%s", self.alarm)
 
     async def _remove(self, oldest: int, kept_from: int) -> None:
         # The bundle before the oldest may have lost its records and not its entries.

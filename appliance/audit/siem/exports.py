@@ -354,6 +354,12 @@ class Exports:
                 cause=f"{path}: {told}",
                 remedy="Move the folder away and add them again: `holdfast audit export add`",
             ) from None
+        except HoldfastError as error:  # the database, which has the key
+            raise DestinationsUnreadable(
+                "the destinations of the audit log cannot be checked now",
+                cause=f"{path}: {error.message}: {error.cause}",
+                remedy=error.remedy,
+            ) from None
         return found
 
     def _refuse_unread(self, *, unless_gone: bool = False) -> None:

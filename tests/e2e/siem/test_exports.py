@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -22,6 +23,9 @@ from appliance.audit.siem.exports import DestinationsUnreadable, Exports
 from appliance.audit.siem.files import read_in_time
 from appliance.audit.siem.saved import save
 from appliance.audit.siem.transport import ExportUnusable
+from appliance.errors import HoldfastError
+from appliance.store.errors import StoreUnavailable
+from appliance.vault import VaultSealed
 from tests.e2e.siem.shipping import until
 from tests.unit.audit.making import KEY, Keys, make_log, open_log, sign
 
@@ -189,6 +193,59 @@ async def test_where_the_destinations_cannot_be_read_nothing_is_changed_until_th
         assert (exports.names, exports.needed_from()) == (["soc"], 0)
         await until(lambda: exports.view("soc").delivered == ENTRIES)
         assert exports.needed_from() == ENTRIES
+    finally:
+        await exports.stop(ENTRIES)
+
+
+async def test_a_database_that_does_not_answer_when_the_vault_was_opened_delays_the_export_and_nothing_else(
+    node: Node,
+) -> None:
+    class Failing(Keys):
+        refusals: ClassVar[list[HoldfastError]] = [
+            VaultSealed(),
+            StoreUnavailable("the database cannot be used", cause="connection reset", remedy="It is tried again"),
+        ]
+
+        def audit_secret(self, key_id: bytes, label: str, *parts: bytes) -> bytes:
+            if self.refusals:
+                raise self.refusals.pop(0)
+            return super().audit_secret(key_id, label, *parts)
+
+    first = node.exports()
+    first.start()
+    await first.add(node.diode("soc"))
+    await first.stop(ENTRIES)
+    exports = Exports(node.state, node.state / "audit", size=_size, keys=Failing())
+    exports.start()
+    try:
+        assert "sealed" in (exports.unreadable or {"cause": ""})["cause"]
+        await until(lambda: exports.unreadable is None)
+        assert exports.names == ["soc"]
+        await until(lambda: exports.view("soc").delivered == ENTRIES)
+    finally:
+        await exports.stop(ENTRIES)
+
+
+async def test_a_database_that_does_not_answer_at_the_start_does_not_end_it(node: Node) -> None:
+    class Failing(Keys):
+        fails = True
+
+        def audit_secret(self, key_id: bytes, label: str, *parts: bytes) -> bytes:
+            if self.fails:
+                raise StoreUnavailable("the database cannot be used", cause="connection reset", remedy="Wait")
+            return super().audit_secret(key_id, label, *parts)
+
+    saved = node.state / "siem" / "destinations.json"
+    saved.parent.mkdir(mode=0o700)
+    save(saved, [node.diode("soc")], 1, Keys())
+    keys = Failing()
+    exports = Exports(node.state, node.state / "audit", size=_size, keys=keys)
+    exports.start()
+    try:
+        assert "connection reset" in (exports.unreadable or {"cause": ""})["cause"]
+        keys.fails = False
+        await until(lambda: exports.unreadable is None)
+        assert exports.names == ["soc"]
     finally:
         await exports.stop(ENTRIES)
 

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from appliance.audit import appender as module
 from appliance.audit import protocol
 from appliance.audit.appender import Appender
+from appliance.audit.log import AuditLog, Publication
 from appliance.audit.protocol import Message
 from appliance.audit.reading import LogReader
 from tests.unit.audit.making import KEY, drafts, open_log
@@ -129,6 +131,26 @@ def test_what_is_in_bundles_alone_is_not_repeated_either(tmp_path: Path, kind: i
     again.ask(kind, protocol.pack_drafts(drafts([4000])))
     assert again.log.size == 5001
     again.close()
+
+
+def test_while_a_checkpoint_is_written_the_loop_waits_for_it_however_old_the_next_one_is(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, write = threading.Event(), AuditLog.write
+
+    def slowly(log: AuditLog, publication: Publication, note: str) -> None:
+        assert written.wait(60.0)
+        write(log, publication, note)
+
+    monkeypatch.setattr(AuditLog, "write", slowly)
+    loop.append(1)
+    loop.ask(protocol.SIGNING_KEY, KEY.to_bytes())
+    assert loop.appender._writing is not None
+    loop.append(1)
+    loop.now_s += 61.0
+    assert loop.appender._wait_s() == 1.0
+    written.set()
+    assert [loop.signed(), loop.signed()] == [1, 2]
 
 
 def test_it_looks_about_only_for_who_asks_at_once_again_and_sleeps_then(loop: Loop) -> None:

@@ -2,10 +2,12 @@
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from appliance.audit import checking as module
 from appliance.audit.checking import Checking
 from appliance.audit.events import LOG_TAMPERED, Event
 from appliance.audit.notes import SigningKey
@@ -101,6 +103,36 @@ async def test_what_could_not_be_recorded_is_recorded_by_the_next_check(director
     assert checking.alarm
     await checking.check()
     assert [event.kind for event in trail.recorded] == [LOG_TAMPERED]
+
+
+async def test_a_log_that_could_not_be_looked_at_is_looked_at_again_soon(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawn = asyncio.create_subprocess_exec
+    pauses_s: list[float] = []
+    alarms: list[bool] = []
+
+    async def killed_once(*command: str, **named: Any) -> asyncio.subprocess.Process:
+        process = await spawn(*command, **named)
+        if len(pauses_s) == 1:
+            process.kill()
+        return process
+
+    async def pause(seconds: float) -> None:
+        pauses_s.append(seconds)
+        alarms.append(bool(checking.alarm))
+        if len(pauses_s) == 4:
+            raise asyncio.CancelledError
+        if len(pauses_s) == 3:
+            (directory / "tile/entries/001").unlink()
+
+    known = {**vars(asyncio), "create_subprocess_exec": killed_once, "sleep": pause}
+    monkeypatch.setattr(module, "asyncio", SimpleNamespace(**known))
+    checking = Checking(Trail(600), directory)
+    with pytest.raises(asyncio.CancelledError):
+        await checking.run()
+    assert pauses_s == [60.0, 600.0, 86_400.0, 86_400.0]
+    assert alarms == [False, True, False, True], "what was changed is no reason for haste: nobody has put it right"
 
 
 async def test_a_check_that_is_broken_off_leaves_no_process(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

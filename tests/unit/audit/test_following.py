@@ -1,7 +1,10 @@
 """Following a log that goes on being written."""
 
+import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,3 +81,23 @@ def test_entries_that_the_journal_lacks_are_named_with_what_to_do(tmp_path: Path
         LogFollower(tmp_path).frames(30, 40, most=10)
     assert "ends before entry 30, which its appender has written" in refused.value.cause
     assert "audit verify" in refused.value.remedy
+
+
+@pytest.mark.parametrize("oldest", [lambda log: LogReader(log).oldest, lambda log: LogFollower(log).oldest(0)])
+def test_a_bundle_that_cannot_be_looked_for_is_no_bundle_that_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oldest: Callable[[Path], int]
+) -> None:
+    make_log(tmp_path, _MANY, batch=200)
+    assert LogReader(tmp_path).bundled > 0
+    stat = os.stat
+
+    def refused(path: Any, *args: Any, **named: Any) -> os.stat_result:
+        if str(path).startswith(str(tmp_path / "record")):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return stat(path, *args, **named)
+
+    assert oldest(tmp_path) == 0
+    monkeypatch.setattr(os, "stat", refused)
+    with pytest.raises(LogUnreadable) as unreadable:
+        oldest(tmp_path)
+    assert unreadable.value.cause == f"{tmp_path / 'record' / '000'}: Permission denied"

@@ -156,6 +156,33 @@ def test_what_is_older_than_the_retention_is_removed_and_the_rest_holds(node: No
     assert node.retention.oldest == (1280, LogReader(node.directory).entry(1280).wall_ns)
 
 
+def test_a_removal_is_announced_once_however_often_its_checkpoint_fails(node: Node) -> None:
+    node.signs = False
+    for _ in range(3):
+        with pytest.raises(RemovalUnsigned):
+            node.run()
+    (announced,) = node.events(ENTRIES_REMOVED.number)
+    assert _bundles(node.directory, "record")[0] == 0
+    node.signs = True
+    removed = node.run()
+    assert removed is not None
+    assert (removed.sequence, removed.kept_from) == (announced, 1280)
+    assert _bundles(node.directory, "record")[0] == 5
+    assert verify_log(node.directory, VERIFIER).removed is not None
+
+
+def test_an_announced_removal_is_not_done_where_a_destination_has_come_to_need_it(node: Node) -> None:
+    node.signs = False
+    with pytest.raises(RemovalUnsigned):
+        node.run()
+    node.signs = True
+    node.retention.needed_from = lambda: 512
+    removed = node.run()
+    assert removed is not None
+    assert removed.kept_from == 512
+    assert _bundles(node.directory, "record")[0] == 2
+
+
 def test_an_entry_goes_within_a_day_of_being_old_and_not_before(node: Node) -> None:
     node.live(100)
     ages = []
@@ -465,6 +492,47 @@ def test_retention_tells_of_what_it_finds_missing_and_never_owns_it(node: Node) 
     assert found.removed is not None
     assert found.removed.missing == 512
     assert found.removed.said_by > removed.sequence
+
+
+def _take(node: Node, bundles: int) -> None:
+    for bundle in range(bundles):
+        for name in (f"record/{bundle:03d}", f"tile/entries/{bundle:03d}"):
+            (node.directory / name).rename(node.directory / f"taken-{name.replace('/', '-')}")
+
+
+def _put_back(node: Node, bundles: int) -> None:
+    for bundle in range(bundles):
+        for name in (f"record/{bundle:03d}", f"tile/entries/{bundle:03d}"):
+            (node.directory / f"taken-{name.replace('/', '-')}").rename(node.directory / name)
+
+
+def test_the_alarm_ends_when_what_was_missing_is_back_and_another_loss_is_another_event(node: Node) -> None:
+    node.retention.days = 1000
+    _take(node, 2)
+    node.run()
+    assert "from 0 to 511" in node.retention.alarm
+    _put_back(node, 2)
+    node.run()
+    assert node.retention.alarm == ""
+    _take(node, 2)
+    node.run()
+    _put_back(node, 2)
+    _take(node, 4)
+    for _ in range(2):
+        node.run()
+        assert "from 0 to 1023" in node.retention.alarm
+    node.log.publish(sign)
+    assert len(node.events(ENTRIES_MISSING.number)) == 3
+
+
+def test_the_alarm_of_what_is_gone_does_not_end_because_its_time_has_come(node: Node) -> None:
+    _take(node, 2)
+    removed = node.run()
+    assert removed is not None
+    assert (removed.kept_from, removed.missing) == (1280, 512)
+    node.live(5)
+    node.run()
+    assert "from 0 to 511" in node.retention.alarm
 
 
 def test_a_hole_stops_retention(node: Node) -> None:

@@ -1,0 +1,133 @@
+"""The marks of log and database: what fails is tried again, after a pause, and ends nothing."""
+
+import asyncio
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from api import marking
+from appliance.audit.events import STORE_MARKED, Event
+from appliance.audit.marks import Marks
+from appliance.store.errors import StoreFull
+from tests.unit.api.pauses import Enough, Pauses
+from tests.unit.audit.making import Keys, make_log
+
+pytestmark = pytest.mark.anyio
+EVERY_S = 60.0
+MOST_TRIES = 10
+
+
+class Store:
+    """A database that remembers marks; or has no room for them."""
+
+    def __init__(self) -> None:
+        self.marks = Marks(0, 0)
+        self.full = False
+        self.tries = 0
+
+    async def read(self, _: Callable[..., Any]) -> Marks:
+        return self.marks
+
+    async def transact(self, write: Callable[[Any], None]) -> None:
+        self.tries += 1
+        assert self.tries < MOST_TRIES, "it is tried without a pause"
+        if self.full:
+            raise StoreFull("the database cannot be written", cause="no room", remedy="Make room")
+        write(self)
+
+    def execute(self, statement: Any) -> None:
+        values = statement.compile().params
+        if "value" in values:
+            self.marks = Marks(*json.loads(values["value"]))
+
+
+class Audit(SimpleNamespace):
+    """A log in a list; `told`: what is called with each of its events."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory=directory, opened=asyncio.Event(), older="", events=[], told=lambda _: None)
+        self.opened.set()
+
+    async def record(self, *events: Event, privileged: bool = False) -> int:
+        self.events += events
+        for event in events:
+            self.told(event)
+        return 0
+
+
+@pytest.fixture
+def services(tmp_path: Path) -> Any:
+    make_log(tmp_path / "audit", 5000, batch=250)  # the journal let go of the first bundles
+    return SimpleNamespace(
+        audit=Audit(tmp_path / "audit"),
+        store=Store(),
+        vault=Keys(),
+        settings=SimpleNamespace(state_dir=tmp_path),
+        lifecycle=SimpleNamespace(restores_told=False),
+        exports=SimpleNamespace(changed=asyncio.Event(), version=3),
+    )
+
+
+async def test_a_folder_that_cannot_be_looked_into_ends_nothing_and_is_tried_again(
+    services: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    records, stat = str(services.audit.directory / "record"), os.stat
+
+    def refused(path: Any, *args: Any, **named: Any) -> os.stat_result:
+        if str(path).startswith(records):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return stat(path, *args, **named)
+
+    monkeypatch.setattr(os, "stat", refused)
+    pauses = Pauses(monkeypatch, marking, most=2)
+    with pytest.raises(Enough):
+        await marking.keep_marks(services)
+    assert pauses.slept_s == [EVERY_S] * 2
+    assert services.audit.events == []
+    assert "Input/output error" in caplog.text
+
+
+async def test_any_error_of_the_system_is_tried_again(services: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refused(_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    services.store.read = refused
+    pauses = Pauses(monkeypatch, marking, most=2)
+    with pytest.raises(Enough):
+        await marking.keep_marks(services)
+    assert pauses.slept_s == [EVERY_S] * 2
+
+
+async def test_what_fails_is_tried_once_a_minute_though_the_destinations_have_changed(
+    services: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services.store.full = True
+    services.exports.changed.set()
+    pauses = Pauses(monkeypatch, marking, most=3)
+    with pytest.raises(Enough):
+        await marking.keep_marks(services)
+    assert pauses.slept_s == [EVERY_S] * 3
+    assert services.store.tries == 3
+
+
+async def test_destinations_that_change_while_a_mark_is_made_are_marked_at_once(services: Any) -> None:
+    marks: asyncio.Queue[int] = asyncio.Queue()
+
+    def told(event: Event) -> None:
+        assert event.kind is STORE_MARKED
+        if event.counts["mark"] == 1:
+            services.exports.version = 4
+            services.exports.changed.set()
+        marks.put_nowait(int(event.counts["destinations"]))
+
+    services.audit.told = told
+    marking_task = asyncio.create_task(marking.keep_marks(services))
+    async with asyncio.timeout(30):
+        assert [await marks.get(), await marks.get()] == [3, 4]
+    marking_task.cancel()
