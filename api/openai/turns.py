@@ -545,8 +545,11 @@ class Turns:
 
     def _explained(self, running: Running, error: HoldfastError) -> HoldfastError:
         """The error that a client is told for one that the engine or its client raised."""
+        watch = self._services.watch
         if isinstance(error, EngineUnavailable | EngineLost):
-            self._services.watch.missed()
+            watch.missed()
+        if isinstance(error, EngineUnavailable):
+            return engine_not_ready(watch.summary, for_good=watch.failed)
         if isinstance(error, EngineRejected):
             return _refusal(error, running.session, running.asked.turn.kind)
         return error

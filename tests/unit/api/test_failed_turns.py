@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import gc
 import json
+import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,8 +55,12 @@ class Answer:
     """What a client got until now."""
 
     status: int = 0
-    session: bytes = b""
+    headers: Mapping[bytes, bytes] = field(default_factory=dict)
     body: bytes = b""
+
+    @property
+    def session(self) -> bytes:
+        return self.headers[b"x-session-id"]
 
 
 @dataclass(slots=True)
@@ -88,7 +93,7 @@ class Gateway:
 
         async def send(message: Any) -> None:
             if message["type"] == "http.response.start":
-                answer.status, answer.session = message["status"], dict(message["headers"])[b"x-session-id"]
+                answer.status, answer.headers = message["status"], dict(message["headers"])
             else:
                 answer.body += message["body"]
 
@@ -233,6 +238,18 @@ async def test_what_the_engine_fails_of_one_client_is_refused_to_nobody_else(gat
         failed = await gateway.ask(stub(plan), stream=stream)
         assert b"error" in failed.body
         assert (await gateway.ask(HELLO)).status == 200, plan
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engine_that_is_found_gone_is_one_that_is_not_ready(gateway: Gateway, stream: bool) -> None:
+    await gateway.services.engine.close()  # its connections, which would outlast it
+    os.unlink("engine.sock")  # noqa: PTH108  (a path's is for a thread)
+    assert gateway.services.watch.ready, "nobody has missed it yet"
+    refused = await gateway.ask(HELLO, stream=stream)
+    assert (refused.status, refused.headers[b"retry-after"]) == (503, b"2")
+    assert json.loads(refused.body)["error"]["code"] == "engine_starting"
+    assert b"engine.sock" not in refused.body
+    await until(lambda: not gateway.services.watch.ready)
 
 
 def unavailable(*_: object) -> None:
