@@ -40,6 +40,7 @@ class Live:
     continued_by: "weakref.ref[Continuation] | None" = None
     stored: bool = False
     forgotten: bool = False
+    unsure: bool = False  # whether its latest turn was written is known to the store alone
     ran_until_s: float | None = None  # when its latest turn ended, by a clock that nobody sets, if it ran here
     is_over: bool = False  # its client has said so, and nothing of it was written down since
     ends: int = 0  # how often its client has said so while it was in memory

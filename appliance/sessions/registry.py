@@ -13,7 +13,8 @@ Rules:
 - A session's key is made when its first turn is written down: what can be dropped from memory before it is stored would
   take the turn with it.
 - The first session of a tree has the tree's name for its own: that outlives whatever else is forgotten.
-- A turn is durable, whole and encrypted when `record` returns, and not there at all when it raises.
+- A turn is durable, whole and encrypted when `record` returns. Where it raises it is not there at all, unless the store
+  could not say: what is in memory of its session is believed no more, and the store is asked before the next turn.
 - What is remembered between turns is bounded, and can be lost without losing anything but speed.
 
 One gateway owns a session at a time; the numbers of its turns are given out under the session's own lock.
@@ -27,7 +28,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from sqlalchemy import Connection, func, select
 from sqlalchemy.engine import RowMapping
@@ -68,6 +69,19 @@ class SessionForgotten(HoldfastError):
     fault: ClassVar[Fault] = Fault.CONFLICT
 
 
+class _Stored(NamedTuple):
+    """A session in the store.
+
+    Attributes:
+        epoch: of its tree.
+        answered: the number of its latest turn that the engine finished; 0: none.
+    """
+
+    epoch: int
+    turns: int
+    answered: int
+
+
 class Registry(Archive):
     """An archive that also finds the sessions of turns, and writes turns down.
 
@@ -95,7 +109,8 @@ class Registry(Archive):
         self._random_bytes = random_bytes
         self._live: weakref.WeakValueDictionary[str, Live] = weakref.WeakValueDictionary()
         self._recent: OrderedDict[str, Live] = OrderedDict()
-        self._by_client_id: OrderedDict[bytes, str] = OrderedDict()
+        # As long as the sessions themselves: one that nothing is stored of yet is found nowhere else.
+        self._by_client_id: weakref.WeakValueDictionary[bytes, Live] = weakref.WeakValueDictionary()
         self._by_link: OrderedDict[bytes, tuple[str, int]] = OrderedDict()
         self._tips = Tips(_TIP_BYTES)
         self._labels = Labels(store, vault)
@@ -159,11 +174,11 @@ class Registry(Archive):
         if hints.parent_client_id is not None:
             parent = await self._of_parent(tenant_id, principal_id, hints.parent_client_id)
         # Another turn may have made it while this one asked the store: no await between this look and the making.
-        known = self._live.get(self._by_client_id.get(lookup, ""))
+        known = self._by_client_id.get(lookup)
         if known is not None and not known.forgotten:
             return known
         live = self._begin(tenant_id, principal_id, hints.origin, client_id=client_id, parent=parent)
-        _keep(self._by_client_id, lookup, live.session_id, _LIVE_SESSIONS)
+        self._by_client_id[lookup] = live
         return live
 
     async def _of_parent(self, tenant_id: str, principal_id: str, parent_id: str) -> Live | None:
@@ -206,8 +221,8 @@ class Registry(Archive):
         return None if row is None else await self._load(row)
 
     async def _by_lookup(self, tenant_id: str, principal_id: str, lookup: bytes) -> Live | None:
-        known = self._live.get(self._by_client_id.get(lookup, ""))
-        if known is not None and not known.forgotten:
+        known = self._by_client_id.get(lookup)
+        if known is not None and not known.forgotten and not known.unsure:
             return known
         sessions = tables.sessions
         row = await self._store.read(
@@ -223,10 +238,10 @@ class Registry(Archive):
                 .first()
             )
         )
-        live = None if row is None else await self._load(row)
-        if live is None:
+        live = known if row is None else await self._load(row)
+        if live is None or live.forgotten:
             return None
-        _keep(self._by_client_id, lookup, live.session_id, _LIVE_SESSIONS)
+        self._by_client_id[lookup] = live
         return live
 
     async def _of_history(
@@ -291,7 +306,7 @@ class Registry(Archive):
         try:
             opened = self._rows.open(tables.sessions, row)
         except KeyMissing:
-            if await self._epoch_and_answered(row["tree_id"], session_id) is None:
+            if await self._what_is_stored(row["tree_id"], session_id) is None:
                 return None
             raise
         while True:
@@ -299,43 +314,40 @@ class Registry(Archive):
             if known is not None:
                 return known
             forgotten = self._forgotten
-            stored = await self._epoch_and_answered(row["tree_id"], session_id)
+            stored = await self._what_is_stored(row["tree_id"], session_id)
             if stored is None:
                 return None
             if forgotten == self._forgotten and session_id not in self._live:
                 break
-        epoch, answered = stored
         live = Live(
             session_id=session_id,
             tenant_id=row["tenant_id"],
             principal_id=row["principal_id"],
             tree_id=row["tree_id"],
             client_id=text_or_none(opened["client_id"]) or None,
-            epoch=epoch,
-            turns=row["turns"],
+            epoch=stored.epoch,
+            turns=stored.turns,
             origin=Origin(row["origin"]),
             parent_session_id=row["parent_session_id"],
-            answered=answered,
+            answered=stored.answered,
             stored=True,
             is_over=is_over(row["last_used_at"], row["over_at"]),
         )
         self._live[session_id] = live
         return live
 
-    async def _epoch_and_answered(self, tree_id: str, session_id: str) -> tuple[int, int] | None:
-        """The epoch of a tree, and the number of a session's latest turn that the engine finished; 0: none.
-
-        None: there is no such session any more.
-        """
+    async def _what_is_stored(self, tree_id: str, session_id: str) -> _Stored | None:
+        """What the store has of a session now; None: there is no such session any more."""
         sessions, trees, turns = tables.sessions, tables.trees, tables.turns
         finished = turns.c.session_id == session_id, turns.c.state == TurnState.COMPLETE.value
 
-        def query(db: Connection) -> tuple[int, int] | None:
-            if db.execute(select(sessions.c.session_id).where(sessions.c.session_id == session_id)).first() is None:
+        def query(db: Connection) -> _Stored | None:
+            number = db.execute(select(sessions.c.turns).where(sessions.c.session_id == session_id)).scalar()
+            if number is None:
                 return None
             epoch = db.execute(select(trees.c.epoch).where(trees.c.tree_id == tree_id)).scalar_one()
             answered = db.execute(select(func.max(turns.c.number)).where(*finished)).scalar_one()
-            return epoch, answered or 0
+            return _Stored(epoch, number, answered or 0)
 
         return await self._store.read(query)
 
@@ -420,6 +432,9 @@ class Registry(Archive):
             raise unknown_session("of that label")
         tenant_id, session_id = named
         live = self._live.get(session_id)
+        if live is not None and live.unsure:
+            async with live.lock:
+                await self._make_sure(live)
         if live is not None and live.forgotten:
             raise unknown_session(session_id)
         if live is not None and not live.stored:  # its first turn runs: its key is made before it is stored
@@ -451,10 +466,12 @@ class Registry(Archive):
         Raises:
             SessionForgotten: the session was forgotten while the turn ran; `also` is not written either.
             VaultSealed: the vault was sealed meanwhile; nothing was written.
-            StoreFull, StoreUnavailable: nothing of the turn was written.
+            StoreFull, StoreBusy: nothing of the turn was written.
+            StoreUnavailable, StoreConflict: nothing was, or the store could not say; it is asked before the next turn.
         """
         live = session._live
         async with live.lock:
+            await self._make_sure(live)
             if live.forgotten:
                 raise SessionForgotten(
                     "the turn cannot be kept",
@@ -462,6 +479,9 @@ class Registry(Archive):
                     remedy="Begin a new session",
                 )
             number = live.turns + 1
+            tip = self._tips.get(live.session_id)
+            if tip is not None and tip.number != live.turns:
+                tip = None  # it is not the turn before this one: that was written, and nobody was told
             link = self._link_of(session, turn, outcome)
             circumstances = Circumstances(
                 self._block_size,
@@ -485,11 +505,12 @@ class Registry(Archive):
                     outcome,
                     number,
                     link=link,
-                    tip=self._tips.get(live.session_id),
+                    tip=tip,
                     circumstances=circumstances,
                 )
                 await self._store.write([*changes, *written.changes, *also])
             except BaseException:
+                live.unsure = True
                 if not live.stored:
                     self._vault.forget(live.session_id)  # the next try makes a key of its own
                 raise
@@ -506,6 +527,21 @@ class Registry(Archive):
             if link is not None:
                 _keep(self._by_link, link, (live.session_id, number), _KNOWN_LINKS)
             return written.account
+
+    async def _make_sure(self, live: Live) -> None:
+        """Where it is not known what was written of a session, ask the store. Under the session's lock.
+
+        Raises:
+            StoreBusy, StoreUnavailable: it is still not known.
+        """
+        if live.forgotten or not live.unsure:
+            return
+        stored = await self._what_is_stored(live.tree_id, live.session_id)
+        if stored is not None:
+            live.turns, live.answered, live.stored = stored.turns, stored.answered, True
+        elif live.stored:
+            live.forgotten = True
+        live.unsure = False
 
     def turn_over(self, session: Session) -> None:
         """A turn has ended. Where it was not written down its client may ask again, and goes on with the session."""

@@ -2,8 +2,9 @@
 
 import asyncio
 import dataclasses
+import gc
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -795,6 +796,81 @@ async def test_a_turn_that_could_not_be_written_leaves_no_trace_and_the_next_one
     await world.sessions.record(session, turn, outcome("kept"))
     transcript = await world.sessions.transcript(caller(), session.session_id)
     assert [(turn.number, turn.answer["content"]) for turn in transcript.turns] == [(1, "kept")]
+
+
+@pytest.mark.parametrize("first_turn", [False, True])
+@pytest.mark.parametrize("left_memory", [False, True])
+@pytest.mark.parametrize("error", [StoreUnavailable("x", cause="", remedy=""), asyncio.CancelledError()])
+async def test_a_turn_that_was_written_though_nobody_was_told_is_followed_by_the_next(
+    world: World, monkeypatch: pytest.MonkeyPatch, first_turn: bool, left_memory: bool, error: BaseException
+) -> None:
+    sessions, write = world.sessions, world.store.write
+    turn, longer = [chat(*[HELLO] * said, client_id="job") for said in (1, 2)]
+    if not first_turn:
+        await say(sessions, caller(), turn, "one", "chatcmpl-1")
+    session = await sessions.resolve(caller(), longer)
+    tier_key = await sessions.tier_key(session.tenant_label, session.lease_label)
+
+    async def write_and_lose_the_answer(changes: Sequence[Change]) -> None:
+        await write(changes)
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.store, "write", write_and_lose_the_answer)
+        with pytest.raises(type(error)):
+            await sessions.record(session, longer, outcome("lost", response="chatcmpl-2"))
+    assert await sessions.tier_key(session.tenant_label, session.lease_label) == tier_key
+    if left_memory:
+        del session
+        monkeypatch.setattr(registry, "_LIVE_SESSIONS", 1)
+        await sessions.resolve(caller(), chat(HELLO, client_id="another"))
+        gc.collect()
+    again = await say(sessions, caller(), longer, "kept", "chatcmpl-3")
+    transcript = await sessions.transcript(caller(), again.session_id)
+    assert [turn.answer["content"] for turn in transcript.turns] == [*([] if first_turn else ["one"]), "lost", "kept"]
+    assert [turn.number for turn in transcript.turns] == list(range(1, again._live.turns + 1))
+
+
+async def test_a_client_s_session_whose_first_turn_runs_is_found_however_many_begin_meanwhile(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_LIVE_SESSIONS", 4)
+    turn = chat(HELLO, client_id="long")
+    first = await world.sessions.resolve(caller(), turn)
+    for number in range(20):
+        await world.sessions.resolve(caller(), chat(HELLO, client_id=f"job-{number}"))
+    second = await world.sessions.resolve(caller(), turn)
+    assert second.session_id == first.session_id
+    for session in (first, second):
+        await world.sessions.record(session, turn, outcome("done"))
+
+
+async def test_a_client_s_session_that_another_gateway_began_meanwhile_is_gone_on_with(world: World) -> None:
+    turn = chat(HELLO, client_id="job")
+    mine = await world.sessions.resolve(caller(), turn)
+    theirs = await say(world.reopened(), caller(), turn, "theirs", "chatcmpl-1")
+    with pytest.raises(StoreConflict):
+        await world.sessions.record(mine, turn, outcome("mine"))
+    again = await say(world.sessions, caller(), turn, "again", "chatcmpl-2")
+    assert again.session_id == theirs.session_id
+    transcript = await world.sessions.transcript(caller(), theirs.session_id)
+    assert [turn.answer["content"] for turn in transcript.turns] == ["theirs", "again"]
+
+
+async def test_a_child_joins_the_tree_of_a_parent_whose_first_turn_was_not_written(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = chat(HELLO, client_id="parent")
+
+    async def fail(_: object) -> None:
+        raise StoreUnavailable("x", cause="", remedy="")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.store, "write", fail)
+        with pytest.raises(StoreUnavailable):
+            await say(world.sessions, caller(), turn, "Hello.")
+    child = await world.sessions.resolve(caller(), chat(HELLO, client_id="child", parent_client_id="parent"))
+    assert child.salt == (await say(world.sessions, caller(), turn, "Hello.")).salt
 
 
 async def test_a_first_turn_is_kept_however_many_sessions_begin_meanwhile(
