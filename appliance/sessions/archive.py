@@ -10,9 +10,9 @@ Rules:
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic_core import from_json
 from sqlalchemy import select
@@ -32,13 +32,15 @@ from appliance.sessions.misses import (
 )
 from appliance.sessions.turn import Message, Origin, TurnState
 from appliance.store import RowCipher, Store, tables
-from appliance.vault import Vault
+from appliance.vault import KeyMissing, Vault
 
 EXPLAINED_TURNS = 1000  # at most, in one answer
 TRANSCRIPT_TURNS = 1000  # at most, in one answer
 TRANSCRIPT_TOKENS = 1_000_000  # prompts and answers together, at most, in one answer of more than one turn
 NO_TURN = 1 << 31  # more than a turn's number can be
 _TURNS_AT_A_TIME = 100  # are read before whoever waits for the interpreter, or wants it to stop, is looked after
+
+T = TypeVar("T")
 
 
 class UnknownSession(HoldfastError):
@@ -190,7 +192,7 @@ class Archive:
         if caller.principal.role is Role.CLIENT:
             query = query.where(sessions.c.principal_id == caller.principal.principal_id)
         rows = await self._store.read(lambda db: db.execute(query).mappings().all())
-        return await asyncio.to_thread(lambda: [self._summary(self._verified(row)) for row in rows])
+        return await self._made_of(rows, self._summary)
 
     async def summary(self, caller: Caller, session_id: str) -> SessionSummary:
         """What may be known of one session.
@@ -267,14 +269,40 @@ class Archive:
         if principal.role is Role.CLIENT and not may_read_transcripts(caller):
             query = query.where(sessions.c.principal_id == principal.principal_id)
         row = await self._store.read(lambda db: db.execute(query).mappings().first())
-        if row is None:
+        verified = await self._made_of([row] if row is not None else [], lambda row: row)
+        if not verified:
             raise unknown_session(session_id)
-        return self._verified(row)
+        return verified[0]
 
-    def _verified(self, row: RowMapping) -> RowMapping:
-        """The row of a session, when it opens; raises TamperedValue when it does not."""
+    async def _made_of(self, rows: Sequence[RowMapping], make: Callable[[RowMapping], T]) -> list[T]:
+        """What `make` makes of each session's row that opens. One that went since it was read is left out.
+
+        Raises:
+            TamperedValue: one was changed outside the appliance; it is named.
+            KeyMissing: the key of one that is still there is not.
+        """
+        made, without_key = await asyncio.to_thread(self._open_each, rows, make)
+        if without_key:
+            sessions = tables.sessions
+            query = select(sessions.c.session_id).where(sessions.c.session_id.in_(without_key))
+            still_there = set(await self._store.read(lambda db: db.execute(query).scalars().all()))
+            made += [self._opened(row, make) for row in rows if row["session_id"] in still_there]
+        return made
+
+    def _open_each(self, rows: Sequence[RowMapping], make: Callable[[RowMapping], T]) -> tuple[list[T], list[str]]:
+        """What `make` makes of each row that opens, and the sessions whose key is not there."""
+        made: list[T] = []
+        without_key: list[str] = []
+        for row in rows:
+            try:
+                made.append(self._opened(row, make))
+            except KeyMissing:
+                without_key.append(row["session_id"])
+        return made, without_key
+
+    def _opened(self, row: RowMapping, make: Callable[[RowMapping], T]) -> T:
         self._rows.open(tables.sessions, row)
-        return row
+        return make(row)
 
     def _read_turns(self, reading: _Reading, rows: Sequence[RowMapping]) -> None:
         """Go on with `rows`."""

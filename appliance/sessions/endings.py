@@ -119,8 +119,9 @@ class Sessions(Registry):
             .limit(_MOST_ENDED)
         )
         rows = await self._store.read(lambda db: db.execute(query).mappings().all())
-        verified = await asyncio.to_thread(lambda: [self._verified(row) for row in rows])
-        found = {row["session_id"]: is_over(row["last_used_at"], row["over_at"]) for row in verified}
+        found = dict(
+            await self._made_of(rows, lambda row: (row["session_id"], is_over(row["last_used_at"], row["over_at"])))
+        )
         for live in list(self._live.values()):  # a first turn may run, and nothing of it be stored yet
             if (live.tenant_id, live.principal_id, live.tree_id) == (tenant_id, principal_id, tree_id):
                 found[live.session_id] = live.is_over

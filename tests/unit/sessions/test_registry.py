@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from api.tier_keys import key_of
 from appliance.engine.tier_keys import SessionGone
@@ -1046,6 +1046,56 @@ async def test_a_session_that_is_forgotten_while_a_turn_looks_for_it_is_not_foun
     await sessions.record(session, turn, outcome("Hello again."))
     again = await sessions.resolve(caller(), turn) if by == "client_id" else session
     assert again.session_id == session.session_id
+
+
+def forgotten_after_the_next_read(world: World, monkeypatch: pytest.MonkeyPatch, session_id: str) -> None:
+    """Have a session go when its row was read and not opened yet."""
+    read, seen = world.store.read, itertools.count(1)
+
+    async def read_and_be_late(query: Callable[[Connection], Any]) -> Any:
+        found = await read(query)
+        if next(seen) == 1:
+            await world.sessions.forget(caller(), session_id)
+        return found
+
+    monkeypatch.setattr(world.store, "read", read_and_be_late)
+
+
+async def test_a_session_that_goes_while_all_are_listed_is_left_out(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, one, two, other = await family(world)
+    forgotten_after_the_next_read(world, monkeypatch, one.session_id)
+    left = await world.sessions.summaries(caller())
+    assert {each.session_id for each in left} == {parent.session_id, two.session_id, other.session_id}
+
+
+async def test_a_session_that_goes_while_its_tree_is_ended_is_left_out(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, one, two, _ = await family(world)
+    forgotten_after_the_next_read(world, monkeypatch, one.session_id)
+    ending = await world.sessions.ending(caller(), "job")
+    assert set(ending.session_ids) == {parent.session_id, two.session_id}
+
+
+@pytest.mark.parametrize("ask", ["summary", "transcript", "explanation", "forget"])
+async def test_a_session_that_goes_while_it_is_asked_for_is_not_there(
+    world: World, monkeypatch: pytest.MonkeyPatch, ask: str
+) -> None:
+    mine = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    forgotten_after_the_next_read(world, monkeypatch, mine.session_id)
+    with pytest.raises(UnknownSession):
+        await getattr(world.sessions, ask)(caller(), mine.session_id)
+
+
+async def test_a_session_that_is_there_and_whose_key_is_not_is_named(world: World) -> None:
+    mine = await say(world.sessions, caller(), chat(HELLO), "Hello.")
+    keys = tables.keys
+    await world.store.transact(lambda db: db.execute(delete(keys).where(keys.c.scope == mine.session_id)))
+    world.vault.forget(mine.session_id)
+    with pytest.raises(KeyMissing, match=mine.session_id):
+        await world.sessions.summaries(caller())
 
 
 # Keys of the engine's tiers
