@@ -54,6 +54,7 @@ MODEL = "stub"
 MAX_MODEL_LEN = 8192
 CHARS_PER_TOKEN = 4
 _MARK = "@stub"
+_OTHER_ID = "chatcmpl-of-another-request"
 _KEPT_BODIES = 50
 _KEPT_LEASES = 50
 _BLOCKS = 100_000
@@ -70,6 +71,7 @@ class Plan:
         die_after: kill the stub after so many words.
         drop_after: close the connection after so many words.
         garbage_after: send something that is no chunk after so many words.
+        other_after: go on with what was answered to another request after so many words; in one piece: all of it.
         error_after: report a failure of the engine's own after so many words.
         status: refuse with this status.
         quote_salt: repeat the request's salt in the refusal.
@@ -83,6 +85,7 @@ class Plan:
     die_after: int | None = None
     drop_after: int | None = None
     garbage_after: int | None = None
+    other_after: int | None = None
     error_after: int | None = None
     status: int | None = None
     quote_salt: bool = False
@@ -209,7 +212,8 @@ class Stub(asyncio.Protocol):
                 await asyncio.sleep(plan.pause_s)
             if plan.die_after is not None:
                 os._exit(9)
-            self._whole(200, _whole_answer(request, plan, self._id(request)))
+            answer_id = self._id(request) if plan.other_after is None else _OTHER_ID
+            self._whole(200, _whole_answer(request, plan, answer_id))
 
     async def _answer_slowly(self, request: dict[str, Any], plan: Plan) -> None:
         self._write(_stream_head())
@@ -224,6 +228,8 @@ class Stub(asyncio.Protocol):
             if words == plan.garbage_after:
                 self._write(_chunked(b"data: \xff{this is no chunk\n\n"))
                 continue
+            if words == plan.other_after:
+                event = event.replace(self._id(request).encode(), _OTHER_ID.encode())
             if words == plan.error_after:
                 failure = {"error": {"message": "boom", "type": "InternalServerError", "code": 500}}
                 self._write(_chunked(b"data: %s\n\n" % json.dumps(failure).encode()))

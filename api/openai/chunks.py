@@ -6,7 +6,8 @@ Rules:
   has to be done, and is written anew from an allow-list of keys everywhere else.
 - The end is held back: the chunk that finishes the last choice, the usage and `[DONE]` are given out by `end()` only,
   after the turn has been committed.
-- What is no chunk of ours raises `AnswerBroken`; nothing of it reaches the client.
+- What is no chunk of ours raises `AnswerBroken`; nothing of it reaches the client. Ours is what carries the id that the
+  engine was asked under: an answer to another request is refused, whatever went wrong between here and the engine.
 - No I/O.
 """
 
@@ -77,7 +78,7 @@ class Answer:
     """What one turn has been answered so far.
 
     Args:
-        response_id: what the client knows the answer by.
+        response_id: what the client knows the answer by, and the engine says it is.
         model: what the client calls the model.
         keep_token_ids: the client asked for token ids: leave them in.
 
@@ -113,8 +114,9 @@ class Answer:
         try:
             chunk = from_json(payload)
             self._refuse_failure(chunk)
-            if chunk["id"] != self._id or chunk["model"] != self._model:
-                chunk["id"], chunk["model"] = self._id, self._model
+            self._refuse_another_s(chunk)
+            if chunk["model"] != self._model:
+                chunk["model"] = self._model
                 payload = b""
             if chunk.get("usage") is not None:
                 self._usage = _usage(chunk["usage"])
@@ -196,17 +198,17 @@ class Answer:
         """Take in an answer that is not streamed.
 
         Raises:
-            AnswerBroken: it is no answer.
+            AnswerBroken: it is no answer, or not this one.
         """
         try:
             whole = from_json(body)
             self._refuse_failure(whole)
+            self._refuse_another_s(whole)
             for given in whole["choices"]:
                 self._take_choice(whole, given)
             self._usage = _usage(whole["usage"])
             self._whole = {
                 **_only(whole, _PUBLIC),
-                "id": self._id,
                 "model": self._model,
                 "choices": [self._public_choice(choice) for choice in whole["choices"]],
             }
@@ -277,6 +279,14 @@ class Answer:
                 "the engine broke off the answer",
                 cause=f"it reported {str(kind)[:80] if kind else 'an error'}",
                 remedy="Send the request again; `holdfast logs engine` tells more",
+            )
+
+    def _refuse_another_s(self, given: dict[str, Any]) -> None:
+        if given["id"] != self._id:
+            raise AnswerBroken(
+                "the engine's answer is not to this request",
+                cause="it carries the id of another request: nothing of it was given out",
+                remedy="Send the request again; if it recurs, restart the engine: `holdfast logs engine` tells more",
             )
 
 

@@ -228,6 +228,8 @@ class EngineClient:
         accounts = read_turn_accounts_answer(body)
         if len(accounts) != len(ends):
             raise MalformedMessage("an account for each turn")
+        if any(account is not None and account.turn != end.turn for account, end in zip(accounts, ends, strict=True)):
+            raise MalformedMessage("each account that of the turn that was asked about")
         return accounts
 
     async def metrics(self, *, deadline_s: float = 10.0) -> str:

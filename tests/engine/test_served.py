@@ -103,12 +103,17 @@ class Server:
 
     def post(self, path: str, body: bytes) -> tuple[int, Any]:
         """One request and its JSON."""
+        status, answer = self.ask(path, body)
+        return status, json.loads(answer)
+
+    def ask(self, path: str, body: bytes, **headers: str) -> tuple[int, bytes]:
+        """One request and what comes of it."""
         with contextlib.closing(_Connection(self._socket)) as connection:
             # A server that refuses a body may close before it has read all of it; its answer is there nevertheless.
             with contextlib.suppress(BrokenPipeError):
-                connection.request("POST", path, body, {"content-type": "application/json"})
+                connection.request("POST", path, body, {"content-type": "application/json", **headers})
             with contextlib.closing(connection.getresponse()) as response:
-                return response.status, json.loads(response.read())
+                return response.status, response.read()
 
     def report(self, release: tuple[str, ...] = ()) -> LeaseReport:
         """POST to the endpoint."""
@@ -172,6 +177,27 @@ def test_a_strict_lease_leaves_nothing_though_nobody_asks(server: Server) -> Non
     server.turn(5, "strict", idle_timeout_s=1.0, strict=True)
     server.wait_for_line("Leases ended")
     assert "strict" not in {lease.session for lease in server.report().leases}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("path", "prefix", "asked"),
+    [
+        ("/v1/chat/completions", "chatcmpl-", {"messages": [{"role": "user", "content": "t5"}]}),
+        ("/v1/completions", "cmpl-", {"prompt": "t5 t6"}),
+    ],
+)
+def test_an_answer_carries_the_id_of_its_request(
+    server: Server, path: str, prefix: str, asked: dict[str, Any], stream: bool
+) -> None:
+    streamed = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    body = {"model": "tiny", "max_tokens": 3, "n": 2, "temperature": 0.7, "return_token_ids": True, **asked, **streamed}
+    status, answer = server.ask(path, json.dumps(body).encode(), **{"X-Request-Id": "0123abcd"})
+    assert status == 200, answer
+    payloads = [event.removeprefix(b"data: ") for event in answer.split(b"\n\n")] if stream else [answer]
+    ids = [json.loads(payload)["id"] for payload in payloads if payload.startswith(b"{")]
+    assert len(ids) >= (3 if stream else 1)
+    assert set(ids) == {f"{prefix}0123abcd"}
 
 
 def test_an_end_of_a_turn_is_answered_with_its_account_and_moves_the_deadline(server: Server) -> None:

@@ -114,6 +114,7 @@ def test_an_engine_that_failed_for_good_is_told_as_one(tmp_path: Path) -> None:
     [
         ('{"drop_after": 2}', "engine_lost"),
         ('{"garbage_after": 2}', "engine_answer_broken"),
+        ('{"other_after": 2}', "engine_answer_broken"),
         ('{"error_after": 2}', "engine_lost"),
     ],
 )
@@ -125,6 +126,14 @@ def test_a_stream_that_breaks_ends_with_an_error_event_and_without_done(served: 
     (turn,) = served.transcript(served.newest_session().session_id).turns
     assert (turn.state, turn.answer["content"]) == ("interrupted", " word0 word1")
     assert served.ask().status == 200
+
+
+def test_an_answer_to_another_request_is_told_and_kept_by_nobody(served: Served) -> None:
+    answer = served.ask('@stub {"other_after": 0, "text": "for somebody else"}', session="not-mine")
+    assert (answer.status, answer.code) == (500, "engine_answer_broken")
+    assert b"for somebody else" not in answer.body
+    assert served.ask(session="not-mine").status == 200
+    assert len(served.transcript(served.newest_session().session_id).turns) == 1
 
 
 @pytest.mark.parametrize("status", [400, 404, 422])

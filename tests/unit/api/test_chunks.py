@@ -141,10 +141,47 @@ def test_a_tool_call_in_pieces_is_put_together() -> None:
     }
 
 
-def test_the_answer_is_known_by_our_id_and_the_model_by_the_client_s_name() -> None:
+def test_the_model_is_known_by_the_client_s_name() -> None:
     other = json.loads(chunk({"content": "a"}, ids=[1]))
-    event = read(answer().feed(json.dumps({**other, "id": "cmpl-x", "model": "/models/m"}).encode()))
+    event = read(answer().feed(json.dumps({**other, "model": "/models/m"}).encode()))
     assert (event["id"], event["model"]) == (ID, "m")
+
+
+ANOTHER_S = ["chatcmpl-" + "f" * 32, ID.upper(), "cmpl-" + ID.removeprefix("chatcmpl-"), ID + "-0", "", None, [ID]]
+
+
+@pytest.mark.parametrize("another", ANOTHER_S)
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_chunk_of_another_request_s_answer_is_neither_given_out_nor_kept(another: Any, begun: bool) -> None:
+    it = answer()
+    if begun:
+        it.feed(chunk({"content": "ours"}, ids=[1]))
+    theirs = {**json.loads(chunk({"content": "theirs"}, ids=[2], finish_reason="stop")), "id": another, "usage": USAGE}
+    with pytest.raises(AnswerBroken, match="another request") as refused:
+        it.feed(json.dumps(theirs).encode())
+    assert "theirs" not in str(refused.value)
+    assert it.begun is begun
+    assert it.message()["content"] == ("ours" if begun else "")
+    assert it.completion_token_ids == ([1] if begun else [])
+    assert (it.finish_reason, it.complete, it.usage.cached_tokens) == (None, False, None)
+
+
+def test_the_cost_of_another_request_is_not_this_one_s() -> None:
+    it = answer()
+    it.feed(chunk({"content": "a"}, ids=[1], finish_reason="stop"))
+    with pytest.raises(AnswerBroken, match="another request"):
+        it.feed(usage().replace(ID.encode(), b"chatcmpl-other"))
+    assert not it.complete
+
+
+@pytest.mark.parametrize("another", ANOTHER_S)
+def test_a_whole_answer_to_another_request_is_neither_given_out_nor_kept(another: Any) -> None:
+    it = answer()
+    with pytest.raises(AnswerBroken, match="another request"):
+        it.take_whole(json.dumps({**WHOLE, "id": another}).encode())
+    assert not it.begun
+    assert it.message()["content"] == ""
+    assert it.completion_token_ids == []
 
 
 @pytest.mark.parametrize(
@@ -179,7 +216,7 @@ def test_a_stream_cut_short_knows_what_it_has_seen() -> None:
 
 
 WHOLE: dict[str, Any] = {
-    "id": "chatcmpl-x",
+    "id": ID,
     "object": "chat.completion",
     "created": 1,
     "model": "m",
@@ -235,7 +272,7 @@ def test_a_completion_keeps_its_text_and_the_ids_of_its_prompt() -> None:
     assert it.message()["content"] == "hi"
 
 
-@pytest.mark.parametrize("missing", ["choices", "usage"])
+@pytest.mark.parametrize("missing", ["id", "choices", "usage"])
 def test_a_whole_answer_without_its_parts_is_an_error(missing: str) -> None:
     cut = {name: value for name, value in WHOLE.items() if name != missing}
     with pytest.raises(AnswerBroken):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.engine.client import EngineClient, EngineLost, EngineRejected, EngineUnavailable, ModelCard
-from appliance.engine.protocol import LeaseReport
+from appliance.engine.protocol import LeaseReport, TurnAccount, TurnEnd, turn_accounts_answer
 from appliance.engine.wire import MalformedMessage
 from appliance.errors import Fault
 
@@ -417,6 +417,26 @@ async def test_leases_that_cannot_be_read_are_an_error(
     await engine.follow(answering(body))
     with pytest.raises(kind):
         await client.leases()
+
+
+def ends_of(*turns: str) -> list[TurnEnd]:
+    return [TurnEnd("s", "t", turn, "end_turn", 1, 15.0) for turn in turns]
+
+
+async def test_each_turn_gets_its_own_account(engine: Engine, client: EngineClient) -> None:
+    accounts = (TurnAccount("a", 32), None, TurnAccount("c", 64))
+    await engine.follow(answering(json.dumps(turn_accounts_answer(accounts)).encode()))
+    assert await client.turns_ended(ends_of("a", "b", "c")) == accounts
+
+
+@pytest.mark.parametrize("turns", [("b", "a"), ("a", "other"), ("a",), ("a", "b", "c")])
+async def test_an_account_of_another_turn_is_refused(
+    engine: Engine, client: EngineClient, turns: tuple[str, ...]
+) -> None:
+    answer = turn_accounts_answer([TurnAccount(turn, 32) for turn in turns])
+    await engine.follow(answering(json.dumps(answer).encode()))
+    with pytest.raises(MalformedMessage, match="account"):
+        await client.turns_ended(ends_of("a", "b"))
 
 
 async def test_the_metrics_come_as_text(engine: Engine, client: EngineClient) -> None:
