@@ -18,7 +18,7 @@ from api.services import Services
 from appliance.audit import Actor, Event, NodeAudit, Outcome
 from appliance.audit.events import EventClass
 from appliance.errors import Fault, HoldfastError
-from appliance.identity import Caller, Tenant
+from appliance.identity import Caller, Tenant, UnknownIdentity
 from appliance.vault import VaultSealed
 
 Endpoints = Mapping[tuple[str, str], tuple[Callable[..., Awaitable[Any]], type[types.Wire] | None]]
@@ -114,18 +114,21 @@ class AskerGone(HoldfastError):
 
 
 async def chosen_tenant(services: Services, caller: Caller, named: str | None) -> Tenant | None:
-    """The tenant that a request speaks of; None: all of them. Another tenant's is as unknown as one that never was."""
+    """The tenant that a request speaks of; None: all of them, which only a principal of the appliance can mean.
+
+    To a tenant's principal another tenant is as unknown as one that never was: its row is not even looked for.
+    """
+    own = caller.tenant
+    if own is not None:
+        if named in (None, own.tenant_id, own.name):
+            return own
+        raise unknown("tenant", str(named), "tenant list")
     if named is None:
-        return caller.tenant
+        return None
     try:
-        tenant = await services.identity.tenant(named)
-    except HoldfastError as error:
-        if error.fault is not Fault.MISSING:
-            raise
+        return await services.identity.tenant(named)
+    except UnknownIdentity:
         raise unknown("tenant", named, "tenant list") from None
-    if caller.tenant is not None and caller.tenant.tenant_id != tenant.tenant_id:
-        raise unknown("tenant", named, "tenant list")
-    return tenant
 
 
 async def while_there(request: Request, answering: Coroutine[Any, Any, _Answer]) -> _Answer:

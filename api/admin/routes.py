@@ -68,7 +68,7 @@ from appliance.audit.events import (
     EventClass,
 )
 from appliance.errors import Fault, HoldfastError
-from appliance.identity import Isolation, Principal, Role, Tenant
+from appliance.identity import Isolation, Principal, Role, Tenant, UnknownIdentity
 from appliance.sessions import EXPLAINED_TURNS, NO_TURN, TRANSCRIPT_TURNS
 from appliance.vault import SYSTEM_SCOPE, VaultSealed
 
@@ -482,10 +482,10 @@ async def _key_for(
 
 
 async def _revoke_key(key_id: str, services: ServicesOf, asker: AskerOf) -> types.Key:
-    known = await services.identity.keys(asker.named.tenant)
-    if all(key.key_id != key_id for key in known):
-        raise unknown("key", key_id, "key list")
-    revoked = await services.identity.revoke_key(key_id)
+    try:
+        revoked = await services.identity.revoke_key(key_id, tenant_id=asker.named.principal.tenant_id)
+    except UnknownIdentity:
+        raise unknown("key", key_id, "key list") from None
     await asker.did(KEY_REVOKED, ("key", key_id), tenant_id=revoked.tenant_id)
     shown = await views.key_views(services, [revoked])
     if not shown:

@@ -39,12 +39,12 @@ def tenant_view(services: Services, tenant: Tenant) -> types.Tenant:
 
 async def key_views(services: Services, keys: Sequence[ApiKey]) -> list[types.Key]:
     """Keys with the names and the roles of whose they are."""
-    tenants = {tenant.tenant_id: tenant for tenant in await services.identity.tenants()}
+    whose_keys = {key.tenant_id for key in keys}
+    found = await services.identity.tenants({each for each in whose_keys if each is not None})
+    tenants = {tenant.tenant_id: tenant for tenant in found}
     keys = [key for key in keys if key.tenant_id is None or key.tenant_id in tenants]  # a proof's may be gone by now
-    wanted = {key.tenant_id for key in keys}
     principals: dict[str, Principal] = {}
-    for tenant_id in wanted:
-        tenant = None if tenant_id is None else tenants[tenant_id]
+    for tenant in [*tenants.values(), *([None] if None in whose_keys else [])]:
         principals |= {each.principal_id: each for each in await services.identity.principals(tenant)}
     whose = [(key, principals.get(key.principal_id)) for key in keys]
     return [

@@ -8,6 +8,7 @@ Rules:
   sealed again when it changes.
 - A revoked key is refused at the very next request: whatever is remembered of keys is dropped by a revocation, and a
   look at the store that one overtook is not remembered.
+- A key whose tenant or principal is not there any more is no key: a row that is missing never widens what one may do.
 - A store that others write to is asked every time.
 """
 
@@ -17,7 +18,7 @@ import json
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from sqlalchemy import Connection, Table, insert, select, update
@@ -93,9 +94,8 @@ class Identity:
             NotAnAdministrator: nobody made them one.
         """
         principals = tables.principals
-        row = await self._store.read(
-            lambda db: db.execute(select(principals).where(principals.c.uid == uid)).mappings().first()
-        )
+        query = select(principals).where(principals.c.uid == uid, principals.c.tenant_id.is_(None))
+        row = await self._store.read(lambda db: db.execute(query).mappings().first())
         if row is None:
             raise NotAnAdministrator(
                 f"the user with uid {uid} may not administer this appliance",
@@ -163,9 +163,11 @@ class Identity:
         await self._add(changes, f"a tenant named {name!r}", "holdfast tenant list")
         return tenant
 
-    async def tenants(self) -> list[Tenant]:
-        """Every tenant, oldest first."""
+    async def tenants(self, ids: Collection[str] | None = None) -> list[Tenant]:
+        """Every tenant, or those of `ids`, and no other's row is opened; oldest first."""
         query = select(tables.tenants).order_by(tables.tenants.c.created_at)
+        if ids is not None:
+            query = query.where(tables.tenants.c.tenant_id.in_(ids))
         rows = await self._store.read(lambda db: db.execute(query).mappings().all())
         return [self._tenant(row) for row in rows]
 
@@ -350,8 +352,11 @@ class Identity:
         rows = await self._store.read(lambda db: db.execute(query).mappings().all())
         return [self._api_key(row) for row in rows]
 
-    async def revoke_key(self, key_id: str) -> ApiKey:
+    async def revoke_key(self, key_id: str, *, tenant_id: str | None = None) -> ApiKey:
         """Revoke an API key. Durable, and in force for the next request, when this returns; again, it changes nothing.
+
+        Args:
+            tenant_id: whose it has to be; None: anybody's.
 
         Raises:
             UnknownIdentity: there is no such key.
@@ -361,9 +366,9 @@ class Identity:
         self._forget_callers()
         try:
             for _ in range(_CHANGE_ATTEMPTS):
-                row = await self._key_row(key_id)
+                row = await self._key_row(key_id, tenant_id)
                 if row["revoked_at"] is not None or await self._revoke(row):
-                    return self._api_key(await self._key_row(key_id))
+                    return self._api_key(await self._key_row(key_id, tenant_id))
         finally:
             self._forget_callers()
         raise StoreBusy(
@@ -374,8 +379,10 @@ class Identity:
 
     # Private
 
-    async def _key_row(self, key_id: str) -> RowMapping:
+    async def _key_row(self, key_id: str, tenant_id: str | None) -> RowMapping:
         query = select(tables.api_keys).where(tables.api_keys.c.key_id == key_id)
+        if tenant_id is not None:
+            query = query.where(tables.api_keys.c.tenant_id == tenant_id)
         row = await self._store.read(lambda db: db.execute(query).mappings().first())
         if row is None:
             raise UnknownIdentity(
@@ -417,12 +424,12 @@ class Identity:
     async def _caller_of_secret(self, lookup: bytes) -> Caller:
         api_keys, principals, tenants = tables.api_keys, tables.principals, tables.tenants
 
-        def query(db: Connection) -> tuple[RowMapping, RowMapping, RowMapping | None] | None:
+        def query(db: Connection) -> tuple[RowMapping, RowMapping | None, RowMapping | None] | None:
             key = db.execute(select(api_keys).where(api_keys.c.secret_lookup == lookup)).mappings().first()
             if key is None:
                 return None
             who = select(principals).where(principals.c.principal_id == key["principal_id"])
-            principal = db.execute(who).mappings().one()
+            principal = db.execute(who).mappings().first()
             whose = select(tenants).where(tenants.c.tenant_id == key["tenant_id"])
             return key, principal, db.execute(whose).mappings().first()
 
@@ -430,6 +437,8 @@ class Identity:
         if rows is None:
             raise _invalid("it is not a key of this appliance")
         key, principal, tenant = rows
+        if principal is None or (tenant is None and key["tenant_id"] is not None):
+            raise _invalid("whose it was is not there any more")
         return Caller(
             principal=self._principal(principal),
             tenant=None if tenant is None else self._tenant(tenant),

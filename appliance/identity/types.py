@@ -97,8 +97,20 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who is asking now: a principal, its tenant, and the key that it brought; None: it came over the admin socket."""
+    """Who is asking now: a principal, its tenant, and the key that it brought; None: it came over the admin socket.
+
+    `tenant` is None for a principal of the appliance and for no other: a tenant's never has the appliance's scope.
+
+    Raises:
+        ValueError: principal, tenant and key do not belong to one tenant, or all to the appliance.
+    """
 
     principal: Principal
     tenant: Tenant | None = field(default=None)
     key: ApiKey | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        whose = self.principal.tenant_id
+        of_tenant = None if self.tenant is None else self.tenant.tenant_id
+        if of_tenant != whose or (self.key is not None and self.key.tenant_id != whose):
+            raise ValueError(f"the principal, the tenant and the key of {self.principal.principal_id} are not one's")

@@ -5,7 +5,7 @@ import contextlib
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +196,71 @@ def test_keys_of_a_tenant_that_is_not_there_are_not_rotated(served: Served) -> N
     with pytest.raises(Refused) as refused:
         served.admin.rotate_keys("nobody")
     assert refused.value.code == "admin_not_found"
+
+
+def _key(served: Served, tenant: str, role: str) -> str:
+    return served.admin.create_key(tenant=tenant, principal=f"the {role}", role=role).secret
+
+
+def _outside(served: Served, statement: str, *values: str) -> None:
+    """Write into the database as somebody does who has none of its keys."""
+    with contextlib.closing(sqlite3.connect(served.state_dir / "holdfast.db", isolation_level=None)) as db:
+        db.execute(statement, values)
+
+
+def _tenant_id(served: Served, name: str) -> str:
+    return next(each.tenant_id for each in served.admin.tenants().tenants if each.name == name)
+
+
+def _code(asked: Callable[..., object], *given: str, **named: str) -> str:
+    with pytest.raises(Refused) as refused:
+        asked(*given, **named)
+    return refused.value.code
+
+
+@pytest.mark.parametrize("role", ["admin", "operator", "auditor"])
+def test_a_tenants_key_whose_tenant_was_removed_in_the_database_opens_nothing_of_anybodys(
+    place: Path, role: str
+) -> None:
+    with _started(place) as served:
+        served.ask("nobody else's business")
+        session_id = served.newest_session().session_id
+        theirs = served.new_key(tenant="tenant")
+        served.admin.create_tenant("stranger")
+        secret = _key(served, "stranger", role)
+        stranger = AdminClient(served.state_dir, api_key=secret)
+        _outside(served, "DELETE FROM tenants WHERE tenant_id = ?", _tenant_id(served, "stranger"))
+        for asked, given in (
+            (stranger.tenants, []),
+            (stranger.keys, []),
+            (stranger.sessions, []),
+            (stranger.transcript, [session_id]),
+            (stranger.forget, [session_id]),
+            (stranger.revoke_key, [theirs.key.key_id]),
+        ):
+            assert _code(asked, *given) == "invalid_api_key"
+        assert _code(stranger.create_key, tenant="tenant", principal="eve", role="auditor") == "invalid_api_key"
+        assert served.ask("hello", api_key=secret).status == 401
+        assert served.ask("hello", api_key=theirs.secret).status == 200
+
+
+def test_a_damaged_row_of_another_tenants_is_in_nobodys_way_and_names_nobody(place: Path) -> None:
+    with _started(place) as served:
+        served.admin.create_tenant("other")
+        other_id = _tenant_id(served, "other")
+        others = served.admin.create_key(tenant="other", principal="agent")
+        mine = AdminClient(served.state_dir, api_key=_key(served, "tenant", "admin"))
+        _outside(served, "UPDATE tenants SET isolation = 'tenant' WHERE tenant_id = ?", other_id)
+        _outside(served, "UPDATE api_keys SET expires_at = 1 WHERE key_id = ?", others.key.key_id)
+        assert {key.tenant for key in mine.keys().keys} == {"tenant"}
+        assert [tenant.name for tenant in mine.tenants().tenants] == ["tenant"]
+        made = mine.create_key(principal="agent").key
+        assert mine.revoke_key(made.key_id).revoked_at is not None
+        assert mine.tenant("tenant").name == "tenant"
+        for named in ("other", other_id, "nobody"):
+            assert _code(mine.tenant, named) == "admin_not_found"
+            assert _code(mine.keys, tenant=named) == "admin_not_found"
+            assert _code(mine.sessions, tenant=named) == "admin_not_found"
+        assert _code(mine.revoke_key, others.key.key_id) == "admin_not_found"
+        assert served.admin.revoke_key(mine.create_key(principal="agent").key.key_id).revoked_at is not None
+        assert _code(served.admin.tenants) == "value_tampered"

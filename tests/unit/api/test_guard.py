@@ -11,9 +11,10 @@ from api.guard import Guard
 from api.openai.models import Models
 from appliance.audit import Event, Outcome
 from appliance.engine.client import ModelCard
-from appliance.identity import Caller, Principal, Role
+from appliance.identity import Caller, Isolation, Principal, Role, Tenant
 
 PRINCIPAL = Principal(principal_id="prn_1", tenant_id="ten_1", name="agent", role=Role.CLIENT, permissions=frozenset())
+TENANT = Tenant(tenant_id="ten_1", name="tenant", idle_timeout_s=None, isolation=Isolation.SESSION, created_at=0.0)
 
 
 class FakeAudit:
@@ -31,7 +32,7 @@ class FakeIdentity:
     """Knows whoever brings a key."""
 
     async def authenticate(self, _: str) -> Caller:
-        return Caller(principal=PRINCIPAL, tenant=None, key=None)
+        return Caller(principal=PRINCIPAL, tenant=TENANT, key=None)
 
 
 def gateway(models: list[ModelCard] | None = None) -> Any:

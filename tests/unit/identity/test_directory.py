@@ -1,16 +1,19 @@
 """Tenants, principals and API keys, on both kinds of database."""
 
 import asyncio
+import contextlib
 import logging
+import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, event, select, update
+from sqlalchemy import Connection, Table, delete, event, select, text, update
 
 from appliance.identity import (
+    Caller,
     Identity,
     InvalidApiKey,
     Isolation,
@@ -209,6 +212,17 @@ async def test_a_key_that_is_not_there_cannot_be_revoked(identity: Identity) -> 
         await identity.revoke_key("ak_nothing")
 
 
+async def test_only_its_own_tenant_or_the_appliance_revokes_a_key(
+    identity: Identity, tenant: Tenant, client: Principal
+) -> None:
+    key, secret = await identity.create_key(client, Scopes())
+    other = await identity.create_tenant("Other")
+    with pytest.raises(UnknownIdentity, match=key.key_id):
+        await identity.revoke_key(key.key_id, tenant_id=other.tenant_id)
+    await identity.authenticate(secret)
+    assert (await identity.revoke_key(key.key_id, tenant_id=tenant.tenant_id)).revoked_at == 1_000.0
+
+
 async def test_a_key_expires_at_its_time_though_it_was_remembered(
     identity: Identity, client: Principal, clock: Clock
 ) -> None:
@@ -379,6 +393,65 @@ async def test_a_key_cannot_take_anothers_place_in_the_database(
     await store.transact(impersonate)
     with pytest.raises(TamperedValue, match=roots.key_id):
         await reopened(store).authenticate(secret)
+
+
+async def remove_outside(store: Store, url: str, table: Table, row_id: str) -> None:
+    """Delete a row as somebody does who heeds no foreign key."""
+    (key,) = table.primary_key.columns
+    removal = delete(table).where(key == row_id)
+    if store.exclusive:
+        with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as file:
+            file.execute(str(removal.compile(compile_kwargs={"literal_binds": True})))
+        return
+
+    def remove(db: Connection) -> None:
+        db.execute(text("SET LOCAL session_replication_role = replica"))
+        db.execute(removal)
+
+    await store.transact(remove)
+
+
+@pytest.mark.parametrize("role", [Role.ADMIN, Role.CLIENT])
+async def test_a_key_whose_tenant_or_principal_was_removed_in_the_database_holds_no_more(
+    identity: Identity, store: Store, database_url: str, tenant: Tenant, role: Role
+) -> None:
+    gone, kept = [await identity.create_principal(tenant, name, role) for name in ("gone", "kept")]
+    _, of_gone = await identity.create_key(gone, Scopes())
+    _, of_kept = await identity.create_key(kept, Scopes())
+    await remove_outside(store, database_url, tables.principals, gone.principal_id)
+    with pytest.raises(InvalidApiKey, match="not there any more"):
+        await reopened(store).authenticate(of_gone)
+    assert (await reopened(store).authenticate(of_kept)).tenant == tenant
+    await remove_outside(store, database_url, tables.tenants, tenant.tenant_id)
+    with pytest.raises(InvalidApiKey, match="not there any more"):
+        await reopened(store).authenticate(of_kept)
+
+
+async def test_a_caller_is_of_one_tenant_or_of_the_appliance(
+    identity: Identity, tenant: Tenant, client: Principal
+) -> None:
+    other = await identity.create_tenant("Other")
+    root = await identity.create_principal(None, "administrator", Role.ADMIN)
+    of_root, _ = await identity.create_key(root, Scopes())
+    of_client, _ = await identity.create_key(client, Scopes())
+    Caller(client, tenant, of_client)
+    Caller(root, None, of_root)
+    for principal, whose, key in (
+        (client, None, None),
+        (client, None, of_client),
+        (client, other, of_client),
+        (client, tenant, of_root),
+        (root, tenant, None),
+        (root, None, of_client),
+    ):
+        with pytest.raises(ValueError, match=principal.principal_id):
+            Caller(principal, whose, key)
+
+
+async def test_a_users_number_makes_nobody_of_a_tenant_an_administrator(identity: Identity, tenant: Tenant) -> None:
+    await identity.create_principal(tenant, "teller", Role.ADMIN, uid=1000)
+    with pytest.raises(NotAnAdministrator):
+        await identity.caller_of_uid(1000)
 
 
 @pytest.mark.parametrize("values", [{"isolation": "tenant"}, {"idle_timeout_s": 86_400.0}, {"cache_epoch": 7}])

@@ -12,12 +12,14 @@ from appliance.identity import (
     ApiKey,
     Caller,
     DailyTokensSpent,
+    Isolation,
     ModelNotAllowed,
     Principal,
     Quotas,
     RateLimited,
     Role,
     Scopes,
+    Tenant,
     TooManyConcurrent,
 )
 from appliance.store import Store, tables
@@ -47,7 +49,8 @@ def quotas(store: Store, clock: Clock) -> Quotas:
 def caller(key_id: str = "ak_1", /, **limits: object) -> Caller:
     scopes = Scopes(**limits)  # type: ignore[arg-type]
     principal = Principal("prn_1", "ten_1", "client", Role.CLIENT)
-    return Caller(principal, None, ApiKey(key_id, "ten_1", "prn_1", None, scopes, 0.0, None, None))
+    tenant = Tenant("ten_1", "tenant", None, Isolation.SESSION, 0.0)
+    return Caller(principal, tenant, ApiKey(key_id, "ten_1", "prn_1", None, scopes, 0.0, None, None))
 
 
 def admit(quotas: Quotas, who: Caller, model: str, tokens: int) -> Admission:
