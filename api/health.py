@@ -5,7 +5,8 @@ Rules:
 - `/healthz` answers while the process does: it asks no part.
 - `/readyz` says of each part whether it is ready and, if not, why. It answers 503 while one is not.
 - The store is asked within a deadline, and once a second at most: whoever may ask this may ask it often.
-- Both are open to anybody who reaches a listener. What may hold a path or a name is told on the admin listener only.
+- Both are open to anybody who reaches the data listener. What may hold a path or a name is told on the admin listener
+  only, to whom its rules name.
 """
 
 import asyncio
@@ -44,9 +45,13 @@ class Health:
         if scope["raw_path"] == b"/healthz":
             await answer_json(send, 200, {"status": "alive"})
             return
+        await answer_json(send, *await self.readiness())
+
+    async def readiness(self) -> tuple[int, dict[str, object]]:
+        """The status and the body of `/readyz`."""
         parts = await self._parts()
         ready = all(part["ready"] for part in parts.values())
-        await answer_json(send, 200 if ready else 503, {"ready": ready, "parts": parts})
+        return 200 if ready else 503, {"ready": ready, "parts": parts}
 
     async def _parts(self) -> dict[str, dict[str, object]]:
         services = self._services

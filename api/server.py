@@ -40,12 +40,12 @@ from api.configuration import tell_configuration
 from api.engine_leases import keep_releasing
 from api.engine_watch import EngineWatch
 from api.founding import tell_founding
-from api.health import HEALTH_ROUTES, Health
-from api.kv_metrics import KvCollector, exposition
+from api.health import Health
+from api.kv_metrics import KvCollector
 from api.kv_watch import KvWatch, quarantined
 from api.listener import bounded_by
 from api.marking import keep_marks
-from api.metrics import CONTENT_TYPE, Metrics
+from api.metrics import Metrics
 from api.openai.errors import Draining
 from api.retaining import keep_retention
 from api.roots import open_root, read_seal
@@ -148,7 +148,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
             private_key=gateway.tls_private_key,
         ),
         _Server(
-            _with_health_and_metrics(services),
+            _with_liveness(services),
             bounded_by(gateway.max_header_bytes, _ADMIN_UNREAD_S, refused, PeerCredentialsProtocol),
         ),
     ]
@@ -478,20 +478,13 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _with_health_and_metrics(services: Services) -> App:
-    """The admin listener's application: health and metrics, and everything else is the admin API's."""
+def _with_liveness(services: Services) -> App:
+    """The admin listener's application: that the gateway lives is told to anybody, all else is the admin API's."""
     admin, health = admin_app(services), Health(services, in_full=True)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("raw_path")
-        if scope.get("method") not in ("GET", "HEAD") or (path != b"/metrics" and path not in HEALTH_ROUTES):
-            await admin(scope, receive, send)
-        elif path == b"/metrics":
-            headers = [(b"content-type", CONTENT_TYPE.encode())]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await send({"type": "http.response.body", "body": await exposition(services)})
-        else:
-            await health(scope, receive, send)
+        alive = scope.get("method") in ("GET", "HEAD") and scope.get("raw_path") == b"/healthz"
+        await (health if alive else admin)(scope, receive, send)
 
     return app
 

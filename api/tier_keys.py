@@ -48,8 +48,8 @@ async def strict_labels(settings: SessionSettings, identity: Identity, vault: Va
     """The labels of tenants of whom nothing is kept beyond the idle timeout.
 
     Raises:
-        HoldfastError: the tenants' names cannot be read; the vault is sealed, or the store fails.
+        HoldfastError: the vault is sealed, or the store fails.
     """
     names = {name for name, own in settings.tenants.items() if own.retention == "strict"}
-    tenants = await identity.tenants() if names else []
-    return {tenant_label(vault, tenant.tenant_id) for tenant in tenants if tenant.name in names}
+    tenant_ids = await identity.tenant_ids(names) if names else []
+    return {tenant_label(vault, tenant_id) for tenant_id in tenant_ids}

@@ -32,7 +32,7 @@ class Asker:
     """Who a request is made for.
 
     Attributes:
-        caller: None while the vault is sealed: the gateway's own user, nameless.
+        caller: None: the gateway's own user, nameless: while the vault is sealed, and where the store is not asked.
         failure_told: that the request did not succeed, and why, was recorded by who knows more than its error says.
     """
 

@@ -10,10 +10,10 @@ Rules:
 - While the vault is sealed nobody's name can be read: only what `RULES` opens then is open, and only to the user whose
   process this is. Unsealing needs the passphrase besides.
 - Whose session is it, and may it be read: `appliance.sessions` decides, not the routes.
-- Everything but a look at the status is in the audit log: that it was asked for, once the request is known to be one
-  and before it is done; what came of it after; ids, never names or secrets. What cannot be recorded is not done, and
-  not shown. Every refusal and every failure is there, of whatever route, with its code; those of who has no name here
-  are counted.
+- Everything but a look at how the appliance does is in the audit log: that it was asked for, once the request is known
+  to be one and before it is done; what came of it after; ids, never names or secrets. What cannot be recorded is not
+  done, and not shown. Every refusal and every failure is there, of whatever route, with its code; those of who has no
+  name here are counted.
 - No answer repeats what a request contained.
 """
 
@@ -29,7 +29,7 @@ from typing import Annotated, Any, ClassVar
 
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -42,6 +42,9 @@ from api.admin.peers import pid_of, uid_of
 from api.backups import stream_backup
 from api.engine_leases import release
 from api.forgetting import forget_session
+from api.health import Health
+from api.kv_metrics import exposition
+from api.metrics import CONTENT_TYPE
 from api.openai.errors import status_of
 from api.roots import open_root
 from api.services import Services
@@ -89,16 +92,24 @@ class Rule:
     Attributes:
         appliance_wide: only principals of the appliance, not those of one tenant.
         while_sealed: open to the gateway's own user while the vault is sealed.
-        recorded: that it is asked for is an event; else its route records what was shown, or it looks at the status.
+        nameless: open to that user at any time without asking the store who that is, so that it tells of a store that
+            fails. Open while sealed, too.
+        recorded: that it is asked for is an event; else its route records what was shown, or it only looks at how the
+            appliance does.
     """
 
     roles: frozenset[Role]
     appliance_wide: bool = False
     while_sealed: bool = False
+    nameless: bool = False
     recorded: bool = True
 
 
+_WATCHED = Rule(_PEOPLE, appliance_wide=True, while_sealed=True, nameless=True, recorded=False)
+
 RULES: Mapping[tuple[str, str], Rule] = {
+    ("GET", "/readyz"): _WATCHED,
+    ("GET", "/metrics"): _WATCHED,
     ("GET", "/v1/status"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False),
     ("POST", "/v1/vault/unseal"): Rule(_MASTERS, appliance_wide=True, while_sealed=True),
     ("POST", "/v1/vault/seal"): Rule(_MASTERS, appliance_wide=True, while_sealed=True),
@@ -177,6 +188,7 @@ def admin_app(services: Services) -> FastAPI:
         dependencies=[Depends(_authorise)],
     )
     app.state.services = services
+    app.state.health = Health(services, in_full=True)
     app.state.unsealing = asyncio.Lock()
     app.state.proving = asyncio.Lock()
     for (method, path), (endpoint, answer) in _ENDPOINTS.items():
@@ -201,9 +213,10 @@ def admin_app(services: Services) -> FastAPI:
 
 async def _authorise(request: Request) -> None:
     services: Services = request.app.state.services
-    request.state.asker = asker = await _asker(services, request)
     route = _route(request)
-    _check(asker, RULES.get((request.method, route)))
+    rule = RULES.get((request.method, route))
+    request.state.asker = asker = await _asker(services, request, nameless=rule is not None and rule.nameless)
+    _check(asker, rule)
     if request.method != "GET":
         _LOG.info("%s %s for %s", request.method, route, asker)
 
@@ -225,7 +238,7 @@ def _check(asker: Asker, rule: Rule | None) -> None:
             )
 
 
-async def _asker(services: Services, request: Request) -> Asker:
+async def _asker(services: Services, request: Request, *, nameless: bool) -> Asker:
     client = None if request.client is None else (request.client.host, request.client.port)
     source = "" if client is None else client[0]
     pid = pid_of(client)
@@ -251,9 +264,10 @@ async def _asker(services: Services, request: Request) -> Asker:
             cause="the connection did not come over the admin socket, and offers no API key",
             remedy="Use the admin socket in the state directory, or an API key",
         )
-    if services.vault.sealed:
-        if uid != os.geteuid():
-            raise _denied("while the vault is sealed it is open to the gateway's own user only")
+    own = uid == os.geteuid()
+    if services.vault.sealed and not own:
+        raise _denied("while the vault is sealed it is open to the gateway's own user only")
+    if services.vault.sealed or (nameless and own):
         return Asker(None, source, services.audit)
     return Asker(await services.identity.caller_of_uid(uid), source, services.audit)
 
@@ -321,11 +335,23 @@ def _kind_of_nobodys(error: HoldfastError) -> EventClass:
     return MALFORMED if error.fault in (Fault.CALLER, Fault.MISSING) else ADMIN_REFUSED
 
 
-# The vault
+# How it is
+
+
+async def _readiness(request: Request) -> JSONResponse:
+    status_code, told = await request.app.state.health.readiness()
+    return JSONResponse(told, status_code=status_code)
+
+
+async def _metrics(services: ServicesOf) -> Response:
+    return Response(await exposition(services), media_type=CONTENT_TYPE)
 
 
 async def _status(services: ServicesOf) -> types.Status:
     return await status.observe(services)
+
+
+# The vault
 
 
 async def _unseal(request: Request, services: ServicesOf, asker: AskerOf) -> types.VaultState:
@@ -579,6 +605,8 @@ async def _backup(services: ServicesOf, asker: AskerOf) -> StreamingResponse:
 
 
 _ENDPOINTS: Endpoints = {
+    ("GET", "/readyz"): (_readiness, None),
+    ("GET", "/metrics"): (_metrics, None),
     ("GET", "/v1/status"): (_status, types.Status),
     ("POST", "/v1/vault/unseal"): (_unseal, types.VaultState),
     ("POST", "/v1/vault/seal"): (_seal, types.VaultState),

@@ -318,6 +318,27 @@ def test_metrics_are_for_the_admin_listener_alone_and_name_nobody(served: Served
     assert 'tenant="tenant"' not in text, "a tenant's label is its id, never its name"
 
 
+def test_metrics_and_readiness_in_full_are_for_principals_of_the_appliance(served: Served) -> None:
+    def asked(path: str, key: str | None = None) -> tuple[int, bytes]:
+        offered = "" if key is None else f"Authorization: Bearer {key}\r\n"
+        with served.connect_admin() as connection:
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{offered}Connection: close\r\n\r\n".encode())
+            answer = read_answer(connection)
+        return answer.status, answer.body
+
+    made = served.admin
+    auditor = made.create_appliance_key(principal="prometheus", role="auditor").secret
+    of_tenant = [made.create_key(principal=role, role=role, tenant="tenant").secret for role in ("client", "admin")]
+    for path, seen in (("/metrics", b"holdfast_turns_running"), ("/readyz", b'"engine"')):
+        for key in (None, auditor):
+            status, body = asked(path, key)
+            assert (status, seen in body) == (200, True)
+        for key, status in ((of_tenant[0], 403), (of_tenant[1], 403), ("hf_" + "x" * 43, 401)):
+            assert asked(path, key)[0] == status
+            assert seen not in asked(path, key)[1]
+    assert asked("/healthz", of_tenant[0]) == (200, b'{"status":"alive"}')
+
+
 def test_a_second_gateway_does_not_start(served: Served) -> None:
     with pytest.raises(RuntimeError, match="ended with 1"), running_gateway(served.state_dir, served.engine):
         pass

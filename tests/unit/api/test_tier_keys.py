@@ -3,6 +3,7 @@
 from functools import partial
 
 import pytest
+from sqlalchemy import update
 
 from api.tier_keys import key_of, strict_labels
 from appliance.engine.tier_keys import SessionGone
@@ -10,7 +11,7 @@ from appliance.identity import Caller, Identity, Role, Scopes
 from appliance.sessions import Outcome, Session, Sessions, Turn, TurnKind, TurnState
 from appliance.sessions.turn import SessionHints
 from appliance.settings import SessionSettings, TenantRetention
-from appliance.store import Store
+from appliance.store import Store, tables
 from appliance.vault import RootKey, Vault, VaultSealed
 
 pytestmark = pytest.mark.anyio
@@ -36,6 +37,9 @@ async def test_what_tiers_have_of_a_tenant_that_became_strict_is_gone(store: Sto
     soft = await _said(identity, before, "soft")
     strict = await _said(identity, before, "strict")
     retention = {"strict": TenantRetention(retention="strict"), "soft": TenantRetention(kv_cap=0.5)}
+    await store.transact(
+        lambda db: db.execute(update(tables.tenants).values(isolation="tenant"))
+    )  # no row opens any more
     settings = SessionSettings(tenants={**retention, "nobody": TenantRetention(retention="strict")})
     after = Sessions(store, vault, settings)
     answer = key_of(after, partial(strict_labels, settings, identity, vault))

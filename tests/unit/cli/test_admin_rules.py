@@ -204,6 +204,22 @@ async def test_the_engine_is_nobody_though_it_has_our_uid(services: Any, sealed:
     assert (await ask(services, ("GET", "/v1/status"), uid=OWN_UID, key=key))[1] == "test_reached"
 
 
+@pytest.mark.parametrize("route", [route for route, rule in RULES.items() if rule.nameless])
+async def test_the_gateways_own_user_sees_how_it_is_though_the_store_knows_nobody(
+    route: tuple[str, str], services: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def silent(_: int) -> Caller:
+        raise AssertionError("the store is asked")
+
+    monkeypatch.setattr(services.identity, "caller_of_uid", silent)
+    assert (await ask(services, route, uid=OWN_UID))[1] == "test_reached"
+    monkeypatch.undo()
+    assert (await ask(services, route, uid=OWN_UID + 1))[1] == "not_an_administrator"
+    assert await ask(services, route, uid=OWN_UID, key="nobody@nowhere") == (401, "test_key_refused")
+    services.engine_process = SimpleNamespace(owns=lambda pid: pid == PID)
+    assert await ask(services, route, uid=OWN_UID) == (401, "admin_peer_unknown")
+
+
 @pytest.mark.parametrize("route", RULES)
 async def test_nobody_is_nobody(route: tuple[str, str], services: Any) -> None:
     assert await ask(services, route) == (401, "admin_peer_unknown")
@@ -229,6 +245,8 @@ async def test_while_sealed_only_what_the_table_opens_is_open_and_to_our_own_use
 
 def test_what_is_open_while_sealed_shows_and_changes_nothing_that_is_stored() -> None:
     assert {path for (_, path), rule in RULES.items() if rule.while_sealed} == {
+        "/readyz",
+        "/metrics",
         "/v1/status",
         "/v1/audit",
         "/v1/audit/exports",
@@ -395,8 +413,10 @@ async def test_one_proof_runs_at_a_time() -> None:
 
 
 def test_everything_but_a_look_at_the_status_leaves_a_record() -> None:
-    """What is not recorded when it is asked for is recorded by its own route; the four statuses are not."""
+    """What is not recorded when it is asked for is recorded by its own route; the six statuses are not."""
     assert {route[1] for route, rule in RULES.items() if not rule.recorded} == {
+        "/readyz",
+        "/metrics",
         "/v1/status",
         "/v1/kv",
         "/v1/audit",

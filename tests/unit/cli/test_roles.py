@@ -26,6 +26,8 @@ OWN_SESSIONS = {
 FORGETTING = {"POST /v1/sessions/{session_id}/forget"}
 LOOKING = OWN_SESSIONS | {"GET /v1/tenants", "GET /v1/tenants/{tenant_id}", "GET /v1/keys"}
 LOOKING_AT_THE_APPLIANCE = {
+    "GET /readyz",
+    "GET /metrics",
     "GET /v1/status",
     "GET /v1/kv",
     "GET /v1/audit",
