@@ -186,7 +186,7 @@ class Identity:
         return self._tenant(row)
 
     async def tenant_ids(self, names: Collection[str]) -> list[str]:
-        """The ids of those tenants of these names that there are. No row is opened: a damaged one is in nobody's way."""
+        """The ids of the tenants of these names. No row is opened: a damaged one is in nobody's way."""
         lookups = [self._name_lookup("tenant", "", name) for name in names]
         query = select(tables.tenants.c.tenant_id).where(tables.tenants.c.name_lookup.in_(lookups))
         return list(await self._store.read(lambda db: db.execute(query).scalars().all()))

@@ -77,6 +77,7 @@ def live(engine: EngineInProcess, deeds: Sequence[Deed], seen: Seen) -> None:
             for name, *arguments in deeds:
                 getattr(crowd, name)(*arguments)
                 engine.assert_references_add_up()
+                engine.assert_nobody_s_rows_are_empty()
                 assert len(engine.connector.leased_block_ids()) <= BOUND
                 assert not seen.wrong, seen.wrong[0]
             engine.drain()

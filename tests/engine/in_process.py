@@ -235,6 +235,14 @@ class EngineInProcess:
         free = [block.block_id for block in self.pool.free_block_queue.get_all_free_blocks()]
         assert sorted(free) == [block.block_id for block in self.pool.blocks if not block.ref_cnt and not block.is_null]
 
+    def assert_nobody_s_rows_are_empty(self) -> None:
+        """What no chunk has of DRAM is zeros; nothing to be seen where there is no such tier."""
+        if isinstance(self.connector, TieredStateConnector):
+            tiers = self.connector._tiers
+            taken = {chunk.chunk_id for chunk in tiers._chunks._chunks.values()}
+            full = {row for row, anything in enumerate(tiers._rows().any(dim=1).tolist()) if anything}
+            assert full <= taken
+
     def close(self) -> None:
         """Shut the engine down, and what all engines of the process share: only when no test needs another one."""
         self.core.shutdown()

@@ -1,6 +1,7 @@
 """A Llama of random weights, small enough to step in milliseconds, with a vocabulary of words `t0` to `t511`."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,20 +13,19 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 VOCABULARY = 512
 _HIDDEN = 64
 _FEED_FORWARD = 128
-_LAYERS = 2
 _HEAD = 32
 
 
-def write_tiny_model(folder: Path, *, window_tokens: int = 0) -> Path:
+def write_tiny_model(folder: Path, *, window_tokens: int = 0, windowed: Sequence[bool] = (True, False)) -> Path:
     """Write the model's configuration, weights and tokenizer into `folder`.
 
-    With `window_tokens` the first layer sees so many tokens only, and vLLM keeps the KV of the two apart.
+    With `window_tokens` the layers that are `windowed` see so many tokens only, and vLLM keeps their KV apart.
     """
     configuration = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": _HIDDEN,
-        "num_hidden_layers": _LAYERS,
+        "num_hidden_layers": len(windowed),
         "num_attention_heads": _HIDDEN // _HEAD,
         "num_key_value_heads": _HIDDEN // _HEAD,
         "head_dim": _HEAD,
@@ -41,9 +41,10 @@ def write_tiny_model(folder: Path, *, window_tokens: int = 0) -> Path:
         "eos_token_id": None,
     }
     if window_tokens:
-        configuration |= {"sliding_window": window_tokens, "layer_types": ["sliding_attention", "full_attention"]}
+        layer_types = ["sliding_attention" if sees_a_window else "full_attention" for sees_a_window in windowed]
+        configuration |= {"sliding_window": window_tokens, "layer_types": layer_types}
     (folder / "config.json").write_text(json.dumps(configuration))
-    save_file(_weights(), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(_weights(len(windowed)), folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer = Tokenizer(WordLevel({f"t{number}": number for number in range(VOCABULARY)}, unk_token="t0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -53,7 +54,7 @@ def write_tiny_model(folder: Path, *, window_tokens: int = 0) -> Path:
     return folder
 
 
-def _weights() -> dict[str, torch.Tensor]:
+def _weights(layers: int) -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(7)
 
     def drawn(*shape: int, scale: float = 0.3) -> torch.Tensor:
@@ -63,7 +64,7 @@ def _weights() -> dict[str, torch.Tensor]:
         return torch.ones(_HIDDEN, dtype=torch.bfloat16)
 
     weights = {"model.embed_tokens.weight": drawn(VOCABULARY, _HIDDEN, scale=1.0), "model.norm.weight": ones()}
-    for layer in range(_LAYERS):
+    for layer in range(layers):
         prefix = f"model.layers.{layer}."
         for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
             weights[f"{prefix}self_attn.{projection}.weight"] = drawn(_HIDDEN, _HIDDEN)

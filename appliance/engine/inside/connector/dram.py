@@ -1,4 +1,13 @@
-"""The tier in DRAM: vLLM's manager, whose chunks leave in the order of what sessions are worth."""
+"""The tier in DRAM: vLLM's manager, whose chunks leave in the order of what sessions are worth.
+
+Rules:
+
+- A row that is nobody's holds zeros, and so does what a chunk does not fill of its row: what a session had goes with
+  its chunk, by whichever way that leaves.
+- A chunk leaves when nothing reads or writes it any more, and its row is overwritten in the same call. One exception: a
+  row that the same call gives to a chunk that fills it is overwritten by that, when it comes; if it does not, by us.
+- vLLM's reset of its caches waits for no copy: what is copied at that moment is overwritten when its row is taken over.
+"""
 
 import contextlib
 import itertools
@@ -12,6 +21,7 @@ from vllm.v1.kv_offload.base import (
     ReqContext,
     RequestOffloadingContext,
     ScheduleEndContext,
+    get_offload_group_idx,
 )
 from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm.v1.kv_offload.cpu.policies.base import CachePolicy, ChunkStatus
@@ -46,6 +56,10 @@ class SessionChunks(CachePolicy):  # type: ignore[misc]
         self.order: ChunkOrder
         self.on_left: Callable[[bytes], None] = lambda _: None
         self._below: float | None = None  # only what is worth less leaves
+        self.filling: frozenset[int] = frozenset()  # the groups of layers whose chunks fill their rows
+        self.wipe: Callable[[int], None]  # overwrites a row
+        self._left: set[int] = set()  # rows whose chunk left, and which are not overwritten yet
+        self._copied: set[int] = set()  # rows that were copied from or to at a reset, and which nobody took over since
 
     @contextlib.contextmanager
     def storing_ahead(self, context: ReqContext, below: float) -> Iterator[None]:
@@ -56,10 +70,21 @@ class SessionChunks(CachePolicy):  # type: ignore[misc]
         finally:
             self._below = None
 
+    def wipe_left(self) -> None:
+        """Overwrite the rows of what left, except those that were taken over."""
+        for row in self._left:
+            self.wipe(row)
+        self._left.clear()
+
     def get(self, key: bytes) -> ChunkStatus | None:
         return self._chunks.get(key)
 
     def insert(self, key: bytes, chunk: ChunkStatus) -> None:
+        if chunk.chunk_id in self._left or chunk.chunk_id in self._copied:
+            self._left.discard(chunk.chunk_id)
+            self._copied.discard(chunk.chunk_id)
+            if get_offload_group_idx(key) not in self.filling:
+                self.wipe(chunk.chunk_id)
         self._chunks[key] = chunk
         context = self.storing
         end_token = 0 if context is None else context.get_offload_key_position(key) or 0
@@ -69,12 +94,12 @@ class SessionChunks(CachePolicy):  # type: ignore[misc]
 
     def remove(self, key: bytes) -> None:
         self.take_out(key)
+        self.wipe_left()
 
     def take_out(self, key: bytes) -> ChunkStatus:
-        """Remove a chunk that is there."""
+        """Remove a chunk that is there. To be followed by `wipe_left`, where its row was not taken over meanwhile."""
         self.order.discard(key)
-        self.on_left(key)
-        return self._chunks.pop(key)
+        return self._leave(key)
 
     def touch(self, keys: Iterable[bytes], req_context: ReqContext) -> None:
         """When a chunk was used says nothing that its session's worth does not."""
@@ -96,21 +121,28 @@ class SessionChunks(CachePolicy):  # type: ignore[misc]
     def evict(self, n: int, protected: set[bytes]) -> list[tuple[bytes, ChunkStatus]] | None:
         owner = None if self.storing is None else owner_of(self.storing)
         picked = self.order.pick(n, protected, None if owner is None else owner[0], self._below)
-        for key in picked or ():
-            self.on_left(key)
-        return None if picked is None else [(key, self._chunks.pop(key)) for key in picked]
+        # vLLM evicts what is missing for those that it inserts next: they take over every row that is free.
+        return None if picked is None else [(key, self._leave(key)) for key in picked]
 
     def clear(self) -> None:
-        for key in self._chunks:
-            self.on_left(key)
-        self._chunks.clear()
+        self._copied.update(chunk.chunk_id for chunk in self._chunks.values() if chunk.ref_cnt)
+        for key in list(self._chunks):
+            self._leave(key)
+        self._left -= self._copied
         self.order.clear()
+        self.wipe_left()
 
     def mark_evictable(self, key: bytes) -> None:
         self.order.freed(key)
 
     def mark_non_evictable(self, key: bytes) -> None:
         self.order.held(key)
+
+    def _leave(self, key: bytes) -> ChunkStatus:
+        self.on_left(key)
+        chunk = self._chunks.pop(key)
+        self._left.add(chunk.chunk_id)
+        return chunk
 
 
 class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
@@ -122,10 +154,15 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
     def __init__(self, primary_tier: CPUPrimaryTierOffloadingManager, secondary_tiers: list[Any]) -> None:
         super().__init__(primary_tier, secondary_tiers)
         self._chunks: SessionChunks = primary_tier._policy
+        self._chunks.wipe = lambda row: self._rows()[row].zero_()
         self._doomed: set[bytes] = set()  # released, and still copied
         self.on_stored: Callable[[ReqContext], None] = lambda _: None
         # Nothing is restored any more: an engine before may have said so, and what it found is still on the disk.
         self.quarantined = any(tier.store.quarantined for tier in secondary_tiers if isinstance(tier, DiskTier))
+
+    def fill_rows(self, groups: frozenset[int]) -> None:
+        """Say of which groups of layers a chunk fills its row. Called once, before anything is stored."""
+        self._chunks.filling = groups
 
     def order_by(self, worth: Worth, clock: Callable[[], float]) -> None:
         """Say what decides the order in which chunks leave. Called once, before anything is stored."""
@@ -226,10 +263,10 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
 
     def row(self, key: bytes) -> torch.Tensor | None:
         """The bytes of a chunk in DRAM that is there whole, as int8."""
-        chunk, primary = self._chunks.get(key), self.primary_tier
+        chunk = self._chunks.get(key)
         if chunk is None or not chunk.is_ready:
             return None
-        return primary._mmap_region.base_tensor.view(primary._num_chunks, -1)[chunk.chunk_id]
+        return self._rows()[chunk.chunk_id]
 
     def prepare_store(self, keys: Collection[bytes], req_context: ReqContext) -> PrepareStoreOutput | None:
         if not is_stored(req_context):
@@ -237,12 +274,14 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         for store in self._stores():
             store.computed(keys)
         self._chunks.storing = req_context
-        return super().prepare_store(self._within_quotas(keys, req_context), req_context)
+        prepared = super().prepare_store(self._within_quotas(keys, req_context), req_context)
+        self._chunks.wipe_left()
+        return prepared
 
     def _initiate_promotion(self, tier_idx: int, key: bytes, req_context: ReqContext) -> bool:
-        if not self._within_quotas([key], req_context):
-            return False
-        promoted: bool = super()._initiate_promotion(tier_idx, key, req_context)
+        fits = self._within_quotas([key], req_context)
+        promoted: bool = bool(fits) and super()._initiate_promotion(tier_idx, key, req_context)
+        self._chunks.wipe_left()
         return promoted
 
     def complete_store(self, keys: Collection[bytes], req_context: ReqContext, success: bool = True) -> None:
@@ -298,12 +337,16 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         self._doomed.update(self._chunks.order.released(owners))
         self._drop_doomed()
 
-    def _let_go(self, key: bytes) -> int:
-        """Give a chunk that nothing copies back to vLLM; which row it had."""
-        primary, chunk = self.primary_tier, self._chunks.take_out(key)
+    def _let_go(self, key: bytes) -> None:
+        """Give a chunk that nothing copies back to vLLM."""
+        primary = self.primary_tier
         primary._num_evictable_cache_chunks -= 1
-        primary._free_chunk(chunk)
-        return int(chunk.chunk_id)
+        primary._free_chunk(self._chunks.take_out(key))
+
+    def _rows(self) -> torch.Tensor:
+        """What DRAM holds, a row a chunk, as int8. Not to be kept: it keeps the memory from being given back."""
+        primary = self.primary_tier
+        return primary._mmap_region.base_tensor.view(primary._num_chunks, -1)
 
     def _disk_answers(self) -> bool:
         return all(store.answers() for store in self._stores())
@@ -311,9 +354,9 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
     def _drop_doomed(self) -> None:
         if not self._doomed:
             return
-        primary, order = self.primary_tier, self._chunks.order
-        rows = primary._mmap_region.base_tensor.view(primary._num_chunks, -1)
+        order = self._chunks.order
         for key in [key for key in self._doomed if order.is_free(key) or key not in order]:
             self._doomed.discard(key)
             if self._chunks.get(key) is not None and not order.is_owned(key):
-                rows[self._let_go(key)].zero_()
+                self._let_go(key)
+        self._chunks.wipe_left()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from vllm.logger import init_logger
+from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.kv_offload.base import CanonicalKVCaches, GPULoadStoreSpec, OffloadingWorker, TransferResult
 from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
@@ -72,7 +73,10 @@ class CopyingWorker(OffloadingWorker):  # type: ignore[misc]
         self._region: SharedOffloadRegion | None = region
         self._device = [tensor.tensor for tensor in kv_caches.tensors]
         self._dram = [region.create_next_worker_view(tensor.page_size_bytes) for tensor in kv_caches.tensors]
-        self._tensors_of_group = [sorted({ref.tensor_idx for ref in refs}) for refs in kv_caches.group_data_refs]
+        # As much of each tensor's page as the group fills: behind it lies what another group's block left there.
+        self._pages_of_group = [
+            sorted({(ref.tensor_idx, ref.page_size_bytes) for ref in refs}) for refs in kv_caches.group_data_refs
+        ]
         self._finished: list[TransferResult] = []
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: CPULoadStoreSpec) -> bool:
@@ -106,15 +110,37 @@ class CopyingWorker(OffloadingWorker):  # type: ignore[misc]
     ) -> bool:
         started = time.perf_counter()
         copied_bytes = first = 0
-        for tensors, blocks in zip(self._tensors_of_group, groups.group_sizes, strict=True):
+        for pages, blocks in zip(self._pages_of_group, groups.group_sizes, strict=True):
             source = torch.from_numpy(source_ids[first : first + blocks].astype("int64"))
             target = torch.from_numpy(target_ids[first : first + blocks].astype("int64"))
             first += blocks
-            for tensor in tensors:
-                targets[tensor].index_copy_(0, target, sources[tensor].index_select(0, source))
-                copied_bytes += blocks * targets[tensor].shape[1]
+            for tensor, page_bytes in pages:
+                copied = sources[tensor][:, :page_bytes].index_select(0, source)
+                targets[tensor][:, :page_bytes].index_copy_(0, target, copied)
+                copied_bytes += copied.nbytes
         self._finished.append(TransferResult(job_id, True, copied_bytes, time.perf_counter() - started))
         return True
+
+
+def check_layout(layout: str | None, groups: int) -> None:
+    """Refuse a layout of the device's KV of which vLLM copies more than a session's own.
+
+    Where the layers of a block lie beside each other, vLLM copies the whole block, whichever group of layers it is of:
+    what a smaller group does not fill holds the KV of whoever had the block before.
+
+    Args:
+        layout: its name, as vLLM has it; None: not resolved.
+        groups: into how many groups the model's layers are parted.
+
+    Raises:
+        UnsupportedEngine: there is more than one group, in such a layout.
+    """
+    if groups > 1 and layout is not None and KVCacheLayout[layout].is_block_outermost:
+        raise UnsupportedEngine(
+            f"KV of this model cannot leave the device: vLLM lays the KV of its {groups} groups of layers out as "
+            f"{layout}, and would copy into a session's tiers what others left in its blocks. Leave `tiers.dram_bytes` "
+            "and `tiers.disk_bytes` out for this model."
+        )
 
 
 def keep_kv_private(tensors: Iterable[torch.Tensor], what: str) -> None:

@@ -19,6 +19,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from appliance.engine.inside.canary import MOST_TOKENS, Canary, Place, Sample
 from appliance.engine.inside.connector.device import LeaseRetention
+from appliance.engine.inside.connector.memory import check_layout
 from appliance.engine.inside.connector.recalling import Expectations, RecallingManager
 from appliance.engine.inside.connector.sessions import Released, owner_of, session_of
 from appliance.engine.inside.pictures import Holder, disk_picture
@@ -42,9 +43,13 @@ class TieredRetention(LeaseRetention):
         super().__init__(vllm_config, role, kv_cache_config)
         self._canary = Canary(self.clock)
         self._dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, vllm_config.model_config)
-        groups = enumerate(kv_cache_config.kv_cache_groups)
-        self._comparable = frozenset(number for number, group in groups if self._fills_its_chunks(group))
+        groups = kv_cache_config.kv_cache_groups
+        self._comparable = frozenset(number for number, group in enumerate(groups) if self._is_comparable(group))
         if role == KVConnectorRole.SCHEDULER:
+            check_layout(vllm_config.cache_config.kv_cache_layout, len(groups))
+            alone = len(groups) == 1
+            filling = (number for number, group in enumerate(groups) if alone or self._fills_its_rows(group))
+            self._tiers.fill_rows(frozenset(filling))
             self._tiers.order_by(lambda **of: self._table.worth_behind(**of), self.clock)
             self._tiers.on_stored = self._compare
             if self._tiers.quarantined:
@@ -215,19 +220,20 @@ class TieredRetention(LeaseRetention):
         if self._canary.released(sessions):
             self._tiers.release(frozenset({_CANARY[1]}))
 
-    def _fills_its_chunks(self, group: Any) -> bool:
+    def _is_comparable(self, group: Any) -> bool:
         """Whether a group's chunks are the KV of its tokens, of one type, and nothing beside.
 
-        What a sliding window or a recurrent state leaves for a token depends on the way to it; and where the groups
-        differ in size, the end of a smaller one's chunk is what the memory held before.
+        What a sliding window or a recurrent state leaves for a token depends on the way to it.
         """
         spec = group.kv_cache_spec
-        return (
-            type(spec) in (FullAttentionSpec, MLAAttentionSpec)
-            and spec.dtype == self._dtype
-            and spec.page_size_padded is None
-            and spec.page_size_bytes * len(group.layer_names) == self._block_bytes
-        )
+        of_one_type = type(spec) in (FullAttentionSpec, MLAAttentionSpec) and spec.dtype == self._dtype
+        return of_one_type and self._fills_its_rows(group)
+
+    def _fills_its_rows(self, group: Any) -> bool:
+        """Whether a group's chunks are as large as those of the largest, so that each fills its row in DRAM."""
+        spec = group.kv_cache_spec
+        is_padded = getattr(spec, "page_size_padded", None) is not None
+        return not is_padded and spec.page_size_bytes * len(group.layer_names) == self._block_bytes
 
     def _compare(self, context: ReqContext) -> None:
         """The canary's KV is in DRAM: compare it."""
