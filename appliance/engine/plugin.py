@@ -17,7 +17,6 @@ import logging
 import os
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
-from math import inf
 from typing import Any
 
 from appliance.engine import picture, protocol, wire
@@ -26,7 +25,7 @@ from appliance.engine.tier_keys import hand_down
 
 _logger = logging.getLogger(f"vllm.{__name__}")
 _MAX_BODY_BYTES = 1 << 20
-_TELLING_NOTHING = (protocol.LEASES_PATH, protocol.TURNS_PATH)  # of a request's end
+_MOVING_NOTHING = (protocol.LEASES_PATH,)  # forward; the end of a turn may: it is told after the request's
 _Message = dict[str, Any]
 
 
@@ -66,16 +65,10 @@ class ExpiryTimer:
         self._recheck_s = recheck_s
         self._retry_s = retry_s
         self._ended = asyncio.Event()
-        self._asks_at = inf  # by the loop's clock; while it asks, that is not known yet
 
     def request_ended(self) -> None:
         """Say that a request has ended, however it did."""
         self._ended.set()
-
-    def lease_due(self, in_s: float | None) -> None:
-        """Say when the next lease is due. Where that is sooner than was known, ask anew; `None`: there is none."""
-        if in_s is not None and asyncio.get_running_loop().time() + in_s < self._asks_at:
-            self._ended.set()
 
     async def run(self) -> None:
         """Run until cancelled."""
@@ -89,14 +82,10 @@ class ExpiryTimer:
             wait_s = due_in_s if not ended else min(self._recheck_s, self._recheck_s if due_in_s is None else due_in_s)
 
     async def _wait(self, wait_s: float | None) -> bool:
-        if wait_s is not None:
-            self._asks_at = asyncio.get_running_loop().time() + wait_s
         try:
             await asyncio.wait_for(self._ended.wait(), None if wait_s is None else max(wait_s, 0.0))
         except TimeoutError:
             return False
-        finally:
-            self._asks_at = inf
         return True
 
     async def _ask(self) -> float | None:
@@ -153,12 +142,8 @@ class LeaseEndpoints:
 
         async def account(body: bytes) -> _Message:
             ends = protocol.read_turn_ends_request(body)
-            told = [end for end in ends if end is not None]
-            accounts, due_in_s = await connector.turns_ended(self._engine_client, told)
-            if self._timer is not None:
-                self._timer.lease_due(due_in_s)  # an end may move a deadline forward
-            known = iter(accounts)
-            return protocol.turn_accounts_answer(None if end is None else next(known) for end in ends)
+            accounts = iter(await connector.turns_ended(self._engine_client, [end for end in ends if end is not None]))
+            return protocol.turn_accounts_answer(None if end is None else next(accounts) for end in ends)
 
         return await _answer(request, account)
 
@@ -189,7 +174,7 @@ async def _answer(request: Any, say: Callable[[bytes], Awaitable[_Message]]) -> 
 
 
 class _EndOfRequests:
-    """ASGI middleware that says when a request that may have left a lease has ended."""
+    """ASGI middleware that says when a request that may have left a lease, or moved a deadline forward, has ended."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], ended: Callable[[], None]) -> None:
         self._app = app
@@ -204,5 +189,5 @@ class _EndOfRequests:
         try:
             await self._app(scope, receive, send)
         finally:
-            if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] not in _TELLING_NOTHING:
+            if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] not in _MOVING_NOTHING:
                 self._ended()
