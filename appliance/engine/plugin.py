@@ -25,7 +25,7 @@ from appliance.engine.tier_keys import hand_down
 
 _logger = logging.getLogger(f"vllm.{__name__}")
 _MAX_BODY_BYTES = 1 << 20
-_MOVING_NOTHING = (protocol.LEASES_PATH,)  # forward; the end of a turn may: it is told after the request's
+_TELLING_NOTHING = (protocol.LEASES_PATH, protocol.TURNS_PATH)  # of a request's end
 _Message = dict[str, Any]
 
 
@@ -174,7 +174,7 @@ async def _answer(request: Any, say: Callable[[bytes], Awaitable[_Message]]) -> 
 
 
 class _EndOfRequests:
-    """ASGI middleware that says when a request that may have left a lease, or moved a deadline forward, has ended."""
+    """ASGI middleware that says when a request that may have left a lease has ended."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], ended: Callable[[], None]) -> None:
         self._app = app
@@ -189,5 +189,5 @@ class _EndOfRequests:
         try:
             await self._app(scope, receive, send)
         finally:
-            if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] not in _MOVING_NOTHING:
+            if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] not in _TELLING_NOTHING:
                 self._ended()

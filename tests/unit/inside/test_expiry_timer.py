@@ -125,7 +125,6 @@ async def test_an_engine_that_does_not_answer_is_asked_again(caplog: pytest.LogC
     [
         ("POST", "/v1/chat/completions", 1),
         ("POST", "/v1/completions", 1),
-        ("POST", TURNS_PATH, 1),  # how a turn ended may bring a deadline forward
         ("POST", LEASES_PATH, 0),
         ("GET", "/health", 0),
     ],
