@@ -16,6 +16,7 @@ import asyncio
 import random
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -47,8 +48,8 @@ _LEAST_BLOCKS: Final = 8  # of a prompt: half of them system, half of them a use
 _PROMPTS_IN_POOL: Final = 6  # have to fit into the pool at once
 _ANSWER_TOKENS: Final = 24
 _ATTEMPTS: Final = 3
-_PRESSURE: Final = 1.5  # times the room of the tiers above, of other prompts, to have one leave them
-_MOST_PRESSURE: Final = 600  # prompts
+_ASK_AGAIN_S: Final = 0.05  # whether a tier has what was asked for
+_STORED_WITHIN_S: Final = 30.0
 _LOGS: Final = ("gateway", "engine")
 _MOST_EVENTS: Final = 100_000
 
@@ -196,10 +197,8 @@ class _Proof:
         for party in self._parties:
             if party.caller.key is not None:
                 await services.identity.revoke_key(party.caller.key.key_id)
-        labels: list[str] = []
-        for tenant_id in {party.tenant.tenant_id for party in self._parties}:
-            known = await services.sessions.summaries(self._administrator, tenant_id=tenant_id, limit=1000)
-            labels += [each.lease_label for each in known]
+        tenants = {party.tenant.tenant_id: party.tenant for party in self._parties}
+        labels = [label for tenant in tenants.values() for label in await self._labels(tenant)]
         await self._remove_all()
         if labels:
             await release(services, labels)
@@ -312,7 +311,7 @@ class _Proof:
         seen = await self._services.kv.look()
         rooms = {} if seen is None else {tier.tier: tier for tier in seen.picture.tiers}
         checks = []
-        for tier, above in zip(TIERS[1:], (TIERS[:1], TIERS[:2]), strict=True):
+        for tier in TIERS[1:]:
             if seen is None:
                 checks.append(
                     Check("every pair", Verdict.UNKNOWN, "", "the engine does not say what it has", tier=tier)
@@ -321,29 +320,33 @@ class _Proof:
                 found = "the engine keeps no blocks there"
                 checks.append(Check("every pair", Verdict.NOT_CONFIGURED, "", found, tier=tier))
             else:
-                room_bytes = sum(rooms[each].capacity_blocks * rooms[each].block_bytes for each in above)
-                checks += await self._tier(tier, room_bytes // rooms["device"].block_bytes)
+                for mode in Isolation:
+                    checks += await self._pairs_in_tier(tier, await self._prompts_in(mode))
         return checks
 
-    async def _tier(self, tier: str, blocks_above: int) -> list[Check]:
-        prompts = [await self._prompts_in(mode) for mode in Isolation]
-        blocks = len(await self._rendered(prompts[0].controls[0])) // self._block_size
-        pressing = int(_PRESSURE * blocks_above / max(1, blocks)) + 1
-        if pressing > _MOST_PRESSURE:
-            found = f"it would take {pressing} prompts to push others there, and {_MOST_PRESSURE} are the bound"
-            return [Check("every pair", Verdict.UNKNOWN, "", found, tier=tier)]
-        for each in prompts:
-            before, after = each.controls
-            of_pairs = [(pair.name, text) for pair, text in each.of_pairs.items()]
-            for name, text in (("before", before), *of_pairs, ("after", after)):
-                await each.one.asker.ask(text.messages, session=f"{tier}-{name}")
-        presser = await self._party(await self._tenant(Isolation.SESSION, idle_timeout_s=0.0))
-        for number in range(pressing):
-            await presser.asker.ask(self._text().messages, session=f"{tier}-{number}")
-        return [check for each in prompts for check in await self._pairs_in_tier(tier, each)]
+    async def _have_in_tier(self, tier: str, prompts: _Prompts) -> None:
+        """Ask for every prompt, and have it leave the tiers before this one, as it would for want of room.
+
+        What does not get there in time stays where it is: the controls tell.
+        """
+        before, after = prompts.controls
+        of_pairs = [(pair.name, text) for pair, text in prompts.of_pairs.items()]
+        for name, text in (("before", before), *of_pairs, ("after", after)):
+            await prompts.one.asker.ask(text.messages, session=f"{tier}-{name}")
+        labels = await self._labels(prompts.one.tenant)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_STORED_WITHIN_S):
+                while await self._services.engine.demote(tier, labels):  # noqa: ASYNC110 (the engine is a process)
+                    await asyncio.sleep(_ASK_AGAIN_S)
+
+    async def _labels(self, tenant: Tenant) -> list[str]:
+        """What the engine calls a tenant's sessions."""
+        sessions = self._services.sessions
+        known = await sessions.summaries(self._administrator, tenant_id=tenant.tenant_id, limit=1000)
+        return [each.lease_label for each in known]
 
     async def _prompts_in(self, mode: Isolation) -> _Prompts:
-        # Their leases end with their turns, so that they leave the device before anybody else's do.
+        # Their leases end with their turns, so that nobody else's yields to them.
         tenant = await self._tenant(mode, idle_timeout_s=0.0)
         stranger = await self._tenant(mode, idle_timeout_s=0.0)
         return _Prompts(
@@ -356,11 +359,12 @@ class _Proof:
         )
 
     async def _pairs_in_tier(self, tier: str, prompts: _Prompts) -> list[Check]:
-        """Every pair of a mode, of prompts that should be in a tier, and then the controls.
+        """Every pair of a mode, of prompts that were brought into a tier, and then the controls.
 
         The tier had the prompts when it has what was kept just before and just after them still, when they have been
         asked for. The controls come before the forgetting, for that may take everything of the tenant's.
         """
+        await self._have_in_tier(tier, prompts)
         said: dict[Pair, Said] = {}
         for pair in Pair:
             if pair is not Pair.FORGOTTEN:

@@ -27,12 +27,15 @@ from typing import ClassVar, Generic, Self, TypeVar
 from appliance.engine.http import Broken, Connection, Pool, Unreachable, request_bytes
 from appliance.engine.picture import KV_PATH, KvPicture
 from appliance.engine.protocol import (
+    DEMOTE_PATH,
     LEASES_PATH,
     TURNS_PATH,
     LeaseReport,
     TurnAccount,
     TurnEnd,
+    demote_request,
     leases_request,
+    read_demote_answer,
     read_turn_accounts_answer,
     turn_ends_request,
 )
@@ -202,6 +205,18 @@ class EngineClient:
             raise
         except (ValueError, RecursionError):
             raise _unreadable("its report of leases") from None
+
+    async def demote(self, tier: str, sessions: Sequence[str], *, deadline_s: float = 5.0) -> int:
+        """Have sessions, by their labels, keep nothing in the tiers before one that has all of them.
+
+        Returns:
+            Of how many it has not all, so far: those stay where they are.
+
+        Raises:
+            MalformedMessage: the engine's environment holds another version of holdfast.
+        """
+        asked = demote_request(tier, sessions)
+        return read_demote_answer(await self._within(deadline_s, "POST", DEMOTE_PATH, asked, _JSON_HEADERS))
 
     async def kv(self, sessions: int = 0, *, deadline_s: float = 5.0) -> KvPicture:
         """What is kept, summed up, with the `sessions` that keep most.

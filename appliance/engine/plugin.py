@@ -2,8 +2,9 @@
 
 - `register` (group `vllm.general_plugins`) runs in each of vLLM's processes and adds to EngineCore what the front end
   asks it.
-- `LeaseEndpoints` (group `vllm.endpoint_plugins`) runs in the front-end process: it serves `LEASES_PATH` and
-  `TURNS_PATH`, and its timer ends leases on time while the engine sleeps. It needs no gateway for that.
+- `LeaseEndpoints` (group `vllm.endpoint_plugins`) runs in the front-end process: it serves `LEASES_PATH`,
+  `TURNS_PATH`, `DEMOTE_PATH` and `KV_PATH`, and its timer ends leases on time while the engine sleeps. It needs no
+  gateway for that.
 
 Rules:
 
@@ -25,7 +26,7 @@ from appliance.engine.tier_keys import hand_down
 
 _logger = logging.getLogger(f"vllm.{__name__}")
 _MAX_BODY_BYTES = 1 << 20
-_TELLING_NOTHING = (protocol.LEASES_PATH, protocol.TURNS_PATH)  # of a request's end
+_TELLING_NOTHING = (protocol.LEASES_PATH, protocol.TURNS_PATH, protocol.DEMOTE_PATH)  # of a request's end
 _Message = dict[str, Any]
 
 
@@ -113,6 +114,7 @@ class LeaseEndpoints:
         app.add_route(protocol.LEASES_PATH, self._leases, methods=["POST"], include_in_schema=False)
         app.add_route(picture.KV_PATH, self._kv, methods=["GET"], include_in_schema=False)
         app.add_route(protocol.TURNS_PATH, self._turns, methods=["POST"], include_in_schema=False)
+        app.add_route(protocol.DEMOTE_PATH, self._demote, methods=["POST"], include_in_schema=False)
         app.add_middleware(_EndOfRequests, ended=self._request_ended)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:  # noqa: ARG002
@@ -146,6 +148,15 @@ class LeaseEndpoints:
             return protocol.turn_accounts_answer(None if end is None else next(accounts) for end in ends)
 
         return await _answer(request, account)
+
+    async def _demote(self, request: Any) -> Any:
+        from appliance.engine.inside import connector
+
+        async def demote(body: bytes) -> _Message:
+            asked = protocol.read_demote_request(body)
+            return protocol.demote_answer(await connector.demote(self._engine_client, asked))
+
+        return await _answer(request, demote)
 
     async def _kv(self, request: Any) -> Any:
         from starlette.responses import JSONResponse

@@ -26,6 +26,7 @@ VLLM_VERSION = "0.32.0"
 LEASE_FIELD = "holdfast"
 LEASES_PATH = "/holdfast/leases"
 TURNS_PATH = "/holdfast/turns"
+DEMOTE_PATH = "/holdfast/demote"
 
 # The entry points' name in the groups `vllm.general_plugins` and `vllm.endpoint_plugins`. vLLM loads an endpoint
 # plugin only when VLLM_PLUGINS names it, and then loads no other plugin.
@@ -44,6 +45,8 @@ MAX_TURN_ENDS = 1_000  # in one message
 MAX_AWAITED = 1_000
 AWAITED_S = 5.0
 """For how long a session that was named as awaited is, unless it is named again."""
+TIERS_BEHIND = ("dram", "disk")
+"""The tiers behind the device, in the order in which KV goes down."""
 STOPS = ("tool_use", "end_turn", "other")
 MISSES = ("", "evicted", "expired", "quota", "tier_fault")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -318,6 +321,56 @@ def read_leases_request(body: bytes) -> LeasesRequest:
         raise MalformedMessage("labels of 1 to 64 letters, digits, dots, dashes or underscores")
     every = wire.flag({"every": False, **message}, "every")
     return LeasesRequest(tuple(release), tuple((tenant, session) for tenant, session in awaited), every)
+
+
+@dataclass(frozen=True, slots=True)
+class DemoteRequest:
+    """Sessions that are to keep nothing in the tiers before one, as if what they have there had left for want of room.
+
+    Attributes:
+        tier: one of `TIERS_BEHIND`.
+        sessions: their labels.
+    """
+
+    tier: str
+    sessions: tuple[str, ...]
+
+
+def demote_request(tier: str, sessions: Iterable[str]) -> bytes:
+    """The body of a POST to `DEMOTE_PATH`. See `DemoteRequest`."""
+    return json.dumps({"tier": tier, "sessions": list(sessions)}).encode()
+
+
+def read_demote_request(body: bytes) -> DemoteRequest:
+    """What a body that `demote_request` wrote says.
+
+    Raises:
+        MalformedMessage: when the body is anything else.
+    """
+    record = wire.record(wire.read_json(body), DemoteRequest)
+    sessions = record["sessions"]
+    if not isinstance(sessions, list) or len(sessions) > MAX_RELEASES:
+        raise MalformedMessage(f"a list of at most {MAX_RELEASES} labels")
+    if not all(isinstance(label, str) and wire.LABEL.fullmatch(label) for label in sessions):
+        raise MalformedMessage("labels of 1 to 64 letters, digits, dots, dashes or underscores")
+    return DemoteRequest(wire.one_of(record, "tier", TIERS_BEHIND), tuple(sessions))
+
+
+def demote_answer(remaining: int) -> dict[str, object]:
+    """What the engine answers at `DEMOTE_PATH`: how many of the sessions the tier does not have all of, so far."""
+    return {"remaining": remaining}
+
+
+def read_demote_answer(body: bytes) -> int:
+    """How many sessions remain where they were.
+
+    Raises:
+        MalformedMessage: when the body is no such answer.
+    """
+    message = wire.read_json(body)
+    if not isinstance(message, dict) or message.keys() != {"remaining"}:
+        raise MalformedMessage("an object with the field `remaining`")
+    return wire.count(message, "remaining")
 
 
 def turn_ends_request(ends: Iterable[TurnEnd]) -> bytes:

@@ -198,6 +198,11 @@ class EngineInProcess:
         (account,) = self.core.holdfast_turns_ended([end.to_wire()])
         return None if account is None else TurnAccount.from_wire(account)
 
+    def demote(self, tier: str, *sessions: str) -> int:
+        """What `DEMOTE_PATH` would answer."""
+        remaining: int = self.core.holdfast_demote(tier, list(sessions))
+        return remaining
+
     def reclaimed_blocks(self) -> int:
         """How many leased blocks yielded to requests since `start_anew`."""
         return self.report().reclaimed_blocks_total - self._reclaimed_before

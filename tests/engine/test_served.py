@@ -17,6 +17,7 @@ from typing import IO, Any
 import pytest
 
 from appliance.engine.protocol import (
+    DEMOTE_PATH,
     LEASE_FIELD,
     LEASES_PATH,
     PLUGIN_ENVIRONMENT,
@@ -26,6 +27,7 @@ from appliance.engine.protocol import (
     TurnAccount,
     TurnEnd,
     connector_arguments,
+    demote_request,
     lease_params,
     leases_request,
     read_turn_accounts_answer,
@@ -254,6 +256,17 @@ def test_the_endpoint_refuses_what_the_protocol_does_not_write(server: Server, b
     status, answer = server.post(LEASES_PATH, body)
     assert status == 400
     assert answer["error"]["code"] == "engine_message_malformed"
+
+
+def test_without_a_tier_to_go_down_to_a_session_stays(server: Server) -> None:
+    server.turn(3, "stays", idle_timeout_s=60.0)
+    status, answer = server.post(DEMOTE_PATH, demote_request("dram", ["stays", "unknown"]))
+    assert (status, answer) == (200, {"remaining": 1})
+    (lease,) = server.report().leases
+    assert lease.session == "stays"
+    status, _ = server.post(DEMOTE_PATH, b'{"tier": "dram"}')
+    assert status == 400
+    server.report(release=("stays",))
 
 
 def test_the_endpoint_bounds_its_body(server: Server) -> None:

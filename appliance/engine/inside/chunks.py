@@ -230,6 +230,15 @@ class ChunkOrder:
         session = self._of.get(owner)
         return () if session is None else tuple(session.keys)
 
+    def alone(self, owner: Owner) -> list[bytes]:
+        """The chunks that a session has and nobody else, and that may leave."""
+        return [key for key in self.keys_of(owner) if len(self._chunks[key].owners) == 1 and self._may_leave(key, ())]
+
+    def end_of(self, owner: Owner) -> int:
+        """The token that a session's last chunk ends at; zero: it has none."""
+        keys = self.keys_of(owner)
+        return self._end_of(keys[-1]) if keys else 0
+
     def is_owned(self, key: bytes) -> bool:
         """Whether some session has the chunk."""
         chunk = self._chunks.get(key)

@@ -310,6 +310,16 @@ class LeaseTable:
             insort(self._order[False], self._place(key, claim, now), key=_worst_last)
         return Change(freed=tuple(freed), forgotten=tuple(forgotten))
 
+    def demote(self, session: _Key) -> Change:
+        """Have a session that no request waits or runs for give up all that it keeps, for a tier behind has it."""
+        claim = self._claims.get(session)
+        if claim is None or session in self._active:
+            return Change()
+        contents = tuple(map(self._content_of, claim.ids))
+        taken = _Taken([], [])
+        self._yield(session, len(claim.ids), None, "", taken)
+        return Change(freed=tuple(taken.freed), forgotten=contents)
+
     def release(self, sessions: Iterable[str]) -> Change:
         """The sessions so labelled are over: nobody will ask for their blocks again."""
         labels = set(sessions)

@@ -76,6 +76,10 @@ class Recall:
         """Something of the session could not be read."""
         _put(self._left_alone, session, self._clock() + _LEFT_ALONE_S, _MOST_LEFT_ALONE)
 
+    def demoted(self, session: Owner) -> None:
+        """The session is to stay on the disk until it returns."""
+        _put(self._left_alone, session, inf, _MOST_LEFT_ALONE)
+
     def in_order(
         self, waiting: Iterable[Owner], expected: Iterable[tuple[Owner, float]], worth: Callable[[Owner], float]
     ) -> Iterator[tuple[Owner, float]]:

@@ -444,3 +444,13 @@ def test_what_nobody_asked_for_keeps_to_the_quotas_in_force_and_loses_nobody_any
     assert order.room_ahead(A, 9, free_chunks=6, below=9.0) == 0  # the session's
     assert order.room_ahead(OTHERS, 9, free_chunks=6, below=9.0) == 7  # A's tenant has a share
     assert not any(order.quotas.is_lost(session, 9 * 32) for session in (A, B, OTHERS))
+
+
+def test_of_a_session_alone_is_what_nobody_shares_copies_or_waits_for(order: ChunkOrder) -> None:
+    stored(order, A, "a", 5)
+    order.used(B, {b"a0": 32})
+    order.held(b"a3")
+    order.await_for("request", b"a4")
+    assert order.alone(A) == [b"a1", b"a2"]
+    assert order.end_of(A) == 5 * 32
+    assert (order.alone(CHILD), order.end_of(CHILD)) == ([], 0)

@@ -9,7 +9,7 @@ import pytest
 
 from appliance.engine.picture import KV_PATH
 from appliance.engine.plugin import ExpiryTimer, LeaseEndpoints, _EndOfRequests
-from appliance.engine.protocol import LEASES_PATH, PLUGIN_NAME, TURNS_PATH
+from appliance.engine.protocol import DEMOTE_PATH, LEASES_PATH, PLUGIN_NAME, TURNS_PATH
 
 DEADLINE_S = 5.0
 NEVER_S = 3600.0
@@ -126,6 +126,7 @@ async def test_an_engine_that_does_not_answer_is_asked_again(caplog: pytest.LogC
         ("POST", "/v1/chat/completions", 1),
         ("POST", "/v1/completions", 1),
         ("POST", LEASES_PATH, 0),
+        ("POST", DEMOTE_PATH, 0),
         ("GET", "/health", 0),
     ],
 )
@@ -147,7 +148,7 @@ def test_the_plugin_adds_its_paths_and_its_middleware() -> None:
     endpoints = LeaseEndpoints()
     endpoints.attach_router(app)
     assert endpoints.name == PLUGIN_NAME
-    assert app.added == [LEASES_PATH, KV_PATH, TURNS_PATH, _EndOfRequests]
+    assert app.added == [LEASES_PATH, KV_PATH, TURNS_PATH, DEMOTE_PATH, _EndOfRequests]
 
 
 class _App:

@@ -95,6 +95,20 @@ def test_a_turn_that_computed_nothing_leaves_the_lease_alone_and_starts_none() -
     assert held(table) == {"a": 2}
 
 
+def test_who_goes_down_gives_up_all_of_it_and_what_others_have_too_stays_with_them() -> None:
+    table = table_of(10, Clock())
+    table.finished(lease("a"), chain(1, 2, 3))
+    table.finished(lease("b"), chain(1, 4))
+    change = table.demote(("tenant", "a"))
+    assert change.freed == (3, 2)
+    assert set(change.forgotten) == {("content", 1), ("content", 2), ("content", 3)}
+    assert held(table) == {"b": 2}
+    assert table.demote(("tenant", "a")) == Change()
+    table.arrived(lease("b"))
+    assert table.demote(("tenant", "b")) == Change()
+    assert held(table) == {"b": 2}
+
+
 def test_a_shared_block_is_given_back_with_its_last_lease() -> None:
     table = table_of(10, Clock())
     table.finished(lease("a"), chain(1, 2, 3))

@@ -11,6 +11,7 @@ from appliance.engine.protocol import (
     MAX_AWAITED,
     MAX_RELEASES,
     MAX_TURN_ENDS,
+    DemoteRequest,
     Lease,
     LeaseReport,
     LeasesRequest,
@@ -20,8 +21,12 @@ from appliance.engine.protocol import (
     TurnEnd,
     connector_arguments,
     connector_config,
+    demote_answer,
+    demote_request,
     lease_params,
     leases_request,
+    read_demote_answer,
+    read_demote_request,
     read_leases_request,
     read_turn_accounts_answer,
     read_turn_ends_request,
@@ -236,3 +241,35 @@ def test_what_is_no_message_about_turns_is_refused(body: bytes) -> None:
 def test_a_message_holds_a_bounded_number_of_turns() -> None:
     with pytest.raises(MalformedMessage):
         read_turn_ends_request(turn_ends_request([END] * (MAX_TURN_ENDS + 1)))
+
+
+def test_what_is_to_go_down_survives_the_wire() -> None:
+    assert read_demote_request(demote_request("disk", ["s-1", "s-2"])) == DemoteRequest("disk", ("s-1", "s-2"))
+    assert read_demote_answer(json.dumps(demote_answer(2)).encode()) == 2
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        None,
+        [],
+        {"tier": "disk"},
+        {"tier": "device", "sessions": []},
+        {"tier": 7, "sessions": []},
+        {"tier": "disk", "sessions": "s-1"},
+        {"tier": "disk", "sessions": ["a b"]},
+        {"tier": "disk", "sessions": [7]},
+        {"tier": "disk", "sessions": ["s"] * (MAX_RELEASES + 1)},
+        {"tier": "disk", "sessions": [], "more": 1},
+    ],
+    ids=lambda message: repr(message)[:50],
+)
+def test_what_is_to_go_down_is_exactly_that_or_refused(message: object) -> None:
+    with pytest.raises(MalformedMessage):
+        read_demote_request(json.dumps(message).encode())
+
+
+@pytest.mark.parametrize("answer", [{}, [], 3, {"remaining": -1}, {"remaining": True}, {"remaining": 1, "more": 1}])
+def test_an_answer_to_it_is_a_number_or_refused(answer: object) -> None:
+    with pytest.raises(MalformedMessage):
+        read_demote_answer(json.dumps(answer).encode())

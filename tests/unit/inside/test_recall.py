@@ -117,3 +117,12 @@ def test_who_says_ever_more_is_bounded(recall: Recall) -> None:
         recall.failed(("acme", f"s{number}"))
     assert len(recall._hinted) == len(recall._left_alone) == 10_000
     assert ("acme", "s4") not in recall._hinted
+
+
+def test_who_was_sent_down_stays_there_until_it_returns(recall: Recall, clock: Clock) -> None:
+    recall.hinted(ANA)
+    recall.demoted(ANA)
+    clock.now += 1e6
+    assert in_order(recall, waiting=(ANA,), ana=math.inf) == []
+    recall.arrived(ANA)
+    assert in_order(recall, ana=LIKELY) == [(ANA, LIKELY / 2)]

@@ -19,6 +19,7 @@ from appliance.engine.inside.connector.dram import SessionChunks
 from appliance.engine.inside.connector.memory import CopyingWorker, TierSpec
 from appliance.engine.inside.connector.questions import (
     connector_of,
+    demote,
     install,
     kv_picture,
     lease_report,
@@ -39,6 +40,7 @@ __all__ = [
     "UnsupportedEngine",
     "check_version",
     "connector_of",
+    "demote",
     "install",
     "kv_picture",
     "lease_report",

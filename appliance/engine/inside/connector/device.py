@@ -11,7 +11,7 @@ Rules:
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,10 @@ class LeaseRetention:
             tiers=self.tiers(min(kept.blocks_with_rank, table.leased_blocks)),  # what two sessions share counts twice
             totals=Totals(table.reclaimed_blocks_total, table.expired_total, self._ignored_total),
         )
+
+    def demote(self, tier: str, labels: Collection[str]) -> int:  # noqa: ARG002
+        """Have the sessions so labelled keep nothing before a tier; of how many the tier has not all, so far."""
+        return sum(session[1] in labels for session, _ in self._table.sizes())
 
     def tiers(self, leased_blocks: int) -> list[TierPicture]:
         """The tiers that this engine has, the device first; `leased_blocks` of its blocks have a lease that runs."""

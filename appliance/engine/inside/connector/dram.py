@@ -189,6 +189,20 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         self._let_go_of({*held, *(owner for owner in running if owner[1] in sessions)})
         return held
 
+    def has_all(self, tier: str, session: Owner, tokens: int) -> bool:
+        """Whether a tier has all that DRAM has of a session, and all of so many tokens."""
+        order = self._chunks.order
+        here = order.keys_of(session)
+        on_disk = {key: end for store in self._stores() for key, end in store.positions_of(DiskOwner(*session)).items()}
+        reached = max(on_disk.values(), default=0) if tier == "disk" else order.end_of(session)
+        return reached >= tokens and all(order.is_free(key) and (tier == "dram" or key in on_disk) for key in here)
+
+    def demote(self, session: Owner) -> None:
+        """Let go of what a session, and nobody else, has in DRAM."""
+        for key in self._chunks.order.alone(session):
+            self._let_go(key)
+        self._chunks.wipe_left()
+
     def quarantine(self) -> None:
         """Restore nothing any more, from any tier: where there is a disk, no later engine either."""
         self.quarantined = True

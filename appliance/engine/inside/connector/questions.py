@@ -9,12 +9,13 @@ from vllm.v1.engine.core import EngineCore
 from appliance.engine.inside.connector.amendments import salt_by_range
 from appliance.engine.inside.connector.device import LeaseRetention
 from appliance.engine.inside.connector.version import UnsupportedEngine, check_version
-from appliance.engine.protocol import LeasesRequest, TurnAccount, TurnEnd
+from appliance.engine.protocol import DemoteRequest, LeasesRequest, TurnAccount, TurnEnd
 
 _REPORT_METHOD = "holdfast_lease_report"
 _TICK_METHOD = "holdfast_lease_tick"
 _KV_METHOD = "holdfast_kv_picture"
 _TURNS_METHOD = "holdfast_turns_ended"
+_DEMOTE_METHOD = "holdfast_demote"
 
 
 def install() -> None:
@@ -28,6 +29,7 @@ def install() -> None:
     setattr(EngineCore, _TICK_METHOD, _tick)
     setattr(EngineCore, _KV_METHOD, _kv)
     setattr(EngineCore, _TURNS_METHOD, _turns_ended)
+    setattr(EngineCore, _DEMOTE_METHOD, _demote)
     salt_by_range()
 
 
@@ -38,6 +40,14 @@ async def lease_report(engine_client: Any, asked: LeasesRequest) -> dict[str, ob
         _REPORT_METHOD, list(asked.release), list(asked.awaited), asked.every
     )
     return said
+
+
+async def demote(engine_client: Any, asked: DemoteRequest) -> int:
+    """Ask the engine behind vLLM's front end to have sessions keep nothing before a tier; how many of them do."""
+    remaining: int = await engine_client.engine_core.call_utility_async(
+        _DEMOTE_METHOD, asked.tier, list(asked.sessions)
+    )
+    return remaining
 
 
 async def lease_tick(engine_client: Any) -> float | None:
@@ -77,6 +87,10 @@ def _report(self: EngineCore, release: list, awaited: list, every: bool) -> dict
 
 def _kv(self: EngineCore, most_sessions: int) -> dict:  # type: ignore[type-arg]
     return connector_of(self).picture(most_sessions).to_wire()
+
+
+def _demote(self: EngineCore, tier: str, sessions: list) -> int:  # type: ignore[type-arg]
+    return connector_of(self).demote(tier, frozenset(sessions))
 
 
 def _tick(self: EngineCore) -> float | None:

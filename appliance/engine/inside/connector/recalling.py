@@ -144,6 +144,11 @@ class RecallingManager(TieredManager):
         self._plan = None
         return super().release(sessions)
 
+    def demote(self, session: Owner) -> None:
+        self._recall.demoted(session)
+        self.look_now()
+        super().demote(session)
+
     def _complete_promotion(self, job_metadata: JobMetadata, completed_job: JobResult) -> None:
         super()._complete_promotion(job_metadata, completed_job)
         job, context = job_metadata.transfer_job, self._ahead
