@@ -10,7 +10,7 @@ Rules:
 
 - vLLM's internals are left to `inside/connector/`.
 - Without leases, and without requests, the timer waits for an event and uses no CPU.
-- The endpoint stands on the engine's private socket: whoever can open that may release a lease.
+- The endpoint stands on the engine's private socket: whoever can open that may release a lease, or send a session down a tier.
 """
 
 import asyncio
