@@ -10,7 +10,8 @@ Rules:
 
 - vLLM's internals are left to `inside/connector/`.
 - Without leases, and without requests, the timer waits for an event and uses no CPU.
-- The endpoint stands on the engine's private socket: whoever can open that may release a lease, or send a session down a tier.
+- The endpoint stands on the engine's private socket: whoever can open that may release a lease, or have
+  a session leave a tier.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ import logging
 import os
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
+from math import inf
 from typing import Any
 
 from appliance.engine import picture, protocol, wire
@@ -66,10 +68,16 @@ class ExpiryTimer:
         self._recheck_s = recheck_s
         self._retry_s = retry_s
         self._ended = asyncio.Event()
+        self._asks_at = inf  # by the loop's clock; while it asks, that is not known yet
 
     def request_ended(self) -> None:
         """Say that a request has ended, however it did."""
         self._ended.set()
+
+    def lease_due(self, in_s: float | None) -> None:
+        """Say when the next lease is due. Where that is sooner than was known, ask anew; `None`: there is none."""
+        if in_s is not None and asyncio.get_running_loop().time() + in_s < self._asks_at:
+            self._ended.set()
 
     async def run(self) -> None:
         """Run until cancelled."""
@@ -83,10 +91,14 @@ class ExpiryTimer:
             wait_s = due_in_s if not ended else min(self._recheck_s, self._recheck_s if due_in_s is None else due_in_s)
 
     async def _wait(self, wait_s: float | None) -> bool:
+        if wait_s is not None:
+            self._asks_at = asyncio.get_running_loop().time() + wait_s
         try:
             await asyncio.wait_for(self._ended.wait(), None if wait_s is None else max(wait_s, 0.0))
         except TimeoutError:
             return False
+        finally:
+            self._asks_at = inf
         return True
 
     async def _ask(self) -> float | None:
@@ -144,8 +156,12 @@ class LeaseEndpoints:
 
         async def account(body: bytes) -> _Message:
             ends = protocol.read_turn_ends_request(body)
-            accounts = iter(await connector.turns_ended(self._engine_client, [end for end in ends if end is not None]))
-            return protocol.turn_accounts_answer(None if end is None else next(accounts) for end in ends)
+            told = [end for end in ends if end is not None]
+            accounts, due_in_s = await connector.turns_ended(self._engine_client, told)
+            if self._timer is not None:
+                self._timer.lease_due(due_in_s)  # an end may move a deadline forward
+            known = iter(accounts)
+            return protocol.turn_accounts_answer(None if end is None else next(known) for end in ends)
 
         return await _answer(request, account)
 

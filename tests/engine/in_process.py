@@ -195,7 +195,7 @@ class EngineInProcess:
 
     def ended(self, end: TurnEnd) -> TurnAccount | None:
         """What `TURNS_PATH` would answer."""
-        (account,) = self.core.holdfast_turns_ended([end.to_wire()])
+        ((account,), _) = self.core.holdfast_turns_ended([end.to_wire()])
         return None if account is None else TurnAccount.from_wire(account)
 
     def demote(self, tier: str, *sessions: str) -> int:

@@ -215,6 +215,16 @@ def test_an_end_of_a_turn_is_answered_with_its_account_and_moves_the_deadline(se
     server.report(release=("told",))
 
 
+def test_a_strict_lease_whose_deadline_a_turns_end_moved_forward_ends_on_time(server: Server) -> None:
+    server.turn(5, "shorter", idle_timeout_s=3600.0, strict=True, turn="shorter")
+    server.turn(5, "first", idle_timeout_s=1.5, strict=True)
+    server.wait_for_line("Leases ended")  # of the first: after that the timer sleeps for an hour
+    end = TurnEnd("shorter", "tenant", "shorter", "tool_use", 4, 0.5)
+    assert server.post(TURNS_PATH, turn_ends_request([end]))[0] == 200
+    server.wait_for_line("Leases ended")
+    assert server.report().leases == ()
+
+
 def test_a_malformed_end_of_a_turn_costs_no_other_its_account(server: Server) -> None:
     server.turn(6, "well-told", idle_timeout_s=60.0, turn="told")
     ends = [TurnEnd("well-told", "tenant", turn, "tool_use", 4, 60.0) for turn in ("no turn", "told")]

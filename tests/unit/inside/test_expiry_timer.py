@@ -111,6 +111,28 @@ async def test_it_asks_once_more_even_when_a_known_lease_is_due_much_later() -> 
     assert engine.ticks == 2
 
 
+async def test_it_asks_anew_where_a_deadline_was_moved_forward() -> None:
+    engine = Engine(NEVER_S, NEVER_S / 2)
+    async with running(engine, recheck_s=NEVER_S) as timer:
+        timer.request_ended()
+        await engine.asked(1)
+        await let_others_run()
+        for in_s in (None, 2 * NEVER_S):  # nothing is due sooner than it asks
+            timer.lease_due(in_s)
+            await let_others_run()
+        assert engine.ticks == 1
+        timer.lease_due(NEVER_S / 2)
+        await engine.asked(2)
+
+
+async def test_it_asks_anew_where_it_knew_of_no_deadline() -> None:
+    engine = Engine()
+    async with running(engine) as timer:
+        await let_others_run()
+        timer.lease_due(NEVER_S)
+        await engine.asked(1)
+
+
 async def test_an_engine_that_does_not_answer_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:
     engine = Engine(RuntimeError("PROMPT"), None)
     async with running(engine, retry_s=0.01) as timer:
@@ -125,6 +147,7 @@ async def test_an_engine_that_does_not_answer_is_asked_again(caplog: pytest.LogC
     [
         ("POST", "/v1/chat/completions", 1),
         ("POST", "/v1/completions", 1),
+        ("POST", TURNS_PATH, 0),
         ("POST", LEASES_PATH, 0),
         ("POST", DEMOTE_PATH, 0),
         ("GET", "/health", 0),

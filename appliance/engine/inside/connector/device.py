@@ -159,6 +159,10 @@ class LeaseRetention:
             self._table.turn_ended(end)
         return [self._accounts.ended(end) for end in ends]
 
+    def next_expiry_in_s(self) -> float | None:
+        """Seconds to the next deadline of a lease; `None`: there is none."""
+        return self._table.next_expiry_in_s()
+
     def leased_block_ids(self) -> tuple[int, ...]:
         """The blocks that leases hold a reference on."""
         return self._table.leased_block_ids()

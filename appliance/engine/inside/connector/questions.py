@@ -62,11 +62,15 @@ async def kv_picture(engine_client: Any, most_sessions: int) -> dict[str, object
     return said
 
 
-async def turns_ended(engine_client: Any, ends: Sequence[TurnEnd]) -> list[TurnAccount | None]:
-    """Tell the engine behind vLLM's front end how turns ended; the account of each."""
+async def turns_ended(engine_client: Any, ends: Sequence[TurnEnd]) -> tuple[list[TurnAccount | None], float | None]:
+    """Tell the engine behind vLLM's front end how turns ended.
+
+    Returns:
+        The account of each; and seconds to the next deadline of a lease, which an end may have moved, or `None`.
+    """
     told = [end.to_wire() for end in ends]
-    accounts = await engine_client.engine_core.call_utility_async(_TURNS_METHOD, told)
-    return [None if account is None else TurnAccount.from_wire(account) for account in accounts]
+    accounts, due_in_s = await engine_client.engine_core.call_utility_async(_TURNS_METHOD, told)
+    return [None if account is None else TurnAccount.from_wire(account) for account in accounts], due_in_s
 
 
 def connector_of(engine_core: EngineCore) -> LeaseRetention:
@@ -103,5 +107,7 @@ def _tick(self: EngineCore) -> float | None:
 
 
 def _turns_ended(self: EngineCore, ends: list) -> list:  # type: ignore[type-arg]
-    accounts = connector_of(self).turns_ended([TurnEnd.from_wire(end) for end in ends])
-    return [None if account is None else account.to_wire() for account in accounts]
+    connector = connector_of(self)
+    accounts = connector.turns_ended([TurnEnd.from_wire(end) for end in ends])
+    told = [None if account is None else account.to_wire() for account in accounts]
+    return [told, connector.next_expiry_in_s()]
