@@ -169,7 +169,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         naming = tasks.create_task(tell_settings_of_nobody(services))
         watch = tasks.create_task(services.watch.run())
         looking = tasks.create_task(services.kv.run())
-        erasing = tasks.create_task(services.sessions.finish_erasures())
+        erasing = tasks.create_task(services.store.erasures.run())
         releasing = tasks.create_task(keep_releasing(services))
         serving = [
             tasks.create_task(server.serve(sockets=[listener]))

@@ -401,12 +401,14 @@ async def _rotate(wanted: types.KeysToRotate, services: ServicesOf, asker: Asker
     tenant = None if wanted.tenant is None else await chosen_tenant(services, asker.named, wanted.tenant)
     scope = SYSTEM_SCOPE if tenant is None else tenant.tenant_id
     try:
-        keys = await services.identity.rotate_keys(tenant)
+        rotated = await services.identity.rotate_keys(tenant)
     except HoldfastError as error:
         await asker.did(KEYS_ROTATED, ("keys", scope), outcome=Outcome.FAILURE, reason=error.code)
         raise
-    await asker.did(KEYS_ROTATED, ("keys", scope), details={"keys": str(keys)})
-    return types.RotatedKeys(tenant_id=None if tenant is None else tenant.tenant_id, keys=keys)
+    details = {"keys": str(rotated.keys), "erased": str(rotated.erased).lower()}
+    await asker.did(KEYS_ROTATED, ("keys", scope), details=details)
+    tenant_id = None if tenant is None else tenant.tenant_id
+    return types.RotatedKeys(tenant_id=tenant_id, keys=rotated.keys, erased=rotated.erased)
 
 
 # Tenants and keys

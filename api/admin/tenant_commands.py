@@ -303,6 +303,11 @@ def rotate_keys(console: Console, tenant_name: str | None, system: bool) -> None
     rotated = console.admin(deadline_s=_ROTATION_DEADLINE_S).rotate_keys(tenant_name)
     whose = "the system" if rotated.tenant_id is None else f"{tenant_name} ({rotated.tenant_id})"
     console.result(rotated, f"{rotated.keys} keys of {printable(whose)} are under a new key; no data was written anew.")
+    if not rotated.erased:
+        console.say(
+            "What the old key wrapped may be in the database files still: the appliance erases it as soon as it can,"
+            " also after a restart. `holdfast logs gateway` says what is in the way."
+        )
 
 
 def _tenant_text(shown: "types.Tenant") -> str:

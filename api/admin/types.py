@@ -132,10 +132,15 @@ class KeysToRotate(Wire):
 
 
 class RotatedKeys(Wire):
-    """A key that wraps others was replaced; `keys` are under the new one."""
+    """A key that wraps others was replaced; `keys` are under the new one.
+
+    `erased`: nothing that the old one wrapped is left in the database's files; False when that could not be done yet.
+    The gateway does it as soon as it can.
+    """
 
     tenant_id: str | None
     keys: int
+    erased: bool
 
 
 # Tenants and keys

@@ -140,7 +140,8 @@ VAULT_SEALED: Final = EventClass(22, "vault.sealed", "The vault was sealed.", Sc
 KEYS_ROTATED: Final = EventClass(
     23,
     "keys.rotated",
-    "The key that wraps a tenant's keys, or the system's, was replaced by another; `keys` are under the new one.",
+    "The key that wraps a tenant's keys, or the system's, was replaced by another; `keys` are under the new one. Not "
+    "`erased`: what the old one wrapped is in the database's files until that can be done.",
     Scope.SYSTEM,
     (3004, 3),
 )

@@ -14,7 +14,7 @@ from appliance.identity.errors import (
     UnknownIdentity,
 )
 from appliance.identity.quotas import Admission, Quotas
-from appliance.identity.types import ApiKey, Caller, Isolation, Permission, Principal, Role, Scopes, Tenant
+from appliance.identity.types import ApiKey, Caller, Isolation, Permission, Principal, Role, RotatedKeys, Scopes, Tenant
 
 __all__ = [
     "Admission",
@@ -34,6 +34,7 @@ __all__ = [
     "RateLimited",
     "Role",
     "RoleDiffers",
+    "RotatedKeys",
     "Scopes",
     "Tenant",
     "TooManyConcurrent",

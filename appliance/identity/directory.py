@@ -25,8 +25,28 @@ from sqlalchemy import Connection, Table, insert, select, update
 from sqlalchemy.engine import RowMapping
 
 from appliance.identity.errors import InvalidApiKey, NameTaken, NotAnAdministrator, RoleDiffers, UnknownIdentity
-from appliance.identity.types import ApiKey, Caller, Isolation, Permission, Principal, Role, Scopes, Tenant
-from appliance.store import Change, RowCipher, Store, StoreBusy, StoreConflict, key_changes, rotation_changes, tables
+from appliance.identity.types import (
+    ApiKey,
+    Caller,
+    Isolation,
+    Permission,
+    Principal,
+    Role,
+    RotatedKeys,
+    Scopes,
+    Tenant,
+)
+from appliance.store import (
+    Change,
+    Erasures,
+    RowCipher,
+    Store,
+    StoreBusy,
+    StoreConflict,
+    key_changes,
+    rotation_changes,
+    tables,
+)
 from appliance.vault import SYSTEM_SCOPE, KeyPurpose, Vault
 
 SECRET_PREFIX = "hf_"  # noqa: S105 (says what a secret begins with)
@@ -110,21 +130,16 @@ class Identity:
         """Make the system's own keys: the first thing that a new database holds."""
         await self._store.write(key_changes(self._vault.new_system_keys()))
 
-    async def rotate_keys(self, tenant: Tenant | None) -> int:
+    async def rotate_keys(self, tenant: Tenant | None) -> RotatedKeys:
         """Replace the key that wraps a tenant's keys, or the system's. What was encrypted stays as it is.
 
-        Returns:
-            How many keys the new one wraps.
-
         Raises:
-            VaultSealed, TamperedValue: nothing is rotated.
-            StoreFull, StoreBusy, StoreUnavailable: nothing is, or what the old key wraps is in the files still.
+            VaultSealed, TamperedValue, StoreFull, StoreBusy, StoreUnavailable: nothing is rotated.
         """
         async with self._one_rotation:
             rotation = await asyncio.to_thread(self._vault.rotate, SYSTEM_SCOPE if tenant is None else tenant.tenant_id)
-            await self._store.write(rotation_changes(rotation))
-        await self._store.erase()
-        return len(rotation.rewrapped)
+            await self._store.write([*rotation_changes(rotation), *Erasures.due()])
+        return RotatedKeys(len(rotation.rewrapped), await self._store.erasures.erase())
 
     # Tenants
 

@@ -114,3 +114,17 @@ class Caller:
         of_tenant = None if self.tenant is None else self.tenant.tenant_id
         if of_tenant != whose or (self.key is not None and self.key.tenant_id != whose):
             raise ValueError(f"the principal, the tenant and the key of {self.principal.principal_id} are not one's")
+
+
+@dataclass(frozen=True, slots=True)
+class RotatedKeys:
+    """A key that wraps others was replaced.
+
+    Attributes:
+        keys: how many the new one wraps.
+        erased: what the old one wrapped is in the database's files no more; False: that could not be done yet, and will
+            be.
+    """
+
+    keys: int
+    erased: bool

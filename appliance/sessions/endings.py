@@ -4,36 +4,24 @@ Rules:
 
 - A session that is over is kept, and its next turn goes on with it: only the engine need not hold it. Where it is the
   first of its tree, the whole tree is over.
-- Forgetting deletes first and then erases what deletion left on the disk. That the second is due stands in the database
-  from the moment of the first: it is done at the next start, and again until it succeeds.
+- Forgetting deletes first and then erases what deletion left on the disk: at once, or as soon as that can be done.
 - Forgetting raises the epoch of the tree, so that whatever is still resident of it cannot be reached again.
 """
 
-import asyncio
-import logging
-import os
-import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
-from sqlalchemy import Connection, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, select, update
 from sqlalchemy.engine import RowMapping
 
-from appliance.errors import HoldfastError
 from appliance.identity import Caller, Role
 from appliance.sessions.archive import SessionSummary, unknown_session
 from appliance.sessions.labels import lease_label
 from appliance.sessions.live import Session, is_over
 from appliance.sessions.registry import Registry
-from appliance.settings import SessionSettings
-from appliance.store import Change, Store, tables
-from appliance.vault import Vault
+from appliance.store import Change, Erasures, tables
 
-_ERASURE_DUE = "erasure-due"  # in the table `meta`; its value is another for each deletion
-_ERASURE_PAUSES_S = (1.0, 600.0)  # after the first failure, and at most
 _MOST_ENDED = 1000  # sessions of a tree, by one word
-_LOG = logging.getLogger("holdfast.sessions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,32 +51,10 @@ class Forgotten:
 
 
 class Sessions(Registry):
-    """The sessions of one appliance: found, written down, ended and forgotten.
-
-    Args:
-        settings: idle timeouts.
-        block_size: of the engine's cache, in tokens; None: not known.
-        now: wall clock, epoch seconds.
-        random_bytes: source of identifiers.
-        sleep: waits for some seconds.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        vault: Vault,
-        settings: SessionSettings,
-        *,
-        block_size: int | None = None,
-        now: Callable[[], float] = time.time,
-        random_bytes: Callable[[int], bytes] = os.urandom,
-        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
-    ) -> None:
-        super().__init__(store, vault, settings, block_size=block_size, now=now, random_bytes=random_bytes)
-        self._sleep = sleep
-        self._erasure_failed = asyncio.Event()
+    """The sessions of one appliance: found, written down, ended and forgotten."""
 
     # Ending
+
     async def ending(self, caller: Caller, visible_id: str) -> Ended:
         """What it means that a client calls a session of its own over; nothing is changed yet: see `end`.
 
@@ -164,20 +130,13 @@ class Sessions(Registry):
         if live is None:
             raise unknown_session(session_id)
         async with live.lock:
-            due = self._new_id("era")
-            await self._store.transact(lambda db: _shred(db, session_id, live.tree_id, due))
+            await self._store.transact(lambda db: _shred(db, session_id, live.tree_id))
             live.forgotten = True
         for other in list(self._live.values()):
             if other.tree_id == live.tree_id:
                 other.epoch += 1
         self._let_go(live)
-        try:
-            await self._erase_what_is_due()
-        except HoldfastError as error:
-            _LOG.warning("%s is forgotten; erasing it is due: %s", session_id, error.code)
-            self._erasure_failed.set()
-            return Forgotten(self._summary(row), erased=False)
-        return Forgotten(self._summary(row), erased=True)
+        return Forgotten(self._summary(row), erased=await self._store.erasures.erase())
 
     async def forgettable(self, caller: Caller, session_id: str) -> SessionSummary:
         """The session that `forget` would shred; nothing is changed.
@@ -194,41 +153,10 @@ class Sessions(Registry):
             raise unknown_session(session_id)
         return row
 
-    async def finish_erasures(self) -> NoReturn:
-        """Erase what earlier deletions left on the disk, now and whenever `forget` could not. Runs until cancelled."""
-        first, longest = _ERASURE_PAUSES_S
-        pause = first
-        while True:
-            self._erasure_failed.clear()
-            try:
-                await self._erase_what_is_due()
-            except HoldfastError as error:
-                _LOG.warning("what was forgotten is not erased yet (%s); again in %.0f s", error.code, pause)
-                await self._sleep(pause)
-                pause = min(2 * pause, longest)
-            else:
-                pause = first
-                await self._erasure_failed.wait()
 
-    async def _erase_what_is_due(self) -> None:
-        """Make deletions true on disk, if some are not.
-
-        Raises:
-            StoreFull, StoreBusy, StoreUnavailable: it is due still.
-        """
-        meta = tables.meta
-        due = await self._store.read(
-            lambda db: db.execute(select(meta.c.value).where(meta.c.name == _ERASURE_DUE)).scalar()
-        )
-        if due is not None:
-            await self._store.erase()
-            done = delete(meta).where(meta.c.name == _ERASURE_DUE, meta.c.value == due)
-            await self._store.transact(lambda db: db.execute(done))
-
-
-def _shred(db: Connection, session_id: str, tree_id: str, due: str) -> None:
-    db.execute(delete(tables.meta).where(tables.meta.c.name == _ERASURE_DUE))
-    db.execute(insert(tables.meta).values(name=_ERASURE_DUE, value=due))
+def _shred(db: Connection, session_id: str, tree_id: str) -> None:
+    for change in Erasures.due():
+        db.execute(change.statement, change.values)
     db.execute(delete(tables.chain).where(tables.chain.c.session_id == session_id))
     db.execute(delete(tables.turns).where(tables.turns.c.session_id == session_id))
     db.execute(

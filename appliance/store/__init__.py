@@ -2,6 +2,7 @@
 
 from appliance.store import tables
 from appliance.store.encrypted import Encrypted, Envelope, RowCipher
+from appliance.store.erasures import Erasures
 from appliance.store.errors import (
     BackupFailed,
     BackupUnsupported,
@@ -26,6 +27,7 @@ __all__ = [
     "DatabaseKeys",
     "Encrypted",
     "Envelope",
+    "Erasures",
     "RowCipher",
     "SchemaTooNew",
     "SchemaUnreleased",

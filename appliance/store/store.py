@@ -27,6 +27,7 @@ from sqlalchemy import Connection, Engine, bindparam, delete, insert, literal, s
 from appliance.store import connections, erasure, schema, tables
 from appliance.store.checkpoints import Checkpoints
 from appliance.store.connections import Connections
+from appliance.store.erasures import Erasures
 from appliance.store.errors import BackupFailed, BackupUnsupported, StoreUnavailable, busy, closed, meaning
 from appliance.store.writer import Change, Waiting, Writer
 
@@ -42,7 +43,11 @@ _FORGET_PROBE = delete(tables.meta).where(tables.meta.c.name == bindparam("b_nam
 
 
 class Store:
-    """An open database. Made by `Store.open`."""
+    """An open database. Made by `Store.open`.
+
+    Attributes:
+        erasures: what was deleted and is to be erased.
+    """
 
     def __init__(self, connected: Connections) -> None:
         self._connections = connected
@@ -53,6 +58,7 @@ class Store:
         self._reading = 0
         self._closed = False
         self.dialect: str = connected.writer.dialect.name
+        self.erasures = Erasures(self)
 
     @classmethod
     def open(cls, url: str, *, create: bool = True) -> Self:

@@ -22,11 +22,12 @@ from appliance.identity import (
     Permission,
     Principal,
     Role,
+    RotatedKeys,
     Scopes,
     Tenant,
     UnknownIdentity,
 )
-from appliance.store import Change, DatabaseKeys, Store, StoreFull, tables
+from appliance.store import Change, DatabaseKeys, Erasures, Store, StoreFull, StoreUnavailable, tables
 from appliance.vault import Binding, KeyPurpose, RootKey, TamperedValue, Vault, VaultSealed
 
 
@@ -578,11 +579,33 @@ async def test_after_rotations_keys_still_work(
 ) -> None:
     _, secret = await identity.create_key(client, Scopes(), label="mine")
     for _ in range(2):
-        assert await identity.rotate_keys(tenant) == 4
-        assert await identity.rotate_keys(None) == 3
+        assert await identity.rotate_keys(tenant) == RotatedKeys(4, erased=True)
+        assert await identity.rotate_keys(None) == RotatedKeys(3, erased=True)
     caller = await reopened(store).authenticate(secret)
     assert caller.principal == client
     assert caller.tenant == tenant
+
+
+async def test_what_a_rotation_could_not_erase_is_due(
+    identity: Identity, store: Store, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def held() -> None:
+        raise StoreUnavailable("held", cause="a backup", remedy="wait")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "erase", held)
+        assert await identity.rotate_keys(tenant) == RotatedKeys(4, erased=False)
+    erased = []
+    erase = store.erase
+
+    async def watched() -> None:
+        await erase()
+        erased.append(True)
+
+    monkeypatch.setattr(store, "erase", watched)
+    assert await Erasures(store).erase()  # as the next start does
+    assert await Erasures(store).erase()
+    assert erased == [True]
 
 
 async def test_a_rotation_that_was_not_stored_leaves_nothing_under_a_key_that_is_nowhere(

@@ -39,7 +39,7 @@ from appliance.sessions import (
 from appliance.sessions.labels import LabelNotKnown
 from appliance.sessions.misses import Divergence
 from appliance.settings import SessionSettings
-from appliance.store import Change, DatabaseKeys, Store, StoreConflict, StoreUnavailable, key_changes, tables
+from appliance.store import Change, DatabaseKeys, Erasures, Store, StoreConflict, StoreUnavailable, key_changes, tables
 from appliance.vault import Binding, KeyMissing, KeyPurpose, KeyRecord, RootKey, TamperedValue, Vault, VaultSealed
 
 pytestmark = pytest.mark.anyio
@@ -674,7 +674,7 @@ async def test_what_was_forgotten_and_not_erased_is_erased_at_the_next_start(
     world: World, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     wrapped = await forgotten_but_not_erased(world, monkeypatch, error)
-    erasing = asyncio.create_task(world.reopened().finish_erasures())
+    erasing = asyncio.create_task(Erasures(world.store).run())
     await until_nothing_is_due(world)
     erasing.cancel()
     assert wrapped not in world.files()
@@ -694,8 +694,7 @@ async def test_an_erasure_that_failed_is_tried_again_with_growing_pauses(
     async def fail() -> None:
         raise StoreUnavailable("x", cause="", remedy="")
 
-    world.sessions = Sessions(world.store, world.vault, SessionSettings(idle_timeout_s=15.0), sleep=sleep)
-    erasing = asyncio.create_task(world.sessions.finish_erasures())
+    erasing = asyncio.create_task(world.store.erasures.run(sleep))
     await asyncio.sleep(0)
     mine = await say(world.sessions, caller(), chat(HELLO), "Hello.")
     key = DatabaseKeys(world.store).active(mine.session_id, KeyPurpose.SESSION)
