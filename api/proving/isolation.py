@@ -17,7 +17,7 @@ import random
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
 from pydantic_core import from_json, to_json
@@ -39,7 +39,7 @@ from appliance.audit.reading import LogReader
 from appliance.audit.search import Query, search
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Caller, Isolation, Principal, Role, Scopes, Tenant
-from appliance.sessions import SessionHints, Turn, TurnKind
+from appliance.sessions import Session, SessionHints, Turn, TurnKind
 
 ALPHA: Final = 0.01
 ROUNDS: Final = 24
@@ -110,6 +110,7 @@ class _Prompts:
         other: another principal of the same tenant.
         stranger: of another tenant.
         controls: asked for just before the others, and just after.
+        to_keep: the sessions that asked for them, as far as they did.
     """
 
     mode: Isolation
@@ -118,6 +119,7 @@ class _Prompts:
     stranger: _Party
     of_pairs: Mapping[Pair, _Text]
     controls: tuple[_Text, _Text]
+    to_keep: list[Session] = field(default_factory=list)
 
 
 async def prove_isolation(services: Services, administrator: Caller, *, rounds: int = ROUNDS) -> list[Check]:
@@ -197,8 +199,10 @@ class _Proof:
         for party in self._parties:
             if party.caller.key is not None:
                 await services.identity.revoke_key(party.caller.key.key_id)
-        tenants = {party.tenant.tenant_id: party.tenant for party in self._parties}
-        labels = [label for tenant in tenants.values() for label in await self._labels(tenant)]
+        labels: list[str] = []
+        for tenant_id in {party.tenant.tenant_id for party in self._parties}:
+            known = await services.sessions.summaries(self._administrator, tenant_id=tenant_id, limit=1000)
+            labels += [each.lease_label for each in known]
         await self._remove_all()
         if labels:
             await release(services, labels)
@@ -301,9 +305,7 @@ class _Proof:
 
     async def _forget(self, party: _Party, named: str) -> None:
         """Forget a session of the party's, as an administrator would."""
-        sessions = self._services.sessions
-        turn = Turn(TurnKind.CHAT, self._model, [{"role": "user", "content": "-"}], {}, SessionHints(named))
-        found = await sessions.resolve(party.caller, turn)
+        found = await self._session(party, named)
         await forget_session(self._services, self._administrator, found.session_id)
 
     async def other_tiers(self) -> list[Check]:
@@ -333,17 +335,24 @@ class _Proof:
         of_pairs = [(pair.name, text) for pair, text in prompts.of_pairs.items()]
         for name, text in (("before", before), *of_pairs, ("after", after)):
             await prompts.one.asker.ask(text.messages, session=f"{tier}-{name}")
-        labels = await self._labels(prompts.one.tenant)
+            prompts.to_keep.append(await self._session(prompts.one, f"{tier}-{name}"))
+            await self._keep(prompts)
+        labels = [session.lease_label for session in prompts.to_keep]
         with suppress(TimeoutError):
             async with asyncio.timeout(_STORED_WITHIN_S):
-                while await self._services.engine.demote(tier, labels):  # noqa: ASYNC110 (the engine is a process)
+                while await self._services.engine.demote(tier, labels):
+                    await self._keep(prompts)
                     await asyncio.sleep(_ASK_AGAIN_S)
 
-    async def _labels(self, tenant: Tenant) -> list[str]:
-        """What the engine calls a tenant's sessions."""
-        sessions = self._services.sessions
-        known = await sessions.summaries(self._administrator, tenant_id=tenant.tenant_id, limit=1000)
-        return [each.lease_label for each in known]
+    async def _keep(self, prompts: _Prompts) -> None:
+        """Tell the engine that the prompts are asked for in a moment: nobody else's push them out of a full tier."""
+        awaited = [(session.tenant_label, session.lease_label) for session in prompts.to_keep]
+        await self._services.engine.leases(awaited=awaited)
+
+    async def _session(self, party: _Party, named: str) -> Session:
+        """The session of a party's that it calls so."""
+        turn = Turn(TurnKind.CHAT, self._model, [{"role": "user", "content": "-"}], {}, SessionHints(named))
+        return await self._services.sessions.resolve(party.caller, turn)
 
     async def _prompts_in(self, mode: Isolation) -> _Prompts:
         # Their leases end with their turns, so that nobody else's yields to them.
@@ -370,6 +379,7 @@ class _Proof:
             if pair is not Pair.FORGOTTEN:
                 said[pair] = await self._ask_in_tier(tier, pair, prompts)
         asker = prompts.one.asker
+        await self._keep(prompts)
         controls = [
             await asker.ask(text.messages, session=f"{tier}-{name}")
             for name, text in zip(("before", "after"), prompts.controls, strict=True)
@@ -384,6 +394,7 @@ class _Proof:
         return checks
 
     async def _ask_in_tier(self, tier: str, pair: Pair, prompts: _Prompts) -> Said:
+        await self._keep(prompts)
         own = f"{tier}-{pair.name}"
         party = {Pair.OTHER_KEY: prompts.other, Pair.OTHER_TENANT: prompts.stranger}.get(pair, prompts.one)
         same = pair in (Pair.SAME_SESSION, Pair.FORGOTTEN)
@@ -530,8 +541,7 @@ class _Proof:
         needles = [("a word of a prompt", word) for text in self._texts for word in text.split()[:2]]
         for party in self._parties:
             needles.append(("an API key", party.secret))
-            turn = Turn(TurnKind.CHAT, self._model, [{"role": "user", "content": "-"}], {}, SessionHints("one"))
-            session = await self._services.sessions.resolve(party.caller, turn)
+            session = await self._session(party, "one")
             needles += [("a salt", salt) for salt in (session.salt, session.shared_salt) if salt is not None]
         token_ids = await self._rendered(_Text(self._texts[0], self._texts[1]))
         middle = len(token_ids) // 3

@@ -133,6 +133,13 @@ class ChunkOrder:
         if key in self._chunks:
             self._chunks[key].is_free = False
 
+    def wanted(self, owner: Owner) -> None:
+        """A request of the session waits: from now on what it has leaves last, until worths are reckoned anew."""
+        if owner in self._of:
+            ranked = self._ranked[owner[0]]
+            del ranked[owner]
+            ranked[owner] = inf
+
     def await_for(self, request: str, key: bytes) -> None:
         """A request that is not admitted yet will load the chunk."""
         keys = self._awaited_by.setdefault(request, set())

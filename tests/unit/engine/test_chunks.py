@@ -454,3 +454,14 @@ def test_of_a_session_alone_is_what_nobody_shares_copies_or_waits_for(order: Chu
     assert order.alone(A) == [b"a1", b"a2"]
     assert order.end_of(A) == 5 * 32
     assert (order.alone(CHILD), order.end_of(CHILD)) == ([], 0)
+
+
+def test_who_is_wanted_leaves_last_at_once(sessions: Sessions, order: ChunkOrder) -> None:
+    sessions.worths = {A: 1.0, B: 2.0}
+    stored(order, A, "a", 2)
+    stored(order, B, "b", 2)
+    sessions.now += 10.0
+    assert order.pick(1, ()) == (b"a1",)
+    order.wanted(A)
+    order.wanted(CHILD)
+    assert order.pick(3, ()) == (b"b1", b"b0", b"a0")

@@ -189,6 +189,11 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         self._let_go_of({*held, *(owner for owner in running if owner[1] in sessions)})
         return held
 
+    def wanted(self, sessions: Iterable[Owner]) -> None:
+        """A request of each of these sessions is here, or waits elsewhere."""
+        for session in sessions:
+            self._chunks.order.wanted(session)
+
     def has_all(self, tier: str, session: Owner, tokens: int) -> bool:
         """Whether a tier has all that DRAM has of a session, and all of so many tokens."""
         order = self._chunks.order

@@ -95,6 +95,7 @@ class RecallingManager(TieredManager):
     def arrived(self, session: Owner) -> None:
         """A request of the session is here."""
         self._recall.arrived(session)
+        self.wanted((session,))
 
     def look_now(self) -> None:
         """Somebody is expected who was not."""

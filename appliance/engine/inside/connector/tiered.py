@@ -75,6 +75,7 @@ class TieredRetention(LeaseRetention):
         labels = frozenset(release)
         if awaited:
             self._tiers.look_now()
+            self._tiers.wanted(awaited)
         report = super().report(labels, awaited, every=every)
         self._drop_canary_of(labels)
         if labels:
