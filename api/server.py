@@ -407,7 +407,7 @@ def _observe(services: Services) -> None:
     )
     metrics.observe_each(
         "holdfast_audit_export_failing",
-        "1 while a destination takes nothing.",
+        "1 while something is in a destination's way: it takes nothing, or the exporter or this node cannot send.",
         lambda: [(view.name, float(view.error is not None)) for view in exports.views()],
     )
     process = services.engine_process

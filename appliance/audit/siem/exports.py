@@ -45,7 +45,7 @@ from appliance.audit.siem.destinations import (
 from appliance.audit.siem.exporter import secrets_for, view_of
 from appliance.audit.siem.files import read_in_time
 from appliance.audit.siem.saved import CURSOR_SUFFIX, Saved, SavedTampered, load, save
-from appliance.audit.siem.shipper import View
+from appliance.audit.siem.shipper import LogShorter, View
 from appliance.audit.siem.transport import ExportUnusable
 from appliance.audit.signing import public_key
 from appliance.errors import ErrorRecord, Fault, HoldfastError
@@ -154,7 +154,7 @@ class Exports:
                 cause=f"{self._directory} cannot be read, or the vault is sealed",
                 remedy="`holdfast unseal`; `holdfast audit status` says what is in the log's way",
             )
-        return min((self.view(name).delivered for name in self._destinations), default=None)
+        return min((_has(self.view(name)) for name in self._destinations), default=None)
 
     @property
     def version(self) -> int | None:
@@ -545,6 +545,13 @@ class Exports:
         if kind == link.VIEWS:
             self._views = {view.name: view for view in map(view_of, json.loads(body))}
         return b""
+
+
+def _has(view: View) -> int:
+    """How many of this log's first entries a destination has: none, where what it has is another history's."""
+    if view.error is not None and view.error["code"] == LogShorter.code:
+        return 0
+    return view.delivered
 
 
 def _resolved(path: Path) -> Path:

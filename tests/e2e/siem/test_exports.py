@@ -22,6 +22,7 @@ from appliance.audit.siem.destinations import Destination
 from appliance.audit.siem.exports import DestinationsUnreadable, Exports
 from appliance.audit.siem.files import read_in_time
 from appliance.audit.siem.saved import save
+from appliance.audit.siem.shipper import LogShorter
 from appliance.audit.siem.transport import ExportUnusable
 from appliance.errors import HoldfastError
 from appliance.store.errors import StoreUnavailable
@@ -193,6 +194,29 @@ async def test_where_the_destinations_cannot_be_read_nothing_is_changed_until_th
         assert (exports.names, exports.needed_from()) == (["soc"], 0)
         await until(lambda: exports.view("soc").delivered == ENTRIES)
         assert exports.needed_from() == ENTRIES
+    finally:
+        await exports.stop(ENTRIES)
+
+
+async def test_nothing_of_a_log_that_was_put_back_counts_as_delivered(node: Node) -> None:
+    exports = node.exports()
+    exports.start()
+    await exports.add(node.diode("soc"))
+    try:
+        await until(lambda: exports.view("soc").delivered == ENTRIES)
+    finally:
+        await exports.stop(ENTRIES)
+    verifier = (node.state / "audit" / "log.vkey").read_text()
+    shutil.rmtree(node.state / "audit")
+    make_log(node.state / "audit", ENTRIES - 1)
+    (node.state / "audit" / "log.vkey").write_text(verifier)
+    node.mark(1)
+    exports = node.exports()
+    exports.start()
+    try:
+        await until(lambda: (exports.view("soc").error or {"code": ""})["code"] == LogShorter.code)
+        assert exports.view("soc").delivered == ENTRIES
+        assert exports.needed_from() == 0
     finally:
         await exports.stop(ENTRIES)
 
