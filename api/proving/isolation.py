@@ -110,7 +110,7 @@ class _Prompts:
         other: another principal of the same tenant.
         stranger: of another tenant.
         controls: asked for just before the others, and just after.
-        to_keep: the sessions that asked for them, as far as they did.
+        asked: the sessions that asked for them first, by what their prompts are called.
     """
 
     mode: Isolation
@@ -119,7 +119,7 @@ class _Prompts:
     stranger: _Party
     of_pairs: Mapping[Pair, _Text]
     controls: tuple[_Text, _Text]
-    to_keep: list[Session] = field(default_factory=list)
+    asked: dict[str, Session] = field(default_factory=dict)
 
 
 async def prove_isolation(services: Services, administrator: Caller, *, rounds: int = ROUNDS) -> list[Check]:
@@ -162,6 +162,7 @@ class _Proof:
         self._texts: list[str] = []
         self._began_ns = int(services.now() * 1e9)
         self._logs: dict[str, GrowingLog] = {}
+        self._forgotten: list[str] = []  # sessions that the engine was not told of
 
     # Before and after
 
@@ -199,13 +200,23 @@ class _Proof:
         for party in self._parties:
             if party.caller.key is not None:
                 await services.identity.revoke_key(party.caller.key.key_id)
-        labels: list[str] = []
-        for tenant_id in {party.tenant.tenant_id for party in self._parties}:
-            known = await services.sessions.summaries(self._administrator, tenant_id=tenant_id, limit=1000)
-            labels += [each.lease_label for each in known]
+        labels = await self._labels(self._parties)
         await self._remove_all()
         if labels:
             await release(services, labels)
+
+    async def _labels(self, parties: Sequence[_Party]) -> list[str]:
+        """What the engine calls the sessions of the parties' tenants, those that were forgotten too."""
+        labels = list(self._forgotten)
+        for tenant_id in {party.tenant.tenant_id for party in parties}:
+            known = await self._services.sessions.summaries(self._administrator, tenant_id=tenant_id, limit=1000)
+            labels += [each.lease_label for each in known]
+        return labels
+
+    async def _release(self, parties: Sequence[_Party]) -> None:
+        """Have the engine let go of what the parties' tenants have: nobody asks for it any more."""
+        await release(self._services, await self._labels(parties))
+        self._forgotten.clear()
 
     async def _remove_all(self) -> None:
         removed = await self._services.throwaways.remove_all()
@@ -306,6 +317,7 @@ class _Proof:
     async def _forget(self, party: _Party, named: str) -> None:
         """Forget a session of the party's, as an administrator would."""
         found = await self._session(party, named)
+        self._forgotten.append(found.lease_label)
         await forget_session(self._services, self._administrator, found.session_id)
 
     async def other_tiers(self) -> list[Check]:
@@ -323,31 +335,39 @@ class _Proof:
                 checks.append(Check("every pair", Verdict.NOT_CONFIGURED, "", found, tier=tier))
             else:
                 for mode in Isolation:
-                    checks += await self._pairs_in_tier(tier, await self._prompts_in(mode))
+                    prompts = await self._prompts_in(mode)
+                    checks += await self._pairs_in_tier(tier, prompts)
+                    await self._release([prompts.one, prompts.other, prompts.stranger])
         return checks
 
-    async def _have_in_tier(self, tier: str, prompts: _Prompts) -> None:
+    async def _have_in_tier(self, tier: str, prompts: _Prompts) -> set[str]:
         """Ask for every prompt, and have it leave the tiers before this one, as it would for want of room.
 
-        What does not get there in time stays where it is: the controls tell.
+        Returns:
+            What those are called that the tier has all of. What is not there in time stays where it is.
         """
         before, after = prompts.controls
         of_pairs = [(pair.name, text) for pair, text in prompts.of_pairs.items()]
         for name, text in (("before", before), *of_pairs, ("after", after)):
             await prompts.one.asker.ask(text.messages, session=f"{tier}-{name}")
-            prompts.to_keep.append(await self._session(prompts.one, f"{tier}-{name}"))
+            prompts.asked[name] = await self._session(prompts.one, f"{tier}-{name}")
             await self._keep(prompts)
-        labels = [session.lease_label for session in prompts.to_keep]
+        names = {session.lease_label: name for name, session in prompts.asked.items()}
+        there: set[str] = set()
         with suppress(TimeoutError):
             async with asyncio.timeout(_STORED_WITHIN_S):
-                while await self._services.engine.demote(tier, labels):
+                while len(there) < len(names):
+                    with suppress(HoldfastError):  # a busy engine is asked again
+                        there |= await self._services.engine.demote(tier, list(names))
                     await self._keep(prompts)
                     await asyncio.sleep(_ASK_AGAIN_S)
+        return {names[label] for label in there if label in names}
 
     async def _keep(self, prompts: _Prompts) -> None:
         """Tell the engine that the prompts are asked for in a moment: nobody else's push them out of a full tier."""
-        awaited = [(session.tenant_label, session.lease_label) for session in prompts.to_keep]
-        await self._services.engine.leases(awaited=awaited)
+        awaited = [(session.tenant_label, session.lease_label) for session in prompts.asked.values()]
+        with suppress(HoldfastError):  # then they may be pushed out
+            await self._services.engine.leases(awaited=awaited)
 
     async def _session(self, party: _Party, named: str) -> Session:
         """The session of a party's that it calls so."""
@@ -355,7 +375,7 @@ class _Proof:
         return await self._services.sessions.resolve(party.caller, turn)
 
     async def _prompts_in(self, mode: Isolation) -> _Prompts:
-        # Their leases end with their turns, so that nobody else's yields to them.
+        # Their leases end with their turns, so that they yield before anybody else's do.
         tenant = await self._tenant(mode, idle_timeout_s=0.0)
         stranger = await self._tenant(mode, idle_timeout_s=0.0)
         return _Prompts(
@@ -370,10 +390,11 @@ class _Proof:
     async def _pairs_in_tier(self, tier: str, prompts: _Prompts) -> list[Check]:
         """Every pair of a mode, of prompts that were brought into a tier, and then the controls.
 
-        The tier had the prompts when it has what was kept just before and just after them still, when they have been
-        asked for. The controls come before the forgetting, for that may take everything of the tenant's.
+        The tier had a prompt when the engine said so, and the tier has what was kept just before and just after it
+        still, when all have been asked for. The controls come before the forgetting, for that may take everything of
+        the tenant's.
         """
-        await self._have_in_tier(tier, prompts)
+        there = await self._have_in_tier(tier, prompts)
         said: dict[Pair, Said] = {}
         for pair in Pair:
             if pair is not Pair.FORGOTTEN:
@@ -384,12 +405,13 @@ class _Proof:
             await asker.ask(text.messages, session=f"{tier}-{name}")
             for name, text in zip(("before", "after"), prompts.controls, strict=True)
         ]
-        was_there = shows(controls, tier, block_size=self._block_size)
+        shown = shows(controls, tier, block_size=self._block_size)
         await self._forget(prompts.one, f"{tier}-{Pair.FORGOTTEN.name}")
         said[Pair.FORGOTTEN] = await self._ask_in_tier(tier, Pair.FORGOTTEN, prompts)
         checks = []
         for pair, answer in said.items():
             wanted = self._wanted(prompts.mode, pair, answer, await self._system_tokens(prompts.of_pairs[pair]))
+            was_there = shown and pair.name in there
             checks.append(_check(pair.value, prompts.mode, answer, wanted, tier, was_there=was_there))
         return checks
 

@@ -50,7 +50,10 @@ def judged(said: Said, wanted: Bounds, tier: str, *, was_there: bool) -> tuple[V
     if said.cached_tokens > wanted.most:
         return Verdict.FAIL, found
     if not was_there and (not wanted.least or said.cached_tokens < wanted.least):
-        return Verdict.UNKNOWN, f"{found}; nor did the controls find their own in {tier}: it may have been given up"
+        return (
+            Verdict.UNKNOWN,
+            f"{found}; {tier} is not shown to have had it: it was given up, or never stored",
+        )
     if said.cached_tokens < wanted.least:
         return Verdict.FAIL, found
     if not wanted.least or said.from_tier(tier):

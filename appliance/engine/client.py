@@ -206,11 +206,11 @@ class EngineClient:
         except (ValueError, RecursionError):
             raise _unreadable("its report of leases") from None
 
-    async def demote(self, tier: str, sessions: Sequence[str], *, deadline_s: float = 5.0) -> int:
+    async def demote(self, tier: str, sessions: Sequence[str], *, deadline_s: float = 5.0) -> frozenset[str]:
         """Have sessions, by their labels, keep nothing in the tiers before one that has all of them.
 
         Returns:
-            Of how many it has not all, so far: those stay where they are.
+            Those that it has all of. The others stay where they are.
 
         Raises:
             MalformedMessage: the engine's environment holds another version of holdfast.

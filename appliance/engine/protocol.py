@@ -42,6 +42,7 @@ LESSONS_FIELD = "holdfast_lessons"
 MAX_IDLE_TIMEOUT_S = 86_400.0
 MAX_RELEASES = 10_000
 MAX_TURN_ENDS = 1_000  # in one message
+MAX_DEMOTED = 1_000  # the same
 MAX_AWAITED = 1_000
 AWAITED_S = 5.0
 """For how long a session that was named as awaited is, unless it is named again."""
@@ -348,29 +349,33 @@ def read_demote_request(body: bytes) -> DemoteRequest:
         MalformedMessage: when the body is anything else.
     """
     record = wire.record(wire.read_json(body), DemoteRequest)
-    sessions = record["sessions"]
-    if not isinstance(sessions, list) or len(sessions) > MAX_RELEASES:
-        raise MalformedMessage(f"a list of at most {MAX_RELEASES} labels")
-    if not all(isinstance(label, str) and wire.LABEL.fullmatch(label) for label in sessions):
-        raise MalformedMessage("labels of 1 to 64 letters, digits, dots, dashes or underscores")
-    return DemoteRequest(wire.one_of(record, "tier", TIERS_BEHIND), tuple(sessions))
+    return DemoteRequest(wire.one_of(record, "tier", TIERS_BEHIND), _labels(record["sessions"]))
 
 
-def demote_answer(remaining: int) -> dict[str, object]:
-    """What the engine answers at `DEMOTE_PATH`: how many of the sessions the tier does not have all of, so far."""
-    return {"remaining": remaining}
+def demote_answer(demoted: Iterable[str]) -> dict[str, object]:
+    """What the engine answers at `DEMOTE_PATH`: the sessions that the tier has all of, and no tier before it anything
+    that is theirs alone. Of the others something is not there, so far or for ever; they stay where they are."""
+    return {"demoted": list(demoted)}
 
 
-def read_demote_answer(body: bytes) -> int:
-    """How many sessions remain where they were.
+def read_demote_answer(body: bytes) -> frozenset[str]:
+    """The sessions in a body that `demote_answer` became.
 
     Raises:
-        MalformedMessage: when the body is no such answer.
+        MalformedMessage: the body is anything else.
     """
     message = wire.read_json(body)
-    if not isinstance(message, dict) or message.keys() != {"remaining"}:
-        raise MalformedMessage("an object with the field `remaining`")
-    return wire.count(message, "remaining")
+    if not isinstance(message, dict) or message.keys() != {"demoted"}:
+        raise MalformedMessage("an object with the field `demoted` and no other")
+    return frozenset(_labels(message["demoted"]))
+
+
+def _labels(values: object) -> tuple[str, ...]:
+    if not isinstance(values, list) or len(values) > MAX_DEMOTED:
+        raise MalformedMessage(f"a list of at most {MAX_DEMOTED} labels")
+    if not all(isinstance(label, str) and wire.LABEL.fullmatch(label) for label in values):
+        raise MalformedMessage("labels of 1 to 64 letters, digits, dots, dashes or underscores")
+    return tuple(values)
 
 
 def turn_ends_request(ends: Iterable[TurnEnd]) -> bytes:

@@ -138,7 +138,7 @@ class Identity:
         """
         async with self._one_rotation:
             rotation = await asyncio.to_thread(self._vault.rotate, SYSTEM_SCOPE if tenant is None else tenant.tenant_id)
-            await self._store.write([*rotation_changes(rotation), *Erasures.due()])
+            await self._store.write([*rotation_changes(rotation), Erasures.due()])
         return RotatedKeys(len(rotation.rewrapped), await self._store.erasures.erase())
 
     # Tenants

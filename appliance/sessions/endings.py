@@ -155,8 +155,8 @@ class Sessions(Registry):
 
 
 def _shred(db: Connection, session_id: str, tree_id: str) -> None:
-    for change in Erasures.due():
-        db.execute(change.statement, change.values)
+    due = Erasures.due()
+    db.execute(due.statement, due.values)
     db.execute(delete(tables.chain).where(tables.chain.c.session_id == session_id))
     db.execute(delete(tables.turns).where(tables.turns.c.session_id == session_id))
     db.execute(

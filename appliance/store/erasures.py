@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from sqlalchemy import bindparam, delete, insert, select
+from sqlalchemy import bindparam, delete, select, text
 
 from appliance.errors import HoldfastError
 from appliance.store import tables
@@ -34,9 +34,9 @@ class Erasures:
         self._failed = asyncio.Event()
 
     @staticmethod
-    def due() -> list[Change]:
+    def due() -> Change:
         """What a transaction that deletes keys does besides, so that they are erased."""
-        return [Change(_FORGET, {"b_name": _DUE}), Change(_NOTE, {"name": _DUE, "value": secrets.token_hex(16)})]
+        return Change(_NOTE, {"name": _DUE, "value": secrets.token_hex(16)})
 
     async def erase(self) -> bool:
         """Make deletions true on disk, if some are not; False: that could not be done yet, and `run` will."""
@@ -71,7 +71,9 @@ class Erasures:
             await self._store.write([Change(_DONE, {"b_value": due})])
 
 
-_FORGET = delete(tables.meta).where(tables.meta.c.name == bindparam("b_name"))
-_NOTE = insert(tables.meta)
+# One statement: what two gateways delete at once is due for both.
+_NOTE = text(
+    "INSERT INTO meta (name, value) VALUES (:name, :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+)
 _WHICH = select(tables.meta.c.value).where(tables.meta.c.name == _DUE)
 _DONE = delete(tables.meta).where(tables.meta.c.name == _DUE, tables.meta.c.value == bindparam("b_value"))

@@ -198,10 +198,9 @@ class EngineInProcess:
         ((account,), _) = self.core.holdfast_turns_ended([end.to_wire()])
         return None if account is None else TurnAccount.from_wire(account)
 
-    def demote(self, tier: str, *sessions: str) -> int:
-        """What `DEMOTE_PATH` would answer."""
-        remaining: int = self.core.holdfast_demote(tier, list(sessions))
-        return remaining
+    def demote(self, tier: str, *sessions: str) -> set[str]:
+        """The sessions that `DEMOTE_PATH` would answer with."""
+        return set(self.core.holdfast_demote(tier, list(sessions)))
 
     def reclaimed_blocks(self) -> int:
         """How many leased blocks yielded to requests since `start_anew`."""

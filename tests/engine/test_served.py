@@ -271,7 +271,7 @@ def test_the_endpoint_refuses_what_the_protocol_does_not_write(server: Server, b
 def test_without_a_tier_to_go_down_to_a_session_stays(server: Server) -> None:
     server.turn(3, "stays", idle_timeout_s=60.0)
     status, answer = server.post(DEMOTE_PATH, demote_request("dram", ["stays", "unknown"]))
-    assert (status, answer) == (200, {"remaining": 1})
+    assert (status, answer) == (200, {"demoted": []})
     (lease,) = server.report().leases
     assert lease.session == "stays"
     status, _ = server.post(DEMOTE_PATH, b'{"tier": "dram"}')

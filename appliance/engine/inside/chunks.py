@@ -103,7 +103,8 @@ class ChunkOrder:
         self._awaited_by: dict[str, set[bytes]] = {}
         self._awaited: Counter[bytes] = Counter()
         self._orphans: dict[bytes, None] = {}  # nobody asks for them: they go first
-        # Who has something and its worth, by tenant, the lowest first. Who came since that was reckoned was used last.
+        # Who has something and its worth, by tenant, the lowest first; the last are those who came since that was
+        # reckoned, or whom a request waits for since.
         self._ranked: dict[str, dict[Owner, float]] = {}
         self._least: dict[str, float] = {}  # no session of the tenant is worth less; ascending
         self._order_ends_at = 0.0

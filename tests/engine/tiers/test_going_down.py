@@ -42,7 +42,7 @@ def found(engine: EngineInProcess, prompt: list[int], session: str) -> tuple[int
 
 
 def test_it_comes_back_from_dram_and_others_stay(engine: EngineInProcess) -> None:
-    assert engine.demote("dram", "ana") == 0
+    assert engine.demote("dram", "ana") == {"ana"}
     assert found(engine, OTHERS, "ben") == (BLOCKS, 0, 0)
     assert found(engine, PROMPT, "ana") == (0, BLOCKS, 0)
     assert found(engine, PROMPT, "ana") == (BLOCKS, 0, 0)
@@ -50,7 +50,7 @@ def test_it_comes_back_from_dram_and_others_stay(engine: EngineInProcess) -> Non
 
 
 def test_it_comes_back_from_the_disk_though_it_was_expected(engine: EngineInProcess) -> None:
-    assert engine.demote("disk", "ana") == 0
+    assert engine.demote("disk", "ana") == {"ana"}
     assert tiers(engine)._chunks.order.keys_of(("tenant", "ana")) == ()
     engine.assert_nobody_s_rows_are_empty()
     for _ in range(50):  # what is read ahead would be now
@@ -63,13 +63,13 @@ def test_it_comes_back_from_the_disk_though_it_was_expected(engine: EngineInProc
 
 def test_what_no_lease_holds_leaves_the_device_too(engine: EngineInProcess) -> None:
     engine.connector.release_all()
-    assert engine.demote("dram", "ana") == 0
+    assert engine.demote("dram", "ana") == {"ana"}
     assert found(engine, PROMPT, "ana") == (0, BLOCKS, 0)
 
 
 def test_what_the_tier_does_not_have_stays(engine: EngineInProcess) -> None:
     store(engine).drop_labelled({"ana"})
-    assert engine.demote("disk", "ana", "ben", "nobody") == 1
+    assert engine.demote("disk", "ana", "ben", "nobody") == {"ben"}
     assert found(engine, PROMPT, "ana") == (BLOCKS, 0, 0)
     assert found(engine, OTHERS, "ben") == (0, 0, BLOCKS)
 
@@ -77,7 +77,7 @@ def test_what_the_tier_does_not_have_stays(engine: EngineInProcess) -> None:
 def test_who_runs_stays(engine: EngineInProcess) -> None:
     name = engine.submit(PROMPT, session="ana", max_tokens=8)
     engine.step(2)
-    assert engine.demote("disk", "ana") == 1
+    assert engine.demote("disk", "ana") == set()
     run(engine)
     assert engine.answers[name].cached_tokens == BLOCKS * BLOCK
 
@@ -85,5 +85,14 @@ def test_who_runs_stays(engine: EngineInProcess) -> None:
 def test_what_another_session_has_too_stays_with_it(engine: EngineInProcess) -> None:
     engine.submit(PROMPT, session="child", max_tokens=2, idle_timeout_s=STAYS_S)
     run(engine)
-    assert engine.demote("disk", "ana") == 0
+    assert engine.demote("disk", "ana") == {"ana"}
     assert found(engine, PROMPT, "child") == (BLOCKS, 0, 0)
+
+
+def test_what_another_session_of_the_tenant_stored_is_on_the_disk_for_all_of_them(engine: EngineInProcess) -> None:
+    shared = [*PROMPT[: 2 * BLOCK], *words(9, 3 * BLOCK + 5)]
+    engine.submit(shared, session="child", max_tokens=2, idle_timeout_s=STAYS_S)
+    run(engine)
+    assert engine.demote("disk", "ana", "child") == {"ana", "child"}
+    assert engine.demote("disk", "child") == {"child"}
+    assert found(engine, shared, "child") == (0, 2, BLOCKS - 2)  # what both have stays in DRAM with the other

@@ -420,13 +420,13 @@ async def test_leases_that_cannot_be_read_are_an_error(
 
 
 async def test_sessions_are_sent_down_to_a_tier(engine: Engine, client: EngineClient) -> None:
-    await engine.follow(answering(b'{"remaining": 1}'))
-    assert await client.demote("disk", ["label-1", "label-2"]) == 1
+    await engine.follow(answering(b'{"demoted": ["label-2"]}'))
+    assert await client.demote("disk", ["label-1", "label-2"]) == {"label-2"}
     assert engine.peers[0].head.startswith(b"POST /holdfast/demote ")
     assert json.loads(engine.peers[0].body) == {"tier": "disk", "sessions": ["label-1", "label-2"]}
 
 
-async def test_an_answer_that_does_not_say_how_many_remain_is_an_error(engine: Engine, client: EngineClient) -> None:
+async def test_an_answer_that_does_not_say_which_were_is_an_error(engine: Engine, client: EngineClient) -> None:
     await engine.follow(answering(b'{"leases": []}'))
     with pytest.raises(MalformedMessage):
         await client.demote("dram", ["label-1"])

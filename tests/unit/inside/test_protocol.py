@@ -9,6 +9,7 @@ import pytest
 from appliance.engine.protocol import (
     LEASE_FIELD,
     MAX_AWAITED,
+    MAX_DEMOTED,
     MAX_RELEASES,
     MAX_TURN_ENDS,
     DemoteRequest,
@@ -245,7 +246,7 @@ def test_a_message_holds_a_bounded_number_of_turns() -> None:
 
 def test_what_is_to_go_down_survives_the_wire() -> None:
     assert read_demote_request(demote_request("disk", ["s-1", "s-2"])) == DemoteRequest("disk", ("s-1", "s-2"))
-    assert read_demote_answer(json.dumps(demote_answer(2)).encode()) == 2
+    assert read_demote_answer(json.dumps(demote_answer(["s-1"])).encode()) == {"s-1"}
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_what_is_to_go_down_survives_the_wire() -> None:
         {"tier": "disk", "sessions": "s-1"},
         {"tier": "disk", "sessions": ["a b"]},
         {"tier": "disk", "sessions": [7]},
-        {"tier": "disk", "sessions": ["s"] * (MAX_RELEASES + 1)},
+        {"tier": "disk", "sessions": ["s"] * (MAX_DEMOTED + 1)},
         {"tier": "disk", "sessions": [], "more": 1},
     ],
     ids=lambda message: repr(message)[:50],
@@ -269,7 +270,9 @@ def test_what_is_to_go_down_is_exactly_that_or_refused(message: object) -> None:
         read_demote_request(json.dumps(message).encode())
 
 
-@pytest.mark.parametrize("answer", [{}, [], 3, {"remaining": -1}, {"remaining": True}, {"remaining": 1, "more": 1}])
-def test_an_answer_to_it_is_a_number_or_refused(answer: object) -> None:
+@pytest.mark.parametrize(
+    "answer", [{}, [], 3, {"demoted": "s-1"}, {"demoted": [7]}, {"demoted": ["a b"]}, {"demoted": [], "more": 1}]
+)
+def test_an_answer_to_it_is_a_list_of_labels_or_refused(answer: object) -> None:
     with pytest.raises(MalformedMessage):
         read_demote_answer(json.dumps(answer).encode())

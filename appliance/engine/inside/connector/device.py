@@ -126,9 +126,9 @@ class LeaseRetention:
             totals=Totals(table.reclaimed_blocks_total, table.expired_total, self._ignored_total),
         )
 
-    def demote(self, tier: str, labels: Collection[str]) -> int:  # noqa: ARG002
-        """Have the sessions so labelled keep nothing before a tier; of how many the tier has not all, so far."""
-        return sum(session[1] in labels for session, _ in self._table.sizes())
+    def demote(self, tier: str, labels: Collection[str]) -> list[str]:  # noqa: ARG002
+        """Have those of the sessions so labelled that a tier has all of keep nothing before it; their labels."""
+        return []
 
     def tiers(self, leased_blocks: int) -> list[TierPicture]:
         """The tiers that this engine has, the device first; `leased_blocks` of its blocks have a lease that runs."""

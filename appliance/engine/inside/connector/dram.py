@@ -195,12 +195,15 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
             self._chunks.order.wanted(session)
 
     def has_all(self, tier: str, session: Owner, tokens: int) -> bool:
-        """Whether a tier has all that DRAM has of a session, and all of so many tokens."""
-        order = self._chunks.order
-        here = order.keys_of(session)
-        on_disk = {key: end for store in self._stores() for key, end in store.positions_of(DiskOwner(*session)).items()}
-        reached = max(on_disk.values(), default=0) if tier == "disk" else order.end_of(session)
-        return reached >= tokens and all(order.is_free(key) and (tier == "dram" or key in on_disk) for key in here)
+        """Whether a tier has something of a session: all that DRAM has of it, and all of so many tokens."""
+        here, reached = self._chunks.order.keys_of(session), self._chunks.order.end_of(session)
+        there = all(self._chunks.order.is_free(key) for key in here)
+        if tier == "disk":
+            stores = self._stores()
+            there = there and all(any(store.has(key, session[0]) for store in stores) for key in here)
+            own = itertools.chain.from_iterable(store.positions_of(DiskOwner(*session)).values() for store in stores)
+            reached = max((reached, *own))
+        return there and reached >= max(tokens, 1)
 
     def demote(self, session: Owner) -> None:
         """Let go of what a session, and nobody else, has in DRAM."""

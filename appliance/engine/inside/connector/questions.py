@@ -42,12 +42,12 @@ async def lease_report(engine_client: Any, asked: LeasesRequest) -> dict[str, ob
     return said
 
 
-async def demote(engine_client: Any, asked: DemoteRequest) -> int:
-    """Ask the engine behind vLLM's front end to have sessions keep nothing before a tier; how many of them do."""
-    remaining: int = await engine_client.engine_core.call_utility_async(
+async def demote(engine_client: Any, asked: DemoteRequest) -> list[str]:
+    """Ask the engine behind vLLM's front end to have sessions keep nothing before a tier; which of them it has."""
+    demoted: list[str] = await engine_client.engine_core.call_utility_async(
         _DEMOTE_METHOD, asked.tier, list(asked.sessions)
     )
-    return remaining
+    return demoted
 
 
 async def lease_tick(engine_client: Any) -> float | None:
@@ -93,7 +93,7 @@ def _kv(self: EngineCore, most_sessions: int) -> dict:  # type: ignore[type-arg]
     return connector_of(self).picture(most_sessions).to_wire()
 
 
-def _demote(self: EngineCore, tier: str, sessions: list) -> int:  # type: ignore[type-arg]
+def _demote(self: EngineCore, tier: str, sessions: list) -> list:  # type: ignore[type-arg]
     return connector_of(self).demote(tier, frozenset(sessions))
 
 

@@ -83,18 +83,18 @@ class TieredRetention(LeaseRetention):
                 self.policy.closed(session=owner, now=self.clock())
         return report
 
-    def demote(self, tier: str, labels: Collection[str]) -> int:
+    def demote(self, tier: str, labels: Collection[str]) -> list[str]:
         sizes = itertools.chain.from_iterable(holder.sizes() for holder in self.holders().values())
-        remaining = 0
+        demoted = []
         for session in {session for session, _ in sizes if session[1] in labels}:
             if self._table.is_active(session) or not self._tiers.has_all(tier, session, self._table.tokens_of(session)):
-                remaining += 1
                 continue
             self._apply(self._table.demote(session))
             self._forget(self._tiers._chunks.order.keys_of(session), frozenset())  # where no lease says what is there
             if tier == "disk":
                 self._tiers.demote(session)
-        return remaining
+            demoted.append(session[1])
+        return demoted
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
         super().update_state_after_alloc(request, blocks, num_external_tokens)

@@ -251,6 +251,12 @@ class DiskStore:
         with self._lock:
             return self._index.holder(key) is not None or self._index.is_writing(key)
 
+    def has(self, key: bytes, tenant: str) -> bool:
+        """Whether a tenant's chunk of that key is there, whichever of its sessions stored it."""
+        with self._lock:
+            held = self._index.holder(key)
+            return held is not None and held.owner.tenant == tenant
+
     def is_lost(self, owner: Owner, end_token: int) -> bool:
         """Whether the first chunk that a session misses, which ends there, was lost for a quota of the disk's."""
         with self._lock:
