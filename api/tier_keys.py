@@ -14,7 +14,7 @@ from appliance.engine.tier_keys import SessionGone
 from appliance.identity import Identity
 from appliance.sessions import Sessions
 from appliance.sessions.archive import UnknownSession
-from appliance.sessions.labels import tenant_label
+from appliance.sessions.labels import known_labels
 from appliance.settings import SessionSettings
 from appliance.vault import KeyMissing, Vault
 
@@ -52,4 +52,4 @@ async def strict_labels(settings: SessionSettings, identity: Identity, vault: Va
     """
     names = {name for name, own in settings.tenants.items() if own.retention == "strict"}
     tenant_ids = await identity.tenant_ids(names) if names else []
-    return {tenant_label(vault, tenant_id) for tenant_id in tenant_ids}
+    return known_labels(vault, tenant_ids).values()

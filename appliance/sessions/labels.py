@@ -4,24 +4,28 @@ Rules:
 
 - A label says nothing about whom it names: it is an HMAC under the tenant's key.
 - What is remembered is bounded. After a start, and beyond the bound, the sessions are looked through: seldom, for all
-  that ask together, and not for long. Whom a look that was broken off has not found is not known, never gone.
+  that ask together, and not for long. Whom a look that was broken off has not found is not known, never gone; nor is
+  anybody where the key of some tenant is missing or damaged: it may be that tenant's.
 """
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import ClassVar, NamedTuple
 
 from sqlalchemy import Select, select
 
 from appliance.errors import Fault, HoldfastError
 from appliance.store import Store, tables
-from appliance.vault import KeyPurpose, Vault
+from appliance.vault import KeyMissing, KeyPurpose, TamperedValue, Vault
 
 _KNOWN_LABELS = 65_536  # of sessions
 _AGAIN_S = 10.0  # for a label that is not known the sessions are looked through at most so often
 _DEADLINE_S = 120.0  # for one look
 _ASKED_TOGETHER_S = 0.05  # who asks within that of the first is answered by the same look
+_LOG = logging.getLogger("holdfast.sessions")
 
 
 class LabelNotKnown(HoldfastError):
@@ -109,8 +113,10 @@ class Labels:
         page = _KNOWN_LABELS // 2
         query = select(sessions.c.tenant_id, sessions.c.session_id)
         found = await self._labelled(query.order_by(sessions.c.last_used_at.desc()).limit(page))
+        is_whole = True
         for label, named in reversed(found):  # what was used last is forgotten last
-            if label not in self._known:
+            is_whole = is_whole and label is not None
+            if label is not None and label not in self._known:
                 self.note(label, named)
         after = ""
         while len(found) == page:
@@ -120,26 +126,46 @@ class Labels:
                 query.where(sessions.c.session_id > after).order_by(sessions.c.session_id).limit(page)
             )
             for label, named in found:
-                if label in self._asked:
+                is_whole = is_whole and label is not None
+                if label is not None and label in self._asked:
                     self.note(label, named)
                 after = named.session_id
-        self._all_read_at = read_at
-        return True
+        if is_whole:
+            self._all_read_at = read_at
+        return is_whole
 
-    async def _labelled(self, query: Select[str, str]) -> list[tuple[Label, Named]]:
+    async def _labelled(self, query: Select[str, str]) -> list[tuple[Label | None, Named]]:
+        """Sessions with their labels; None: its tenant's key is missing or damaged."""
         rows = await self._store.read(lambda db: db.execute(query).all())
 
-        def labelled() -> list[tuple[Label, Named]]:
-            tenants = {tenant_id: tenant_label(self._vault, tenant_id) for tenant_id, _ in rows}
+        def labelled() -> list[tuple[Label | None, Named]]:
+            tenants = known_labels(self._vault, {tenant_id for tenant_id, _ in rows})
             return [
                 (
-                    Label(tenants[tenant_id], lease_label(self._vault, tenant_id, session_id)),
+                    Label(tenants[tenant_id], lease_label(self._vault, tenant_id, session_id))
+                    if tenant_id in tenants
+                    else None,
                     Named(tenant_id, session_id),
                 )
                 for tenant_id, session_id in rows
             ]
 
         return await asyncio.to_thread(labelled)
+
+
+def known_labels(vault: Vault, tenant_ids: Iterable[str]) -> dict[str, str]:
+    """The labels of those of some tenants whose keys are there and whole.
+
+    Raises:
+        VaultSealed: the vault is sealed.
+    """
+    labels = {}
+    for tenant_id in tenant_ids:
+        try:
+            labels[tenant_id] = tenant_label(vault, tenant_id)
+        except (KeyMissing, TamperedValue) as error:
+            _LOG.warning("the engine's labels of %s cannot be told: %s", tenant_id, error.cause)
+    return labels
 
 
 def tenant_label(vault: Vault, tenant_id: str) -> str:

@@ -3,16 +3,17 @@
 from functools import partial
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import delete, update
 
 from api.tier_keys import key_of, strict_labels
 from appliance.engine.tier_keys import SessionGone
 from appliance.identity import Caller, Identity, Role, Scopes
 from appliance.sessions import Outcome, Session, Sessions, Turn, TurnKind, TurnState
+from appliance.sessions.labels import LabelNotKnown
 from appliance.sessions.turn import SessionHints
 from appliance.settings import SessionSettings, TenantRetention
 from appliance.store import Store, tables
-from appliance.vault import RootKey, Vault, VaultSealed
+from appliance.vault import KeyPurpose, RootKey, Vault, VaultSealed
 
 pytestmark = pytest.mark.anyio
 
@@ -51,3 +52,26 @@ async def test_what_tiers_have_of_a_tenant_that_became_strict_is_gone(store: Sto
     with pytest.raises(SessionGone):
         await answer(strict.tenant_label, strict.lease_label)
     assert len(await answer(soft.tenant_label, soft.lease_label)) == 32
+
+
+@pytest.mark.parametrize("fault", ["missing", "damaged"])
+async def test_a_tenant_whose_key_cannot_be_had_costs_no_other_tenant_anything(
+    store: Store, vault: Vault, fault: str
+) -> None:
+    identity = Identity(store, vault)
+    before = Sessions(store, vault, SessionSettings())
+    whole = await _said(identity, before, "whole")
+    broken = await _said(identity, before, "broken")
+    keys = tables.keys
+    salt = (keys.c.scope == broken.tenant_id) & (keys.c.purpose == KeyPurpose.SALT.value)
+    change = delete(keys).where(salt) if fault == "missing" else update(keys).where(salt).values(wrapped=bytes(40))
+    await store.transact(lambda db: db.execute(change))
+    vault.seal()
+    vault.open(RootKey(b"r" * 32))
+    settings = SessionSettings(tenants={"broken": TenantRetention(retention="strict")})
+    answer = key_of(Sessions(store, vault, settings), partial(strict_labels, settings, identity, vault))
+    for _ in range(2):
+        assert len(await answer(whole.tenant_label, whole.lease_label)) == 32
+    for label in (broken.lease_label, "0" * 32):
+        with pytest.raises(LabelNotKnown):
+            await answer(broken.tenant_label, label)
