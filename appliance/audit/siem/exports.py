@@ -45,7 +45,7 @@ from appliance.audit.siem.destinations import (
 from appliance.audit.siem.exporter import secrets_for, view_of
 from appliance.audit.siem.files import read_in_time
 from appliance.audit.siem.saved import CURSOR_SUFFIX, Saved, SavedTampered, load, save
-from appliance.audit.siem.shipper import LogShorter, View
+from appliance.audit.siem.shipper import View
 from appliance.audit.siem.transport import ExportUnusable
 from appliance.audit.signing import public_key
 from appliance.errors import ErrorRecord, Fault, HoldfastError
@@ -154,7 +154,11 @@ class Exports:
                 cause=f"{self._directory} cannot be read, or the vault is sealed",
                 remedy="`holdfast unseal`; `holdfast audit status` says what is in the log's way",
             )
-        return min((_has(self.view(name)) for name in self._destinations), default=None)
+        return min(map(self._has_of_this_log, self._destinations), default=None)
+
+    def _has_of_this_log(self, name: str) -> int:
+        view = self._views.get(name)
+        return view.delivered if view is not None and view.of_this_log else 0
 
     @property
     def version(self) -> int | None:
@@ -205,7 +209,8 @@ class Exports:
         destination = self.destination(name)
         known = self._views.get(name) or View(
             name=name, to=str(transport_of(destination)), format=format_of(destination).name, connected=False, sent=0,
-            delivered=0, lag_entries=0, lag_s=0.0, waits_for="the exporter has just begun", error=None,
+            delivered=0, of_this_log=False, lag_entries=0, lag_s=0.0, waits_for="the exporter has just begun",
+            error=None,
         )  # fmt: skip
         error = self._refused.get(name, self._error)
         return known if error is None else replace(known, connected=False, error=error)
@@ -545,13 +550,6 @@ class Exports:
         if kind == link.VIEWS:
             self._views = {view.name: view for view in map(view_of, json.loads(body))}
         return b""
-
-
-def _has(view: View) -> int:
-    """How many of this log's first entries a destination has: none, where what it has is another history's."""
-    if view.error is not None and view.error["code"] == LogShorter.code:
-        return 0
-    return view.delivered
 
 
 def _resolved(path: Path) -> Path:

@@ -85,6 +85,7 @@ class View:
         to: where it is, for people.
         sent: entries that went over the connection there is; without one, those that are delivered.
         delivered: entries that need not be sent again.
+        of_this_log: whether those are seen to be this log's: another may have taken its place.
         lag_entries: those that are not sent.
         lag_s: how old the oldest of them is.
         waits_for: what it waits for, when it is no error: the vault.
@@ -96,6 +97,7 @@ class View:
     connected: bool
     sent: int
     delivered: int
+    of_this_log: bool
     lag_entries: int
     lag_s: float
     waits_for: str
@@ -158,7 +160,8 @@ class Shipper:
         self._oldest_ns: int | None = None
         self._position = self._delivered = self._saved = Position()
         self._saved_at_s = 0.0
-        self._is_same_log = False  # that what is delivered is in it
+        self._is_same_log = False  # that what is delivered is in it, looked at since the last connection
+        self._of_this_log = False  # the same, as it was found last
         self._marks: deque[_Mark] = deque()
         self._messages = 0  # of the connection there is
         self._checkpoint: Published | None = None  # its entries are not all sent
@@ -183,6 +186,7 @@ class Shipper:
             connected=self._connected,
             sent=self._position.next,
             delivered=self._delivered.next,
+            of_this_log=self._of_this_log,
             lag_entries=waiting,
             lag_s=0.0 if oldest_s is None else max(0.0, self._wall_s() - oldest_s),
             waits_for=self._waits_for,
@@ -252,7 +256,7 @@ class Shipper:
             if leaf not in ("", found):
                 raise self._put_back(f"entry {next_ - 1} was sent, and the log has another one in its place")
             self._position = self._delivered = self._delivered._replace(leaf=found)
-        self._is_same_log = True
+        self._is_same_log = self._of_this_log = True
 
     async def _skip_what_was_removed(self) -> None:
         """Go on with the oldest entry that the log keeps; what it removed before it was sent is nowhere."""
@@ -369,6 +373,7 @@ class Shipper:
         self._failures = 1 if self._monotonic() >= begun_s + _LIVED_S else self._failures + 1
 
     def _put_back(self, cause: str) -> LogShorter:
+        self._of_this_log = False
         return LogShorter(
             f"{self.name} has another history than the log",
             cause=cause,

@@ -219,6 +219,7 @@ async def test_nothing_of_a_log_that_was_put_back_counts_as_delivered(node: Node
         assert exports.needed_from() == 0
     finally:
         await exports.stop(ENTRIES)
+    assert exports.needed_from() == 0
 
 
 async def test_a_database_that_does_not_answer_when_the_vault_was_opened_delays_the_export_and_nothing_else(

@@ -451,6 +451,7 @@ async def _cannot_be_sent(world: World) -> str:
     error = world.shipper.view().error
     assert error is not None
     assert (error["code"], len(world.sink.messages)) == ("audit_export_log_shorter", sent)
+    assert not world.shipper.view().of_this_log
     return error["cause"]
 
 
@@ -476,6 +477,7 @@ async def test_an_older_copy_of_the_log_is_not_sent_however_long_it_becomes(tmp_
     _put_back(world, newest)
     world.log.append(drafts(range(900, 910)))
     later = (await world.ship())[901:]
+    assert world.shipper.view().of_this_log
     assert [json.loads(line)["metadata"]["sequence"] for line in later] == list(range(900, 910))
 
 
