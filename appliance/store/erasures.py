@@ -4,6 +4,7 @@ Rules:
 
 - That an erasure is due stands in the database from the moment of the deletion: it is done at the next start at the
   latest, and again until it succeeds.
+- One is under way at a time, for all that is due by then. Who waits for one that fails tries no other.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from sqlalchemy import bindparam, delete, select, text
 
 from appliance.errors import HoldfastError
 from appliance.store import tables
+from appliance.store.errors import ErasureHeld
 from appliance.store.writer import Change
 
 if TYPE_CHECKING:
@@ -31,7 +33,10 @@ class Erasures:
 
     def __init__(self, store: "Store") -> None:
         self._store = store
+        self._one_at_a_time = asyncio.Lock()
         self._failed = asyncio.Event()
+        self._failures = 0
+        self._rewritten = ""  # what was due when only a read was in the way
 
     @staticmethod
     def due() -> Change:
@@ -40,13 +45,16 @@ class Erasures:
 
     async def erase(self) -> bool:
         """Make deletions true on disk, if some are not; False: that could not be done yet, and `run` will."""
-        try:
-            await self._erase()
-        except HoldfastError as error:
-            _LOG.warning("deleted keys may be on the disk still (%s); it is tried again", error.code)
-            self._failed.set()
-            return False
-        return True
+        failures = self._failures
+        async with self._one_at_a_time:
+            if self._failures == failures:
+                try:
+                    await self._erase()
+                except HoldfastError as error:
+                    _LOG.warning("deleted keys may be on the disk still (%s); it is tried again", error.code)
+                    self._failures += 1
+                    self._failed.set()
+            return self._failures == failures
 
     async def run(self, sleep: Callable[[float], Awaitable[object]] = asyncio.sleep) -> NoReturn:
         """Erase what is due, now and whenever `erase` could not. Runs until cancelled."""
@@ -55,8 +63,10 @@ class Erasures:
         while True:
             self._failed.clear()
             try:
-                await self._erase()
+                async with self._one_at_a_time:
+                    await self._erase()
             except HoldfastError as error:
+                self._failures += 1
                 _LOG.warning("deleted keys may be on the disk still (%s); again in %.0f s", error.code, pause)
                 await sleep(pause)
                 pause = min(2 * pause, longest)
@@ -67,7 +77,11 @@ class Erasures:
     async def _erase(self) -> None:
         due = await self._store.read(lambda db: db.execute(_WHICH).scalar())
         if due is not None:
-            await self._store.erase()
+            try:
+                await self._store.erase(is_rewritten=due == self._rewritten)
+            except ErasureHeld:
+                self._rewritten = due
+                raise
             await self._store.write([Change(_DONE, {"b_value": due})])
 
 

@@ -26,6 +26,10 @@ class StoreUnavailable(HoldfastError):
     fault: ClassVar[Fault] = Fault.UNAVAILABLE
 
 
+class ErasureHeld(StoreUnavailable):
+    """What was deleted may still be on the disk: a read holds it there."""
+
+
 class StoreBusy(HoldfastError):
     """More is waiting to be written or read than may wait."""
 

@@ -28,7 +28,7 @@ from appliance.store import connections, erasure, schema, tables
 from appliance.store.checkpoints import Checkpoints
 from appliance.store.connections import Connections
 from appliance.store.erasures import Erasures
-from appliance.store.errors import BackupFailed, BackupUnsupported, StoreUnavailable, busy, closed, meaning
+from appliance.store.errors import BackupFailed, BackupUnsupported, ErasureHeld, busy, closed, meaning
 from appliance.store.writer import Change, Waiting, Writer
 
 T = TypeVar("T")
@@ -176,24 +176,29 @@ class Store:
             )
         await self.read(lambda db: db.execute(_LOOK).scalar())
 
-    async def erase(self) -> None:
+    async def erase(self, *, is_rewritten: bool = False) -> None:
         """Make the deletion of keys true on disk: what was deleted is in no file of the database when this returns.
 
         A backup or another long read holds this up for some seconds, and commits for a moment only.
 
+        Args:
+            is_rewritten: nothing was deleted since this raised `ErasureHeld`.
+
         Raises:
+            ErasureHeld: somebody reads what was deleted; call it again.
             StoreFull, StoreUnavailable: deleted bytes may still be there; call it again.
         """
         step: Callable[[Engine], bool] = erasure.rewrite_postgresql_keys
         if self._checkpoints is not None:
-            await self._alone(erasure.rewrite_sqlite_keys)
+            if not is_rewritten:
+                await self._alone(erasure.rewrite_sqlite_keys)
             step = partial(_cut, self._checkpoints)
         for tries_left in reversed(range(_ERASE_TRIES)):
             if await self._alone(step):
                 return
             if tries_left:
                 await asyncio.sleep(_ERASE_PAUSE_S)
-        raise StoreUnavailable(
+        raise ErasureHeld(
             "deleted keys may still be on the disk",
             cause="a backup or another read holds them there, or the disk takes no more",
             remedy="Do it again when the backup that runs now is over and the disk has room",

@@ -589,7 +589,7 @@ async def test_after_rotations_keys_still_work(
 async def test_what_a_rotation_could_not_erase_is_due(
     identity: Identity, store: Store, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def held() -> None:
+    async def held(**_: bool) -> None:
         raise StoreUnavailable("held", cause="a backup", remedy="wait")
 
     with monkeypatch.context() as patch:
@@ -598,8 +598,8 @@ async def test_what_a_rotation_could_not_erase_is_due(
     erased = []
     erase = store.erase
 
-    async def watched() -> None:
-        await erase()
+    async def watched(**how: bool) -> None:
+        await erase(**how)
         erased.append(True)
 
     monkeypatch.setattr(store, "erase", watched)

@@ -647,7 +647,7 @@ async def forgotten_but_not_erased(world: World, monkeypatch: pytest.MonkeyPatch
     key = DatabaseKeys(world.store).active(mine.session_id, KeyPurpose.SESSION)
     assert key is not None
 
-    async def fail() -> None:
+    async def fail(**_: bool) -> None:
         raise error
 
     with monkeypatch.context() as patched:
@@ -691,7 +691,7 @@ async def test_an_erasure_that_failed_is_tried_again_with_growing_pauses(
         if len(pauses) == 12:
             monkeypatch.setattr(world.store, "erase", erase)
 
-    async def fail() -> None:
+    async def fail(**_: bool) -> None:
         raise StoreUnavailable("x", cause="", remedy="")
 
     erasing = asyncio.create_task(world.store.erasures.run(sleep))

@@ -22,6 +22,7 @@ from sqlalchemy import Connection, bindparam, delete, exc, insert, select, text
 from appliance.store import (
     Change,
     DatabaseKeys,
+    Erasures,
     Store,
     StoreFull,
     StoreUnavailable,
@@ -380,6 +381,26 @@ async def test_the_log_is_cut_to_nothing_when_the_read_that_held_it_is_over(
     await store.erase()
     assert (tmp_path / "holdfast.db-wal").stat().st_size == 0
     store.close()
+
+
+async def test_those_who_wait_for_an_erasure_that_is_held_up_write_the_keys_anew_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_ERASE_PAUSE_S", 0)
+    how: list[bool] = []
+    erase = store.erase
+
+    async def watched(*, is_rewritten: bool) -> None:
+        how.append(is_rewritten)
+        await erase(is_rewritten=is_rewritten)
+
+    monkeypatch.setattr(store, "erase", watched)
+    await store.write([Erasures.due()])
+    with reading_keys(store):
+        assert await asyncio.gather(*(store.erasures.erase() for _ in range(5))) == [False] * 5
+        assert not await store.erasures.erase()
+    assert await asyncio.gather(*(store.erasures.erase() for _ in range(5))) == [True] * 5
+    assert how == [False, True, True]
 
 
 async def test_commits_go_on_while_erasing_waits_for_a_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
