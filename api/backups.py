@@ -491,7 +491,14 @@ def _exchange(staged: Path, state_dir: Path, occupied: bool, aside: str) -> Path
     """
     if not occupied:
         staged.rename(state_dir)  # onto nothing, or onto an empty folder
-        sync_folder(state_dir.parent)
+        try:
+            sync_folder(state_dir.parent)
+        except OSError as error:
+            raise RestoreFailed(
+                f"the backup is in {state_dir}, and may not be there after a power failure",
+                cause=f"{error.filename or state_dir.parent}: {error.strerror}",
+                remedy="Mend the disk; `sync` makes it durable, and nothing else is left to do",
+            ) from error
         return None
     for name in _CARRIED_OVER:
         if (state_dir / name).exists():

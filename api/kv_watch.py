@@ -2,8 +2,8 @@
 
 Rules:
 
-- However many ask, the engine is asked once at a time, and once in `_FRESH_S` at most. What comes of it, were it a
-  failure, is the answer to all who wait for it.
+- However many ask, the engine is asked once at a time, and once in `_FRESH_S` at most, unless more sessions are wanted.
+  What comes of it, were it a failure, is the answer to all who wait for it.
 - Whoever asks waits for `_DEADLINE_S` at most; what cannot be had is None, and nothing old is given out for new.
 - Rates are of what the engine counted between two looks, of one life of its own: it was not lost between them.
 """

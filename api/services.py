@@ -4,8 +4,7 @@ Rules:
 
 - `Services` is built once, by `api.server`, and never changes; what changes is in its parts.
 - A sealed vault is a part like any other: whoever needs keys asks `services.vault.sealed` first, or lets it raise.
-- The admin listener's application is `api.admin.routes.admin_app(services)`; health and metrics are added to it by
-  `api.server`.
+- The admin listener's application is `api.admin.routes.admin_app(services)`; `/healthz` is added to it by `api.server`.
 """
 
 import asyncio

@@ -43,6 +43,9 @@ async def record_start(services: Services, removed: Sequence[str]) -> None:
         except (HoldfastError, OSError) as error:
             said = _said_once("the gateway's start is not recorded yet", error, said)
             await asyncio.sleep(_AGAIN_S)
+    if removed:
+        with contextlib.suppress(HoldfastError):  # then it is recorded once more
+            await services.throwaways.recorded(removed)
     await _sign(services)
 
 

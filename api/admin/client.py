@@ -92,7 +92,7 @@ class AdminClient:
         return self._call(types.Status, "GET", "/v1/status")
 
     def ready(self) -> bool:
-        """Whether everything serves: told to whoever reaches the socket, whatever he may know besides."""
+        """Whether everything serves: told to the appliance's own user, and to a key of the appliance."""
         try:
             with self._answer("GET", "/readyz"):
                 return True

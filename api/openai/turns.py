@@ -12,7 +12,8 @@ Rules:
 - A turn that was broken off (client gone, engine lost, deadline, gateway stopping) is committed as interrupted, with
   what was generated, if anything was; the engine's work is cancelled at once.
 - What was reserved is settled exactly once, on every way out. Where the engine worked and did not say what it cost,
-  because the client left or the time was up, all that was reserved counts as used.
+  because the client left or the time was up, all that was reserved counts as used for an answer in one piece, and for a
+  stream of which nothing was seen its prompt, by its bytes.
 - When the last chunk has come the engine is told how the turn ended. Where it has more tiers than the device, or the
   session a cap, its account of the prompt is waited for and stored with the turn; else nobody waits.
 - What the engine holds of a session that is over, by this turn's word or by another's meanwhile, is let go when the

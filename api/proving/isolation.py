@@ -200,10 +200,8 @@ class _Proof:
         for party in self._parties:
             if party.caller.key is not None:
                 await services.identity.revoke_key(party.caller.key.key_id)
-        labels = await self._labels(self._parties)
+        await self._release(self._parties)
         await self._remove_all()
-        if labels:
-            await release(services, labels)
 
     async def _labels(self, parties: Sequence[_Party]) -> list[str]:
         """What the engine calls the sessions of the parties' tenants, those that were forgotten too."""
@@ -225,6 +223,7 @@ class _Proof:
             self._services.metrics.forget_tenant(tenant_id)
         if removed:
             await self._record(*(self._event(TENANT_REMOVED, ("tenant", each), each) for each in removed))
+            await self._services.throwaways.recorded(removed)
 
     async def _record(self, *events: Event) -> None:
         await self._services.audit.record(*events, privileged=True)

@@ -88,7 +88,8 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     staged = path.with_name(f"{path.name}.new")
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(staged, flags, 0o600)
     try:
         write_at(descriptor, content, 0)
         os.fsync(descriptor)

@@ -182,6 +182,7 @@ class Retention:
         Raises:
             HoldfastError: nothing was removed, or not all of it; the next call goes on.
         """
+        self.held = ""
         log = await asyncio.to_thread(LogReader, self._directory)
         removed = await asyncio.to_thread(self._last_removal, log)
         oldest = await asyncio.to_thread(self._look_at_oldest, log)
@@ -227,7 +228,6 @@ class Retention:
         return oldest
 
     def _plan(self, log: LogReader, removed: Removal | None) -> Plan | None:
-        self.held = ""
         oldest = log.oldest // TILE_WIDTH
         lived = LivedTime(log, log.oldest)
         if removed is not None and lived.total_ns - lived.at(removed.sequence) < _BETWEEN_RUNS_NS:

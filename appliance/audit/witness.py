@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
 
-from appliance.audit.files import read_file, write_whole
+from appliance.audit.files import read_file, sync_directory, write_whole
 from appliance.audit.notes import (
     MAX_NOTE_BYTES,
     Algorithm,
@@ -218,15 +218,8 @@ class Witness:
 
     def _remember(self, origin: str, note: str) -> None:
         path = self._path(origin)
-        staged = path.with_name(f".{path.name}.partial")
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-            with os.fdopen(os.open(staged, flags, 0o600), "wb") as file:
-                file.write(note.encode())
-                file.flush()
-                os.fsync(file.fileno())
-            staged.rename(path)
-            _sync(self._directory)
+            write_whole(path, note.encode())
         except OSError as error:
             raise _unusable(path, error.strerror or "unknown") from None
 
@@ -281,7 +274,7 @@ def _locked(directory: Path) -> Iterator[None]:
     try:
         if not directory.is_dir():
             directory.mkdir(mode=0o700)
-            _sync(directory.parent)
+            sync_directory(directory.parent)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(directory / _LOCK, flags, 0o600)
     except OSError as error:
@@ -341,14 +334,6 @@ def _hash(line: str) -> bytes:
     if len(data) != HASH_BYTES or base64.b64encode(data).decode() != line:
         raise _not_a_request(f"a line of its proof is not base64 of {HASH_BYTES} bytes")
     return data
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _forked(checkpoint: Checkpoint, cause: str) -> LogForked:

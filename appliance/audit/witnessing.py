@@ -40,7 +40,8 @@ def make_request(directory: Path, *, old_size: int) -> bytes:
         )
     proof = consistency_proof(log.hashes(), old_size, log.published) if old_size else []
     with _KEEPING:
-        _keep(directory, log.published, log.note)
+        if not _kept(directory, log.published):  # what is there may be co-signed, and of another history
+            _keep(directory, log.published, log.note)
     return write_request(old_size, proof, log.note)
 
 

@@ -174,6 +174,8 @@ class Quotas:
             del use.reserved[day]
         if use.day == day:
             use.used += tokens
+        if not use.running and key.scopes.requests_per_minute is None and key.scopes.tokens_per_day is None:
+            del self._uses[key.key_id]  # nobody asks what there was
         if key.scopes.tokens_per_day is None or tokens == 0:
             return []
         return [Change(self._add, {"api_key_id": key.key_id, "day": day, "tokens": tokens})]

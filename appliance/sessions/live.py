@@ -84,7 +84,6 @@ class Session:
         shared_salt: of the tools and system messages, where the tenant's sessions share those and nothing else.
         lease_label: what the engine calls the session; says nothing about it.
         keeping: how long and within what bounds its KV is kept.
-        is_new: this is its first turn.
     """
 
     session_id: str
@@ -98,7 +97,6 @@ class Session:
     keeping: Keeping
     parent_lease_label: str  # of the agent that waits for this one; empty: none does
     origin: Origin
-    is_new: bool
     _live: Live = field(repr=False, compare=False)
     _epoch: int = field(repr=False, compare=False)
     _was_over: bool = field(repr=False, compare=False)
@@ -107,7 +105,8 @@ class Session:
     _continuation: Continuation | None = field(default=None, repr=False, compare=False)
 
     def was_ended(self) -> bool:
-        """Whether it was forgotten, or its client has said that it is over, since the turn was placed in it."""
+        """Whether what the engine has of it is to go: since the turn was placed in it, it was forgotten, its client has
+        said that it is over, or its key was lost with a first turn that could not be stored."""
         return self._live.forgotten or self._live.ends != self._ends
 
 

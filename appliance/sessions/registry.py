@@ -404,7 +404,6 @@ class Registry(Archive):
                 "" if live.parent_session_id is None else lease_label(self._vault, tenant_id, live.parent_session_id)
             ),
             origin=live.origin,
-            is_new=not live.stored,
             _live=live,
             _epoch=live.epoch + cache_epoch,  # neither ever falls: where the sum is the same, both are
             _was_over=live.is_over,
@@ -515,6 +514,7 @@ class Registry(Archive):
                 live.unsure = True
                 if not live.stored:
                     self._vault.forget(live.session_id)  # the next try makes a key of its own
+                    live.ends += 1  # and what tiers have of it is under this one
                 raise
             finally:
                 live.give_up(session._continuation)

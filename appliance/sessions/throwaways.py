@@ -3,14 +3,17 @@
 Rules:
 
 - A tenant is marked in the database by the transaction that makes it. Removing goes by the marks, so that a gateway
-  that was killed, whenever it was, removes at its next start what it left.
+  that was killed, whenever it was, removes at its next start what it left. The mark stays until the removal is in the
+  audit log.
 - What goes: its rows in every table, and its sessions' keys. What stays is the key that its records in the audit log
   are under, and the one that wraps that: the log stays readable.
 - Their keys' rows are erased from the files with the next deletion that is: nothing was said under them but made-up
   text.
 """
 
-from sqlalchemy import Connection, delete, insert, select
+from collections.abc import Sequence
+
+from sqlalchemy import Connection, bindparam, delete, insert, select
 
 from appliance.identity import Identity, Isolation, Tenant
 from appliance.store import Change, Store, tables
@@ -18,6 +21,7 @@ from appliance.vault import KeyPurpose, Vault
 
 _MARK = "throwaway/"  # in the table `meta`, before the tenant's id
 _INSERT_MARK = insert(tables.meta)
+_DELETE_MARK = delete(tables.meta).where(tables.meta.c.name == bindparam("b_name"))
 _KEPT_KEYS = (KeyPurpose.AUDIT.value, KeyPurpose.WRAPPING.value)
 
 
@@ -44,11 +48,15 @@ class Throwaways:
         )
 
     async def remove_all(self) -> list[str]:
-        """Remove every tenant that is marked; their ids. Needs no key."""
+        """Remove every tenant that is marked; their ids, to be recorded. Needs no key."""
         removed = await self._store.transact(_remove)
         for tenant_id in removed:
             self._vault.forget(tenant_id)
         return removed
+
+    async def recorded(self, tenant_ids: Sequence[str]) -> None:
+        """That these were removed is in the audit log: their marks go."""
+        await self._store.write([Change(_DELETE_MARK, {"b_name": _MARK + each}) for each in tenant_ids])
 
 
 def _remove(db: Connection) -> list[str]:
@@ -65,5 +73,4 @@ def _remove(db: Connection) -> list[str]:
         for table in (tables.chain, tables.turns, tables.sessions, tables.trees, tables.api_keys, tables.principals):
             db.execute(delete(table).where(table.c.tenant_id == tenant_id))
         db.execute(delete(tables.tenants).where(tables.tenants.c.tenant_id == tenant_id))
-        db.execute(delete(meta).where(meta.c.name == mark))
     return [mark.removeprefix(_MARK) for mark in marks]

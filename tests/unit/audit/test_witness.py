@@ -139,7 +139,7 @@ def test_the_state_is_on_the_disk_before_the_cosignature_leaves(
     monkeypatch.setattr(os, "fsync", fsync)
     witness.cosign(log.request(10, 20), _LOG_KEY.verifier(), _NOW)
     state = next(name for name in before if name.endswith(".note"))
-    assert synced == [f".{state}.partial", "witness"]
+    assert synced == [f"{state}.new", "witness"]
 
     def broken(descriptor: int) -> None:
         raise OSError(5, "Input/output error")
@@ -289,7 +289,7 @@ def test_a_damaged_state_is_named_and_nothing_is_cosigned(
 def test_a_state_that_was_left_half_written_does_not_count(log: _Log, witness: Witness, tmp_path: Path) -> None:
     witness.cosign(log.request(0, 20), _LOG_KEY.verifier(), _NOW)
     state = next((tmp_path / "witness").glob("*.note"))
-    state.with_name(f".{state.name}.partial").write_bytes(b"half")
+    state.with_name(f"{state.name}.new").write_bytes(b"half")
     witness.cosign(log.request(20, 30), _LOG_KEY.verifier(), _NOW)
 
 
@@ -314,7 +314,7 @@ def test_the_state_is_not_written_through_a_link(log: _Log, witness: Witness, tm
     witness.cosign(log.request(0, 20), _LOG_KEY.verifier(), _NOW)
     state = next((tmp_path / "witness").glob("*.note"))
     (tmp_path / "victim").write_bytes(b"precious")
-    state.with_name(f".{state.name}.partial").symlink_to(tmp_path / "victim")
+    state.with_name(f"{state.name}.new").symlink_to(tmp_path / "victim")
     with pytest.raises(WitnessStateUnusable):
         witness.cosign(log.request(20, 30), _LOG_KEY.verifier(), _NOW)
     assert (tmp_path / "victim").read_bytes() == b"precious"

@@ -143,6 +143,20 @@ def test_a_log_restored_from_before_it_was_witnessed_is_found(tmp_path: Path) ->
         verify_log(older, LOG_KEY, witnesses=[WITNESS_KEY])
 
 
+def test_a_request_takes_the_place_of_no_co_signed_checkpoint(tmp_path: Path) -> None:
+    log, another, witness = tmp_path / "audit", tmp_path / "another", Witness(tmp_path / "witness", WITNESS)
+    make_log(log, 300)
+    request = make_request(log, old_size=0)
+    take_reply(log, request, witness.cosign(request, LOG_KEY, 1_700_000_000), LOG_KEY, WITNESS_KEY)
+    make_log(another, 299)
+    _grow(another, 600, 601)
+    shutil.copytree(log / WITNESSED, another / WITNESSED)
+    make_request(another, old_size=0)
+    assert last_seen(another, WITNESS_KEY) == largest_witnessed(another) == 300
+    with pytest.raises(LogTampered):
+        verify_log(another, LOG_KEY, witnesses=[WITNESS_KEY])
+
+
 def test_there_is_nothing_to_co_sign_before_the_first_checkpoint(tmp_path: Path) -> None:
     open_log(tmp_path).close()
     with pytest.raises(NoSuchEntry, match="nothing to co-sign"):

@@ -135,7 +135,6 @@ async def test_a_client_that_resends_everything_is_recognised_by_it(world: World
     second = await world.sessions.resolve(caller(), chat(SYSTEM, HELLO, answer, HELLO))
     assert second.session_id == first.session_id
     assert second.salt == first.salt
-    assert (first.is_new, second.is_new) == (True, False)
 
 
 async def test_it_is_recognised_after_a_restart_too(world: World) -> None:
@@ -262,8 +261,7 @@ async def test_a_session_id_is_scoped_to_its_principal_and_an_unknown_one_begins
     assert mine.visible_id == again.visible_id == theirs.visible_id == "job-7"
     assert theirs.session_id != mine.session_id
     assert theirs.salt != mine.salt
-    assert theirs.is_new
-    assert unknown.is_new
+    assert unknown.session_id not in (mine.session_id, theirs.session_id)
 
 
 async def end(sessions: Sessions, who: Caller, name: str) -> set[str]:
@@ -857,6 +855,27 @@ async def test_a_client_s_session_that_another_gateway_began_meanwhile_is_gone_o
     assert [turn.answer["content"] for turn in transcript.turns] == ["theirs", "again"]
 
 
+async def test_what_the_engine_has_of_a_first_turn_that_was_not_written_is_let_go_of(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = chat(HELLO, client_id="job-7")
+    session = await world.sessions.resolve(caller(), turn)
+    key = await world.sessions.tier_key(session.tenant_label, session.lease_label)
+
+    async def full(_: object) -> None:
+        raise StoreUnavailable("x", cause="", remedy="")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.store, "write", full)
+        with pytest.raises(StoreUnavailable):
+            await world.sessions.record(session, turn, outcome("x"))
+    assert session.was_ended(), "its tier files are under a key that is no more"
+    again = await say(world.sessions, caller(), turn, "x")
+    assert not again.was_ended()
+    assert again.session_id == session.session_id
+    assert await world.sessions.tier_key(session.tenant_label, session.lease_label) != key
+
+
 async def test_a_child_joins_the_tree_of_a_parent_whose_first_turn_was_not_written(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -967,7 +986,6 @@ async def test_an_id_of_our_form_that_is_not_ours_names_nothing(world: World, st
     for sessions in (world.sessions, world.reopened()):
         for named in (mine.session_id, "ses_" + "0" * 32):
             other = await sessions.resolve(stranger, chat(HELLO, client_id=named))
-            assert other.is_new
             assert other.visible_id == other.session_id != named
             assert other.salt != mine.salt
 
