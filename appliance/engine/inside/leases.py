@@ -179,6 +179,9 @@ class LeaseTable:
             self._leave_parent(key)
             parent = self._parents[key] = (lease.tenant, lease.parent)
             self._children.setdefault(parent, set()).add(key)
+            pinned = self._claims.get(parent)
+            if pinned is not None:  # from now on, not when the order is reckoned next
+                self._set_deadline(parent, pinned, pinned.deadline)
         claim = self._claims.get(key)
         if claim is not None:
             claim.has_rank = True

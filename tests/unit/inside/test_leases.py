@@ -109,6 +109,25 @@ def test_who_goes_down_gives_up_all_of_it_and_what_others_have_too_stays_with_th
     assert held(table) == {"b": 2}
 
 
+class PassingClock(Clock):
+    """Time passes with every look at it, so that an order that was reckoned holds for a while."""
+
+    def __call__(self) -> float:
+        self.now += 0.01
+        return self.now
+
+
+def test_a_parent_is_pinned_from_the_moment_its_child_comes_though_the_order_was_reckoned_before() -> None:
+    table = table_of(40, PassingClock())
+    table.finished(lease("parent"), chain(1, 2, 3, 4))
+    table.finished(lease("other"), chain(11, 12))
+    assert table.reclaim(1, nothing_is_busy).freed == (4,)  # the order holds for seconds now
+    table.arrived(dataclasses.replace(lease("child"), parent="parent"))
+    freed = [block_id for _ in range(3) for block_id in table.reclaim(1, nothing_is_busy).freed]
+    assert freed[:2] == [12, 11]
+    assert held(table) == {"parent": 2}
+
+
 def test_a_shared_block_is_given_back_with_its_last_lease() -> None:
     table = table_of(10, Clock())
     table.finished(lease("a"), chain(1, 2, 3))

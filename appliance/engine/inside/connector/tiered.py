@@ -120,6 +120,8 @@ class TieredRetention(LeaseRetention):
         lease = self._leases_asked.get(request.request_id)
         if lease is not None:
             self._tiers.arrived(session_of(lease))
+            if lease.parent:
+                self._tiers.wanted([(lease.tenant, lease.parent)])
             if lease.strict:
                 self._drop_canary_of({lease.session})
 
