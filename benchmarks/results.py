@@ -207,22 +207,26 @@ def _more_than_vanilla(printed: Any) -> float:
 
 
 def _retention() -> Iterator[Figure]:
-    for setting, least in retention.LEAST_DISTANCE.items():
-        yield Figure(f"{setting}: in tokens recomputed", PERCENT, _at("bars", setting, "distance"), least=least)
-    yield Figure(
-        "DRAM for all: in loads from DRAM",
-        PERCENT,
-        _at("bars", "DRAM for all", "distance_in_loads"),
-        least=retention.LEAST_DISTANCE_IN_LOADS,
-    )
-    yield Figure("tokens recomputed more than by LRU, in the worst run", PERCENT, _worst("recomputed"), most=0)
-    yield Figure(
-        "waiting more than with LRU, in the worst run", PERCENT, _worst("waited"), most=retention.MOST_MORE_WAITING
-    )
+    for part, of in (("bars", ""), ("others", f"{retention.OTHERS} made sessions, ")):
+        for setting, least in retention.LEAST_DISTANCE.items():
+            yield Figure(f"{of}{setting}: in tokens recomputed", PERCENT, _at(part, setting, "distance"), least=least)
+        for setting, least in retention.LEAST_DISTANCE_IN_LOADS.items():
+            yield Figure(
+                f"{of}{setting}: in loads from DRAM", PERCENT, _at(part, setting, "distance_in_loads"), least=least
+            )
+        yield Figure(
+            f"{of}tokens recomputed more than by LRU, in the worst run", PERCENT, _worst(part, "recomputed"), most=0
+        )
+        yield Figure(
+            f"{of}waiting more than with LRU, in the worst run",
+            PERCENT,
+            _worst(part, "waited"),
+            most=retention.MOST_MORE_WAITING,
+        )
 
 
-def _worst(what: str) -> Callable[[Any], float]:
-    return lambda printed: max(float(figures[f"{what}_more_worst"]) for figures in printed["bars"].values())
+def _worst(part: str, what: str) -> Callable[[Any], float]:
+    return lambda printed: max(float(figures[f"{what}_more_worst"]) for figures in printed[part].values())
 
 
 def _reclaimed(printed: Any) -> float:
@@ -339,7 +343,7 @@ BENCHMARKS: Final = (
         "What is kept when the device holds a quarter of what 16 agents need: the way from LRU to an oracle, replayed",
         "retention",
         tuple(_retention()),
-        arguments=("--only", "bars"),
+        arguments=("--only", "bars", "--only", "others"),
         environment=".venv-engine",
         replays=True,
     ),
