@@ -2,7 +2,7 @@
 
 A real appender, exporter and rsyslog (TLS, both sides with a certificate), all on this machine:
 
-- 5,000 events/s are appended, durably, and go out meanwhile: how far behind the export is, and how long after the last
+- 5,100 events/s are appended, durably, and go out meanwhile: how far behind the export is, and how long after the last
   append rsyslog has written the last line;
 - with nothing appended, how fast a destination catches up;
 - what a request gains in latency while one does: requests of 1 ms of the loop in ten pieces, as a turn has it, asked by
@@ -40,8 +40,8 @@ from benchmarks.audit import open_vault
 from benchmarks.load import percentile
 from tests.rsyslog import Pki, Rsyslog, running_rsyslog
 
-EVENTS_PER_S: Final = 5000
-KEPT_UP: Final = 0.98  # of that: the clock of who appends is no better
+LEAST_PER_S: Final = 5000
+EVENTS_PER_S: Final = 5100  # that are appended: the clock of who appends is no better
 LAG_S: Final = 1.0
 ADDED_P99_MS: Final = 1.0
 _EVERY_S: Final = 0.01
@@ -227,10 +227,10 @@ def promises_met(figures: dict[str, float]) -> dict[str, bool]:
 
 
 def _promises(figures: dict[str, float]) -> Iterator[tuple[str, bool]]:
-    kept_up = figures["appended_per_s"] >= KEPT_UP * EVENTS_PER_S and figures["lag_most_s"] <= LAG_S
-    yield f"keeps up with {EVENTS_PER_S:,} events/s, never {LAG_S:g} s behind", kept_up
+    kept_up = figures["appended_per_s"] >= LEAST_PER_S and figures["lag_most_s"] <= LAG_S
+    yield f"keeps up with {LEAST_PER_S:,} events/s, never {LAG_S:g} s behind", kept_up
     yield f"the last line is written within {LAG_S:g} s", figures["last_line_after_s"] <= LAG_S
-    yield f"catches up faster than {EVENTS_PER_S:,} events/s", figures["caught_up_per_s"] > EVENTS_PER_S
+    yield f"catches up faster than {LEAST_PER_S:,} events/s", figures["caught_up_per_s"] > LEAST_PER_S
     yield f"adds under {ADDED_P99_MS:g} ms to a request, p99", figures["request_added_p99_ms"] < ADDED_P99_MS
 
 
