@@ -151,7 +151,7 @@ def init(
             "Keep the passphrase: without it nobody can read what this appliance stores, and nobody can mend that."
         )
     else:
-        console.say(f"For demonstrations only: whoever can read {made.state_dir / 'root.key'} can read everything.")
+        _say_key_file(console, made.state_dir)
     rows = [
         ("settings", made.state_dir / "holdfast.toml"),
         ("tenant", f"{tenant_name} ({made.tenant_id})"),
@@ -159,6 +159,12 @@ def init(
     ]
     console.result(made, "\n".join(f"  {name:<15}{value}" for name, value in rows))
     console.say(f"Next: {console.suggest('up')}")
+
+
+def _say_key_file(console: Console, state_dir: Path) -> None:
+    from api.roots import KEY_FILE
+
+    console.say(f"For demonstrations only: whoever can read {state_dir / KEY_FILE} can read everything.")
 
 
 def _refuse_short(passphrase: bytearray) -> None:
@@ -271,7 +277,7 @@ def _make_demo(console: Console) -> None:
                 remedy="Start it without --demo, or name another place for the demonstration with --state-dir",
             )
         return
-    console.say(f"Making an appliance for demonstrations in {console.state_dir}; its key lies beside its data.")
+    console.say(f"Making an appliance for demonstrations in {console.state_dir}")
     settings = console.settings({"demo": True, "vault": {"seal": "key-file"}})
     initialise(
         settings, passphrase=None, tenant_name="demo", permissions=("transcript:read",), demo_key_file=DEMO_KEY_FILE
@@ -328,6 +334,11 @@ def _bring_up(
 def _announce(
     console: Console, settings: "Settings", gateway: "Gateway", status: "types.Status | None", *, detached: bool
 ) -> None:
+    from api.roots import read_seal
+    from appliance.vault import seal_kind
+
+    if seal_kind(read_seal(settings.state_dir)) == "key-file":
+        _say_key_file(console, settings.state_dir)
     key_file = settings.state_dir / DEMO_KEY_FILE
     api_key = key_file.read_text().strip() if settings.demo and key_file.exists() else None
     rows = [] if status is None else [("endpoint", status.endpoint), ("model", status.model or "-")]

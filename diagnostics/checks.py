@@ -19,7 +19,6 @@ import re
 import shutil
 import socket
 import stat
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from pathlib import Path
 
 from appliance.errors import HoldfastError
 from appliance.settings import Settings
+from diagnostics import namespaces
 
 _MIB = 1 << 20
 _GIB = 1 << 30
@@ -37,7 +37,6 @@ _DISK_WARN_BYTES = 4 * _GIB
 _SHM_WARN_BYTES = 256 * _MIB
 _SUN_PATH_BYTES = 108  # sockaddr_un.sun_path, unix(7)
 _NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "glusterfs"})
-_PROBE_TIMEOUT_S = 20.0
 # Nobody's clock was earlier than this when the appliance was made.
 _EARLIEST_CLOCK = 1_780_000_000.0
 _TIME_ERROR = 5  # adjtimex(2): the clock is not synchronised
@@ -342,34 +341,17 @@ def check_port(subject: Subject) -> Finding:
 
 def check_namespaces(subject: Subject) -> Finding:
     """Whether the engine can be given namespaces of its own."""
-    outcome = subprocess.run(
-        [sys.executable, "-I", "-c", _NAMESPACE_PROBE],
-        capture_output=True,
-        text=True,
-        timeout=_PROBE_TIMEOUT_S,
-        check=False,
-    )
-    if outcome.returncode == 0:
+    refused = namespaces.refused()
+    if refused is None:
         return Finding("namespaces", Verdict.PASS, "the engine gets a network, mount, process and IPC namespace")
     required = subject.settings is not None and subject.settings.engine.isolation == "required"
     return Finding(
         "namespaces",
         Verdict.FAIL if required else Verdict.WARN,
         "the engine cannot be given namespaces of its own",
-        f"{outcome.stderr.strip() or 'the probe failed'}; vLLM then opens TCP ports on this machine's loopback",
-        "Allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1; on Ubuntu 24.04 "
-        "kernel.apparmor_restrict_unprivileged_userns=0), or start the appliance as root",
+        f"{refused}; vLLM then opens TCP ports on this machine's loopback",
+        f"{namespaces.remedy()}, or start the appliance as root",
     )
-
-
-_NAMESPACE_PROBE = """
-import ctypes, os, sys
-USER, NET, NS, PID, IPC = 0x10000000, 0x40000000, 0x00020000, 0x20000000, 0x08000000
-libc = ctypes.CDLL(None, use_errno=True)
-wanted = NET | NS | PID | IPC
-if libc.unshare(wanted) and libc.unshare(wanted | USER):
-    sys.exit("unshare: " + os.strerror(ctypes.get_errno()))
-"""
 
 
 def check_swap(subject: Subject) -> Finding:

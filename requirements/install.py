@@ -7,7 +7,8 @@ Rules:
   packages ask for besides must not come in. What a lock does not name is removed.
 - An environment counts as whole only when its stamp says so, and the stamp is written last. Whatever interrupts an
   installation, the same command goes on with it; where there is nothing to do, it takes no time.
-- What is missing on the machine is named with the command that installs it, before anything is done.
+- What is missing on the machine is named with the command that installs it, and a right that is lacking with the
+  command that gives it, before anything is done. What the system refuses in between is told in the same way.
 - Where packages come from is pip's configuration. One address stands here: PyTorch's own index of CPU builds, for a
   machine whose pip finds none.
 """
@@ -25,6 +26,7 @@ import os
 import platform
 import re
 import selectors
+import shlex
 import shutil
 import signal
 import subprocess
@@ -235,15 +237,37 @@ def _refuse_unfit_machine(targets: Sequence[str], *, tests: bool, engine: str) -
             cause="; ".join(f"{name}: {why}" for name, why in missing),
             remedy=f"Run this, then the same command again: {apt_command([name for name, _ in missing])}",
         )
+    if tests and "engine" in targets:
+        _refuse_without_namespaces()
+
+
+def _refuse_without_namespaces() -> None:
+    from diagnostics import namespaces  # not before it is known that this is a Python for it
+
+    refused = namespaces.refused()
+    if refused is not None:
+        raise CannotInstall(
+            f"uid {os.geteuid()} may have no namespaces of its own",
+            cause=f"{refused}; the tests hold an engine to its isolation, and would fail",
+            remedy=f"{namespaces.remedy()}; then the same command again",
+        )
+
+
+def _refuse_without_rights(environment: Environment) -> None:
+    for folder in (ROOT, environment.folder, _site_packages(environment)):
+        if folder.exists() and not os.access(folder, os.W_OK):
+            raise CannotInstall(
+                f"{folder} cannot be written to",
+                cause=f"it belongs to another user than uid {os.geteuid()}",
+                remedy=_taking_over(),
+            )
+
+
+def _taking_over() -> str:
+    return f"Run this as its owner, or: sudo chown -R {os.geteuid()} {shlex.quote(str(ROOT))}"
 
 
 def _refuse_without_room(environment: Environment) -> None:
-    if not os.access(ROOT, os.W_OK):
-        raise CannotInstall(
-            f"{ROOT} cannot be written to",
-            cause=f"it belongs to another user than uid {os.geteuid()}",
-            remedy=f"Run this as its owner, or: sudo chown -R {os.geteuid()} {ROOT}",
-        )
     needed, free = _NEEDED_SPACE[environment.profile], shutil.disk_usage(ROOT).free
     if not environment.folder.exists() and free < needed:
         raise CannotInstall(
@@ -337,9 +361,11 @@ def install(environment: Environment) -> None:
         if stamp.get("distribution") == _distribution_hash():
             say(environment, f"ready in {environment.folder.name}")
             return
+        _refuse_without_rights(environment)
         _install_distribution(environment)
         _write_stamp(environment.folder, {**stamp, "distribution": _distribution_hash()})
         return
+    _refuse_without_rights(environment)
     _refuse_without_room(environment)
     if stamp and not _fits(stamp, environment):
         say(environment, f"{environment.folder.name} is of another kind, Python or place: making it anew")
@@ -467,7 +493,7 @@ def _unpack_syslog_ng(environment: Environment) -> None:
             return
         unpacked = Path(fetched) / "unpacked"
         for package in Path(fetched).glob("*.deb"):
-            subprocess.run(["dpkg", "-x", str(package), str(unpacked)], check=True)
+            subprocess.run(["dpkg", "-x", str(package), str(unpacked)], check=True, capture_output=True, text=True)
         unpacked.rename(folder)
     say(environment, f"unpacked syslog-ng into {folder.relative_to(ROOT)}, for the tests")
 
@@ -524,10 +550,11 @@ def _pip(environment: Environment, arguments: Sequence[str], what: str, total: i
             raise
     if process.returncode:
         said = "\n".join(kept)
+        goes_on = f"All that pip said is in {log_path}. The same command goes on where this one stopped"
         raise CannotInstall(
             f"pip could not do its part in {environment.folder.name}",
             cause=said,
-            remedy=f"All that pip said is in {log_path}. The same command goes on where this one stopped",
+            remedy=f"{_taking_over()}. {goes_on}" if "Permission denied" in said else goes_on,
         )
 
 
@@ -640,6 +667,31 @@ def _alone() -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    """What the system or a command refuses, as `CannotInstall`."""
+    try:
+        yield
+    except PermissionError as error:
+        raise CannotInstall(
+            f"{error.filename or ROOT} cannot be used",
+            cause=f"uid {os.geteuid()} may not: {error.strerror}",
+            remedy=_taking_over(),
+        ) from None
+    except OSError as error:
+        raise CannotInstall(
+            f"the installation stopped at {error.filename or ROOT}",
+            cause=error.strerror or type(error).__name__,
+            remedy="Mend that, then run the same command again: it goes on where this one stopped",
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise CannotInstall(
+            f"{error.cmd[0]} could not do its part",
+            cause=f"`{shlex.join(error.cmd)}` ended with {error.returncode}: {_last_lines(error.stderr or '')}",
+            remedy="Run the same command again: it goes on where this one stopped",
+        ) from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Install what is named; 0 when all of it is there."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -656,7 +708,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(" ".join(name for name, _ in missing))
             return 0
         _refuse_unfit_machine(chosen.targets, tests=chosen.tests, engine=engine)
-        with _alone():
+        with _told(), _alone():
             for environment in environments(chosen.targets, tests=chosen.tests, engine=engine):
                 install(environment)
                 if chosen.tests and environment.name == "gateway":
@@ -671,4 +723,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.path.append(str(ROOT))  # where `diagnostics` is
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,12 +21,18 @@ IDLE_TIMEOUT_S = 3.0
 
 @dataclass(frozen=True)
 class Appliance:
-    """An appliance that runs, and the demonstration's key to it."""
+    """An appliance that runs, and the demonstration's key to it.
+
+    Attributes:
+        shown: what its start printed for a person, as `make run` does; empty: it was started for a program.
+        said: what it said of its progress meanwhile.
+    """
 
     state_dir: Path
     endpoint: str
     api_key: str
-    pid: int
+    shown: str = ""
+    said: str = ""
 
     def run(self, *arguments: str, check: bool = True) -> Any:
         """The JSON that a `holdfast` command prints."""
@@ -57,8 +64,22 @@ def holdfast(
     settings: Mapping[str, str] = MappingProxyType({}),
     timeout_s: float = READY_WITHIN_S,
 ) -> Any:
-    """Run the command as a person would, and read the JSON that it prints; `settings` as the environment has them."""
-    command = [str(Path(sys.executable).with_name("holdfast")), "--json", "--state-dir", str(state_dir), *arguments]
+    """The JSON that a command prints; `settings` as the environment has them."""
+    return json.loads(
+        run(state_dir, ("--json", *arguments), check=check, settings=settings, timeout_s=timeout_s).stdout
+    )
+
+
+def run(
+    state_dir: Path,
+    arguments: Sequence[str],
+    *,
+    check: bool = True,
+    settings: Mapping[str, str] = MappingProxyType({}),
+    timeout_s: float = READY_WITHIN_S,
+) -> "subprocess.CompletedProcess[str]":
+    """Run the command as a person would."""
+    command = [str(Path(sys.executable).with_name("holdfast")), "--state-dir", str(state_dir), *arguments]
     environment = {
         **os.environ,
         "HOLDFAST_GATEWAY__PORT": "0",
@@ -69,13 +90,13 @@ def holdfast(
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(arguments)} ended with {done.returncode}: {done.stdout}{done.stderr}")
-    return json.loads(done.stdout)
+    return done
 
 
 @pytest.fixture(scope="session")
 def appliance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Appliance]:
     state_dir = tmp_path_factory.mktemp("appliance") / "state"
-    started = holdfast(state_dir, ("up", "--demo", "--detach", "--timeout", "270"))
-    running = Appliance(state_dir, started["endpoint"], started["api_key"], started["pid"])
-    yield running
+    started = run(state_dir, ("up", "--demo", "--detach", "--timeout", "270"))
+    shown = dict(re.findall(r"^  (endpoint|API key) +(\S+)", started.stdout, re.MULTILINE))
+    yield Appliance(state_dir, shown["endpoint"], shown["API key"], started.stdout, started.stderr)
     holdfast(state_dir, ("down",))

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,33 @@ pytestmark = pytest.mark.timeout(300)
 def _model(appliance: Appliance) -> str:
     (model,) = appliance.client().models.list().data
     return model.id
+
+
+def test_what_make_run_ends_with_is_all_that_one_needs_and_shows_that_state_is_kept(appliance: Appliance) -> None:
+    status = appliance.run("status")
+    head, _, rest = appliance.shown.partition("\n\n")
+    assert head.startswith("Holdfast serves.\n")
+    rows = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in head.splitlines()[1:])
+    assert rows["endpoint"] == status["endpoint"]
+    assert rows["model"] == status["model"] == _model(appliance)
+    assert rows["API key"].endswith("(of this demonstration; the same every time)")
+    assert (rows["state"], rows["process"]) == (str(appliance.state_dir), str(status["pid"]))
+    what_to_paste = pastes(appliance.endpoint, appliance.api_key, status["model"])
+    assert rest.startswith(f"{what_to_paste}\n\n")
+    heading, *turns = rest.removeprefix(what_to_paste).strip().splitlines()
+    assert heading.split("  ")[0] == "TURN"
+    prompts, stateless, stateful = zip(*(map(int, line.split()[1:4]) for line in turns), strict=True)
+    assert stateless == prompts, "without state all of it is computed, every time"
+    assert stateful[0] == prompts[0]
+    for turn in range(1, len(turns)):
+        assert stateful[turn] <= prompts[turn] - (prompts[turn - 1] // BLOCK - 1) * BLOCK, f"turn {turn + 1}"
+    for said in (
+        f"whoever can read {appliance.state_dir / 'root.key'} can read everything",
+        "Running one agent conversation twice on the same engine",
+        "How it is: ",
+        "Stop it with ",
+    ):
+        assert said in appliance.said
 
 
 def test_an_unmodified_client_is_stateful_and_only_new_tokens_are_prefilled(appliance: Appliance) -> None:

@@ -176,7 +176,9 @@ def test_a_revoked_key_is_refused_at_the_very_next_request(appliance: Appliance)
 
 def test_sealed_it_answers_503_and_unsealed_it_serves(appliance: Appliance) -> None:
     appliance.init_sealed()
-    started = appliance.json("up", "--detach")
+    said = appliance.ok("up", "--detach", "--json")
+    assert "root.key" not in said.err
+    started = said.json
     assert (started["sealed"], started["ready"]) == (True, False)
     assert ask(started["endpoint"], "hf_any")[0] == 503
     assert appliance.run("tenant", "list", "--json").json["code"] == "vault_sealed"
@@ -357,13 +359,18 @@ def test_a_backup_brings_back_what_was_there_when_it_was_made(appliance: Applian
 
 
 def test_the_demonstration_needs_nothing_and_has_the_same_key_every_time(appliance: Appliance) -> None:
-    first = appliance.json("up", "--demo", "--detach")
+    key_file = f"For demonstrations only: whoever can read {appliance.state_dir / 'root.key'} can read everything.\n"
+    started = appliance.ok("up", "--demo", "--detach", "--json")
+    assert started.err.count(key_file) == 1
+    first = started.json
     assert first["api_key"].startswith("hf_")
     assert ask(first["endpoint"], first["api_key"])[0] == 200
     (session,) = appliance.json("session", "list")["sessions"]
     assert SECRET_WORDS in appliance.ok("session", "show", session["session_id"]).out
     appliance.ok("down")
-    again = appliance.json("up", "--demo", "--detach")
+    started = appliance.ok("up", "--demo", "--detach", "--json")
+    assert started.err.count(key_file) == 1, "it is said at every start"
+    again = started.json
     assert again["api_key"] == first["api_key"]
     assert ask(again["endpoint"], again["api_key"])[0] == 200
     assert len(appliance.json("session", "list")["sessions"]) == 2

@@ -23,5 +23,5 @@ TIERS = {
 def appliance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Appliance]:
     state_dir = tmp_path_factory.mktemp("tiers") / "state"
     started = holdfast(state_dir, ("up", "--demo", "--detach", "--timeout", "270"), settings=TIERS)
-    yield Appliance(state_dir, started["endpoint"], started["api_key"], started["pid"])
+    yield Appliance(state_dir, started["endpoint"], started["api_key"])
     holdfast(state_dir, ("down",))

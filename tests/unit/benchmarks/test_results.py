@@ -32,6 +32,17 @@ def test_a_figure_stands_with_its_unit_beside_its_bar_and_a_miss_is_said() -> No
     assert lines[4] == "| added | 2.01 ms, **missed** | at most 2.00 ms |"
 
 
+def test_how_much_later_than_vanilla_a_first_token_comes_is_told_as_it_is_too_and_held_to_nothing() -> None:
+    (larger,) = [each for each in results.BENCHMARKS if each.name == "stateful-140m"]
+    arm = {"ttft_p50_s": 0.1, "account_per_turn": {"lost": 0.0}}
+    said = {"prefill_reduction": 0.98, "ttft_reduction": 0.9, "ttft_over_vanilla_p50_s": 0.006}
+    lines = table([taken(larger, json.dumps({**said, "stateful": arm, "vanilla": arm}).encode(), 0)]).splitlines()
+    assert lines[-2].startswith(
+        "| first token later than vanilla vLLM's of the same turn, less 5.0 % of it | 1.00 ms |"
+    )
+    assert lines[-1] == "| first token later than vanilla vLLM's of the same turn | 6.00 ms |  |"
+
+
 @pytest.mark.parametrize(
     ("said", "status", "why"),
     [(b"", -9, "ended with -9"), (b"no JSON", 1, "ended with 1"), (b'{"sooner": 1}', 0, "KeyError: 'added'")],

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -14,6 +15,7 @@ from api.admin.routes import MAX_BODY_BYTES, RULES, admin_app
 from appliance.audit import AuditUnavailable, Event, Outcome
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Caller, Isolation, NotAnAdministrator, Principal, Role, Tenant
+from tests.path_tricks import tricks
 
 OWN_UID = 1000
 PID = 4711
@@ -112,6 +114,14 @@ async def ask(
     return status, json.loads(answer)["error"]["code"]
 
 
+def filled(path: str) -> str:
+    """A route's path with an id for each of its names."""
+    names = {"key_id": "ak_1", "session_id": "ses_1", "tenant_id": "ten_1", "sequence": "1", "destination": "soc"}
+    for name, given in names.items():
+        path = path.replace(f"{{{name}}}", given)
+    return path
+
+
 async def call(
     app: Any,
     route: tuple[str, str],
@@ -123,10 +133,7 @@ async def call(
 ) -> tuple[int, bytes]:
     """The status and the body of an answer; a body goes up in the pieces given."""
     method, path = route
-    path, _, query = path.partition("?")
-    names = {"key_id": "ak_1", "session_id": "ses_1", "tenant_id": "ten_1", "sequence": "1", "destination": "soc"}
-    for name, given in names.items():
-        path = path.replace(f"{{{name}}}", given)
+    path, _, query = filled(path).partition("?")
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
     offered = authorization if key is None else f"Bearer {key}"
     if offered is not None:
@@ -137,7 +144,7 @@ async def call(
         "http_version": "1.1",
         "method": method,
         "scheme": "http",
-        "path": path,
+        "path": unquote(path),
         "raw_path": path.encode(),
         "query_string": query.encode(),
         "root_path": "",
@@ -278,6 +285,24 @@ async def test_a_rule_is_read_at_each_request_and_its_absence_refuses(
 async def test_what_is_no_route_is_missing(method: str, path: str, services: Any) -> None:
     status, code = await ask(services, (method, path), uid=OWN_UID)
     assert (status, code) == (404, "admin_route_unknown")
+
+
+@pytest.mark.parametrize("key", [None, "client@tenant", "admin@tenant", "admin@appliance"])
+@pytest.mark.parametrize("route", RULES)
+async def test_another_way_to_write_a_path_opens_nothing_that_its_rule_does_not(
+    route: tuple[str, str], key: str | None, services: Any
+) -> None:
+    app = admin_app(services)
+
+    async def code(path: str) -> str:
+        _, answer = await call(app, (route[0], path), key=key)
+        told: str = json.loads(answer)["error"]["code"]
+        return told
+
+    path = filled(route[1])
+    as_it_is = await code(path)
+    for name, trick in tricks(path).items():
+        assert await code(trick) in ("admin_route_unknown", as_it_is), name
 
 
 async def test_a_body_that_is_too_long_is_refused_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:

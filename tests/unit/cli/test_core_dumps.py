@@ -32,6 +32,14 @@ _SERVE = """
     settings = load_settings({{"vault": {{"plaintext_swap": "refuse"}}}}, environment={{}})
     api.server.serve(settings)
 """
+_AUDIT = """
+    from appliance.audit import appender
+    from appliance.audit.siem import exporter
+    def reached(*_, **__): raise InterruptedError
+    appender.open_log = exporter._stand_aside = reached
+    sys.argv = ['', '/nonexistent', '/nonexistent']
+    {process}.main()
+"""
 
 
 def _allow_cores() -> None:
@@ -78,3 +86,8 @@ def test_the_gateway_forbids_its_cores_before_it_touches_its_state() -> None:
 
 def test_the_gateway_refuses_plaintext_swap_when_it_is_told_to() -> None:
     assert _said(_SERVE.format(devices=["sdz9"]))[0] == "PlaintextSwap"
+
+
+@pytest.mark.parametrize("process", ["appender", "exporter"])
+def test_the_audit_log_s_processes_forbid_their_cores_before_they_open_anything(process: str) -> None:
+    assert _said(_AUDIT.format(process=process)) == ["InterruptedError", f"{FORBIDDEN} 0"]

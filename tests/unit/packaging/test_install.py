@@ -9,10 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from diagnostics import namespaces
 from requirements import install
 from requirements.install import CannotInstall, Environment
 
@@ -195,6 +197,176 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_done(
     with pytest.raises(CannotInstall, match="not enough room"):
         install.install(gateway())
     assert not (clone / ".venv").exists()
+
+
+@pytest.fixture
+def refusing(clone: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Has a folder belong to somebody else; root, too, may not write there then. Nothing is installed."""
+
+    def install_something(*_: object) -> None:
+        raise AssertionError("it was not refused")
+
+    for step in ("_make_empty", "_pip"):
+        monkeypatch.setattr(install, step, install_something)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(install, "_refuse_unfit_machine", lambda *_, **__: None)
+
+    def refuse(folder: Path) -> None:
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder and access(path, mode))
+
+    return refuse
+
+
+@pytest.mark.parametrize("belongs_to_root", ["", ".venv", "site-packages"])
+@pytest.mark.parametrize("changed", [{"locks": {}}, {"distribution": "another"}], ids=["anew", "holdfast alone"])
+def test_what_another_user_installed_is_named_with_the_command_that_gives_it_over(
+    changed: dict[str, object],
+    belongs_to_root: str,
+    clone: Path,
+    refusing: Callable[[Path], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    environment = gateway()
+    pretend_installed(environment, "click", "1.0")
+    before = json.dumps(stamp(environment, **changed))
+    (environment.folder / install.STAMP).write_text(before)
+    site = install._site_packages(environment)
+    folder = site if belongs_to_root == "site-packages" else clone / belongs_to_root
+    refusing(folder)
+    assert install.main(["gateway"]) == 1
+    said = capsys.readouterr().err
+    assert f"Error: {folder} cannot be written to" in said
+    assert f"sudo chown -R 1000 {clone}\n" in said
+    assert (environment.folder / install.STAMP).read_text() == before
+
+
+def test_what_is_whole_serves_whoever_installed_it(clone: Path, refusing: Callable[[Path], None]) -> None:
+    environment = gateway()
+    environment.folder.mkdir()
+    (environment.folder / install.STAMP).write_text(
+        json.dumps(stamp(environment, distribution=install._distribution_hash()))
+    )
+    refusing(environment.folder)
+    assert install.main(["gateway"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "remedy"),
+    [
+        (PermissionError(13, "Permission denied", "/clone/.venv/log"), "/clone/.venv/log cannot be used", "chown -R"),
+        (OSError(28, "No space left on device", "/clone/.venv"), "stopped at /clone/.venv", "the same command again"),
+        (
+            subprocess.CalledProcessError(2, ["dpkg", "-x", "a b.deb"], stderr="not a Debian archive\n"),
+            "`dpkg -x 'a b.deb'` ended with 2: not a Debian archive",
+            "the same command again",
+        ),
+    ],
+    ids=["a right", "room", "a command"],
+)
+def test_what_the_system_refuses_in_between_is_no_traceback(
+    error: Exception,
+    message: str,
+    remedy: str,
+    clone: Path,
+    refusing: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(_: Environment) -> None:
+        raise error
+
+    monkeypatch.setattr(install, "install", fail)
+    assert install.main(["gateway"]) == 1
+    said, _, what_next = capsys.readouterr().err.partition("Next:")
+    assert message in said
+    assert remedy in what_next
+
+
+def test_a_package_that_cannot_be_unpacked_is_told_with_what_failed(
+    clone: Path, refusing: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = clone / "commands"
+    commands.mkdir()
+    for name, script in {"apt-get": "echo damaged > syslog.deb", "dpkg": "echo 'no archive' >&2; exit 2"}.items():
+        (commands / name).write_text(f"#!/bin/sh\n{script}\n")
+        (commands / name).chmod(0o700)
+    monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
+    monkeypatch.setattr(install, "install", lambda environment: environment.folder.mkdir())
+    assert install.main(["gateway", "--tests"]) == 1
+    said = capsys.readouterr().err
+    assert "Error: dpkg could not do its part" in said
+    assert "ended with 2: no archive" in said
+    assert [path.name for path in (clone / ".venv").iterdir()] == []
+
+
+def test_what_pip_may_not_write_is_told_with_the_command_that_gives_it_over(clone: Path) -> None:
+    environment = gateway()
+    _environment_whose_python_says(environment, "echo \"ERROR: [Errno 13] Permission denied: 'click'\"; exit 1")
+    with pytest.raises(CannotInstall) as caught:
+        install._pip(environment, ["install"], "fetching", 1)
+    assert f"sudo chown -R {os.geteuid()} {clone}" in caught.value.remedy
+
+
+# In an interpreter where no process gets namespaces.
+_REFUSING = """
+import subprocess
+def run(command, **_):
+    assert "unshare" in command[-1], command
+    return subprocess.CompletedProcess(command, 1, "", "uid_map: Operation not permitted\\n")
+subprocess.run = run
+"""
+
+
+def test_the_installer_itself_says_which_right_the_tests_lack(tmp_path: Path) -> None:
+    """The script as `make test` runs it, with the standard library alone."""
+    script = install.ROOT / "requirements" / "install.py"
+    program = (
+        f"{_REFUSING}\nimport importlib.util, runpy, sys\n"
+        f"sys.argv = [{str(script)!r}, 'gateway', 'engine', '--tests']\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')"
+    )
+    said = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", program],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PATH": os.environ["PATH"], "HOLDFAST_ENGINE": "cpu"},
+        check=False,
+    )
+    assert said.returncode == 1
+    assert f"Error: uid {os.geteuid()} may have no namespaces of its own" in said.stderr
+    assert "Why:  uid_map: Operation not permitted; the tests" in said.stderr
+    assert "Next: Allow unprivileged user namespaces" in said.stderr
+
+
+@pytest.mark.parametrize(("targets", "tests"), [(RUN, False), (("gateway",), True)])
+def test_who_runs_no_engine_s_tests_needs_no_namespaces(
+    targets: tuple[str, ...], tests: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(install, "missing_packages", lambda *_, **__: [])
+    monkeypatch.setattr(namespaces, "refused", lambda: "unshare: Operation not permitted")
+    install._refuse_unfit_machine(targets, tests=tests, engine="cpu")
+    with pytest.raises(CannotInstall, match="no namespaces"):
+        install._refuse_unfit_machine(RUN, tests=True, engine="cpu")
+
+
+@pytest.mark.parametrize("profile", ["gateway", "cpu", "cuda"])
+def test_pip_installs_of_a_lock_what_it_names_by_its_hash_and_nothing_else(
+    profile: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(install, "_pip", lambda _, arguments, *__: calls.append(list(arguments)))
+    locks = ("dev", "build") if profile == "gateway" else (f"engine-{profile}", "engine-test")
+    install._install_locked(Environment("one", profile, tmp_path, locks), install.pins(locks))
+    assert len(calls) == (2 if profile == "cpu" else 1)
+    for arguments in calls:
+        assert {"--no-deps", "--require-hashes"} <= set(arguments)
+        assert arguments[arguments.index("--only-binary") + 1] == ":all:"
+        named = [Path(arguments[at + 1]).name for at, word in enumerate(arguments) if word == "--requirement"]
+        assert named in (["torch-cpu.txt"], [f"{lock}.txt" for lock in locks])
+        # Neither a package by its name nor another place to take one from.
+        assert not [word for word in arguments[1:] if word.startswith(("--extra", "--index", "--find", "--pre"))]
 
 
 def test_what_pip_says_is_kept_and_its_end_is_shown_when_it_fails(clone: Path) -> None:

@@ -23,6 +23,7 @@ from appliance.store import (
     store as store_module,
 )
 from appliance.store.writer import Writer
+from tests.postgres import PostgresServer
 
 INSERT = insert(tables.meta)
 DELETE_ALL = delete(tables.meta)
@@ -58,6 +59,31 @@ async def held(store: Store) -> tuple[Gate, "asyncio.Task[None]"]:
 async def test_a_write_is_there_for_the_next_read(store: Store) -> None:
     await store.write([named("a", "1"), named("b", "2")])
     assert await store.read(names) == ["a", "b"]
+
+
+async def test_a_commit_on_sqlite_waits_until_its_log_is_on_the_disk(tmp_path: Path) -> None:
+    store = Store.open(f"sqlite:///{tmp_path / 'new.db'}")
+    pragmas = ("journal_mode", "synchronous")
+    try:
+        set_to = await store.transact(lambda db: [db.execute(text(f"PRAGMA {each}")).scalar() for each in pragmas])
+    finally:
+        store.close()
+    assert set_to == ["wal", 2]  # FULL: the log is synced at every commit, not at checkpoints only
+
+
+async def test_a_commit_on_postgresql_waits_for_the_disk_whatever_the_database_is_set_to(
+    postgres: PostgresServer,
+) -> None:
+    with postgres.database() as url:
+        store = Store.open(url)
+        database = await store.read(lambda db: db.execute(text("SELECT current_database()")).scalar())
+        await store.transact(lambda db: db.execute(text(f'ALTER DATABASE "{database}" SET synchronous_commit = off')))
+        store.close()
+        store = Store.open(url)
+        try:
+            assert await store.transact(lambda db: db.execute(text("SHOW synchronous_commit")).scalar()) == "on"
+        finally:
+            store.close()
 
 
 async def test_a_write_outlives_the_store(store: Store, database_url: str) -> None:
