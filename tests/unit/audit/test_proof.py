@@ -83,15 +83,6 @@ def test_a_reader_outlives_newer_checkpoints(tmp_path: Path) -> None:
     assert verify_proof(prove(reader, 299), KEY.verifier()).checkpoint.size == 300
 
 
-def test_an_entry_is_found_by_its_time(made: Path) -> None:
-    log = LogReader(made)
-    wall_ns = log.entry(437).wall_ns
-    first = log.first_at(wall_ns)
-    assert log.entry(first).wall_ns == wall_ns
-    assert log.entry(first - 1).wall_ns < wall_ns
-    assert log.first_at(wall_ns + 10**18) == 600
-
-
 def test_entries_are_read_backwards(made: Path) -> None:
     assert [entry.sequence for entry, _ in LogReader(made).backwards(260, 250)] == list(range(259, 249, -1))
 
