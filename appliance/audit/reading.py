@@ -150,9 +150,9 @@ class LogReader:
             raise _damaged(bundle, len(data) // STRIDE)
         return _WALL_CLOCKS.unpack(data)[start - bundle * TILE_WIDTH : end - bundle * TILE_WIDTH]
 
-    def hashes(self) -> TileHashes:
-        """The hashes of what the checkpoint names."""
-        return hashes_of(self._directory, self.published)
+    def hashes(self, size: int | None = None) -> TileHashes:
+        """The hashes of what a checkpoint of `size` entries names; by default the newest."""
+        return hashes_of(self._directory, self.published if size is None else size)
 
     def _note(self) -> str:
         path = self._directory / CHECKPOINT
