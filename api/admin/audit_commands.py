@@ -574,9 +574,7 @@ def _moment(text: str, now: float) -> float:
 
 def _checkpoint_words(state: "types.AuditStatus") -> str:
     if state.checkpoint_age_s is None:
-        return (
-            "none since the appender started" if state.checkpoint_size == 0 else f"of {state.checkpoint_size} entries"
-        )
+        return "none yet"
     return f"{in_words(state.checkpoint_age_s)} ago, of {state.checkpoint_size} entries"
 
 
