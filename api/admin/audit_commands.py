@@ -30,6 +30,7 @@ from appliance.audit.siem.verify_export import ExportVerified, verify_export
 from appliance.audit.signing import PUBLIC_KEY
 from appliance.audit.verify import Removed, Verified, verify_log
 from appliance.audit.witness import Witness, own_key, read_request
+from appliance.audit.witnessing import cosigned_note
 from appliance.cli import EXIT_STATUS, Console, Group, api_key_option, in_words, moment, pass_console, printable, table
 from appliance.errors import Fault
 
@@ -172,7 +173,17 @@ def verify(
 @audit.command()
 @click.argument("sequence", type=click.IntRange(0))
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="The file to write; stdout by default.")
-@click.option("--disclose", is_flag=True, help="Put the record into the proof, so that who has it can read it.")
+@click.option(
+    "--disclose",
+    is_flag=True,
+    help="Put the record into the proof, so that who has it can read it; asks the running appliance.",
+)
+@click.option(
+    "--witness",
+    "witness_key",
+    metavar="VKEY",
+    help="Under the first checkpoint with the entry that this one co-signed.",
+)
 @_LOG_OPTION
 @api_key_option
 @pass_console
@@ -181,15 +192,18 @@ def prove(
     sequence: int,
     output: Path | None,
     disclose: bool,
+    witness_key: str | None,
     log_dir: Path | None,
 ) -> None:
     """Write a proof that stands by itself: this entry was in the log when the checkpoint was signed."""
-    log = LogReader(_directory(console, log_dir))
+    directory = _directory(console, log_dir)
+    log = LogReader(directory)
+    note = "" if witness_key is None else cosigned_note(directory, sequence, _vkey(witness_key))
     if disclose:
         entry = console.admin().audit_entry(sequence)
-        proof = make_proof(log, sequence, salt=bytes.fromhex(entry.salt or ""), record=entry.record)
+        proof = make_proof(log, sequence, note=note, salt=bytes.fromhex(entry.salt or ""), record=entry.record)
     else:
-        proof = make_proof(log, sequence)
+        proof = make_proof(log, sequence, note=note)
     if output is None:
         click.echo(proof, nl=False)
         return
@@ -201,19 +215,31 @@ def prove(
 @click.argument("file", type=click.File("r", encoding="utf-8"))
 @_LOG_OPTION
 @_KEY_OPTION
+@click.option(
+    "--witness", "witness_key", metavar="VKEY", help="Who must have co-signed it, and says when the entry was there."
+)
 @pass_console
-def check_proof(console: Console, file: Any, log_dir: Path | None, key_text: str | None) -> None:
-    """Check a proof with the log's public key and nothing else."""
+def check_proof(
+    console: Console, file: Any, log_dir: Path | None, key_text: str | None, witness_key: str | None
+) -> None:
+    """Check a proof with the log's public key and nothing else; its time with the public key of a witness."""
     key = _vkey(key_text) if key_text is not None else _log_key(_directory(console, log_dir), None)
-    found = verify_proof(file.read(), key)
+    witness = None if witness_key is None else _vkey(witness_key)
+    found = verify_proof(file.read(), key, witness)
     value = {
         "origin": found.checkpoint.origin,
         "size": found.checkpoint.size,
         "sequence": found.entry.sequence,
         "wall_ns": found.entry.wall_ns,
         "record": found.record,
+        "witness": None if witness is None else witness.name,
+        "witnessed_time_s": found.seen_s,
     }
-    text = f"Entry {found.entry.sequence} of {found.checkpoint.origin} is from {moment(found.entry.wall_ns / 1e9)}."
+    text = f"Entry {found.entry.sequence} of {found.checkpoint.origin} is from {moment(found.entry.wall_ns / 1e9)}"
+    if witness is None or found.seen_s is None:
+        text += ", by the log's own word: give --witness to check when it was there."
+    else:
+        text += f", by the log's own word. {witness.name} saw it there at {moment(found.seen_s)}."
     if found.record is not None:
         text += "\n" + _record_text(found.record)
     console.result(value, text)
@@ -548,9 +574,7 @@ def _moment(text: str, now: float) -> float:
 
 def _checkpoint_words(state: "types.AuditStatus") -> str:
     if state.checkpoint_age_s is None:
-        return (
-            "none since the appender started" if state.checkpoint_size == 0 else f"of {state.checkpoint_size} entries"
-        )
+        return "none yet"
     return f"{in_words(state.checkpoint_age_s)} ago, of {state.checkpoint_size} entries"
 
 

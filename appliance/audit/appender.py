@@ -10,8 +10,9 @@ Rules:
   the next sync.
 - It is the process that started it, and no other, that it takes anything from: not another of the same user either.
 - It has no key but the one that signs checkpoints, which a producer hands over when the vault is open.
-- A checkpoint is made of every `_CHECKPOINT_ENTRIES` entries, and of fewer when they are `_CHECKPOINT_S` old. Without
-  the key there is none, and the status says so.
+- A checkpoint is begun when `_CHECKPOINT_ENTRIES` entries are new, and of fewer when they are `_CHECKPOINT_S` old. What
+  comes while one is written, or cannot be (it is tried again every `_TRY_AGAIN_S`), is taken and waits for the next.
+  Without the key there is none. The status says so.
 - It lives as long as somebody is connected, and ends when the last one has gone; where nobody has come yet, with its
   parent: nothing is left behind that holds the log.
 - A producer that does not read its answers is cut off, not waited for.
@@ -95,7 +96,8 @@ class Appender:
         self._producers: dict[int, _Producer] = {}  # by their descriptors
         self._sign: Sign | None = None
         self._vkey = ""
-        self._published_at: float | None = None
+        # Until this run signs one, the checkpoint that is there is the last one's.
+        self._published_at = None if log.found is None else monotonic() - log.found.age_s
         self._dirty_since: float | None = monotonic() if log.size else None
         self._try_again_at = 0.0
         self._error: ErrorRecord | None = None  # of the last append
@@ -325,12 +327,11 @@ class Appender:
             self._publish()
 
     def _status(self) -> dict[str, object]:
-        now = self._monotonic()
+        now, found = self._monotonic(), self._log.found
         return {
             "size": self._log.size,
-            "checkpoint_size": self._log.published.size,
+            "checkpoint_size": self._log.published.size or (0 if found is None else found.size),
             "checkpoint_age_s": None if self._published_at is None else now - self._published_at,
-            "root": self._log.published.root.hex(),
             "signs": self._sign is not None,
             "public_key": self._vkey,
             "cut_bytes": self._log.cut_bytes,

@@ -81,6 +81,16 @@ class Head(NamedTuple):
     root: bytes
 
 
+class Found(NamedTuple):
+    """The checkpoint that an earlier run left, as its file says; nothing of it is verified.
+
+    `age_s`: by the wall clock and the file's time, when the log was opened; at least 0.
+    """
+
+    size: int
+    age_s: float
+
+
 class Publication(NamedTuple):
     """What makes the tree at a size readable: files that are kept, and parts that the next publication replaces."""
 
@@ -107,7 +117,8 @@ class AuditLog:
         self._next_bundle = journal.base // TILE_WIDTH
         self._owed: dict[str, bytes] = {}  # full tiles that are not known to be on the disk
         self.cut_bytes = 0
-        self.published = Head(0, EMPTY_ROOT)
+        self.published = Head(0, EMPTY_ROOT)  # by this run
+        self.found: Found | None = None
 
     @classmethod
     def open(cls, directory: Path, *, boot_id: bytes, clock: Callable[[], Stamp]) -> "AuditLog":
@@ -252,7 +263,8 @@ class AuditLog:
             self._rows.append(row)
             level, complete = level + 1, complete // TILE_WIDTH
         self._tail = frames
-        claimed = self._claimed_size()
+        self.found = self._find_checkpoint()
+        claimed = 0 if self.found is None else self.found.size
         if claimed > self.size:
             raise LogDamaged(
                 f"the audit log in {self._directory} is shorter than its checkpoint",
@@ -260,12 +272,16 @@ class AuditLog:
                 remedy="Put the whole folder back as it was; `holdfast audit verify` names what is wrong with it",
             )
 
-    def _claimed_size(self) -> int:
+    def _find_checkpoint(self) -> Found | None:
+        path = self._directory / CHECKPOINT
         try:
-            lines = (self._directory / CHECKPOINT).read_text(encoding="utf-8").split("\n", 2)
+            lines = path.read_text(encoding="utf-8").split("\n", 2)
+            written_ns = path.stat().st_mtime_ns
         except FileNotFoundError:
-            return 0
-        return int(lines[1]) if len(lines) > 1 and lines[1].isascii() and lines[1].isdigit() else 0
+            return None
+        if len(lines) < 2 or not (lines[1].isascii() and lines[1].isdigit()):
+            return None
+        return Found(int(lines[1]), max(0, self._clock().wall_ns - written_ns) / 1e9)
 
     def _read_tile(self, level: int, index: int) -> bytes:
         path = self._directory / tile_path(level, index)

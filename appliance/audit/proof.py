@@ -3,6 +3,7 @@
 Rules:
 
 - A proof is checked with the log's public key and nothing else; the record in it too, if it was disclosed.
+- That the entry was there at a time is a witness's word, with the witness's key. The entry's own time is the log's.
 - Verification raises.
 
 Format: C2SP tlog-proof, version 1; `extra` is the entry, and behind it the salt and the record if they are disclosed.
@@ -14,7 +15,15 @@ import json
 from typing import Any, ClassVar, Final, NamedTuple
 
 from appliance.audit.entry import ENTRY_BYTES, Entry, canonical, check_commitment
-from appliance.audit.notes import Checkpoint, VerifierKey, open_checkpoint, parse_number
+from appliance.audit.notes import (
+    Checkpoint,
+    NoteInvalid,
+    VerifierKey,
+    cosignatures,
+    open_checkpoint,
+    parse_number,
+    size_of_note,
+)
 from appliance.audit.reading import LogReader, NoSuchEntry
 from appliance.audit.tree import inclusion_proof, leaf_hash, verify_inclusion
 from appliance.errors import Fault, HoldfastError
@@ -33,43 +42,62 @@ class ProofUnreadable(HoldfastError, ValueError):
 
 
 class Proved(NamedTuple):
-    """What a proof shows. `record` is None where it was not disclosed."""
+    """What a proof shows.
+
+    Attributes:
+        record: None where it was not disclosed.
+        seen_s: when the witness saw the entry in the log, by the witness's clock, in seconds since the epoch: it was
+            there no later. None: no witness was asked for.
+    """
 
     entry: Entry
     checkpoint: Checkpoint
     record: dict[str, Any] | None
+    seen_s: int | None
 
 
-def prove(log: LogReader, sequence: int, *, salt: bytes = b"", record: dict[str, Any] | None = None) -> str:
-    """A proof of one entry under the log's newest checkpoint.
+def prove(
+    log: LogReader, sequence: int, *, note: str = "", salt: bytes = b"", record: dict[str, Any] | None = None
+) -> str:
+    """A proof of one entry under a checkpoint of the log.
 
     Args:
+        note: the checkpoint, such as a co-signed one; by default the newest.
         salt, record: disclose what the entry is about.
 
     Raises:
         NoSuchEntry: the checkpoint does not name it (yet).
+        NoteInvalid: it is no checkpoint.
+        ProofInvalid: the checkpoint is of another history than the log's.
         LogUnreadable, TileInvalid: the log's files do not do.
     """
-    if sequence >= log.published:
+    which, note = ("that", note) if note else ("the newest", log.note)
+    size = size_of_note(note) if note else 0
+    if sequence >= size:
         raise NoSuchEntry(
             f"entry {sequence} cannot be proved",
-            cause=f"the newest checkpoint names the {log.published} entries before it",
+            cause=f"{which} checkpoint names the {size} entries before it",
             remedy="Ask again in a minute: a checkpoint is signed that often",
         )
-    extra = log.frame(sequence).entry
+    packed = extra = log.frame(sequence).entry
     if record is not None:
         extra += salt + canonical(record)
-    hashes = inclusion_proof(log.hashes(), sequence, log.published)
-    lines = [_HEADER, f"extra {_base64(extra)}", f"index {sequence}", *map(_base64, hashes), "", log.note]
+    hashes = inclusion_proof(log.hashes(size), sequence, size)
+    root = Checkpoint.parse(note.partition("\n\n")[0] + "\n").root
+    verify_inclusion(leaf_hash(packed), sequence, size, hashes, root)
+    lines = [_HEADER, f"extra {_base64(extra)}", f"index {sequence}", *map(_base64, hashes), "", note]
     return "\n".join(lines)
 
 
-def verify_proof(proof: str, key: VerifierKey) -> Proved:
+def verify_proof(proof: str, key: VerifierKey, witness: VerifierKey | None = None) -> Proved:
     """Check a proof.
+
+    Args:
+        witness: who must have co-signed the checkpoint in it.
 
     Raises:
         ProofUnreadable: it is none.
-        NoteInvalid: the checkpoint in it was not signed by the key.
+        NoteInvalid: the checkpoint in it was not signed by the key, or not co-signed by the witness.
         ProofInvalid: the entry is not under that checkpoint.
         EntryInvalid: the entry or the record in it is not one of that log.
     """
@@ -84,6 +112,7 @@ def verify_proof(proof: str, key: VerifierKey) -> Proved:
     extra = _bytes(lines[1].removeprefix("extra "))
     index = parse_number(lines[2].removeprefix("index "), "its index")
     checkpoint = open_checkpoint(note, key)
+    seen_s = None if witness is None else _first_seen_s(note, witness)
     packed, disclosed = extra[:ENTRY_BYTES], extra[ENTRY_BYTES:]
     verify_inclusion(leaf_hash(packed), index, checkpoint.size, [_bytes(line) for line in lines[3:]], checkpoint.root)
     entry = Entry.unpack(packed)
@@ -94,7 +123,20 @@ def verify_proof(proof: str, key: VerifierKey) -> Proved:
         content = disclosed[_SALT_BYTES:]
         check_commitment(entry, disclosed[:_SALT_BYTES], content)
         record = json.loads(content)
-    return Proved(entry, checkpoint, record)
+    return Proved(entry, checkpoint, record, seen_s)
+
+
+def _first_seen_s(note: str, witness: VerifierKey) -> int:
+    """The earliest time at which a witness co-signed: the entry was there then already."""
+    try:
+        return min(found.time_s for found in cosignatures(note, witness))
+    except NoteInvalid as error:
+        raise NoteInvalid(
+            "the proof does not show when the entry was there",
+            cause=error.cause,
+            remedy="Have it made with `holdfast audit prove --witness`, and check that the witness's public key is the "
+            "right one; if it is refused again, treat the time as claimed by the log alone",
+        ) from None
 
 
 def _base64(data: bytes) -> str:

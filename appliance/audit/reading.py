@@ -9,13 +9,14 @@ Rules:
 
 import bisect
 import contextlib
+import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Final
 
-from appliance.audit.entry import ENTRY_BYTES, Entry
+from appliance.audit.entry import ENTRY_BYTES, WALL_NS_AT, Entry
 from appliance.audit.files import read_file
 from appliance.audit.journal import Frame, read_journal
 from appliance.audit.log import CHECKPOINT, JOURNAL, record_path
@@ -25,6 +26,7 @@ from appliance.errors import Fault, HoldfastError
 
 _CACHED_BUNDLES: Final = 8
 STRIDE: Final = 2 + ENTRY_BYTES
+_WALL_CLOCKS: Final = struct.Struct(">" + f"{2 + WALL_NS_AT}xq{ENTRY_BYTES - WALL_NS_AT - 8}x" * TILE_WIDTH)
 
 
 class NoSuchEntry(HoldfastError, LookupError):
@@ -134,18 +136,23 @@ class LogReader:
                 return
             yield Entry.unpack(frame.entry), frame.sealed
 
-    def first_at(self, wall_ns: int) -> int:
-        """The first entry still there that is not older than a moment.
+    def wall_clocks(self, start: int, end: int) -> Sequence[int]:
+        """What the wall clock said at each entry of [start, end), in nanoseconds; they are of one bundle.
 
-        By the wall clock, which is taken not to have been set.
+        Of a bundle it takes nothing else apart, and reads no record: far faster than `frame`. Raises as that does.
         """
-        oldest = self.oldest
-        kept = range(oldest, self.size)
-        return oldest + bisect.bisect_left(kept, wall_ns, key=lambda sequence: self.entry(sequence).wall_ns)
+        bundle = start // TILE_WIDTH
+        if (bundle + 1) * TILE_WIDTH > self._base:
+            return [self.entry(sequence).wall_ns for sequence in range(start, end)]
+        self._must_be_kept(bundle)
+        data = _read(self._directory / tile_path("entries", bundle))
+        if len(data) != _WALL_CLOCKS.size:
+            raise _damaged(bundle, len(data) // STRIDE)
+        return _WALL_CLOCKS.unpack(data)[start - bundle * TILE_WIDTH : end - bundle * TILE_WIDTH]
 
-    def hashes(self) -> TileHashes:
-        """The hashes of what the checkpoint names."""
-        return hashes_of(self._directory, self.published)
+    def hashes(self, size: int | None = None) -> TileHashes:
+        """The hashes of what a checkpoint of `size` entries names; by default the newest."""
+        return hashes_of(self._directory, self.published if size is None else size)
 
     def _note(self) -> str:
         path = self._directory / CHECKPOINT
@@ -159,11 +166,14 @@ class LogReader:
     def _is_kept(self, bundle: int) -> bool:
         return is_kept(self._directory, bundle)
 
+    def _must_be_kept(self, bundle: int) -> None:
+        if not self._is_kept(bundle) and bundle * TILE_WIDTH < (oldest := self.oldest):
+            raise removed(bundle * TILE_WIDTH, oldest)
+
     def _bundle(self, index: int) -> list[Frame]:
         frames = self._bundles.get(index)
         if frames is None:
-            if not self._is_kept(index) and index * TILE_WIDTH < (oldest := self.oldest):
-                raise removed(index * TILE_WIDTH, oldest)
+            self._must_be_kept(index)
             frames = self._bundles[index] = read_bundle(self._directory, index)
             if len(self._bundles) > _CACHED_BUNDLES:
                 self._bundles.popitem(last=False)
@@ -223,11 +233,7 @@ def read_bundle(directory: Path, index: int) -> list[Frame]:
         for at, record in zip(range(0, len(entries), STRIDE), sealed, strict=False)
     ]
     if len(frames) != TILE_WIDTH:
-        raise LogUnreadable(
-            f"the bundle from entry {index * TILE_WIDTH} on is damaged",
-            cause=f"it has {len(frames)} entries instead of {TILE_WIDTH}",
-            remedy="`holdfast audit verify` names what is wrong",
-        )
+        raise _damaged(index, len(frames))
     return frames
 
 
@@ -258,6 +264,14 @@ def unreadable(path: Path, error: OSError) -> LogUnreadable:
         "the audit log cannot be read",
         cause=f"{path}: {error.strerror or error}",
         remedy="Read it as the appliance's user, or from a copy of the whole folder",
+    )
+
+
+def _damaged(bundle: int, entries: int) -> LogUnreadable:
+    return LogUnreadable(
+        f"the bundle from entry {bundle * TILE_WIDTH} on is damaged",
+        cause=f"it has {entries} entries instead of {TILE_WIDTH}",
+        remedy="`holdfast audit verify` names what is wrong",
     )
 
 

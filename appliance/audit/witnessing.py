@@ -16,7 +16,15 @@ from typing import Final
 
 from appliance.audit.files import read_file, sync_directory, write_at
 from appliance.audit.log import WITNESSED
-from appliance.audit.notes import Checkpoint, NoteInvalid, VerifierKey, cosignatures, decode_note, open_checkpoint
+from appliance.audit.notes import (
+    Checkpoint,
+    NoteInvalid,
+    VerifierKey,
+    cosignatures,
+    decode_note,
+    open_checkpoint,
+    size_of_note,
+)
 from appliance.audit.reading import LogReader, NoSuchEntry
 from appliance.audit.tree import consistency_proof
 from appliance.audit.witness import Request, read_request, verify_reply, write_request
@@ -86,6 +94,27 @@ def largest_witnessed(directory: Path) -> int:
             if signatures.count("\n") > 1:
                 sizes.append(int(path.name))
     return max(sizes)
+
+
+def cosigned_note(directory: Path, sequence: int, witness: VerifierKey) -> str:
+    """Of the checkpoints that name an entry, the first that a witness co-signed: nothing shows it there earlier.
+
+    Raises:
+        NoSuchEntry: that witness co-signed none, as far as this folder knows.
+        KeyInvalid: the key is a log's.
+    """
+    folder = directory / WITNESSED
+    sizes = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+    for size in sorted(sizes):
+        with contextlib.suppress(NoteInvalid, OSError):
+            note = decode_note(read_file(folder / str(size)))
+            if size_of_note(note) > sequence and cosignatures(note, witness):
+                return note
+    raise NoSuchEntry(
+        f"entry {sequence} cannot be proved by a checkpoint that {witness.name} co-signed",
+        cause=f"none of those in {folder} names it",
+        remedy="Have a checkpoint co-signed: `holdfast audit witness export`; without --witness the newest proves it",
+    )
 
 
 def _kept(directory: Path, size: int) -> str:

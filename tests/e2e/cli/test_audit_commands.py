@@ -1,6 +1,7 @@
 """`holdfast audit` as an administrator, an auditor and a witness meet it."""
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -48,6 +49,10 @@ def test_a_person_sees_how_the_log_is_and_what_is_in_it(served: Served) -> None:
     status = run_holdfast(served, "audit", "status").stdout
     assert "public key" in status
     assert "holdfast." in status
+    assert re.search(r"^last checkpoint +\d+ .*s ago, of [1-9]\d* entries$", status, re.MULTILINE), status
+    assert re.search(r"^checked +(not since the start; |.* ago: [1-9]\d* entries are whole$)", status, re.MULTILINE), (
+        status
+    )
 
 
 def test_an_auditor_checks_a_copy_with_the_public_key(served: Served, tmp_path: Path) -> None:

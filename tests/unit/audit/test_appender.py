@@ -11,10 +11,10 @@ import pytest
 from appliance.audit import appender as module
 from appliance.audit import protocol
 from appliance.audit.appender import Appender
-from appliance.audit.log import AuditLog, Publication
+from appliance.audit.log import CHECKPOINT, AuditLog, Publication
 from appliance.audit.protocol import Message
 from appliance.audit.reading import LogReader
-from tests.unit.audit.making import KEY, drafts, open_log
+from tests.unit.audit.making import KEY, Clock, drafts, open_log
 
 LOOK_S = 1e-6  # what a look at the clock takes
 AT_ONCE_S = 400e-6
@@ -35,12 +35,12 @@ class Poll:
 
 
 class Loop:
-    """An appender whose loop is turned by hand."""
+    """An appender whose loop is turned by hand. `clock`: the log's."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, clock: Clock | None = None) -> None:
         self.directory = directory
         self.now_s = 1000.0
-        self.log = open_log(directory)
+        self.log = open_log(directory, clock=clock)
         self.poll = Poll()
         self._sockets = socket.socketpair()
         self.appender = Appender(self.log, self._sockets[0], starter=0, monotonic=self._look)
@@ -105,6 +105,41 @@ def test_a_checkpoint_is_signed_every_thousand_entries_and_every_minute(loop: Lo
     assert loop.signed() == 2501
     loop.now_s += 1e6
     assert loop.signed() == 2501, "where nothing is new nothing is signed"
+
+
+def _checkpoint_told(loop: Loop) -> tuple[object, object]:
+    """The size and the age of the newest checkpoint, as the status has them."""
+    told = loop.appender._status()
+    age_s = told["checkpoint_age_s"]
+    return told["checkpoint_size"], round(age_s, 1) if isinstance(age_s, float) else age_s
+
+
+def test_a_checkpoint_that_is_there_has_its_age_before_this_run_signs_one(tmp_path: Path) -> None:
+    first = Loop(tmp_path / "audit")
+    first.append(300)
+    assert _checkpoint_told(first) == (0, None)
+    first.ask(protocol.SIGNING_KEY, KEY.to_bytes())
+    assert first.signed() == 300
+    first.now_s += 5.0
+    assert _checkpoint_told(first) == (300, 5.0)
+    first.append(20)
+    first.close()
+    # Started an hour later, and sealed: nothing signs.
+    clock = Clock()
+    written_ns = clock.wall_ns - 3600 * 10**9
+    os.utime(tmp_path / "audit" / CHECKPOINT, ns=(written_ns, written_ns))
+    again = Loop(tmp_path / "audit", clock)
+    assert _checkpoint_told(again) == (300, 3600.0)
+    again.now_s += 60.0
+    assert _checkpoint_told(again) == (300, 3660.0)
+    again.ask(protocol.SIGNING_KEY, KEY.to_bytes())
+    assert (again.signed(), _checkpoint_told(again)) == (320, (320, 0.0))
+    again.close()
+    # The clock was set back since: it is no younger than new.
+    os.utime(tmp_path / "audit" / CHECKPOINT, ns=(clock.wall_ns + 10**18,) * 2)
+    behind = Loop(tmp_path / "audit", clock)
+    assert _checkpoint_told(behind) == (320, 0.0)
+    behind.close()
 
 
 @pytest.mark.parametrize("kind", [protocol.APPEND_AGAIN, protocol.APPEND_AGAIN_PRIVILEGED])

@@ -1,18 +1,20 @@
 """Entries are found by what their header and their tags say, and only what is found is opened."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from appliance.audit import search as searching
 from appliance.audit.entry import Draft, seal
 from appliance.audit.events import SYSTEM, VAULT_OPENED, VAULT_REFUSED, Actor, Event, Outcome
-from appliance.audit.reading import LogReader
+from appliance.audit.reading import LogReader, LogUnreadable
 from appliance.audit.search import Findings, Query, search
 from appliance.errors import HoldfastError
 from appliance.vault import KeyMissing
-from tests.unit.audit.making import Keys, drafts, open_log, sign
+from tests.unit.audit.making import Clock, Keys, draft, drafts, open_log, sign
+
+YEAR_NS = 365 * 86_400 * 1_000_000_000
 
 
 class CountingKeys(Keys):
@@ -80,6 +82,81 @@ def test_a_time_is_looked_up_and_not_looked_for(directory: Path) -> None:
     found = _search(directory, keys, since_ns=since, until_ns=until, limit=1000).found
     assert [each.entry.sequence for each in found] == list(range(139, 99, -1))
     assert keys.opened == 40
+
+
+class Stepped(NamedTuple):
+    """A log whose clock was set, and what it said at each entry."""
+
+    directory: Path
+    clocks: list[int]
+
+
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory: pytest.TempPathFactory) -> Stepped:
+    """Most is in bundles alone, some in the journal; the clock was set in both, and forth and back within a bundle."""
+    directory = tmp_path_factory.mktemp("stepped") / "audit"
+    clock = Clock()
+    log = open_log(directory, clock=clock)
+    stretches = [(2000, -2), (900, 2), (30, 2), (40, -2), (1300, 2), (600, -2), (300, 0)]
+    drafted = [draft()] * 10
+    for count, years in stretches:
+        for _ in range(0, count, 10):
+            log.append(drafted)
+        clock.wall_ns += years * YEAR_NS
+    log.publish(sign)
+    for years in (-2, 2, 0):
+        log.append(drafted)
+        clock.wall_ns += years * YEAR_NS
+    log.close()
+    reader = LogReader(directory)
+    assert 4096 <= reader.bundled < reader.size, "what is in bundles alone is read otherwise"
+    return Stepped(directory, [reader.entry(sequence).wall_ns for sequence in range(reader.size)])
+
+
+@pytest.mark.parametrize("years", [-2, 0, 2, 4])
+@pytest.mark.parametrize("bounds", ["since", "until", "both"])
+def test_a_time_finds_what_is_of_it_and_nothing_else_however_the_clock_was_set(
+    stepped: Stepped, years: int, bounds: str
+) -> None:
+    began_ns = stepped.clocks[0] + years * YEAR_NS
+    since_ns = None if bounds == "until" else began_ns + 100_000_000
+    until_ns = None if bounds == "since" else began_ns + 300_000_000
+    meant = [
+        sequence
+        for sequence, clock_ns in enumerate(stepped.clocks)
+        if (since_ns is None or clock_ns >= since_ns) and (until_ns is None or clock_ns < until_ns)
+    ]
+    found = _search(stepped.directory, since_ns=since_ns, until_ns=until_ns, limit=10**6)
+    assert [each.entry.sequence for each in found.found] == meant[::-1]
+    assert found.go_on_before is None
+
+
+def test_a_search_by_time_looks_at_so_many_bundles_and_goes_on_before_them(
+    stepped: Stepped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(searching, "MOST_LOOKED_AT", 3)
+    wanted: dict[str, Any] = {"since_ns": stepped.clocks[100], "until_ns": stepped.clocks[110]}
+    found: list[int] = []
+    before, searches = len(stepped.clocks), 0
+    while True:
+        findings = _search(stepped.directory, **wanted, before=before)
+        found += [each.entry.sequence for each in findings.found]
+        searches += 1
+        if findings.go_on_before is None:
+            break
+        assert before - 3 * 256 <= findings.go_on_before < before
+        before = findings.go_on_before
+    assert (found, searches > 3) == (list(range(109, 99, -1)), True)
+
+
+def test_a_bundle_that_is_cut_off_is_told_of_by_a_search_by_time(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    log.append([draft()] * 4400)
+    log.publish(sign)
+    log.close()
+    (tmp_path / "tile/entries/003").write_bytes(bytes(190 * 255))
+    with pytest.raises(LogUnreadable, match="from entry 768 on is damaged"):
+        _search(tmp_path, since_ns=1 << 62)
 
 
 def test_an_outcome_is_found(directory: Path) -> None:
