@@ -1,4 +1,4 @@
-"""What retention learned outlives the engine: its connector reads the file that its configuration names, and writes it."""
+"""What retention learned outlives the engine: its connector reads and writes the file that its configuration names."""
 
 import dataclasses
 from copy import copy
