@@ -9,7 +9,8 @@ Rules:
 - What it does otherwise is asked for in the last message or prompt, behind `@stub`, as JSON: `@stub {"chunks": 3}`. See
   `Plan`.
 - Its report of leases has each session that asked for one, with its last prompt, until that is released.
-- `GET /stub` tells how many requests came, how many were left by their client, and the bodies of the last ones.
+- `GET /stub` tells how many requests came, how many were left by their client, and the headers and bodies of the last
+  ones.
 """
 
 import asyncio
@@ -106,6 +107,7 @@ class Stub(asyncio.Protocol):
 
     counts: ClassVar[Counts] = Counts()
     bodies: ClassVar[deque[dict[str, Any]]] = deque(maxlen=_KEPT_BODIES)
+    headers: ClassVar[deque[list[tuple[bytes, bytes]]]] = deque(maxlen=_KEPT_BODIES)
     released: ClassVar[deque[str]] = deque(maxlen=_KEPT_BODIES)
     awaited: ClassVar[deque[tuple[str, str]]] = deque(maxlen=_KEPT_BODIES)
     ends: ClassVar[deque[TurnEnd]] = deque(maxlen=_KEPT_BODIES)
@@ -116,6 +118,7 @@ class Stub(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._url = b""
         self._body = bytearray()
+        self._headers: list[tuple[bytes, bytes]] = []
         self._request_id = ""
         self._answering: asyncio.Task[None] | None = None
 
@@ -135,12 +138,13 @@ class Stub(asyncio.Protocol):
     # httptools' side
 
     def on_message_begin(self) -> None:
-        self._url, self._body, self._request_id = b"", bytearray(), ""
+        self._url, self._body, self._headers, self._request_id = b"", bytearray(), [], ""
 
     def on_url(self, url: bytes) -> None:
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.append((name, value))
         if name.lower() == b"x-request-id":
             self._request_id = value.decode()
 
@@ -151,6 +155,7 @@ class Stub(asyncio.Protocol):
         match self._url:
             case b"/v1/chat/completions" | b"/v1/completions":
                 self.counts.requests += 1
+                self.headers.append(self._headers)
                 request = json.loads(self._body)
                 self.bodies.append(request)
                 _lease(self.leases, request)
@@ -181,7 +186,8 @@ class Stub(asyncio.Protocol):
                 seen = {"requests": self.counts.requests, "abandoned": self.counts.abandoned}
                 told = [end.to_wire() for end in self.ends]
                 kept = {"bodies": list(self.bodies), "released": list(self.released), "awaited": list(self.awaited)}
-                self._whole(200, {**seen, **kept, "ends": told})
+                headers = [[(name.decode(), value.decode()) for name, value in sent] for sent in self.headers]
+                self._whole(200, {**seen, **kept, "ends": told, "headers": headers})
             case b"/health":
                 self._whole(200, {})
             case _:

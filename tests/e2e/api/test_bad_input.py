@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import resource
 from collections.abc import Iterator
 from typing import Any
@@ -239,6 +240,44 @@ def test_control_fields_of_a_request_that_the_engine_rejects_did_not_come_to_it(
     assert reached["messages"] == asked
     assert "another's" not in json.dumps(reached)
     assert set(reached["kv_transfer_params"]) == {"holdfast"}
+
+
+# What decides something here, what decides something in vLLM 0.32, what proxies and tracers send, what nobody knows.
+CLIENTS_HEADERS = {
+    "X-Session-ID": "mine",
+    "X-Parent-Session-ID": "parent",
+    "X-Request-ID": "of-the-client",
+    "X-Data-Parallel-Rank": "1",
+    "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+    "tracestate": "a=b",
+    "baggage": "a=b",
+    "X-Forwarded-For": "10.0.0.1",
+    "X-Unheard-Of": "x",
+    "Accept": "text/plain",
+    "Accept-Encoding": "gzip",
+    "Content-Type": "application/json; charset=latin-1",
+    "Cookie": "a=b",
+    "User-Agent": "somebody",
+}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_no_header_of_a_clients_reaches_the_engine(served: Served, path: str, stream: bool) -> None:
+    asked = {"messages": HELLO} if "chat" in path else {"prompt": "hello"}
+    body = json.dumps({"model": MODEL, "stream": stream, **asked}).encode()
+    assert served.send("POST", path, body, headers=CLIENTS_HEADERS).status == 200
+    seen = served.engine_seen()
+    sent = [(name.lower(), value) for name, value in seen["headers"][-1]]
+    named = dict(sent)
+    request_id, length = named.pop("x-request-id"), named.pop("content-length")
+    assert named == {
+        "host": "engine", "content-type": "application/json", "accept": "application/json, text/event-stream"
+    }  # fmt: skip
+    assert len(sent) == len(named) + 2, "each once"
+    assert re.fullmatch(r"[0-9a-z_-]{16,}", request_id)
+    assert request_id != CLIENTS_HEADERS["X-Request-ID"]
+    assert int(length) > len(body)
 
 
 @pytest.mark.parametrize("name", sorted(COMPLETION.denied | {"unheard_of", "best_of", "messages"}))

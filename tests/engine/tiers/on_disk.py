@@ -1,18 +1,21 @@
 """An engine with a tier on disk, in a process of its own, so that it can be killed and started again.
 
-on_disk.py MODEL FOLDER   reads one JSON object a line: {"do": "turn", "session", "salt", "prompt"}, {"do": "release",
-"session"}, {"do": "quarantine"}, {"do": "settle"}; answers each with one. Its keys come over
-the socket that HOLDFAST_KEY_SOCKET names.
+on_disk.py MODEL FOLDER CAPACITY   reads one JSON object a line: {"do": "turn", "session", "salt", "prompt"}, {"do":
+"release", "session"}, {"do": "quarantine"}, {"do": "empty"}, {"do": "die", "after"}, {"do": "settle"}; answers each
+with one. After "empty" nothing but the disk has anything. After "die" it is killed as soon as it has read, or removed,
+a file. Its keys come over the socket that HOLDFAST_KEY_SOCKET names.
 """
 
 import json
 import os
+import signal
 import sys
 import time
 from glob import glob
 from pathlib import Path
 from typing import Any, cast
 
+from appliance.engine.inside.disk.files import ChunkFiles
 from appliance.engine.inside.disk.store import DiskStatus
 from appliance.engine.protocol import Lease, TurnEnd, disk_tier, lease_params
 from tests.engine.in_process import EngineInProcess
@@ -21,8 +24,8 @@ DRAM_BYTES = 4 << 20
 _DEADLINE_S = 30.0
 
 
-def main(model: Path, folder: Path) -> None:
-    disk = disk_tier(str(folder), 64 << 20, 3600.0)
+def main(model: Path, folder: Path, capacity_bytes: int) -> None:
+    disk = disk_tier(str(folder), capacity_bytes, 3600.0)
     engine = EngineInProcess(model, dram_bytes=DRAM_BYTES, disk=disk)
     _say(ready=True)
     for line in sys.stdin:
@@ -35,6 +38,13 @@ def main(model: Path, folder: Path) -> None:
         elif order["do"] == "quarantine":
             cast("Any", engine.connector)._tiers.quarantine()
             _say(**_settled(engine, folder))
+        elif order["do"] == "empty":
+            engine.connector.release_all()
+            assert engine.scheduler.reset_prefix_cache(reset_connector=True)
+            _say(**_settled(engine, folder))
+        elif order["do"] == "die":
+            _die_after(order["after"])
+            _say(ready=True)
         else:
             _say(**_settled(engine, folder))
 
@@ -45,6 +55,16 @@ def _turn(engine: EngineInProcess, order: dict[str, Any]) -> dict[str, Any]:
     account = engine.ended(TurnEnd(lease.session, lease.tenant, lease.turn, "other", 8, 60.0))
     assert account is not None
     return {"cached": answer.cached_tokens, "token_ids": answer.token_ids, "reason": account.reason}
+
+
+def _die_after(name: str) -> None:
+    act = getattr(ChunkFiles, name)
+
+    def act_and_die(*arguments: Any) -> None:
+        act(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(ChunkFiles, name, act_and_die)
 
 
 def _settled(engine: EngineInProcess, folder: Path) -> dict[str, Any]:
@@ -80,4 +100,4 @@ def _say(**told: Any) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

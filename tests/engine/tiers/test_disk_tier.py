@@ -5,12 +5,13 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -25,9 +26,9 @@ BLOCK = 32
 class Engine:
     """An engine in a process of its own, which this one gives keys to."""
 
-    def __init__(self, model: Path, folder: Path, keys: "Gateway") -> None:
+    def __init__(self, model: Path, folder: Path, keys: "Gateway", *, capacity_bytes: int = 64 << 20) -> None:
         theirs = keys.open()
-        command = [sys.executable, "-m", "tests.engine.tiers.on_disk", str(model), str(folder)]
+        command = [sys.executable, "-m", "tests.engine.tiers.on_disk", str(model), str(folder), str(capacity_bytes)]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -48,6 +49,16 @@ class Engine:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(order) + "\n")
         return self._told()
+
+    def dies(self, after: Literal["read", "remove"], *orders: dict[str, Any]) -> None:
+        """Give orders, and have it killed in the middle of them: when a file of a chunk was read, or removed."""
+        assert self.process.stdin is not None
+        self.do(do="die", after=after)
+        with self.process, contextlib.suppress(BrokenPipeError):
+            for order in orders:
+                self.process.stdin.write(json.dumps(order) + "\n")
+            self.process.wait(300)
+        assert self.process.returncode == -signal.SIGKILL
 
     def kill(self) -> None:
         with self.process:
@@ -97,12 +108,17 @@ def gateway() -> Iterator[Gateway]:
     gateway.close()
 
 
-@pytest.mark.timeout(400)
-def test_an_engine_that_was_killed_goes_on_from_the_disk_with_the_same_words(
+def order(session: str, salt: str) -> dict[str, Any]:
+    """A turn."""
+    return {"do": "turn", "prompt": PROMPT, "session": session, "salt": salt}
+
+
+@pytest.mark.timeout(600)
+def test_an_engine_that_was_killed_while_it_read_or_evicted_goes_on_from_the_disk_with_the_same_words(
     tiny_model: Path, tmp_path: Path, gateway: Gateway
 ) -> None:
-    folder = tmp_path / "tier"
-    first = Engine(tiny_model, folder, gateway)
+    folder, capacity_bytes = tmp_path / "tier", 1 << 20  # two prompts, and not three
+    first = Engine(tiny_model, folder, gateway, capacity_bytes=capacity_bytes)
     cold = first.turn(PROMPT)
     assert cold["cached"] == 0
     settled = first.do(do="settle")
@@ -110,22 +126,32 @@ def test_an_engine_that_was_killed_goes_on_from_the_disk_with_the_same_words(
     assert settled["rows"] >= len(PROMPT) // BLOCK
     assert settled["rows_in_plaintext"] == 0
     assert settled["chunks"] >= len(PROMPT) // BLOCK
-    first.kill()
+    first.do(do="empty")
+    first.dies("read", order("ana", "salt"))
 
-    second = Engine(tiny_model, folder, gateway)
+    second = Engine(tiny_model, folder, gateway, capacity_bytes=capacity_bytes)
     warm = second.turn(PROMPT)
     assert warm["cached"] >= len(PROMPT) - BLOCK
     assert warm["token_ids"] == cold["token_ids"]
     status = second.do(do="settle")
     assert status["loaded"] >= len(PROMPT) // BLOCK - 1
     assert status["faults"] == {}
-    assert second.turn(PROMPT, session="eve", salt="another")["cached"] == 0
+    eve = second.turn(PROMPT, session="eve", salt="another")
+    assert eve["cached"] == 0
     status = second.do(do="settle")
     assert status["rows_in_plaintext"] == 0
     after = second.do(do="release", session="ana")
     assert {path.parent.name for path in folder.rglob("*~*/*")} == {"acme~eve"}
     assert after["chunks"] == len(PROMPT) // BLOCK
-    second.kill()
+    second.dies("remove", order("ben", "third"), {"do": "settle"}, order("cleo", "fourth"), {"do": "settle"})
+    assert {path.parent.name for path in folder.rglob("*~*/*")} > {"acme~eve"}
+
+    third = Engine(tiny_model, folder, gateway, capacity_bytes=capacity_bytes)
+    assert third.turn(PROMPT, session="eve", salt="another")["token_ids"] == eve["token_ids"]
+    assert third.do(do="settle")["faults"] == {}
+    assert not list(folder.rglob("*.part"))
+    assert not list(folder.rglob("acme~ana/*"))
+    third.kill()
 
 
 @pytest.mark.timeout(400)
@@ -136,7 +162,8 @@ def test_a_session_that_was_forgotten_meanwhile_and_a_file_that_was_changed_are_
     first = Engine(tiny_model, folder, gateway)
     cold = {session: first.turn(PROMPT, session=session, salt=session) for session in ("ana", "ben")}
     first.do(do="settle")
-    first.kill()
+    first.dies("remove", {"do": "release", "session": "ana"})
+    assert list(folder.rglob("acme~ana/*")), "it was killed before all of them were gone"
     for file in folder.rglob("acme~ben/*"):
         with file.open("r+b") as opened:
             opened.seek(5000)

@@ -4,7 +4,10 @@ import dataclasses
 import hashlib
 
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import ECB
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
@@ -69,16 +72,90 @@ def test_a_record_does_not_open_for_another_entry(field: str) -> None:
         open_record(Entry._make([*({**entry._asdict(), field: other}).values()]), draft().sealed, Keys())
 
 
+class OneSecret(Keys):
+    """Has one secret for every entry, so that its key is known before what the entry commits to is."""
+
+    def __init__(self, secret: bytes) -> None:
+        super().__init__()
+        self.secret = secret
+
+    def audit_secret(self, *_: object) -> bytes:
+        return self.secret
+
+    def expanded(self) -> tuple[bytes, bytes]:
+        """An entry's key, and what commits to it."""
+        both = HKDFExpand(SHA256(), 64, b"holdfast-audit-entry").derive(self.secret)
+        return both[:32], both[32:]
+
+
+def _times(x: int, y: int) -> int:
+    """In GF(2^128), as GCM has it: the first bit is the one of x^0 (NIST SP 800-38D, algorithm 1)."""
+    product = 0
+    for bit in range(127, -1, -1):
+        if x >> bit & 1:
+            product ^= y
+        y = y >> 1 ^ (0xE1 << 120 if y & 1 else 0)
+    return product
+
+
+def _power(x: int, exponent: int) -> int:
+    result = 1 << 127
+    for bit in f"{exponent:b}":
+        result = _times(result, result)
+        if bit == "1":
+            result = _times(result, x)
+    return result
+
+
+def _block(key: bytes, block: bytes) -> int:
+    return int.from_bytes(Cipher(AES(key), ECB()).encryptor().update(block))  # noqa: S305 (one block, as GCM does)
+
+
+def _tag(key: bytes, nonce: bytes, blocks: list[int]) -> int:
+    """E(nonce || 1) + GHASH(blocks), where GHASH = X_1 H^m + ... + X_m H (NIST SP 800-38D, algorithms 2 and 4)."""
+    hashed, subkey = 0, _block(key, bytes(16))
+    for block in blocks:
+        hashed = _times(hashed ^ block, subkey)
+    return hashed ^ _block(key, nonce + b"\0\0\0\1")
+
+
+def _under_both(keys: tuple[bytes, bytes], nonce: bytes, content: bytes, bound: bytes) -> bytes:
+    """What AES-GCM opens under two keys: under the first as a block that was chosen for that, and `content`.
+
+    A tag is linear in each block. With X_j = 0 the tags are T and T' under the two keys, and a block X_j adds
+    X_j H^e to one and X_j H'^e to the other, with e = m + 1 - j. They are equal for X_j = (T + T') / (H^e + H'^e).
+    """
+    ciphertext = AESGCM(keys[0]).encrypt(nonce, bytes(16) + content, bound)[16:-16]
+    lengths = (8 * len(bound)).to_bytes(8) + (8 * (16 + len(ciphertext))).to_bytes(8)
+    padded = [each + bytes(-len(each) % 16) for each in (bound, bytes(16), ciphertext, lengths)]
+    joined = b"".join(padded)
+    blocks = [int.from_bytes(joined[at : at + 16]) for at in range(0, len(joined), 16)]
+    chosen = len(padded[0]) // 16
+    one, other = (_power(_block(key, bytes(16)), len(blocks) - chosen) for key in keys)
+    differs = _tag(keys[0], nonce, blocks) ^ _tag(keys[1], nonce, blocks)
+    blocks[chosen] = _times(differs, _power(one ^ other, 2**128 - 2))  # x^(2^128 - 2) = 1 / x
+    return blocks[chosen].to_bytes(16) + ciphertext + _tag(keys[0], nonce, blocks).to_bytes(16)
+
+
 def test_a_ciphertext_that_opens_under_two_keys_is_refused_under_the_second() -> None:
     """AES-GCM does not commit to its key: the entry does."""
-    entry = _numbered()
-
-    class Others(Keys):
-        def audit_secret(self, key_id: bytes, label: str, *parts: bytes) -> bytes:
-            return hashlib.sha256(super().audit_secret(key_id, label, *parts)).digest()
-
+    first, second = OneSecret(b"1" * 32), OneSecret(b"2" * 32)
+    (key, key_commitment), (other_key, other_commitment) = first.expanded(), second.expanded()
+    entry, nonce = _numbered(), bytes(12)
+    bound = entry.pack()[:4] + entry.key_id + entry.nonce
+    sealed = _under_both((key, other_key), nonce, canonical({"action": "x"}), bound)
+    salted = AESGCM(key).decrypt(nonce, sealed, bound)  # its salt is the block that was chosen
+    assert AESGCM(other_key).decrypt(nonce, sealed, bound) != salted
+    entry = entry._replace(
+        key_commitment=key_commitment,
+        commitment=hashlib.sha256(b"\x02" + salted).digest(),
+        sealed_hash=hashlib.sha256(sealed).digest(),
+    )
+    assert open_record(entry, sealed, first).record == {"action": "x"}
     with pytest.raises(EntryInvalid, match="another key"):
-        open_record(entry, draft().sealed, Others())
+        open_record(entry, sealed, second)
+    with pytest.raises(EntryInvalid, match="another key"):
+        open_record(entry._replace(key_commitment=other_commitment), sealed, first)
 
 
 def test_a_shredded_tenant_leaves_the_entry_and_takes_the_record() -> None:

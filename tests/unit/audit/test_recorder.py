@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import os
 import resource
 import select
@@ -119,10 +120,43 @@ async def test_what_is_sealed_is_the_records_one_spelling(tmp_path: Path) -> Non
         check_commitment(entry, opened.salt, canonical(opened.record))
 
 
-async def test_many_at_once_share_their_syncs_and_keep_their_order(tmp_path: Path) -> None:
+def _appender_runs(program: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An appender that is started runs `program` instead."""
+    spawn = asyncio.create_subprocess_exec
+
+    async def started(python: str, *_: str, **named: Any) -> asyncio.subprocess.Process:
+        return await spawn(python, "-P", "-c", program, str(directory), **named)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", started)
+
+
+_COUNTING = """
+import os, sys
+from appliance.audit import appender
+
+sync = os.fdatasync
+
+def counted(descriptor):
+    sync(descriptor)
+    with open(sys.argv[1] + ".syncs", "ab") as syncs:
+        syncs.write(b".")
+
+os.fdatasync = counted
+sys.exit(appender.main())
+"""
+
+
+async def test_many_at_once_share_their_syncs_and_keep_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _appender_runs(_COUNTING, tmp_path / "audit", monkeypatch)
     async with recording(tmp_path) as it:
-        sequences = await asyncio.gather(*(it.recorder.record(event(number)) for number in range(500)))
-        assert sequences == list(range(500))
+        assert await it.recorder.record(event(0)) == 0
+        assert (tmp_path / "audit.syncs").read_bytes() == b"."
+        sequences = await asyncio.gather(*(it.recorder.record(event(number)) for number in range(1, 501)))
+        assert sequences == list(range(1, 501))
+        # The first goes at once, the others sixteen to a frame, and a frame has one sync at most.
+        assert len((tmp_path / "audit.syncs").read_bytes()) <= 2 + math.ceil(499 / 16)
 
 
 async def test_whoever_is_sent_in_one_frame_gets_the_sequence_of_its_own_last_entry(tmp_path: Path) -> None:
@@ -256,12 +290,7 @@ sys.exit(appender.main())
 async def test_killed_between_the_sync_and_its_answer_it_repeats_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, privileged: bool
 ) -> None:
-    spawn = asyncio.create_subprocess_exec
-
-    async def dying(program: str, *_: str, **named: Any) -> asyncio.subprocess.Process:
-        return await spawn(program, "-P", "-c", _DYING, str(tmp_path / "audit"), **named)
-
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", dying)
+    _appender_runs(_DYING, tmp_path / "audit", monkeypatch)
     async with recording(tmp_path) as it:
         await it.recorder.record(event(0))
         (tmp_path / "audit.die").touch()

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import jsonschema
@@ -123,7 +124,7 @@ class World:
         (self.directory / "log.vkey").write_text(f"{KEY.verifier()}\n")
         self.shipper = self.new_shipper()
 
-    def new_shipper(self) -> Shipper:
+    def new_shipper(self, *, random: Random | None = None) -> Shipper:
         return Shipper(
             "to",
             Ocsf(),
@@ -133,6 +134,7 @@ class World:
             size=self._size,
             opener=KeyOpener(self.keys),
             monotonic=lambda: self.now_s,
+            random=random,
             pause=self._pause,
         )
 
@@ -566,6 +568,28 @@ def test_pauses_grow_and_are_bounded(tmp_path: Path) -> None:
     assert pauses[0] <= 1.0
     assert min(pauses[10:]) >= 30.0
     assert max(pauses) <= 60.0
+
+
+def test_a_pause_has_a_random_part_of_half_its_length(tmp_path: Path) -> None:
+    """Those who lost one receiver do not all come at once."""
+
+    class Drawn(Random):
+        part = 0.0
+
+        def random(self) -> float:
+            return self.part
+
+    drawn = Drawn()
+    shipper = World(tmp_path).new_shipper(random=drawn)
+    for _ in range(20):
+        shipper._failed(HoldfastError("x", cause="y", remedy="z"), 0.0)
+    pauses = []
+    for part in (0.0, 0.5, 1.0):
+        drawn.part = part
+        pauses.append(shipper._pause_s())
+    assert pauses == [30.0, 45.0, 60.0]
+    drawing = World(tmp_path / "own").shipper
+    assert len({drawing._pause_s() for _ in range(8)}) > 1, "it draws one of its own"
 
 
 def test_a_cursor_is_whole_or_the_one_before(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from appliance.engine.command_line import EngineSpec, cage_line, command_line, device_of, environment
 from appliance.engine.launcher import dram_not_available, too_much_dram
+from appliance.engine.protocol import LESSONS_FIELD
 from appliance.settings import EngineSettings, TierSettings
 
 SPEC = EngineSpec(
@@ -58,6 +59,13 @@ def test_the_lease_connector_is_loaded_with_its_share() -> None:
     assert config["kv_connector"] == "StateConnector"
     assert config["kv_connector_module_path"] == "appliance.engine.inside.connector"
     assert 0.25 in config["kv_connector_extra_config"].values()
+
+
+@pytest.mark.parametrize("dram_bytes", [0, 1 << 30], ids=["no tier", "tiers"])
+def test_what_retention_learned_is_kept_in_a_file_of_the_run_folder(dram_bytes: int) -> None:
+    line = command_line(replace(SPEC, dram_bytes=dram_bytes))
+    config = json.loads(option(line, "--kv-transfer-config"))
+    assert config["kv_connector_extra_config"][LESSONS_FIELD] == "/state/run/engine/lessons.json"
 
 
 def test_the_cache_has_the_size_that_was_set_to_the_byte() -> None:

@@ -24,16 +24,19 @@ class Services:
         for name in ("gateway.log", "engine.log"):
             (self.log / name).write_text(WORD)
         self.settings = SimpleNamespace(state_dir=state_dir)
-        self.metrics = SimpleNamespace(exposition=lambda: b"m 1\n")
+        self.said = {"metrics of the gateway": "m 1", "metrics of the engine": "m 1", "report of leases": "m 1"}
+        self.metrics = SimpleNamespace(exposition=lambda: self.said["metrics of the gateway"].encode())
         self.engine = SimpleNamespace(metrics=self._metrics, leases=self._leases)
         self.audit, self.vault = SimpleNamespace(directory=state_dir), None
         self.found = Findings(found=[event({"action": "turn.admitted"})])
 
     async def _metrics(self) -> str:
-        return "m 1\n"
+        return self.said["metrics of the engine"]
 
-    async def _leases(self, **_: object) -> Any:
-        return SimpleNamespace(to_wire=dict)
+    async def _leases(self, *, every: bool = False) -> Any:
+        """Those of everybody have to be asked for."""
+        leases = [{"session": self.said["report of leases"]}] if every else []
+        return SimpleNamespace(to_wire=lambda: {"leases": leases})
 
     def now(self) -> float:
         return 0.0
@@ -77,6 +80,19 @@ async def verdicts(proof: Proof) -> dict[str, Verdict]:
 
 async def test_what_has_no_word_passes(proof: Proof) -> None:
     assert set((await verdicts(proof)).values()) == {Verdict.PASS}
+
+
+@pytest.mark.parametrize("name", ["metrics of the gateway", "metrics of the engine", "report of leases"])
+async def test_a_word_in_one_of_them_fails_that_one_alone(services: Services, proof: Proof, name: str) -> None:
+    services.said[name] += f' {{kind="{WORD}"}}'
+    found = await verdicts(proof)
+    assert found == {each: Verdict.FAIL if each == name else Verdict.PASS for each in found}
+
+
+@pytest.mark.parametrize("name", ["metrics of the gateway", "metrics of the engine"])
+async def test_metrics_that_are_empty_are_no_pass(services: Services, proof: Proof, name: str) -> None:
+    services.said[name] = ""
+    assert (await verdicts(proof))[name] is Verdict.UNKNOWN
 
 
 async def test_a_word_is_found_behind_megabytes_and_in_a_log_that_was_turned_over(
