@@ -408,14 +408,14 @@ def _close(services: Services) -> None:
 async def _rotate(wanted: types.KeysToRotate, services: ServicesOf, asker: AskerOf) -> types.RotatedKeys:
     tenant = None if wanted.tenant is None else await chosen_tenant(services, asker.named, wanted.tenant)
     scope = SYSTEM_SCOPE if tenant is None else tenant.tenant_id
+    tenant_id = None if tenant is None else tenant.tenant_id
     try:
         rotated = await services.identity.rotate_keys(tenant)
     except HoldfastError as error:
-        await asker.did(KEYS_ROTATED, ("keys", scope), outcome=Outcome.FAILURE, reason=error.code)
+        await asker.did(KEYS_ROTATED, ("keys", scope), outcome=Outcome.FAILURE, reason=error.code, tenant_id=tenant_id)
         raise
     details = {"keys": str(rotated.keys), "erased": str(rotated.erased).lower()}
-    await asker.did(KEYS_ROTATED, ("keys", scope), details=details)
-    tenant_id = None if tenant is None else tenant.tenant_id
+    await asker.did(KEYS_ROTATED, ("keys", scope), tenant_id=tenant_id, details=details)
     return types.RotatedKeys(tenant_id=tenant_id, keys=rotated.keys, erased=rotated.erased)
 
 
