@@ -7,6 +7,7 @@ Rules:
 - What a request held goes when it ends, however it ends: see `drop_frames`.
 """
 
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ REQUEST = "holdfast.request"
 
 _JSON = (b"content-type", b"application/json")
 _CLOSE = (b"connection", b"close")
+_HARMLESS_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 
 
 @dataclass(slots=True)
@@ -56,6 +58,11 @@ class Request:
         if self.caller is None:
             raise RuntimeError("this route is not guarded by a key")
         return self.caller
+
+
+def request_id_of(given: bytes, new_id: Callable[[], str]) -> bytes:
+    """A request's id: the one that its client gave it if that is harmless, else a new one."""
+    return given if _HARMLESS_ID.fullmatch(given) else new_id().encode()
 
 
 def drop_frames(error: BaseException) -> None:

@@ -33,7 +33,7 @@ import sqlite3
 import tarfile
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -68,6 +68,7 @@ _LOG = "audit"
 _DESTINATIONS = "siem"  # where the log goes, and how far it is there: they go with it
 _LOCKS = (f"{DATABASE}-lock", f"{_LOG}/lock")
 _CHUNK = 1 << 20
+_END = bytes(2 * tarfile.BLOCKSIZE)
 _MAX_MANIFEST_BYTES = 64 << 10
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
@@ -168,9 +169,17 @@ class Restored:
 
 
 async def stream_backup(
-    store: Store, settings: Settings, *, now: Callable[[], float] = time.time
+    store: Store,
+    settings: Settings,
+    *,
+    now: Callable[[], float] = time.time,
+    admitted: Callable[[int], Awaitable[None]] | None = None,
 ) -> AsyncGenerator[bytes, None]:
     """The pieces of a backup of the running appliance. Needs room for a second copy of the database meanwhile.
+
+    Args:
+        admitted: awaited with the size of all pieces together, in bytes, before the first; nothing is given out where
+            it raises.
 
     Raises:
         BackupUnsupported: the database is a server's, which has tools of its own.
@@ -183,16 +192,21 @@ async def stream_backup(
         seal = seal_kind(read_seal(settings.state_dir))
         manifest = await asyncio.to_thread(_manifest_of, present, seal, now(), settings.state_dir / _LOG)
         text = json.dumps(asdict(manifest) | {"format": FORMAT, "version": FORMAT_VERSION}, indent=2).encode()
-        yield _header(_MANIFEST, len(text), manifest.created_at) + text + _padding(len(text))
-        for member in manifest.files:
-            yield _header(member.name, member.size, manifest.created_at)
+        begin = _header(_MANIFEST, len(text), manifest.created_at) + text + _padding(len(text))
+        headers = {member: _header(member.name, member.size, manifest.created_at) for member in manifest.files}
+        if admitted is not None:
+            members = sum(len(header) + each.size + len(_padding(each.size)) for each, header in headers.items())
+            await admitted(len(begin) + members + len(_END))
+        yield begin
+        for member, header in headers.items():
+            yield header
             with present[member.name].open("rb") as source:
                 left = member.size
                 while piece := await asyncio.to_thread(source.read, min(_CHUNK, left)):
                     left -= len(piece)
                     yield piece
             yield _padding(member.size)
-        yield bytes(2 * tarfile.BLOCKSIZE)
+        yield _END
 
 
 def _manifest_of(present: dict[str, Path], seal: str, created_at: float, log: Path) -> Manifest:

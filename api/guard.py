@@ -25,7 +25,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from api import trail
-from api.answers import REQUEST, App, Receive, Request, Scope, Send, drop_frames, refuse
+from api.answers import REQUEST, App, Receive, Request, Scope, Send, drop_frames, refuse, request_id_of
 from api.authentication import authenticate
 from api.bodies import ClientGone, too_large
 from api.health import HEALTH_ROUTES
@@ -48,7 +48,6 @@ _LOG = logging.getLogger("holdfast.gateway")
 _NAME = rb"(?:[A-Za-z0-9._~:@/+-]|%[2-7][0-9A-Fa-f])+"
 _MODEL_PATH = re.compile(rb"/v1/models/" + _NAME)
 _SESSION_PATH = re.compile(rb"/v1/sessions/" + _NAME)
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _ONCE = frozenset({b"host", b"authorization", b"content-length", b"x-request-id"}) | SESSION_HEADERS
 
 
@@ -88,8 +87,7 @@ class Guard:
             raise RuntimeError(f"the data listener speaks HTTP only, not {scope['type']}")
         pairs = scope["headers"]
         headers = dict(pairs)
-        given_id = headers.get(b"x-request-id", b"")
-        request_id = given_id if _REQUEST_ID.fullmatch(given_id) else self._services.new_id().encode()
+        request_id = request_id_of(headers.get(b"x-request-id", b""), self._services.new_id)
         client = scope.get("client")
         request = Request(request_id.decode(), headers, source=client[0] if client else "")
         request.answer_headers.append((b"x-request-id", request_id))

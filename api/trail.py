@@ -41,6 +41,18 @@ def authenticated(request: Request) -> Event:
     return _of_caller(request, AUTHENTICATED, target=("key", "" if key is None else key.key_id))
 
 
+def looked(caller: Caller, source: str) -> Event:
+    """A valid key was brought to look at how the appliance does, which is no event of its own."""
+    key_id = "" if caller.key is None else caller.key.key_id
+    return Event(
+        AUTHENTICATED,
+        actor_of(caller),
+        tenant_id=caller.principal.tenant_id or "",
+        source=source,
+        target=("key", key_id),
+    )
+
+
 def admitted(request: Request, *, session_id: str, model: str, prompt_bytes: int, prompt_digest: str = "") -> Event:
     """A valid key was brought, and its turn may go to the engine: one entry for both, for they are one moment.
 

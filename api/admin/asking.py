@@ -1,6 +1,10 @@
 """Who asks the admin API for something, as its routes have it.
 
-Rule: what an asker did is in the audit log, under the asker's id, before the answer is given.
+Rules:
+
+- What an asker did is in the audit log, under the asker's id, before the answer is given. The event names the request
+  and the key that was brought; what is about a session can be searched for by the session.
+- A tenant's principal acts on its own tenant: that is the event's where no other is named.
 """
 
 import asyncio
@@ -33,12 +37,14 @@ class Asker:
 
     Attributes:
         caller: None: the gateway's own user, nameless: while the vault is sealed, and where the store is not asked.
+        request_id: of what is asked for.
         failure_told: that the request did not succeed, and why, was recorded by who knows more than its error says.
     """
 
     caller: Caller | None
     source: str
     audit: NodeAudit
+    request_id: str = ""
     failure_told: bool = False
 
     async def did(
@@ -49,26 +55,42 @@ class Asker:
         outcome: Outcome = Outcome.SUCCESS,
         reason: str = "",
         tenant_id: str | None = None,
+        counts: Mapping[str, int] | None = None,
         details: Mapping[str, str] | None = None,
     ) -> None:
         """Record what the asker did, or asked for.
 
+        Args:
+            target: what it was done to: kind and id. A session is what the event is found by, too.
+            tenant_id: whose that is; None: the asker's own tenant's, if it has one.
+
         Raises:
             AuditUnavailable: it is not in the log.
         """
-        actor = Actor("user", self.source) if self.caller is None else trail.actor_of(self.caller)
+        caller = self.caller
+        actor = Actor("user", self.source) if caller is None else trail.actor_of(caller)
+        own_tenant_id = None if caller is None else caller.principal.tenant_id
+        brought = {} if caller is None or caller.key is None else {"key_id": caller.key.key_id}
         event = Event(
             kind,
             actor,
             outcome,
-            tenant_id=tenant_id or "",
+            tenant_id=tenant_id or own_tenant_id or "",
             source=self.source,
             target=target,
             reason=reason,
-            details=details or {},
+            request_id=self.request_id,
+            session_id=target[1] if target[0] == "session" else "",
+            counts=counts or {},
+            details={**(details or {}), **brought},
         )
         await self.audit.record(event, privileged=True)
         self.failure_told |= outcome is not Outcome.SUCCESS
+
+    def looks(self) -> None:
+        """Have it counted that the asker brought a key, where what it asks for is no event of its own."""
+        if self.caller is not None and self.caller.key is not None:
+            self.audit.count(trail.looked(self.caller, self.source))
 
     def __str__(self) -> str:
         return "the gateway's own user" if self.caller is None else self.caller.principal.principal_id

@@ -186,9 +186,10 @@ async def _audit_excerpt(
     first: Annotated[int, Query(ge=0)] = 0,
     end: Annotated[int | None, Query(ge=1)] = None,
 ) -> StreamingResponse:
-    details = {"first": str(first), "end": "" if end is None else str(end)}
-    await asker.did(AUDIT_EXPORTED, ("audit", ""), details=details)
-    await services.audit.checkpoint()
+    published = int((await services.audit.checkpoint())["checkpoint_size"])
+    end = published if end is None else min(end, published)
+    details, counts = {"first": str(first), "end": str(end)}, {"entries": max(0, end - first)}
+    await asker.did(AUDIT_EXPORTED, ("audit", ""), counts=counts, details=details)
     lines = excerpt(services.audit.directory, FORMATS["ocsf"], services.vault, first=first, end=end)
     # As with a backup: what fails at once is an error, and not half a file.
     begin = await anext(lines)

@@ -13,7 +13,8 @@ Rules:
 - Everything but a look at how the appliance does is in the audit log: that it was asked for, once the request is known
   to be one and before it is done; what came of it after; ids, never names or secrets. What cannot be recorded is not
   done, and not shown. Every refusal and every failure is there, of whatever route, with its code; those of who has no
-  name here are counted.
+  name here are counted. So are the keys that were brought for a look.
+- Every answer carries `X-Request-ID`, which the request's events have; the client's own is kept if it is harmless.
 - No answer repeats what a request contained.
 """
 
@@ -39,6 +40,7 @@ from api.admin import audit_routes, prove_routes, status, types, views
 from api.admin.asking import Asker, AskerOf, Endpoints, ServicesOf, chosen_tenant, unknown, while_there, with_first
 from api.admin.kv import kv_status
 from api.admin.peers import pid_of, uid_of
+from api.answers import request_id_of
 from api.backups import stream_backup
 from api.engine_leases import release
 from api.forgetting import forget_session
@@ -76,6 +78,7 @@ from appliance.sessions import EXPLAINED_TURNS, NO_TURN, TRANSCRIPT_TURNS
 from appliance.vault import SYSTEM_SCOPE, VaultSealed
 
 MAX_BODY_BYTES = 64 << 10
+_REQUEST_ID = "holdfast.request_id"  # in an ASGI scope
 _LOG = logging.getLogger("holdfast.admin")
 
 _PEOPLE = frozenset({Role.ADMIN, Role.OPERATOR, Role.AUDITOR})
@@ -94,8 +97,8 @@ class Rule:
         while_sealed: open to the gateway's own user while the vault is sealed.
         nameless: open to that user at any time without asking the store who that is, so that it tells of a store that
             fails. Open while sealed, too.
-        recorded: that it is asked for is an event; else its route records what was shown, or it only looks at how the
-            appliance does.
+        recorded: that it is asked for is an event; else its route records what was shown, or it `looks`.
+        looks: it only looks at how the appliance does: a key that is brought is counted, and nothing else is recorded.
     """
 
     roles: frozenset[Role]
@@ -103,14 +106,15 @@ class Rule:
     while_sealed: bool = False
     nameless: bool = False
     recorded: bool = True
+    looks: bool = False
 
 
-_WATCHED = Rule(_PEOPLE, appliance_wide=True, while_sealed=True, nameless=True, recorded=False)
+_WATCHED = Rule(_PEOPLE, appliance_wide=True, while_sealed=True, nameless=True, recorded=False, looks=True)
 
 RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", "/readyz"): _WATCHED,
     ("GET", "/metrics"): _WATCHED,
-    ("GET", "/v1/status"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False),
+    ("GET", "/v1/status"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False, looks=True),
     ("POST", "/v1/vault/unseal"): Rule(_MASTERS, appliance_wide=True, while_sealed=True),
     ("POST", "/v1/vault/seal"): Rule(_MASTERS, appliance_wide=True, while_sealed=True),
     ("POST", "/v1/vault/rotate"): Rule(_ADMINS, appliance_wide=True),
@@ -127,15 +131,15 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", "/v1/sessions/{session_id}/transcript"): Rule(_EVERYBODY, recorded=False),
     ("GET", "/v1/sessions/{session_id}/why"): Rule(_EVERYBODY),
     ("POST", "/v1/sessions/{session_id}/forget"): Rule(frozenset({Role.ADMIN, Role.OPERATOR, Role.CLIENT})),
-    ("GET", "/v1/kv"): Rule(_PEOPLE, appliance_wide=True, recorded=False),
+    ("GET", "/v1/kv"): Rule(_PEOPLE, appliance_wide=True, recorded=False, looks=True),
     ("POST", "/v1/backup"): Rule(_ADMINS, appliance_wide=True),
     ("POST", "/v1/prove/isolation"): Rule(_ADMINS, appliance_wide=True),
-    ("GET", "/v1/audit"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False),
+    ("GET", "/v1/audit"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False, looks=True),
     ("POST", "/v1/audit/acknowledge"): Rule(_ADMINS, appliance_wide=True),
     ("GET", "/v1/audit/entries"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
     ("GET", "/v1/audit/entries/{sequence}"): Rule(_AUDITORS, appliance_wide=True, recorded=False),
     ("POST", "/v1/audit/digest"): Rule(_AUDITORS, recorded=False),
-    ("GET", "/v1/audit/exports"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False),
+    ("GET", "/v1/audit/exports"): Rule(_PEOPLE, appliance_wide=True, while_sealed=True, recorded=False, looks=True),
     ("POST", "/v1/audit/exports"): Rule(_ADMINS, appliance_wide=True),
     ("POST", "/v1/audit/exports/{destination}/test"): Rule(_MASTERS, appliance_wide=True),
     ("POST", "/v1/audit/exports/{destination}/remove"): Rule(_ADMINS, appliance_wide=True),
@@ -205,6 +209,7 @@ def admin_app(services: Services) -> FastAPI:
     app.add_exception_handler(HTTPException, _answer_error)
     app.add_exception_handler(Exception, _answer_error)
     app.add_middleware(_BoundedBodies)
+    app.add_middleware(_NamedRequests, services=services)
     return app
 
 
@@ -216,7 +221,10 @@ async def _authorise(request: Request) -> None:
     route = _route(request)
     rule = RULES.get((request.method, route))
     request.state.asker = asker = await _asker(services, request, nameless=rule is not None and rule.nameless)
+    asker.request_id = request.scope[_REQUEST_ID]
     _check(asker, rule)
+    if rule is not None and rule.looks:
+        asker.looks()
     if request.method != "GET":
         _LOG.info("%s %s for %s", request.method, route, asker)
 
@@ -400,14 +408,14 @@ def _close(services: Services) -> None:
 async def _rotate(wanted: types.KeysToRotate, services: ServicesOf, asker: AskerOf) -> types.RotatedKeys:
     tenant = None if wanted.tenant is None else await chosen_tenant(services, asker.named, wanted.tenant)
     scope = SYSTEM_SCOPE if tenant is None else tenant.tenant_id
+    tenant_id = None if tenant is None else tenant.tenant_id
     try:
         rotated = await services.identity.rotate_keys(tenant)
     except HoldfastError as error:
-        await asker.did(KEYS_ROTATED, ("keys", scope), outcome=Outcome.FAILURE, reason=error.code)
+        await asker.did(KEYS_ROTATED, ("keys", scope), outcome=Outcome.FAILURE, reason=error.code, tenant_id=tenant_id)
         raise
     details = {"keys": str(rotated.keys), "erased": str(rotated.erased).lower()}
-    await asker.did(KEYS_ROTATED, ("keys", scope), details=details)
-    tenant_id = None if tenant is None else tenant.tenant_id
+    await asker.did(KEYS_ROTATED, ("keys", scope), tenant_id=tenant_id, details=details)
     return types.RotatedKeys(tenant_id=tenant_id, keys=rotated.keys, erased=rotated.erased)
 
 
@@ -534,11 +542,9 @@ async def _sessions(
     found = await services.sessions.summaries(
         asker.named, tenant_id=None if chosen is None else chosen.tenant_id, limit=limit + 1
     )
-    scope = ("sessions", "" if chosen is None else chosen.tenant_id)
-    await asker.did(SESSIONS_LISTED, scope, tenant_id=scope[1])
-    return types.SessionPage(
-        sessions=[views.session_view(each) for each in found[:limit]], truncated=len(found) > limit
-    )
+    scope, shown = ("sessions", "" if chosen is None else chosen.tenant_id), found[:limit]
+    await asker.did(SESSIONS_LISTED, scope, tenant_id=scope[1], counts={"sessions": len(shown)})
+    return types.SessionPage(sessions=[views.session_view(each) for each in shown], truncated=len(found) > limit)
 
 
 async def _session(session_id: str, services: ServicesOf, asker: AskerOf) -> types.Session:
@@ -557,10 +563,21 @@ async def _transcript(
         reading = services.sessions.transcript(asker.named, session_id, before=before, limit=limit)
         transcript = await while_there(request, reading)
     except HoldfastError as error:
-        await asker.did(TRANSCRIPT_READ, ("session", session_id), outcome=Outcome.REFUSED, reason=error.code)
+        tenant_id = await _tenant_of(services, asker, session_id)
+        await asker.did(
+            TRANSCRIPT_READ, ("session", session_id), outcome=Outcome.REFUSED, reason=error.code, tenant_id=tenant_id
+        )
         raise
-    await asker.did(TRANSCRIPT_READ, ("session", session_id), tenant_id=transcript.session.tenant_id)
+    counts = {"turns": len(transcript.turns)}
+    await asker.did(TRANSCRIPT_READ, ("session", session_id), tenant_id=transcript.session.tenant_id, counts=counts)
     return views.transcript_view(transcript)
+
+
+async def _tenant_of(services: Services, asker: Asker, session_id: str) -> str | None:
+    """Whose a session is that could not be read, as far as the asker may know of it."""
+    with contextlib.suppress(HoldfastError):
+        return (await services.sessions.summary(asker.named, session_id)).tenant_id
+    return None
 
 
 async def _why(
@@ -579,7 +596,13 @@ async def _forget(session_id: str, services: ServicesOf, asker: AskerOf) -> type
     services.ledger.forget(session_id)
     # First, and whatever becomes of the record: the session is gone, and nobody could ask for this again.
     released = await release(services, [forgotten.session.lease_label])
-    await asker.did(SESSION_SHREDDED, ("session", session_id), details={"erased": str(forgotten.erased).lower()})
+    await asker.did(
+        SESSION_SHREDDED,
+        ("session", session_id),
+        tenant_id=forgotten.session.tenant_id,
+        counts={"turns": forgotten.session.turns},
+        details={"erased": str(forgotten.erased).lower()},
+    )
     return types.Forgotten(
         session_id=session_id,
         turns=forgotten.session.turns,
@@ -599,10 +622,12 @@ async def _kv(services: ServicesOf, sessions: Annotated[int, Query(ge=0, le=1000
 
 
 async def _backup(services: ServicesOf, asker: AskerOf) -> StreamingResponse:
-    pieces = stream_backup(services.store, services.settings, now=services.now)
+    async def admitted(size: int) -> None:
+        await asker.did(BACKUP_MADE, ("database", ""), counts={"bytes": size})
+
+    pieces = stream_backup(services.store, services.settings, now=services.now, admitted=admitted)
     # The first piece is made before the answer begins, so that what fails is an error and not half a file.
     first = await anext(pieces)
-    await asker.did(BACKUP_MADE, ("database", ""))
     return StreamingResponse(with_first(first, pieces), media_type="application/x-tar")
 
 
@@ -677,6 +702,26 @@ def _as_holdfast_error(error: Exception) -> HoldfastError:
     return HoldfastError(
         "the gateway failed", cause=type(error).__name__, remedy="`holdfast logs gateway` has the trace"
     )
+
+
+class _NamedRequests:
+    """Gives each request its id, and its answer a header with it."""
+
+    def __init__(self, app: ASGIApp, services: Services) -> None:
+        self._app = app
+        self._services = services
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        request_id = request_id_of(given, self._services.new_id)
+        scope[_REQUEST_ID] = request_id.decode()
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            await send(message)
+
+        await self._app(scope, receive, named)
 
 
 class _BoundedBodies:

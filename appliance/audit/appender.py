@@ -21,6 +21,7 @@ Rules:
 import contextlib
 import json
 import os
+import platform
 import select
 import signal
 import socket
@@ -29,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent import futures
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
@@ -419,7 +421,7 @@ def open_log(directory: Path, *, boot_id: bytes, clock: Callable[[], Stamp]) -> 
 def _recovered(cut_bytes: int) -> Draft:
     """That a start had to cut the log's tail: nobody has a key yet."""
     event = Event(LOG_RECOVERED, SYSTEM, counts={"bytes": cut_bytes})
-    record = event.record({})
+    record = event.record({"holdfast": version("holdfast"), "python": platform.python_version()})
     number = LOG_RECOVERED.number
     return seal(number, record, keys=None, scope="", actor="", session="", random=os.urandom(32))
 

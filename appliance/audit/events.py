@@ -146,7 +146,12 @@ KEYS_ROTATED: Final = EventClass(
     (3004, 3),
 )
 AUTHENTICATED: Final = EventClass(
-    30, "key.authenticated", "A request that came to no turn brought a valid key.", Scope.TENANT, (3002, 1)
+    30,
+    "key.authenticated",
+    "A request that came to no turn brought a valid key; of those that only looked at how the appliance does, `count` "
+    "since the last such event.",
+    Scope.TENANT,
+    (3002, 1),
 )
 NOT_AUTHENTICATED: Final = EventClass(
     31,
@@ -180,7 +185,12 @@ TURN_INTERRUPTED: Final = EventClass(
     (6003, 1),
 )
 REQUEST_REFUSED: Final = EventClass(
-    43, "request.refused", "A request of a known caller was refused, or failed of a defect.", Scope.TENANT, (6003, 99)
+    43,
+    "request.refused",
+    "A request of a known caller was refused, or failed of a defect; of those that a limit refused (rate, concurrency, "
+    "quota), `count` since the last such event.",
+    Scope.TENANT,
+    (6003, 99),
 )
 MODELS_READ: Final = EventClass(44, "models.read", "A caller asked which models there are.", Scope.TENANT, (6003, 2))
 SESSION_ENDED: Final = EventClass(46, "session.ended", "A client said that a session is over.", Scope.TENANT, (6003, 4))
@@ -201,10 +211,18 @@ KEY_REVOKED: Final = EventClass(61, "key.revoked", "An API key was revoked.", Sc
 PRINCIPAL_CREATED: Final = EventClass(
     62, "principal.created", "A principal was made: its role, and what it may do.", Scope.SYSTEM, (3001, 1)
 )
-SESSIONS_LISTED: Final = EventClass(70, "sessions.listed", "Somebody listed sessions.", Scope.SYSTEM, (6003, 2))
-TRANSCRIPT_READ: Final = EventClass(71, "transcript.read", "Somebody read a transcript.", Scope.SYSTEM, (6003, 2))
-SESSION_SHREDDED: Final = EventClass(72, "session.shredded", "A session's key was destroyed.", Scope.SYSTEM, (6003, 4))
-BACKUP_MADE: Final = EventClass(80, "backup.made", "A copy of the database was written.", Scope.SYSTEM, (6003, 2))
+SESSIONS_LISTED: Final = EventClass(
+    70, "sessions.listed", "Somebody listed sessions: how many were shown.", Scope.SYSTEM, (6003, 2)
+)
+TRANSCRIPT_READ: Final = EventClass(
+    71, "transcript.read", "Somebody read a transcript: how many `turns` of it.", Scope.SYSTEM, (6003, 2)
+)
+SESSION_SHREDDED: Final = EventClass(
+    72, "session.shredded", "A session's key was destroyed: how many `turns` it had.", Scope.SYSTEM, (6003, 4)
+)
+BACKUP_MADE: Final = EventClass(
+    80, "backup.made", "A copy of the database was written: the backup's `bytes`.", Scope.SYSTEM, (6003, 2)
+)
 BACKUP_RESTORED: Final = EventClass(
     81,
     "backup.restored",
@@ -241,7 +259,11 @@ EXPORT_TESTED: Final = EventClass(
     112, "export.tested", "A destination of the audit log was sent a test event.", Scope.SYSTEM, (6003, 99)
 )
 AUDIT_EXPORTED: Final = EventClass(
-    113, "audit.exported", "Somebody took a part of the audit log out of it.", Scope.SYSTEM, (6003, 2)
+    113,
+    "audit.exported",
+    "Somebody took a part of the audit log out of it: how many `entries`.",
+    Scope.SYSTEM,
+    (6003, 2),
 )
 
 ISOLATION_PROVED: Final = EventClass(
@@ -375,7 +397,12 @@ there is something to say `tenant_id`, `source`, `target` (kind, id), `reason` (
 `session_id`, `counts`, `details`. No field is longer than 256 characters; `cut` names those that were. Sequence, wall
 clock, monotonic clock and boot are the entry's own. Nobody's records are in plaintext, for who verifies the log
 without a key. What a person or a model said is in no event; where a tenant chose it, `turn.admitted` has a keyed
-`prompt_digest` and the end of a turn an `answer_digest`.
+`prompt_digest` and the end of a turn an `answer_digest`. What somebody did on the admin API has the id of its request,
+the `key_id` of a key that was brought, and the session that it was done to.
+
+What has a `count` is told once a minute: one event for each class, actor, address, reason and key, with the target and
+the request of the first. Where there are more than 64 such kinds, of strangers or of known callers, the rest is one
+event for each class, and for each tenant of known callers, with the reason `others`.
 
 | number | action | meaning | key | OCSF |
 |---|---|---|---|---|"""

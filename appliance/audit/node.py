@@ -123,7 +123,7 @@ class NodeAudit:
         return self._recorder.begin(*events)
 
     def count(self, event: Event) -> None:
-        """Note something that anybody can cause without a key; recorded once a minute, with how often it was."""
+        """Note what is not to be an entry each time; recorded once a minute, with how often it was."""
         self._recorder.count(event)
 
     async def status(self) -> dict[str, Any]:

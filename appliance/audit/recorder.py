@@ -6,7 +6,9 @@ Rules:
 - An appender that was lost is started again; what it had not answered for is handed over once more, and not repeated in
   the log if it was there already. That takes at most `_WAIT_S`: then the caller is told.
 - What waits is bounded: by how far back a new appender looks for it.
-- What anybody can cause without a key is counted and told once in a while, so that nobody fills the disk: `count`.
+- What anybody can cause without a key is counted and told once in a while, so that nobody fills the disk: `count`. So
+  is what a known caller can cause at any rate; strangers take the place of no known caller, and where there are more of
+  those than can be told apart they are told by their tenants.
 - While the vault is sealed there are no keys: what happens then is in plaintext, and holds no tenant's name.
 """
 
@@ -16,7 +18,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final, NamedTuple, cast
 
 from pydantic_core import to_json
 
@@ -32,7 +34,7 @@ _ALONE_BYTES: Final = 32 << 10  # a longer append has a frame of its own
 _PATIENCE_S: Final = 3.0  # with an appender that does not start: its predecessor may be ending
 _SWEEP_S: Final = 1.0
 _TAGS: Final = 8192  # of actors and sessions, remembered
-_MOST_COUNTED: Final = 64  # kinds of counted events between two tellings
+_MOST_COUNTED: Final = 64  # kinds of counted events between two tellings: of strangers, and of known callers
 _TELL_EVERY_S: Final = 60.0
 _PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 5.0
@@ -52,6 +54,31 @@ class AuditUnavailable(HoldfastError):
 
     code: ClassVar[str] = "audit_unavailable"
     fault: ClassVar[Fault] = Fault.UNAVAILABLE
+
+
+class _Alike(NamedTuple):
+    """What counted events have in common that are told as one."""
+
+    known: bool
+    event_class: int
+    tenant_id: str
+    actor_id: str
+    source: str
+    reason: str
+    key_id: str
+
+    @classmethod
+    def of(cls, event: Event) -> "_Alike":
+        kind, identifier = event.target
+        return cls(
+            known=event.kind.scope is Scope.TENANT,
+            event_class=event.kind.number,
+            tenant_id=event.tenant_id,
+            actor_id=event.actor.id,
+            source=event.source,
+            reason=event.reason,
+            key_id=identifier if kind == "key" else "",
+        )
 
 
 class _Asked:
@@ -175,8 +202,8 @@ class Recorder:
         self._gathering: _Asked | None = None  # appends that are not sent yet, and others may join
         self._connection: _Connection | None = None
         self._signing_key = b""
-        self._counted: dict[tuple[int, str, str, str], Event] = {}
-        self._counts: dict[tuple[int, str, str, str], int] = {}
+        self._counted: dict[_Alike, Event] = {}
+        self._counts: dict[_Alike, int] = {}
         self._told_at = -_TELL_EVERY_S
         self._failing_since: float | None = None
         self.error: ErrorRecord | None = None
@@ -234,16 +261,16 @@ class Recorder:
             return failed
 
     def count(self, event: Event) -> None:
-        """Note something that anybody can cause: `tell_counted` records it, once for all that are alike."""
+        """Note what is not to be an entry each time: `tell_counted` records it, once for all that are alike."""
         self._count(event, 1)
 
     def _count(self, event: Event, times: int) -> None:
-        key = (event.kind.number, event.actor.id, event.source, event.reason)
-        if key not in self._counts and len(self._counts) >= _MOST_COUNTED:
+        alike = _Alike.of(event)
+        if alike not in self._counts and sum(each.known is alike.known for each in self._counts) >= _MOST_COUNTED:
             event = _of_others(event)
-            key = (event.kind.number, "", "", "others")
-        self._counted.setdefault(key, event)
-        self._counts[key] = self._counts.get(key, 0) + times
+            alike = _Alike.of(event)
+        self._counted.setdefault(alike, event)
+        self._counts[alike] = self._counts.get(alike, 0) + times
 
     async def tell_counted(self, *, at_once: bool = False) -> None:
         """Record what was counted, if it is time, or `at_once`; each by itself, as the vault may be sealed to some.
@@ -257,18 +284,20 @@ class Recorder:
         self._counted, self._counts = {}, {}
         self._told_at = self._monotonic()
         telling = {
-            key: self.begin(replace(event, counts={**event.counts, "count": counts[key]}))
-            for key, event in counted.items()
+            alike: self.begin(replace(event, counts={**event.counts, "count": counts[alike]}))
+            for alike, event in counted.items()
         }
         failure: HoldfastError | None = None
-        for key, told in telling.items():
+        for alike, told in telling.items():
             try:
                 await told
             except HoldfastError as error:
                 failure = error
-                # Of a tenant that was shredded meanwhile, how often it was can still be told.
-                event = _of_others(counted[key]) if isinstance(error, KeyMissing) else counted[key]
-                self._count(event, counts[key])
+                event = counted[alike]
+                if isinstance(error, KeyMissing):
+                    # Of a tenant that was shredded meanwhile, how often it was can still be told.
+                    event = replace(_of_others(event), tenant_id="")
+                self._count(event, counts[alike])
         if failure is not None:
             raise failure
 
@@ -426,8 +455,10 @@ class Recorder:
 
 
 def _of_others(event: Event) -> Event:
-    """A counted event without what tells it from others."""
-    return replace(event, actor=ANYONE, tenant_id="", source="", reason="others", request_id="")
+    """A counted event without what tells it from others of its class and tenant."""
+    return replace(
+        event, actor=ANYONE, source="", target=("", ""), reason="others", request_id="", session_id="", details={}
+    )
 
 
 def spelled(event: Event, versions: Mapping[str, str]) -> bytes:

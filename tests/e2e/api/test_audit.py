@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from api.admin import types
-from api.admin.client import Refused
+from api.admin.client import AdminClient, Refused
 from appliance.audit.notes import VerifierKey
 from appliance.audit.reading import LogReader
 from appliance.audit.verify import verify_log
@@ -98,7 +98,7 @@ def test_administrative_acts_are_recorded_by_name_and_before_what_follows(served
 
 
 def test_reading_a_transcript_and_the_log_itself_is_recorded(served: Served) -> None:
-    served.ask("hello", session="to be read")
+    assert served.ask("hello", session="to-be-read").status == 200
     session_id = served.newest_session().session_id
     served.transcript(session_id)
     read = _record(_entries(served, action="transcript.read")[-1])
@@ -108,11 +108,71 @@ def test_reading_a_transcript_and_the_log_itself_is_recorded(served: Served) -> 
 
 
 def test_forgetting_is_recorded_and_the_log_still_verifies(served: Served) -> None:
-    served.ask("hello", session="to be forgotten")
+    assert served.ask("hello", session="to-be-forgotten").status == 200
     session_id = served.newest_session().session_id
     served.admin.forget(session_id)
     assert _record(_entries(served, action="session.shredded")[-1])["target"]["id"] == session_id
-    assert _actions(served, session=session_id)[-2:] == ["turn.admitted", "turn.completed"]
+    assert _actions(served, session=session_id) == [
+        "turn.admitted",
+        "turn.completed",
+        "admin.acted",
+        "session.shredded",
+    ]
+
+
+def test_a_search_by_session_finds_who_read_and_who_shredded_it(own: Served) -> None:
+    assert own.ask("hello", session="watched").status == 200
+    session = own.newest_session()
+    session_id = session.session_id
+    reader = own.admin.create_appliance_key(principal="dpo", role="auditor", permissions=["transcript:read"])
+    curious = own.admin.create_appliance_key(principal="curious", role="auditor")
+    shredder = own.admin.create_appliance_key(principal="shredder", role="operator")
+    AdminClient(own.state_dir, api_key=reader.secret).transcript(session_id)
+    with pytest.raises(Refused, match="may not be read"):
+        AdminClient(own.state_dir, api_key=curious.secret).transcript(session_id)
+    AdminClient(own.state_dir, api_key=reader.secret).why(session_id)
+    AdminClient(own.state_dir, api_key=shredder.secret).forget(session_id)
+    found = [_record(entry) for entry in _entries(own, session=session_id)]
+    assert [(each["action"], each.get("details", {}).get("key_id")) for each in found[2:]] == [
+        ("transcript.read", reader.key.key_id),
+        ("transcript.read", curious.key.key_id),
+        ("admin.acted", reader.key.key_id),
+        ("admin.acted", shredder.key.key_id),
+        ("session.shredded", shredder.key.key_id),
+    ]
+    read, refused, _, acted, shredded = found[2:]
+    assert {each["tenant_id"] for each in (read, refused, shredded)} == {session.tenant_id}
+    assert (read["counts"], shredded["counts"]) == ({"turns": 1}, {"turns": 1})
+    assert (refused["outcome"], refused["reason"]) == ("refused", "transcript_forbidden")
+    assert acted["request_id"] == shredded["request_id"] != read["request_id"]
+
+
+def test_an_answer_of_the_admin_api_names_the_request_of_its_events(served: Served) -> None:
+    for given, kept in (("X-Request-ID: mine\r\n", True), ("X-Request-ID: a b\r\n", False), ("", False)):
+        with served.connect_admin() as connection:
+            connection.sendall(f"GET /v1/tenants HTTP/1.1\r\nHost: localhost\r\n{given}\r\n".encode())
+            request_id = read_answer(connection).headers["x-request-id"]
+        assert (request_id == "mine") is kept
+        assert _record(_entries(served, action="admin.acted")[-1])["request_id"] == request_id
+
+
+def test_a_key_that_only_looks_is_told_with_how_often_it_did(own: Served) -> None:
+    scraper = own.admin.create_appliance_key(principal="scraper", role="operator")
+    looking = AdminClient(own.state_dir, api_key=scraper.secret)
+    until(lambda: {"config.recorded", "key.created"} <= set(_actions(own)))  # a first start's own are there
+    before = own.admin.audit_status().size
+    for _ in range(20):
+        looking.audit_status()
+    assert own.admin.audit_status().size <= before + 2
+    until(lambda: bool(_entries(own, action="key.authenticated")))
+    told = [_record(entry) for entry in _entries(own, action="key.authenticated")]
+    assert {each["target"]["id"] for each in told} == {scraper.key.key_id}
+
+
+def test_a_backup_is_recorded_with_its_size(own: Served) -> None:
+    with own.admin.backup() as pieces:
+        size = sum(map(len, pieces))
+    assert _record(_entries(own, action="backup.made")[-1])["counts"] == {"bytes": size}
 
 
 def test_a_refusal_of_a_known_caller_is_recorded_with_its_reason(served: Served) -> None:

@@ -3,10 +3,12 @@
 import contextlib
 import errno
 import os
+import platform
 import random
 import shutil
 import signal
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -464,6 +466,16 @@ def _torn(directory: Path, tail: bytes) -> Path:
         file.seek(end)
         file.write(tail)
     return directory
+
+
+def test_that_the_tail_was_cut_says_what_software_cut_it(tmp_path: Path) -> None:
+    open_and_tell(_torn(tmp_path / "made", b"x"), boot_id=BOOT, clock=real_clock).close()
+    content = read_journal(tmp_path / "made" / JOURNAL)
+    assert content is not None
+    cut = content.frames[-1]
+    record = open_record(Entry.unpack(cut.entry), cut.sealed, Keys()).record
+    assert record["action"] == "log.recovered"
+    assert record["versions"] == {"holdfast": version("holdfast"), "python": platform.python_version()}
 
 
 @pytest.mark.parametrize("tail", _TAILS.values(), ids=_TAILS)

@@ -22,6 +22,7 @@ from appliance.audit import protocol
 from appliance.audit.entry import Entry, canonical, check_commitment, open_record
 from appliance.audit.events import (
     ANYONE,
+    AUTHENTICATED,
     CATALOGUE,
     LOG_RECOVERED,
     NOT_AUTHENTICATED,
@@ -423,11 +424,14 @@ def _refused(number: int) -> Event:
 STRANGER = Event(NOT_AUTHENTICATED, ANYONE, Outcome.REFUSED, source="10.0.0.1", reason="key_unknown")
 
 
-def _counted(it: Recording) -> list[tuple[str, str, int]]:
+def _records(it: Recording) -> list[dict[str, Any]]:
     content = read_journal(it.log / JOURNAL)
     assert content is not None
-    records = [open_record(Entry.unpack(frame.entry), frame.sealed, Keys()).record for frame in content.frames]
-    return [(record["action"], record["reason"], record["counts"]["count"]) for record in records]
+    return [open_record(Entry.unpack(frame.entry), frame.sealed, Keys()).record for frame in content.frames]
+
+
+def _counted(it: Recording) -> list[tuple[str, str, int]]:
+    return [(record["action"], record["reason"], record["counts"]["count"]) for record in _records(it)]
 
 
 async def test_what_cannot_be_told_while_the_vault_is_sealed_is_told_later_and_the_rest_at_once(tmp_path: Path) -> None:
@@ -461,6 +465,46 @@ async def test_what_cannot_be_told_stays_bounded(tmp_path: Path) -> None:
         await it.recorder.tell_counted(at_once=True)
         assert sum(count for _, _, count in _counted(it)) == 1000
         assert len(it.entries()) <= 66 + 9
+
+
+def _looked(number: int, source: str = "10.0.0.1") -> Event:
+    client = Actor("principal", "pri_1", "client")
+    return Event(AUTHENTICATED, client, tenant_id="ten_1", source=source, target=("key", f"ak_{number}"))
+
+
+async def test_keys_of_one_principal_are_told_apart_and_strangers_take_no_known_callers_place(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        for number in range(1000):
+            it.recorder.count(replace(STRANGER, source=f"10.1.{number // 256}.{number % 256}"))
+        for _ in range(5):
+            it.recorder.count(_looked(1))
+            it.recorder.count(_looked(2))
+        await it.recorder.tell_counted()
+        known = [record for record in _records(it) if record["action"] == "key.authenticated"]
+        assert [(each["target"]["id"], each["counts"]["count"]) for each in known] == [("ak_1", 5), ("ak_2", 5)]
+        assert len(it.entries()) == 65 + 2
+
+
+async def test_known_callers_that_are_too_many_to_tell_apart_are_told_by_their_tenants(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        for number in range(64):
+            it.recorder.count(_looked(1, source=f"10.0.0.{number}"))
+        for tenant in (1, 2, 1):
+            it.recorder.count(_refused(tenant))
+        it.recorder.count(_looked(2))
+        it.recorder.count(STRANGER)
+        await it.recorder.tell_counted()
+        rest = [
+            (record["action"], record.get("tenant_id"), record["reason"], record["counts"]["count"])
+            for record in _records(it)
+            if record.get("reason")
+        ]
+        assert rest == [
+            ("request.refused", "ten_1", "others", 2),
+            ("request.refused", "ten_2", "others", 1),
+            ("key.authenticated", "ten_1", "others", 1),
+            ("key.refused", None, "key_unknown", 1),
+        ]
 
 
 async def test_of_a_tenant_that_was_shredded_it_is_told_how_often_it_was(tmp_path: Path) -> None:

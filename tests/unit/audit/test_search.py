@@ -7,7 +7,16 @@ import pytest
 
 from appliance.audit import search as searching
 from appliance.audit.entry import Draft, seal
-from appliance.audit.events import SYSTEM, VAULT_OPENED, VAULT_REFUSED, Actor, Event, Outcome
+from appliance.audit.events import (
+    SESSION_SHREDDED,
+    SYSTEM,
+    TRANSCRIPT_READ,
+    VAULT_OPENED,
+    VAULT_REFUSED,
+    Actor,
+    Event,
+    Outcome,
+)
 from appliance.audit.reading import LogReader, LogUnreadable
 from appliance.audit.search import Findings, Query, search
 from appliance.errors import HoldfastError
@@ -199,6 +208,31 @@ def test_what_was_recorded_in_plaintext_is_found_by_what_it_says(tmp_path: Path)
     assert found(actor="uid=1000", outcome="refused") == [0]
     assert found(actor="uid=1001") == found(session="ses_0") == found(scope="ten_0") == []
     assert found(scope="ten_1") == [2]
+
+
+def test_a_session_is_found_in_what_administrators_did_though_its_tenants_key_is_gone(tmp_path: Path) -> None:
+    keys = CountingKeys()
+    log = open_log(tmp_path)
+    log.append(drafts(range(10)))
+    for kind in (TRANSCRIPT_READ, SESSION_SHREDDED):
+        did = Event(
+            kind, Actor("principal", "prn_9"), tenant_id="ten_1", session_id="ses_3", target=("session", "ses_3")
+        )
+        scope = did.scope("system")
+        sealed = seal(
+            kind.number, did.record({}), keys=keys, scope=scope, actor="prn_9", session="ses_3", random=bytes(32)
+        )
+        log.append([sealed])
+    log.close()
+
+    def found() -> list[tuple[str, str]]:
+        records = [each.record for each in _search(tmp_path, keys, session="ses_3").found]
+        return [(record["action"], record["actor"]["id"]) for record in records if record is not None]
+
+    administrators = [("session.shredded", "prn_9"), ("transcript.read", "prn_9")]
+    assert found() == [*administrators, ("turn.admitted", "pri_2"), ("turn.admitted", "pri_0")]
+    keys.shredded.add(keys.audit_key_id("ten_1"))
+    assert found() == [*administrators, ("turn.admitted", "pri_2")]
 
 
 def test_a_record_that_was_changed_is_not_shown(directory: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from api.admin.routes import admin_app
 from appliance.audit import Event
+from appliance.sessions import UnknownSession
 from tests.unit.cli.test_admin_rules import OWN_UID, PID, gateway
 
 pytestmark = pytest.mark.anyio
@@ -28,6 +29,10 @@ class SlowSessions:
     async def transcript(self, *_: object, **__: object) -> NoReturn:
         """What was said."""
         await self._read()
+
+    async def summary(self, *_: object) -> NoReturn:
+        """What may be known of it."""
+        raise UnknownSession("no", cause="", remedy="")
 
     async def _read(self) -> NoReturn:
         self.reads.set()
@@ -80,3 +85,4 @@ async def test_a_session_is_read_no_further_when_who_asked_hangs_up(what: str, m
     events: list[Event] = services.audit.events
     if what == "transcript":
         assert (events[-1].kind.action, events[-1].reason) == ("transcript.read", "asker_gone")
+        assert events[-1].session_id == "ses_1"

@@ -14,7 +14,7 @@ from api.admin import routes
 from api.admin.routes import MAX_BODY_BYTES, RULES, admin_app
 from appliance.audit import AuditUnavailable, Event, Outcome
 from appliance.errors import Fault, HoldfastError
-from appliance.identity import Caller, Isolation, NotAnAdministrator, Principal, Role, Tenant
+from appliance.identity import ApiKey, Caller, Isolation, NotAnAdministrator, Principal, Role, Scopes, Tenant
 from tests.path_tricks import tricks
 
 OWN_UID = 1000
@@ -36,7 +36,7 @@ class KeyRefused(HoldfastError):
     fault = Fault.UNAUTHENTICATED
 
 
-def caller(role: Role, tenant: Tenant | None) -> Caller:
+def caller(role: Role, tenant: Tenant | None, *, key_id: str | None = None) -> Caller:
     principal = Principal(
         principal_id="prn_1",
         tenant_id=None if tenant is None else tenant.tenant_id,
@@ -44,7 +44,8 @@ def caller(role: Role, tenant: Tenant | None) -> Caller:
         role=role,
         permissions=frozenset(),
     )
-    return Caller(principal=principal, tenant=tenant, key=None)
+    key = key_id and ApiKey(key_id, principal.tenant_id, "prn_1", None, Scopes(), 0.0, None, None)
+    return Caller(principal=principal, tenant=tenant, key=key or None)
 
 
 class FakeIdentity:
@@ -54,7 +55,7 @@ class FakeIdentity:
         role, _, side = secret.partition("@")
         if role not in set(Role):
             raise KeyRefused("no", cause="", remedy="")
-        return caller(Role(role), TENANT if side == "tenant" else None)
+        return caller(Role(role), TENANT if side == "tenant" else None, key_id="ak_brought")
 
     async def caller_of_uid(self, uid: int) -> Caller:
         if uid != OWN_UID:
@@ -83,7 +84,11 @@ class FakeAudit:
 
 def gateway(*, sealed: bool = False) -> SimpleNamespace:
     return SimpleNamespace(
-        identity=FakeIdentity(), vault=SimpleNamespace(sealed=sealed), engine_process=None, audit=FakeAudit()
+        identity=FakeIdentity(),
+        vault=SimpleNamespace(sealed=sealed),
+        engine_process=None,
+        audit=FakeAudit(),
+        new_id=lambda: "req_1",
     )
 
 
@@ -329,8 +334,31 @@ async def test_what_is_asked_for_is_recorded_before_it_is_done(route: tuple[str,
     assert (asked.kind.action, asked.actor.id, asked.outcome) == ("admin.acted", "prn_1", Outcome.SUCCESS)
     assert (failed.kind, failed.outcome, failed.reason) == (asked.kind, Outcome.REFUSED, "test_reached")
     for event in (asked, failed):
-        assert event.details == {"route": " ".join(route)}
+        assert event.details == {"route": " ".join(route), "key_id": "ak_brought"}
         assert event.target[1] in ("", "ak_1", "ses_1", "ten_1", "soc")
+        assert event.session_id == ("ses_1" if "{session_id}" in route[1] else "")
+        assert event.request_id == "req_1"
+
+
+@pytest.mark.parametrize("route", [route for route, rule in RULES.items() if rule.looks])
+async def test_a_key_that_is_brought_for_a_look_is_counted(route: tuple[str, str], services: Any) -> None:
+    await ask(services, route, key="operator@appliance")
+    (counted,) = services.audit.counted
+    assert (counted.kind.action, counted.actor.id, counted.source) == ("key.authenticated", "prn_1", "127.0.0.1")
+    assert (counted.target, counted.outcome) == (("key", "ak_brought"), Outcome.SUCCESS)
+    await ask(services, route, uid=OWN_UID)
+    assert len(services.audit.counted) == 1, "who the kernel vouches for brings none"
+    await ask(services, route, key="operator@tenant")
+    assert len(services.audit.counted) == 1
+    refused = services.audit.events[-1]
+    assert (refused.kind.action, refused.details["key_id"]) == ("admin.refused", "ak_brought")
+
+
+async def test_what_a_tenants_principal_asks_for_is_its_tenants(services: Any) -> None:
+    await ask(services, ("GET", "/v1/sessions/{session_id}"), key="admin@tenant")
+    await ask(services, ("POST", "/v1/backup"), key="admin@tenant")
+    assert [event.tenant_id for event in services.audit.events] == ["ten_1"] * 3
+    assert services.audit.events[-1].reason == "admin_denied"
 
 
 @pytest.mark.parametrize("route", [route for route, rule in RULES.items() if rule.recorded])
@@ -438,7 +466,16 @@ async def test_one_proof_runs_at_a_time() -> None:
 
 
 def test_everything_but_a_look_at_the_status_leaves_a_record() -> None:
-    """What is not recorded when it is asked for is recorded by its own route; the six statuses are not."""
+    """What is not recorded when it is asked for is recorded by its own route; of the six statuses, keys are counted."""
+    assert {route[1] for route, rule in RULES.items() if rule.looks} == {
+        "/readyz",
+        "/metrics",
+        "/v1/status",
+        "/v1/kv",
+        "/v1/audit",
+        "/v1/audit/exports",
+    }
+    assert not [route for route, rule in RULES.items() if rule.looks and rule.recorded]
     assert {route[1] for route, rule in RULES.items() if not rule.recorded} == {
         "/readyz",
         "/metrics",

@@ -81,6 +81,31 @@ def packed(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
+def test_its_size_is_known_before_anything_of_it_is_given_out(state_dir: Path) -> None:
+    settings = Settings.model_validate({"state_dir": state_dir})
+    given: list[int] = []
+    told: list[int] = []
+
+    async def admitted(size: int) -> None:
+        assert not given
+        told.append(size)
+
+    async def refused(_: int) -> None:
+        raise PermissionError
+
+    async def write() -> None:
+        store = Store.open(f"sqlite:///{state_dir / 'holdfast.db'}")
+        async for piece in stream_backup(store, settings, admitted=admitted):
+            given.append(len(piece))  # noqa: PERF401  (what is given is looked at meanwhile)
+        with pytest.raises(PermissionError):
+            await anext(stream_backup(store, settings, admitted=refused))
+        store.close()
+
+    asyncio.run(write())
+    assert told == [sum(given)]
+    assert not list((state_dir / "run").iterdir())
+
+
 def test_a_backup_holds_what_is_sealed_and_no_secret(backup: Path, state_dir: Path) -> None:
     found = members(backup)
     assert list(found) == ["manifest.json", "holdfast.db", "root.sealed", "holdfast.toml"]

@@ -72,7 +72,14 @@ async def services(store: Store, vault: Vault, monkeypatch: pytest.MonkeyPatch) 
     await identity.create_tenant("treasury")
     await identity.create_tenant("harbour")
     await identity.create_principal(None, "administrator", Role.ADMIN, uid=OWN_UID)
-    made: Any = SimpleNamespace(identity=identity, vault=vault, engine_process=None, audit=FakeAudit(), now=time.time)
+    made: Any = SimpleNamespace(
+        identity=identity,
+        vault=vault,
+        engine_process=None,
+        audit=FakeAudit(),
+        now=time.time,
+        new_id=lambda: "req_1",
+    )
     made.app = admin_app(made)
     return made
 
