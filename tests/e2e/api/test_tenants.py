@@ -264,3 +264,77 @@ def test_a_damaged_row_of_another_tenants_is_in_nobodys_way_and_names_nobody(pla
         assert _code(mine.revoke_key, others.key.key_id) == "admin_not_found"
         assert served.admin.revoke_key(mine.create_key(principal="agent").key.key_id).revoked_at is not None
         assert _code(served.admin.tenants) == "value_tampered"
+
+
+def _wrapped_keys(served: Served, tenant_id: str) -> list[bytes]:
+    """A tenant's wrapped keys and its sessions', as the database has them."""
+    own = "SELECT wrapped FROM keys WHERE scope = ?1 OR scope IN (SELECT session_id FROM sessions WHERE tenant_id = ?1)"
+    with contextlib.closing(sqlite3.connect(served.state_dir / "holdfast.db")) as db:
+        return [wrapped for (wrapped,) in db.execute(own, (tenant_id,))]
+
+
+def _database_files(served: Served) -> bytes:
+    return b"".join(path.read_bytes() for path in served.state_dir.glob("holdfast.db*"))
+
+
+def _succeeds(served: Served, *arguments: str) -> str:
+    said = CliRunner().invoke(holdfast, ["--state-dir", str(served.state_dir), *arguments], catch_exceptions=False)
+    assert said.exit_code == 0, said.output
+    return said.output
+
+
+def _assert_shredded(served: Served, tenant_id: str, sequences: list[int], turns: int) -> None:
+    """The log verifies; what it has of the tenant is withheld, and that it was shredded can be read."""
+    _succeeds(served, "audit", "verify")
+    (shredded,) = _records(served, "tenant.shredded")
+    assert shredded["target"] == {"kind": "tenant", "id": tenant_id}
+    assert shredded["counts"] == {"sessions": 1, "turns": turns}
+    assert shredded["details"] == {"erased": "true"}
+    assert (shredded["actor"]["kind"], shredded["actor"]["role"]) == ("principal", "admin")
+    found = {each.sequence: each for each in served.admin.audit_entries(limit=1000, action="turn.*").entries}
+    assert sequences
+    for sequence in sequences:
+        assert found[sequence].record is None, "it is there, and nobody can read it"
+    assert all("withheld" not in str(each) for each in _records(served, "tenant.*"))
+
+
+def test_a_tenant_that_was_shredded_is_gone_and_the_log_says_so(place: Path) -> None:
+    with _started(place) as served:
+        key = served.new_key(tenant="doomed", principal="agent")
+        tenant_id = _tenant_id(served, "doomed")
+        _told(served, "tenant", "set", "doomed", "--audit-digests", "on")
+        assert served.ask("hello", api_key=key.secret, session="one").status == 200
+        assert served.ask("again", api_key=key.secret, session="one").status == 200
+        assert served.ask("hello", session="kept").status == 200
+        of_turns = served.admin.audit_entries(limit=1000, action="turn.*").entries
+        theirs = [each.sequence for each in of_turns if each.record and each.record["tenant_id"] == tenant_id]
+        wrapped = _wrapped_keys(served, tenant_id)
+        assert len(wrapped) == 6
+        assert all(each in _database_files(served) for each in wrapped)
+        assert "the name given is not doomed" in _told(served, "tenant", "shred", "doomed", "--yes", "tenant")
+        assert served.ask("hello", api_key=key.secret, session="one").status == 200
+        assert _code(
+            AdminClient(served.state_dir, api_key=_key(served, "doomed", "admin")).shred_tenant, tenant_id
+        ) == ("admin_denied")
+        said = json.loads(_succeeds(served, "--json", "tenant", "shred", "doomed", "--yes", "doomed"))
+        assert said["tenant_id"] == tenant_id
+        assert (said["erased"], said["leases_released"]) == (True, True)
+        files = _database_files(served)
+        assert [each for each in wrapped if each in files] == []
+        refused = served.ask("hello", api_key=key.secret, session="one")
+        assert (refused.status, refused.code) == (401, "invalid_api_key")
+        assert [each.name for each in served.admin.tenants().tenants] == ["tenant"]
+        assert [each.turns for each in served.admin.sessions().sessions] == [1]
+        assert _code(served.admin.shred_tenant, tenant_id) == "admin_not_found"
+        assert _code(served.admin.audit_digest, tenant=tenant_id, text="prompt", sha256="0" * 64) == "admin_not_found"
+        _assert_shredded(served, tenant_id, theirs, turns=3)
+        again = served.new_key(tenant="doomed", principal="agent")
+        assert again.key.tenant_id != tenant_id
+        assert served.ask("hello", api_key=again.secret, session="one").status == 200
+    with _started(place) as served:
+        _assert_shredded(served, tenant_id, theirs, turns=3)
+        exported = place / "exported.jsonl"
+        _succeeds(served, "audit", "export", "file", str(exported))
+        vkey = json.loads(_succeeds(served, "--json", "audit", "status"))["public_key"]
+        told = _succeeds(served, "audit", "verify-export", str(exported), "--key", vkey, "--allow-withheld")
+        assert "(shredded)" in told
