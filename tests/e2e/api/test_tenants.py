@@ -14,9 +14,11 @@ from click.testing import CliRunner
 
 from api.admin.client import AdminClient, Refused
 from api.roots import open_root
+from appliance.audit import Actor
 from appliance.cli import holdfast
 from appliance.identity import Identity, Isolation
-from appliance.sessions import Throwaways
+from appliance.sessions import Sessions, Shredding, Throwaways
+from appliance.settings import SessionSettings
 from appliance.store import DatabaseKeys, Store
 from appliance.vault import Vault
 from benchmarks.running import make_appliance, running_gateway, running_stub
@@ -65,6 +67,27 @@ def _leave_a_throwaway(state_dir: Path) -> str:
 
     try:
         return asyncio.run(leave())
+    finally:
+        store.close()
+
+
+def _shred_and_be_killed(state_dir: Path) -> str:
+    """Destroy the keys of a new tenant, as a gateway does that is killed just after; its id."""
+    store = Store.open(f"sqlite:///{state_dir / 'holdfast.db'}")
+    vault = Vault(DatabaseKeys(store))
+    vault.open(open_root(state_dir, b""))
+    identity = Identity(store, vault)
+    shredding = Shredding(store, vault, identity, Sessions(store, vault, SessionSettings()))
+
+    async def shred() -> str:
+        tenant = await identity.create_tenant("doomed")
+        shredded, _ = await shredding.shred(
+            tenant, Actor("principal", "prn_1", "admin"), "uid=1000", end_turns=lambda: asyncio.sleep(0)
+        )
+        return shredded.tenant_id
+
+    try:
+        return asyncio.run(shred())
     finally:
         store.close()
 
@@ -153,6 +176,24 @@ def test_what_a_proof_left_that_was_killed_is_removed_at_the_next_start_and_reco
         (record,) = _records(served, "tenant.removed")
         assert record["target"] == {"kind": "tenant", "id": tenant_id}
         assert record["actor"]["kind"] == "system"
+
+
+def test_what_a_gateway_left_that_was_killed_while_it_shredded_is_done_at_the_next_start(place: Path) -> None:
+    tenant_id = _shred_and_be_killed(place / "state")
+    with _started(place) as served:
+        until(lambda: bool(_records(served, "tenant.shredded")))
+        (record,) = _records(served, "tenant.shredded")
+        assert record["target"] == {"kind": "tenant", "id": tenant_id}
+        assert (record["actor"]["id"], record["source"]) == ("prn_1", "uid=1000")
+        until(lambda: _marks(served) == [])
+    with _started(place) as served:
+        assert len(_records(served, "tenant.shredded")) == 1
+
+
+def _marks(served: Served) -> list[tuple[str]]:
+    """Of tenants whose shredding is not finished."""
+    with contextlib.closing(sqlite3.connect(served.state_dir / "holdfast.db")) as db:
+        return db.execute("SELECT name FROM meta WHERE name LIKE 'shredded/%'").fetchall()
 
 
 def _wrapping_keys(state_dir: Path) -> set[str]:

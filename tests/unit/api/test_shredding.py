@@ -5,11 +5,12 @@ import json
 import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import Connection, Select, func, select
 
 from api import shredding
 from api.app import create_app
@@ -96,8 +97,12 @@ async def _stored(world: World) -> dict[str, int]:
     found = {}
     for table in (tables.sessions, tables.turns, tables.trees, tables.chain, tables.api_keys, tables.principals):
         query = select(func.count()).select_from(table).where(table.c.tenant_id == world.tenant.tenant_id)
-        found[table.name] = await world.gateway.services.store.read(lambda db, of=query: db.execute(of).scalar_one())
+        found[table.name] = await world.gateway.services.store.read(partial(_number, query))
     return found
+
+
+def _number(query: Select[int], db: Connection) -> int:
+    return db.execute(query).scalar_one()
 
 
 def _code(answer: Answer) -> str:

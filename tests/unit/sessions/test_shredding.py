@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import bindparam, select, update
+from sqlalchemy import Connection, bindparam, select, update
 
 from appliance.audit import Actor
 from appliance.identity import Caller, Identity, InvalidApiKey, Principal, Role, Tenant, UnknownIdentity
@@ -204,6 +204,27 @@ async def test_a_turn_that_is_being_written_down_is_waited_for(
     assert (shredded.sessions, shredded.turns) == (1, 1)
     await shredding.remove_rows(shredded)
     assert set(rows(store, tenant).values()) == {0}
+
+
+async def test_a_turn_that_ends_while_its_keys_are_destroyed_is_not_written_down(
+    shredding: Shredding, identity: Identity, sessions: Sessions, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenant = await identity.create_tenant("shredded")
+    caller, _ = await a_caller(identity, tenant)
+    session = await sessions.resolve(caller, ASKED)
+    transact, refused = store.transact, []
+
+    async def just_before(work: Callable[[Connection], object]) -> object:
+        with pytest.raises(SessionForgotten) as error:
+            await sessions.record(session, ASKED, outcome("late"))
+        refused.append(error)
+        return await transact(work)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "transact", just_before)
+        await _shred(shredding, tenant)
+    assert refused
+    assert rows(store, tenant)["sessions"] == 0
 
 
 async def test_killed_before_its_keys_are_destroyed_nothing_has_happened(
