@@ -220,7 +220,7 @@ def test_keys_are_rotated_while_it_serves_and_all_can_be_read_after_a_restart(pl
         (tenant,) = served.admin.tenants().tenants
         of_tenant, of_system = _records(served, "keys.rotated")
         assert of_tenant["target"] == {"kind": "keys", "id": tenant.tenant_id}
-        assert of_tenant["details"] == {"keys": "5"}  # the tenant's four, and the session's
+        assert of_tenant["details"] == {"keys": "5", "erased": "true"}  # the tenant's four, and the session's
         assert of_system["target"]["id"] == "system"
     with _started(place) as served:
         assert _read(served, session_id) == [1, 2]
