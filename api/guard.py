@@ -42,7 +42,7 @@ from api.openai.hints import named_session
 from api.services import Services
 from appliance.audit import AuditUnavailable, Event
 from appliance.errors import HoldfastError
-from appliance.vault import VaultSealed
+from appliance.vault import KeyMissing, VaultSealed
 
 _LOG = logging.getLogger("holdfast.gateway")
 _NAME = rb"(?:[A-Za-z0-9._~:@/+-]|%[2-7][0-9A-Fa-f])+"
@@ -137,7 +137,10 @@ class Guard:
 
     async def _record(self, event: Event) -> None:
         with contextlib.suppress(AuditUnavailable, VaultSealed):  # it has ended all the same
-            await self._services.audit.record(event)
+            try:
+                await self._services.audit.record(event)
+            except KeyMissing:  # the tenant was shredded meanwhile: how often that was is told, of nobody
+                self._services.audit.count(event)
 
     async def _admit(self, scope: Scope, request: Request, raw_path: bytes) -> App:
         services = self._services

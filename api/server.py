@@ -50,6 +50,7 @@ from api.openai.errors import Draining
 from api.retaining import keep_retention
 from api.roots import open_root, read_seal
 from api.services import Lifecycle, Services
+from api.shredding import keep_finishing
 from api.starting import record_start
 from api.tenant_names import tell_settings_of_nobody
 from api.tier_keys import key_of, strict_labels
@@ -74,7 +75,7 @@ from appliance.engine.tier_keys import KeyChannel
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Identity, Quotas
 from appliance.randomness import DrawnAhead
-from appliance.sessions import Sessions, Throwaways
+from appliance.sessions import Sessions, Shredding, Throwaways
 from appliance.settings import TIER_DIR, Settings
 from appliance.store import DatabaseKeys, Store, StoreEmpty
 from appliance.vault import Vault, seal_kind
@@ -171,6 +172,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         looking = tasks.create_task(services.kv.run())
         erasing = tasks.create_task(services.store.erasures.run())
         releasing = tasks.create_task(keep_releasing(services))
+        shredding = tasks.create_task(keep_finishing(services))
         serving = [
             tasks.create_task(server.serve(sockets=[listener]))
             for server, listener in zip(servers, (data, admin), strict=True)
@@ -192,6 +194,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         services.waiting.close()
         erasing.cancel()
         releasing.cancel()
+        shredding.cancel()
         starting.cancel()
         recording.cancel()
         alarming.cancel()
@@ -351,6 +354,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             quotas=Quotas(store),
             sessions=sessions,
             throwaways=Throwaways(store, vault),
+            shredding=Shredding(store, vault, identity, sessions),
             engine=engine,
             turn_ends=turn_ends,
             engine_process=process,

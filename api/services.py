@@ -26,14 +26,18 @@ from appliance.engine.launcher import EngineProcess
 from appliance.errors import HoldfastError
 from appliance.identity import Identity, Quotas
 from appliance.randomness import RandomIds
-from appliance.sessions import Ledger, Sessions, Throwaways
+from appliance.sessions import Ledger, Sessions, Shredding, Throwaways
 from appliance.settings import Settings
 from appliance.store import Store
 from appliance.vault import Vault
 
 
 class Interruptible(Protocol):
-    """Something that runs and can be broken off."""
+    """Something that runs for a tenant and can be broken off."""
+
+    @property
+    def tenant_id(self) -> str:
+        """Whose it is."""
 
     def interrupt(self, why: HoldfastError | None) -> None:
         """End it soon; `why` is what its client is told, None when there is no client any more."""
@@ -84,6 +88,7 @@ class Services:
         ledger: what the turns came to.
         template: tells the model's chat template from others; None: not known.
         throwaways: tenants that a proof made for itself.
+        shredding: tenants that are shredded, until that is in the audit log.
         waiting: where turns wait until it has room.
         now: wall clock, epoch seconds.
         monotonic: a clock that nobody sets, seconds.
@@ -99,6 +104,7 @@ class Services:
     quotas: Quotas
     sessions: Sessions
     throwaways: Throwaways
+    shredding: Shredding
     engine: EngineClient
     turn_ends: TurnEnds
     engine_process: EngineProcess | None

@@ -144,6 +144,10 @@ class AdminClient:
         }
         return self._call(types.Tenant, "POST", f"/v1/tenants/{_quote(tenant_id)}", body=body)
 
+    def shred_tenant(self, tenant_id: str) -> types.ShreddedTenant:
+        """Shred a tenant: all of its keys, its rows, what the engine holds of it."""
+        return self._call(types.ShreddedTenant, "POST", f"/v1/tenants/{_quote(tenant_id)}/shred")
+
     def create_key(
         self,
         *,

@@ -50,6 +50,7 @@ from api.metrics import CONTENT_TYPE
 from api.openai.errors import status_of
 from api.roots import open_root
 from api.services import Services
+from api.shredding import shred_tenant
 from appliance.audit import Actor, AuditUnavailable, Event, Outcome
 from appliance.audit.events import (
     ADMIN_ACTED,
@@ -122,6 +123,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("POST", "/v1/tenants"): Rule(_ADMINS, appliance_wide=True),
     ("GET", "/v1/tenants/{tenant_id}"): Rule(_PEOPLE),
     ("POST", "/v1/tenants/{tenant_id}"): Rule(_ADMINS),
+    ("POST", "/v1/tenants/{tenant_id}/shred"): Rule(_ADMINS, appliance_wide=True),
     ("GET", "/v1/keys"): Rule(_PEOPLE),
     ("POST", "/v1/keys"): Rule(_ADMINS),
     ("POST", "/v1/appliance/keys"): Rule(_ADMINS, appliance_wide=True),
@@ -468,6 +470,23 @@ async def _change_tenant(
     return views.tenant_view(services, changed)
 
 
+async def _shred_tenant(tenant_id: str, services: ServicesOf, asker: AskerOf) -> types.ShreddedTenant:
+    tenant = await chosen_tenant(services, asker.named, tenant_id)
+    if tenant is None or tenant.tenant_id != tenant_id:
+        raise unknown("tenant", tenant_id, "tenant list")
+    try:
+        shredded = await shred_tenant(services, tenant, trail.actor_of(asker.named), asker.source)
+    except UnknownIdentity:
+        raise unknown("tenant", tenant_id, "tenant list") from None
+    return types.ShreddedTenant(
+        tenant_id=tenant_id,
+        sessions=shredded.tenant.sessions,
+        turns=shredded.tenant.turns,
+        erased=shredded.erased,
+        leases_released=shredded.released,
+    )
+
+
 def _on_off(chosen: bool) -> str:
     return "on" if chosen else "off"
 
@@ -642,6 +661,7 @@ _ENDPOINTS: Endpoints = {
     ("POST", "/v1/tenants"): (_create_tenant, types.Tenant),
     ("GET", "/v1/tenants/{tenant_id}"): (_tenant, types.Tenant),
     ("POST", "/v1/tenants/{tenant_id}"): (_change_tenant, types.Tenant),
+    ("POST", "/v1/tenants/{tenant_id}/shred"): (_shred_tenant, types.ShreddedTenant),
     ("GET", "/v1/keys"): (_keys, types.Keys),
     ("POST", "/v1/keys"): (_create_key, types.CreatedKey),
     ("POST", "/v1/appliance/keys"): (_create_appliance_key, types.CreatedKey),

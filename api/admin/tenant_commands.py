@@ -1,7 +1,10 @@
 """`holdfast tenant` and `holdfast key`.
 
-Rule: the secret of a new key is the only thing that `key create` prints to stdout, so that it can go straight to where
-it is kept; it is not shown again.
+Rules:
+
+- The secret of a new key is the only thing that `key create` prints to stdout, so that it can go straight to where it
+  is kept; it is not shown again.
+- Shredding asks for the tenant's name again.
 """
 
 import re
@@ -23,6 +26,7 @@ _IN_WORDS = {
     "tenant": "its sessions share everything",
 }
 _ROTATION_DEADLINE_S = 600.0  # it takes a while where there are many sessions
+_SHREDDING_DEADLINE_S = 3600.0  # it takes longer where there are many turns
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
@@ -42,7 +46,7 @@ class _Duration(click.ParamType[float]):
 
 @click.group(cls=Group)
 def tenant() -> None:
-    """Create, set and list tenants."""
+    """Create, set, list and shred tenants."""
 
 
 @tenant.command("create")
@@ -162,6 +166,42 @@ def show_tenant(console: Console, name: str) -> None:
     admin = console.admin()
     shown = admin.tenant(_tenant_id(admin, name))
     console.result(shown, _tenant_text(shown))
+
+
+@tenant.command("shred")
+@click.argument("name")
+@click.option("--yes", metavar="NAME", help="The tenant's name again, instead of being asked for it.")
+@api_key_option
+@pass_console
+def shred_tenant(console: Console, name: str, yes: str | None) -> None:
+    """Destroy all keys of a tenant and all of its sessions, for good; NAME may be its id.
+
+    Its API keys are refused from the next request on, and turns that run are broken off. The audit log still verifies;
+    what it has of the tenant can be read by nobody, and that the tenant was shredded, and by whom, is in it. Backups
+    that were made before still hold the tenant. Its name can be given to another one.
+    """
+    admin = console.admin(deadline_s=_SHREDDING_DEADLINE_S)
+    found = admin.tenant(_tenant_id(admin, name))
+    console.confirm_name(
+        f"{printable(found.name)} ({found.tenant_id}), made {moment(found.created_at)}: its keys, its sessions and its "
+        "API keys, all of them. Nothing brings them back.",
+        found.name,
+        yes,
+    )
+    shredded = admin.shred_tenant(found.tenant_id)
+    had = f"{shredded.sessions} sessions with {shredded.turns} turns"
+    if shredded.erased:
+        done = f"its keys are destroyed, and erased from the database files with its {had}."
+    else:
+        done = (
+            f"nobody can reach its {had} any more. Its wrapped keys may be in the database files still: the appliance"
+            " erases them as soon as it can, also after a restart. `holdfast logs gateway` says what is in the way."
+        )
+    console.result(shredded, f"Shredded {printable(found.name)} ({found.tenant_id}): {done}")
+    if not shredded.leases_released:
+        console.say(
+            "The engine could not be told; what it still holds cannot be reached any more and is overwritten in use."
+        )
 
 
 @click.group(cls=Group)

@@ -206,6 +206,22 @@ class Tenants(Wire):
     tenants: list[Tenant]
 
 
+class ShreddedTenant(Wire):
+    """A tenant that is no more: all of its keys are destroyed.
+
+    `sessions`, `turns`: how many it had. `erased`: nothing of its keys is left in the database's files; False when that
+    could not be done yet. The gateway tries again by itself, also after a restart.
+    `leases_released`: the engine was told to let go of all that it held; False when the engine could not be reached, or
+    the tenant's key was damaged. What it holds is out of reach either way, because the tenant's key is gone.
+    """
+
+    tenant_id: str
+    sessions: int
+    turns: int
+    erased: bool
+    leases_released: bool
+
+
 class Limits(Wire):
     """What a key may do. None: no limit; `models` None: every model."""
 

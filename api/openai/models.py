@@ -11,7 +11,7 @@ from api.services import Services
 from appliance.audit import AuditUnavailable
 from appliance.engine.client import ModelCard
 from appliance.errors import HoldfastError
-from appliance.vault import VaultSealed
+from appliance.vault import KeyMissing, VaultSealed
 
 LIST_PATH = b"/v1/models"
 ITEM_PREFIX = b"/v1/models/"
@@ -44,7 +44,7 @@ class Models:
             await answer_json(send, 200, self._described(found))
         except HoldfastError as error:
             route = LIST_PATH.decode() if scope["raw_path"] == LIST_PATH else "other"
-            with contextlib.suppress(AuditUnavailable, VaultSealed):  # it is refused all the same
+            with contextlib.suppress(AuditUnavailable, VaultSealed, KeyMissing):  # it is refused all the same
                 await self._services.audit.record(trail.refused(request, route, error))
             await refuse(send, request, error)
 

@@ -38,6 +38,11 @@ class Running:
     first_token_s: float | None = None
     _limit: asyncio.Timeout | None = field(default=None)
 
+    @property
+    def tenant_id(self) -> str:
+        """Whose turn it is."""
+        return self.session.tenant_id
+
     def interrupt(self, why: HoldfastError | None) -> None:
         """Break the turn off; `why` None: the client is gone."""
         if self._limit is None or self.client_gone or self.broken_off_by is not None:

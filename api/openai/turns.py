@@ -63,7 +63,7 @@ from appliance.identity import Admission
 from appliance.sessions import Account, Outcome, Served, Session, TurnKind, TurnOf, TurnState
 from appliance.sessions.harness_lines import take_out_harness_lines
 from appliance.settings import GatewaySettings
-from appliance.vault import VaultSealed
+from appliance.vault import KeyMissing, VaultSealed
 
 _STALLED_CLIENT_S = 2.0  # how long a client that does not read is given to take the error event
 _ACCOUNT_WITHIN_S = 1.0  # what the engine has not said of a turn by then is not known
@@ -533,7 +533,7 @@ class Turns:
         """
         await running.until_recorded()
         self._services.metrics.unanswered()
-        with contextlib.suppress(AuditUnavailable, VaultSealed):
+        with contextlib.suppress(AuditUnavailable, VaultSealed, KeyMissing):
             await self._services.audit.record(self._ended(request, running, TurnState.INTERRUPTED, failure))
         if not running.reached_engine or (failure is not None and not isinstance(failure, TurnTooLong)):
             return

@@ -204,6 +204,14 @@ TENANT_CHANGED: Final = EventClass(
 TENANT_REMOVED: Final = EventClass(
     52, "tenant.removed", "A tenant that was made for a proof was removed with all of its own.", Scope.SYSTEM, (3004, 4)
 )
+TENANT_SHREDDED: Final = EventClass(
+    53,
+    "tenant.shredded",
+    "A tenant was shredded: all of its keys, its sessions and its API keys are gone. Its earlier records stay in the "
+    "log and can be read by nobody. Not `erased`: its wrapped keys are in the database's files until that can be done.",
+    Scope.SYSTEM,
+    (3004, 4),
+)
 KEY_CREATED: Final = EventClass(
     60, "key.created", "An API key was made: whose, and what it may do.", Scope.SYSTEM, (3004, 1)
 )

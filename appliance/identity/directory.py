@@ -8,17 +8,19 @@ Rules:
   sealed again when it changes.
 - A revoked key is refused at the very next request: whatever is remembered of keys is dropped by a revocation, and a
   look at the store that one overtook is not remembered.
+- While a tenant is shredded its keys are refused, and none of its encryption keys is rotated.
 - A key whose tenant or principal is not there any more is no key: a row that is missing never widens what one may do.
 - A store that others write to is asked every time.
 """
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from sqlalchemy import Connection, Table, insert, select, update
@@ -83,6 +85,7 @@ class Identity:
         self._callers: OrderedDict[bytes, Caller] = OrderedDict()
         self._revocations = 0
         self._one_rotation = asyncio.Lock()
+        self._shut_out: set[str] = set()  # tenants that are being shredded now
 
     # Asking
 
@@ -251,6 +254,17 @@ class Identity:
             UnknownIdentity, TamperedValue, StoreBusy: as `choose_digests`.
         """
         return await self._change_tenant(tenant, lambda known: replace(known, cache_epoch=known.cache_epoch + 1))
+
+    @contextlib.asynccontextmanager
+    async def shutting_out(self, tenant_id: str) -> AsyncIterator[None]:
+        """Refuse a tenant's API keys from the very next request on, and rotate no keys, while the body runs."""
+        self._shut_out.add(tenant_id)
+        try:
+            async with self._one_rotation:
+                yield
+        finally:
+            self._forget_callers()
+            self._shut_out.discard(tenant_id)
 
     async def _change_tenant(self, tenant: Tenant, change: Callable[[Tenant], Tenant]) -> Tenant:
         query = select(tables.tenants).where(tables.tenants.c.tenant_id == tenant.tenant_id)
@@ -470,6 +484,8 @@ class Identity:
         key = caller.key
         if key is None or key.revoked_at is not None:
             raise _invalid("it was revoked")
+        if key.tenant_id in self._shut_out:
+            raise _invalid("its tenant is being shredded")
         if key.expires_at is not None and key.expires_at <= self._now():
             raise _invalid("it has expired")
 

@@ -17,7 +17,8 @@ from appliance.sessions.endings import Forgotten, Sessions
 from appliance.sessions.ledger import LastTurn, Ledger, Quantiles, Sums, TurnOf
 from appliance.sessions.live import Session
 from appliance.sessions.misses import Account, Cause, Served
-from appliance.sessions.registry import SessionForgotten, UnknownResponse
+from appliance.sessions.registry import SessionForgotten, TenantShredded, UnknownResponse
+from appliance.sessions.shredding import ShreddedTenant, Shredding
 from appliance.sessions.throwaways import Throwaways
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind, TurnState
 
@@ -42,7 +43,10 @@ __all__ = [
     "SessionHints",
     "SessionSummary",
     "Sessions",
+    "ShreddedTenant",
+    "Shredding",
     "Sums",
+    "TenantShredded",
     "Throwaways",
     "Transcript",
     "TranscriptBroken",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from pydantic_core import from_json
-from sqlalchemy import select
+from sqlalchemy import exists, literal, select
 from sqlalchemy.engine import RowMapping
 
 from appliance.errors import Fault, HoldfastError
@@ -30,6 +30,7 @@ from appliance.sessions.misses import (
     divergence_of,
     findings_of,
 )
+from appliance.sessions.removal import SHREDDED
 from appliance.sessions.turn import Message, Origin, TurnState
 from appliance.store import RowCipher, Store, tables
 from appliance.vault import KeyMissing, Vault
@@ -284,7 +285,9 @@ class Archive:
         made, without_key = await asyncio.to_thread(self._open_each, rows, make)
         if without_key:
             sessions = tables.sessions
-            query = select(sessions.c.session_id).where(sessions.c.session_id.in_(without_key))
+            # A tenant's that was shredded is gone, though its rows may still be on their way.
+            shredded = exists().where(tables.meta.c.name == literal(SHREDDED) + sessions.c.tenant_id)
+            query = select(sessions.c.session_id).where(sessions.c.session_id.in_(without_key), ~shredded)
             still_there = set(await self._store.read(lambda db: db.execute(query).scalars().all()))
             made += [self._opened(row, make) for row in rows if row["session_id"] in still_there]
         return made

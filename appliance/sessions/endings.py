@@ -6,9 +6,12 @@ Rules:
   first of its tree, the whole tree is over.
 - Forgetting deletes first and then erases what deletion left on the disk: at once, or as soon as that can be done.
 - Forgetting raises the epoch of the tree, so that whatever is still resident of it cannot be reached again.
+- While a tenant is shredded no turn of its gets a session, and none that has one is written down.
 """
 
-from collections.abc import Sequence
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, bindparam, delete, select, update
@@ -17,9 +20,10 @@ from sqlalchemy.engine import RowMapping
 from appliance.identity import Caller, Role
 from appliance.sessions.archive import SessionSummary, unknown_session
 from appliance.sessions.labels import lease_label
-from appliance.sessions.live import Session, is_over
+from appliance.sessions.live import Live, Session, is_over
 from appliance.sessions.registry import Registry
 from appliance.store import Change, Erasures, tables
+from appliance.vault import KeyMissing, TamperedValue
 
 _MOST_ENDED = 1000  # sessions of a tree, by one word
 
@@ -145,6 +149,45 @@ class Sessions(Registry):
             UnknownSession: as `forget`.
         """
         return self._summary(await self._forgettable(caller, session_id))
+
+    # A whole tenant
+
+    @contextlib.asynccontextmanager
+    async def closed_to(self, tenant_id: str) -> AsyncIterator[None]:
+        """Give no turn of a tenant's a session while the body runs; what is in memory of them is dropped then."""
+        self._closed_to.add(tenant_id)
+        try:
+            yield
+        finally:
+            for live in self._live_of(tenant_id):
+                live.forgotten = True
+                self._drop(live)  # where nothing was shredded it is found in the store again
+            self._closed_to.discard(tenant_id)
+
+    async def give_up(self, tenant_id: str) -> list[str]:
+        """Have no turn of a tenant's be written down any more, within `closed_to`; the lease labels of its sessions.
+
+        There are none where the key that makes them is missing or damaged.
+        """
+        for live in self._live_of(tenant_id):
+            async with live.lock:  # what is being written is written before this goes on
+                live.forgotten = True
+        query = select(tables.sessions.c.session_id).where(tables.sessions.c.tenant_id == tenant_id)
+        stored = await self._store.read(lambda db: db.execute(query).scalars().all())
+        for session_id in stored:
+            self._tips.drop(session_id)
+        session_ids = dict.fromkeys([*stored, *(live.session_id for live in self._live_of(tenant_id))])
+
+        def labels() -> list[str]:
+            return [lease_label(self._vault, tenant_id, session_id) for session_id in session_ids]
+
+        try:
+            return await asyncio.to_thread(labels)
+        except (KeyMissing, TamperedValue):
+            return []
+
+    def _live_of(self, tenant_id: str) -> list[Live]:
+        return [live for live in list(self._live.values()) if live.tenant_id == tenant_id]
 
     async def _forgettable(self, caller: Caller, session_id: str) -> RowMapping:
         row = await self.visible_row(caller, session_id)

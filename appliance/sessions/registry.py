@@ -69,6 +69,20 @@ class SessionForgotten(HoldfastError):
     fault: ClassVar[Fault] = Fault.CONFLICT
 
 
+class TenantShredded(HoldfastError):
+    """The tenant is being shredded: none of its turns runs any more, and no other begins."""
+
+    code: ClassVar[str] = "tenant_shredded"
+    fault: ClassVar[Fault] = Fault.UNAUTHENTICATED
+
+    def __init__(self) -> None:
+        super().__init__(
+            "nothing is answered for this tenant any more",
+            cause="an administrator of the appliance is shredding it, with all of its keys",
+            remedy="Ask an administrator of the appliance",
+        )
+
+
 class _Stored(NamedTuple):
     """A session in the store.
 
@@ -115,6 +129,7 @@ class Registry(Archive):
         self._tips = Tips(_TIP_BYTES)
         self._labels = Labels(store, vault)
         self._forgotten = 0  # sessions, by this process
+        self._closed_to: set[str] = set()  # tenants that are being shredded now
 
     # Finding the session of a turn
 
@@ -123,6 +138,7 @@ class Registry(Archive):
 
         Raises:
             UnknownResponse: `previous_response_id` is not an answer of this principal's.
+            TenantShredded: its tenant is being shredded.
             VaultSealed: the vault is sealed.
         """
         tenant_id, principal_id = _owner(caller)
@@ -379,6 +395,8 @@ class Registry(Archive):
         self, caller: Caller, model: str, live: Live, links: Sequence[bytes], continuation: Continuation | None
     ) -> Session:
         tenant_id = live.tenant_id
+        if tenant_id in self._closed_to:  # no await from here to where the turn has its session
+            raise TenantShredded
         isolation, cache_epoch = Isolation.SESSION, 0
         if caller.tenant is not None:
             isolation, cache_epoch = caller.tenant.isolation, caller.tenant.cache_epoch
@@ -589,11 +607,15 @@ class Registry(Archive):
 
     def _let_go(self, live: Live) -> None:
         """Remember nothing of a session that was forgotten."""
+        self._drop(live)
+        self._vault.forget(live.session_id)
+
+    def _drop(self, live: Live) -> None:
+        """Have a session be asked for in the store, if it is there."""
         self._forgotten += 1
         self._recent.pop(live.session_id, None)
         self._live.pop(live.session_id, None)
         self._tips.drop(live.session_id)
-        self._vault.forget(live.session_id)
 
 
 def _paused_s(live: Live, outcome: Outcome) -> float | None:

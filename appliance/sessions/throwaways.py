@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from sqlalchemy import Connection, bindparam, delete, insert, select
 
 from appliance.identity import Identity, Isolation, Tenant
+from appliance.sessions.removal import remove_keys, remove_principals, remove_some_sessions
 from appliance.store import Change, Store, tables
 from appliance.vault import KeyPurpose, Vault
 
 _MARK = "throwaway/"  # in the table `meta`, before the tenant's id
 _INSERT_MARK = insert(tables.meta)
 _DELETE_MARK = delete(tables.meta).where(tables.meta.c.name == bindparam("b_name"))
-_KEPT_KEYS = (KeyPurpose.AUDIT.value, KeyPurpose.WRAPPING.value)
+_KEPT_KEYS = (KeyPurpose.AUDIT, KeyPurpose.WRAPPING)
 
 
 class Throwaways:
@@ -62,15 +63,10 @@ class Throwaways:
 def _remove(db: Connection) -> list[str]:
     meta = tables.meta
     marks = db.execute(select(meta.c.name).where(meta.c.name.startswith(_MARK, autoescape=True))).scalars().all()
-    for mark in marks:
-        tenant_id = mark.removeprefix(_MARK)
-        sessions = select(tables.sessions.c.session_id).where(tables.sessions.c.tenant_id == tenant_id)
-        api_keys = select(tables.api_keys.c.key_id).where(tables.api_keys.c.tenant_id == tenant_id)
-        keys = tables.keys.c
-        db.execute(delete(tables.quota_days).where(tables.quota_days.c.api_key_id.in_(api_keys)))
-        db.execute(delete(tables.keys).where(keys.scope.in_(sessions)))
-        db.execute(delete(tables.keys).where(keys.scope == tenant_id, keys.purpose.not_in(_KEPT_KEYS)))
-        for table in (tables.chain, tables.turns, tables.sessions, tables.trees, tables.api_keys, tables.principals):
-            db.execute(delete(table).where(table.c.tenant_id == tenant_id))
-        db.execute(delete(tables.tenants).where(tables.tenants.c.tenant_id == tenant_id))
-    return [mark.removeprefix(_MARK) for mark in marks]
+    removed = [mark.removeprefix(_MARK) for mark in marks]
+    for tenant_id in removed:
+        remove_keys(db, tenant_id, but=_KEPT_KEYS)
+        while remove_some_sessions(db, tenant_id):
+            pass
+        remove_principals(db, tenant_id)
+    return removed

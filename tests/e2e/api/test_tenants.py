@@ -14,9 +14,11 @@ from click.testing import CliRunner
 
 from api.admin.client import AdminClient, Refused
 from api.roots import open_root
+from appliance.audit import Actor
 from appliance.cli import holdfast
 from appliance.identity import Identity, Isolation
-from appliance.sessions import Throwaways
+from appliance.sessions import Sessions, Shredding, Throwaways
+from appliance.settings import SessionSettings
 from appliance.store import DatabaseKeys, Store
 from appliance.vault import Vault
 from benchmarks.running import make_appliance, running_gateway, running_stub
@@ -65,6 +67,27 @@ def _leave_a_throwaway(state_dir: Path) -> str:
 
     try:
         return asyncio.run(leave())
+    finally:
+        store.close()
+
+
+def _shred_and_be_killed(state_dir: Path) -> str:
+    """Destroy the keys of a new tenant, as a gateway does that is killed just after; its id."""
+    store = Store.open(f"sqlite:///{state_dir / 'holdfast.db'}")
+    vault = Vault(DatabaseKeys(store))
+    vault.open(open_root(state_dir, b""))
+    identity = Identity(store, vault)
+    shredding = Shredding(store, vault, identity, Sessions(store, vault, SessionSettings()))
+
+    async def shred() -> str:
+        tenant = await identity.create_tenant("doomed")
+        shredded, _ = await shredding.shred(
+            tenant, Actor("principal", "prn_1", "admin"), "uid=1000", end_turns=lambda: asyncio.sleep(0)
+        )
+        return shredded.tenant_id
+
+    try:
+        return asyncio.run(shred())
     finally:
         store.close()
 
@@ -155,6 +178,24 @@ def test_what_a_proof_left_that_was_killed_is_removed_at_the_next_start_and_reco
         assert record["actor"]["kind"] == "system"
 
 
+def test_what_a_gateway_left_that_was_killed_while_it_shredded_is_done_at_the_next_start(place: Path) -> None:
+    tenant_id = _shred_and_be_killed(place / "state")
+    with _started(place) as served:
+        until(lambda: bool(_records(served, "tenant.shredded")))
+        (record,) = _records(served, "tenant.shredded")
+        assert record["target"] == {"kind": "tenant", "id": tenant_id}
+        assert (record["actor"]["id"], record["source"]) == ("prn_1", "uid=1000")
+        until(lambda: _marks(served) == [])
+    with _started(place) as served:
+        assert len(_records(served, "tenant.shredded")) == 1
+
+
+def _marks(served: Served) -> list[tuple[str]]:
+    """Of tenants whose shredding is not finished."""
+    with contextlib.closing(sqlite3.connect(served.state_dir / "holdfast.db")) as db:
+        return db.execute("SELECT name FROM meta WHERE name LIKE 'shredded/%'").fetchall()
+
+
 def _wrapping_keys(state_dir: Path) -> set[str]:
     """The ids of the keys that others are under now."""
     with contextlib.closing(sqlite3.connect(state_dir / "holdfast.db")) as db:
@@ -179,7 +220,7 @@ def test_keys_are_rotated_while_it_serves_and_all_can_be_read_after_a_restart(pl
         (tenant,) = served.admin.tenants().tenants
         of_tenant, of_system = _records(served, "keys.rotated")
         assert of_tenant["target"] == {"kind": "keys", "id": tenant.tenant_id}
-        assert of_tenant["details"]["keys"] == "5"  # the tenant's four, and the session's
+        assert of_tenant["details"] == {"keys": "5", "erased": "true"}  # the tenant's four, and the session's
         assert (of_tenant["tenant_id"], "tenant_id" in of_system) == (tenant.tenant_id, False)
         assert of_system["target"]["id"] == "system"
     with _started(place) as served:
@@ -265,3 +306,77 @@ def test_a_damaged_row_of_another_tenants_is_in_nobodys_way_and_names_nobody(pla
         assert _code(mine.revoke_key, others.key.key_id) == "admin_not_found"
         assert served.admin.revoke_key(mine.create_key(principal="agent").key.key_id).revoked_at is not None
         assert _code(served.admin.tenants) == "value_tampered"
+
+
+def _wrapped_keys(served: Served, tenant_id: str) -> list[bytes]:
+    """A tenant's wrapped keys and its sessions', as the database has them."""
+    own = "SELECT wrapped FROM keys WHERE scope = ?1 OR scope IN (SELECT session_id FROM sessions WHERE tenant_id = ?1)"
+    with contextlib.closing(sqlite3.connect(served.state_dir / "holdfast.db")) as db:
+        return [wrapped for (wrapped,) in db.execute(own, (tenant_id,))]
+
+
+def _database_files(served: Served) -> bytes:
+    return b"".join(path.read_bytes() for path in served.state_dir.glob("holdfast.db*"))
+
+
+def _succeeds(served: Served, *arguments: str) -> str:
+    said = CliRunner().invoke(holdfast, ["--state-dir", str(served.state_dir), *arguments], catch_exceptions=False)
+    assert said.exit_code == 0, said.output
+    return said.output
+
+
+def _assert_shredded(served: Served, tenant_id: str, sequences: list[int], turns: int) -> None:
+    """The log verifies; what it has of the tenant is withheld, and that it was shredded can be read."""
+    _succeeds(served, "audit", "verify")
+    (shredded,) = _records(served, "tenant.shredded")
+    assert shredded["target"] == {"kind": "tenant", "id": tenant_id}
+    assert shredded["counts"] == {"sessions": 1, "turns": turns}
+    assert shredded["details"] == {"erased": "true"}
+    assert (shredded["actor"]["kind"], shredded["actor"]["role"]) == ("principal", "admin")
+    found = {each.sequence: each for each in served.admin.audit_entries(limit=1000, action="turn.*").entries}
+    assert sequences
+    for sequence in sequences:
+        assert found[sequence].record is None, "it is there, and nobody can read it"
+    assert all("withheld" not in str(each) for each in _records(served, "tenant.*"))
+
+
+def test_a_tenant_that_was_shredded_is_gone_and_the_log_says_so(place: Path) -> None:
+    with _started(place) as served:
+        key = served.new_key(tenant="doomed", principal="agent")
+        tenant_id = _tenant_id(served, "doomed")
+        _told(served, "tenant", "set", "doomed", "--audit-digests", "on")
+        assert served.ask("hello", api_key=key.secret, session="one").status == 200
+        assert served.ask("again", api_key=key.secret, session="one").status == 200
+        assert served.ask("hello", session="kept").status == 200
+        of_turns = served.admin.audit_entries(limit=1000, action="turn.*").entries
+        theirs = [each.sequence for each in of_turns if each.record and each.record["tenant_id"] == tenant_id]
+        wrapped = _wrapped_keys(served, tenant_id)
+        assert len(wrapped) == 6
+        assert all(each in _database_files(served) for each in wrapped)
+        assert "the name given is not doomed" in _told(served, "tenant", "shred", "doomed", "--yes", "tenant")
+        assert served.ask("hello", api_key=key.secret, session="one").status == 200
+        assert _code(
+            AdminClient(served.state_dir, api_key=_key(served, "doomed", "admin")).shred_tenant, tenant_id
+        ) == ("admin_denied")
+        said = json.loads(_succeeds(served, "--json", "tenant", "shred", "doomed", "--yes", "doomed"))
+        assert said["tenant_id"] == tenant_id
+        assert (said["erased"], said["leases_released"]) == (True, True)
+        files = _database_files(served)
+        assert [each for each in wrapped if each in files] == []
+        refused = served.ask("hello", api_key=key.secret, session="one")
+        assert (refused.status, refused.code) == (401, "invalid_api_key")
+        assert [each.name for each in served.admin.tenants().tenants] == ["tenant"]
+        assert [each.turns for each in served.admin.sessions().sessions] == [1]
+        assert _code(served.admin.shred_tenant, tenant_id) == "admin_not_found"
+        assert _code(served.admin.audit_digest, tenant=tenant_id, text="prompt", sha256="0" * 64) == "admin_not_found"
+        _assert_shredded(served, tenant_id, theirs, turns=3)
+        again = served.new_key(tenant="doomed", principal="agent")
+        assert again.key.tenant_id != tenant_id
+        assert served.ask("hello", api_key=again.secret, session="one").status == 200
+    with _started(place) as served:
+        _assert_shredded(served, tenant_id, theirs, turns=3)
+        exported = place / "exported.jsonl"
+        _succeeds(served, "audit", "export", "file", str(exported))
+        vkey = json.loads(_succeeds(served, "--json", "audit", "status"))["public_key"]
+        told = _succeeds(served, "audit", "verify-export", str(exported), "--key", vkey, "--allow-withheld")
+        assert "(shredded)" in told

@@ -194,6 +194,7 @@ async def test_only_an_administrator_makes_tenants_keys_and_backups(role: Role, 
     for route in (
         ("POST", "/v1/tenants"),
         ("POST", "/v1/tenants/{tenant_id}"),
+        ("POST", "/v1/tenants/{tenant_id}/shred"),
         ("POST", "/v1/keys"),
         ("POST", "/v1/backup"),
         ("POST", "/v1/vault/rotate"),

@@ -2,28 +2,17 @@
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Table, func, insert, select
 
-from appliance.identity import Caller, Identity, Isolation, Role, Scopes, Tenant
-from appliance.sessions import Outcome, SessionHints, Sessions, Throwaways, Turn, TurnKind, TurnState
+from appliance.identity import Identity, Isolation, Tenant
+from appliance.sessions import Sessions, Throwaways
 from appliance.settings import SessionSettings
 from appliance.store import Change, DatabaseKeys, Store, StoreUnavailable, tables
 from appliance.vault import KeyPurpose, RootKey, Vault
+from tests.unit.sessions.tenants import count, rows, used
 
 pytestmark = pytest.mark.anyio
-
-OWNED = (
-    tables.tenants,
-    tables.principals,
-    tables.api_keys,
-    tables.sessions,
-    tables.turns,
-    tables.trees,
-    tables.chain,
-)
 
 
 @pytest.fixture
@@ -40,72 +29,30 @@ async def _made(throwaways: Throwaways, identity: Identity) -> Tenant:
     return await throwaways.create_tenant(identity, "throwaway", isolation=Isolation.SESSION)
 
 
-async def _used(identity: Identity, sessions: Sessions, store: Store, tenant: Tenant) -> Tenant:
-    """A tenant with a principal, a key, a tree of two sessions with a turn each, and tokens of a day."""
-    name = tenant.name
-    principal = await identity.create_principal(tenant, "agent", Role.CLIENT)
-    key, _ = await identity.create_key(principal, Scopes())
-    caller = Caller(principal, tenant, key)
-    for hints in (SessionHints("one"), SessionHints("two", parent_client_id="one")):
-        turn = Turn(TurnKind.CHAT, "demo", [{"role": "user", "content": f"I am {name}"}], {}, hints)
-        session = await sessions.resolve(caller, turn)
-        await sessions.record(session, turn, _outcome(f"{name} {hints}"))
-    tokens = insert(tables.quota_days).values(api_key_id=key.key_id, day="2026-01-01", tokens=5)
-    await store.transact(lambda db: db.execute(tokens))
-    return tenant
-
-
-def _outcome(response_id: str) -> Outcome:
-    return Outcome(
-        response_id=response_id,
-        state=TurnState.COMPLETE,
-        answer={"role": "assistant", "content": "hello"},
-        prompt_token_ids=[1, 2, 3],
-        completion_token_ids=[4],
-        prompt_tokens=3,
-        cached_tokens=0,
-        completion_tokens=1,
-        finish_reason="stop",
-        started_at=1.0,
-        ended_at=2.0,
-    )
-
-
-def _count(store: Store, table: Table, *where: Any) -> int:
-    def count(db: Connection) -> int:
-        return int(db.execute(select(func.count()).select_from(table).where(*where)).scalar_one())
-
-    return store.read_blocking(count)
-
-
-def _rows(store: Store, tenant: Tenant) -> dict[str, int]:
-    return {table.name: _count(store, table, table.c.tenant_id == tenant.tenant_id) for table in OWNED}
-
-
 async def test_everything_of_a_marked_tenant_goes_and_nothing_of_anothers(
     identity: Identity, sessions: Sessions, store: Store, vault: Vault
 ) -> None:
-    kept = await _used(identity, sessions, store, await identity.create_tenant("kept"))
-    others, keys = _rows(store, kept), _count(store, tables.keys)
+    kept = await used(identity, sessions, store, await identity.create_tenant("kept"))
+    others, keys = rows(store, kept), count(store, tables.keys)
     assert all(others.values()), "the test speaks of rows in every table"
     throwaways = Throwaways(store, vault)
-    throwaway = await _used(identity, sessions, store, await _made(throwaways, identity))
+    throwaway = await used(identity, sessions, store, await _made(throwaways, identity))
     assert await throwaways.remove_all() == [throwaway.tenant_id]
-    assert set(_rows(store, throwaway).values()) == {0}
-    assert _rows(store, kept) == others
-    assert _count(store, tables.quota_days) == 1
+    assert set(rows(store, throwaway).values()) == {0}
+    assert rows(store, kept) == others
+    assert count(store, tables.quota_days) == 1
     left = {purpose.value for purpose in (KeyPurpose.AUDIT, KeyPurpose.WRAPPING)}
-    assert _count(store, tables.keys) == keys + len(left), "no session's key stays, and of the tenant's only two"
+    assert count(store, tables.keys) == keys + len(left), "no session's key stays, and of the tenant's only two"
     assert [each.tenant_id for each in await identity.tenants()] == [kept.tenant_id]
 
 
 async def test_what_a_proof_left_that_was_cut_off_goes_at_the_next_start_though_the_vault_is_sealed(
     identity: Identity, sessions: Sessions, store: Store, vault: Vault
 ) -> None:
-    tenant = await _used(identity, sessions, store, await _made(Throwaways(store, vault), identity))
+    tenant = await used(identity, sessions, store, await _made(Throwaways(store, vault), identity))
     after_the_crash = Throwaways(store, Vault(DatabaseKeys(store)))
     assert await after_the_crash.remove_all() == [tenant.tenant_id]
-    assert set(_rows(store, tenant).values()) == {0}
+    assert set(rows(store, tenant).values()) == {0}
     assert await after_the_crash.remove_all() == [tenant.tenant_id], "that it was removed is not recorded yet"
     await after_the_crash.recorded([tenant.tenant_id])
     assert await after_the_crash.remove_all() == []
@@ -138,7 +85,7 @@ async def test_records_of_a_removed_tenant_in_the_audit_log_can_still_be_read(
     identity: Identity, sessions: Sessions, store: Store, vault: Vault
 ) -> None:
     throwaways = Throwaways(store, vault)
-    tenant = await _used(identity, sessions, store, await _made(throwaways, identity))
+    tenant = await used(identity, sessions, store, await _made(throwaways, identity))
     key_id = vault.audit_key_id(tenant.tenant_id)
     secret = vault.audit_secret(key_id, "record")
     await throwaways.remove_all()
