@@ -48,7 +48,7 @@ SUMMARIES: Mapping[str, str] = {
     "logs": "Show what the gateway and the engine wrote down.",
     "unseal": "Open the vault with its passphrase.",
     "seal": "Close the vault: nothing is served until it is unsealed.",
-    "tenant": "Create, set and list tenants.",
+    "tenant": "Create, set, list and shred tenants.",
     "key": "Create, list and revoke API keys; rotate encryption keys.",
     "session": "List, read and forget sessions.",
     "kv": "Show what is kept of sessions, why and until when.",
