@@ -3,15 +3,19 @@
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Final
 
 from api.admin import types
 from api.kv_watch import Seen
 from api.services import Services
 from appliance.engine.picture import CanaryPicture, DiskPicture, RecallPicture, SessionPicture
 from appliance.errors import HoldfastError
-from appliance.sessions import LastTurn, Quantiles, Sums
+from appliance.sessions import LastTurn, Quantiles, SessionSummary, Sums
 from appliance.sessions.keeping import Keeping, keeping
+from appliance.sessions.labels import tenant_label
 from appliance.sessions.ledger import served_by_tier
+
+_ASKED_WITHIN_S: Final = 3.0
 
 
 async def kv_status(services: Services, most_sessions: int) -> types.KvStatus:
@@ -49,6 +53,16 @@ async def kv_status(services: Services, most_sessions: int) -> types.KvStatus:
         tenants=_tenants(services, seen, await _quotas(services)),
         sessions=[] if picture is None else [_session(services, each) for each in picture.sessions[:most_sessions]],
     )
+
+
+async def kept_of_session(services: Services, session: SessionSummary) -> SessionPicture | None:
+    """What the engine has of a session now; None: it could not be asked."""
+    try:
+        of = tenant_label(services.vault, session.tenant_id), session.lease_label
+        picture = await services.engine.kv(of=of, deadline_s=_ASKED_WITHIN_S)
+    except HoldfastError:
+        return None
+    return next(iter(picture.sessions), SessionPicture(*of, None, ()))
 
 
 def _tiers(seen: Seen, sums: Sums) -> list[types.KvTier]:

@@ -38,7 +38,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api import trail
 from api.admin import audit_routes, prove_routes, status, types, views
 from api.admin.asking import Asker, AskerOf, Endpoints, ServicesOf, chosen_tenant, unknown, while_there, with_first
-from api.admin.kv import kv_status
+from api.admin.kv import kept_of_session, kv_status
 from api.admin.peers import pid_of, uid_of
 from api.answers import request_id_of
 from api.backups import stream_backup
@@ -607,7 +607,8 @@ async def _why(
     limit: Annotated[int, Query(ge=1, le=EXPLAINED_TURNS)] = EXPLAINED_TURNS,
 ) -> types.Explanation:
     explaining = services.sessions.explanation(asker.named, session_id, limit=limit)
-    return views.explanation_view(await while_there(request, explaining))
+    explanation = await while_there(request, explaining)
+    return views.explanation_view(explanation, await kept_of_session(services, explanation.session))
 
 
 async def _forget(session_id: str, services: ServicesOf, asker: AskerOf) -> types.Forgotten:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from api.admin import types
 
 
+_IN_TIER = {"device": "on the device", "dram": "in DRAM", "disk": "on the disk"}
+
+
 @click.group(cls=Group)
 def session() -> None:
     """List, read and forget sessions."""
@@ -168,6 +171,20 @@ CAUSES_IN_WORDS = {
 }
 
 
+def _kept_text(explanation: "types.Explanation") -> str:
+    """`960 tokens on the device (lease, 12 s); 1280 tokens in DRAM (worth); worth 0.0831 hits/s`."""
+    if explanation.kept is None:
+        return "the engine could not be asked"
+    kept = [
+        f"{each.tokens} tokens {_IN_TIER[each.tier]} ({each.kept_for.replace('_', ' ')}"
+        + ("" if each.ends_in_s is None else f", {in_words(max(0.0, each.ends_in_s))}")
+        + ")"
+        for each in explanation.kept
+    ]
+    worth = explanation.worth_hits_per_s
+    return ("; ".join(kept) or "nothing") + (f"; worth {worth:.4f} hits/s" if kept and worth is not None else "")
+
+
 def _explanation_text(explanation: "types.Explanation") -> str:
     about = explanation.session
     rows = [
@@ -198,6 +215,7 @@ def _explanation_text(explanation: "types.Explanation") -> str:
     lines = [
         f"Session {about.session_id}",
         f"{about.turns} turns, {about.prompt_tokens} prompt tokens, {about.cached_tokens} of them found on the engine",
+        f"Kept now: {_kept_text(explanation)}",
         "",
         table(headings, rows, empty="It has no turns."),
     ]

@@ -382,11 +382,32 @@ class Finding(Wire):
     remedy: str
 
 
+class KvHeld(Wire):
+    """What a tier has of one session: `blocks`, the last of which ends at `tokens` of its tokens.
+
+    `kept_for`: "in_use" a request of it waits or runs; "lease" its lease runs; "share" others leave that much to its
+    tenant; "worth" nobody wanted the room who is worth more. `ends_in_s`: when its lease ends, or its time on the
+    disk; None: when the room is wanted.
+    """
+
+    tier: Literal["device", "dram", "disk"]
+    blocks: int
+    tokens: int
+    kept_for: Literal["in_use", "lease", "share", "worth"]
+    ends_in_s: float | None
+
+
 class Explanation(Wire):
     """Why a session's prompts had to be computed, in its newest turns; `truncated` says that there are turns before
-    them. Holds no word of what was said."""
+    them. Holds no word of what was said.
+
+    `kept`: what the engine has of the session now, by tier; empty: nothing, None: it could not be asked.
+    `worth_hits_per_s`: as in `KvSession`.
+    """
 
     session: Session
+    kept: list[KvHeld] | None
+    worth_hits_per_s: float | None
     turns: list[ExplainedTurn]
     findings: list[Finding]
     truncated: bool
@@ -515,21 +536,6 @@ class KvLastTurn(Wire):
     prompt_tokens: int
     found_tokens: dict[str, int]
     computed_tokens: dict[str, int]
-
-
-class KvHeld(Wire):
-    """What a tier has of one session: `blocks`, the last of which ends at `tokens` of its tokens.
-
-    `kept_for`: "in_use" a request of it waits or runs; "lease" its lease runs; "share" others leave that much to its
-    tenant; "worth" nobody wanted the room who is worth more. `ends_in_s`: when its lease ends, or its time on the
-    disk; None: when the room is wanted.
-    """
-
-    tier: Literal["device", "dram", "disk"]
-    blocks: int
-    tokens: int
-    kept_for: Literal["in_use", "lease", "share", "worth"]
-    ends_in_s: float | None
 
 
 class KvSession(Wire):

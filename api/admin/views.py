@@ -4,9 +4,11 @@ Rule: a view shows what is asked for and nothing besides: who may ask, `routes` 
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from api.admin import types
 from api.services import Services
+from appliance.engine.picture import SessionPicture
 from appliance.identity import ApiKey, Permission, Principal, Scopes, Tenant
 from appliance.sessions import Explanation, SessionSummary, Transcript
 from appliance.sessions.keeping import keeping
@@ -106,10 +108,12 @@ def session_view(summary: SessionSummary) -> types.Session:
     )
 
 
-def explanation_view(explanation: Explanation) -> types.Explanation:
-    """Why a session's prompts had to be computed."""
+def explanation_view(explanation: Explanation, kept: SessionPicture | None) -> types.Explanation:
+    """Why a session's prompts had to be computed; `kept` of it: as `kept_of_session`."""
     return types.Explanation(
         session=session_view(explanation.session),
+        kept=None if kept is None else [types.KvHeld.model_validate(asdict(each)) for each in kept.held],
+        worth_hits_per_s=None if kept is None else kept.worth_hits_per_s,
         turns=[
             types.ExplainedTurn(
                 number=turn.number,

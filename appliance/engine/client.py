@@ -218,13 +218,14 @@ class EngineClient:
         asked = demote_request(tier, sessions)
         return read_demote_answer(await self._within(deadline_s, "POST", DEMOTE_PATH, asked, _JSON_HEADERS))
 
-    async def kv(self, sessions: int = 0, *, deadline_s: float = 5.0) -> KvPicture:
-        """What is kept, summed up, with the `sessions` that keep most.
+    async def kv(self, sessions: int = 0, *, of: tuple[str, str] | None = None, deadline_s: float = 5.0) -> KvPicture:
+        """What is kept, summed up, with the `sessions` that keep most; or `of` one, by its tenant's and its own label.
 
         Raises:
             MalformedMessage: the engine's environment holds another version of holdfast.
         """
-        body = await self._within(deadline_s, "GET", f"{KV_PATH}?sessions={sessions}")
+        asked = f"sessions={sessions}" if of is None else f"tenant={of[0]}&session={of[1]}"
+        body = await self._within(deadline_s, "GET", f"{KV_PATH}?{asked}")
         try:
             return KvPicture.from_wire(json.loads(body))
         except MalformedMessage:

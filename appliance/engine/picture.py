@@ -277,7 +277,7 @@ class KvPicture:
     Attributes:
         tiers: those that are there; the device is the first.
         tenants: those that keep most.
-        sessions: those that keep most in some tier, as many as were asked for.
+        sessions: those that keep most in some tier, as many as were asked for; or the one that was.
         sessions_total: all that keep something on the device; of them `leased_sessions_total` have a lease that runs.
         worths_hits_per_s: the lowest, the middle and the highest of all that are known; empty: none is.
         disk: None: there is no tier on disk.
@@ -340,6 +340,18 @@ def read_sessions_asked(given: str | None) -> int:
     if not (given.isascii() and given.isdigit()) or int(given[:9]) > MAX_SESSIONS:
         raise MalformedMessage(f"sessions: a whole number from 0 to {MAX_SESSIONS}")
     return int(given)
+
+
+def read_session_asked(tenant: str | None, session: str | None) -> tuple[str, str] | None:
+    """Of which session alone a picture is to be, by its tenant's label and its own; None: of those that keep most.
+
+    Raises:
+        MalformedMessage: when one is missing, or is no label.
+    """
+    if tenant is None and session is None:
+        return None
+    asked = {"tenant": tenant, "session": session}
+    return wire.label(asked, "tenant"), wire.label(asked, "session")
 
 
 def _by_cause(value: object, causes: Sequence[str]) -> dict[str, int]:

@@ -180,10 +180,12 @@ class LeaseEndpoints:
         from appliance.engine.inside import connector
 
         try:
-            most_sessions = picture.read_sessions_asked(request.query_params.get("sessions"))
+            asked = request.query_params
+            most_sessions = picture.read_sessions_asked(asked.get("sessions"))
+            of = picture.read_session_asked(asked.get("tenant"), asked.get("session"))
         except wire.MalformedMessage as error:
             return JSONResponse({"error": error.record()}, status_code=400)
-        return JSONResponse(await connector.kv_picture(self._engine_client, most_sessions))
+        return JSONResponse(await connector.kv_picture(self._engine_client, most_sessions, of))
 
 
 async def _answer(request: Any, say: Callable[[bytes], Awaitable[_Message]]) -> Any:

@@ -103,6 +103,12 @@ def largest(holders: Iterable[Holder], most: int, worth: Callable[[Owner], float
     )
 
 
+def one(holders: Iterable[Holder], session: Owner, worth: Callable[[Owner], float]) -> tuple[SessionPicture, ...]:
+    """What each tier has of one session; `worth` as for `largest`. Empty: nothing."""
+    held = tuple(held for holder in holders if (held := holder.kept_of(session)))
+    return (SessionPicture(*session, _finite(worth(session)), held),) if held else ()
+
+
 def disk_picture(status: DiskStatus) -> DiskPicture:
     """What became of blocks on the disk, every cause with its count."""
     return DiskPicture(

@@ -204,6 +204,9 @@ def test_why_a_prompt_was_computed_is_told_to_the_token_and_with_a_remedy(applia
         history += [{"role": "assistant", "content": said}, {"role": "user", "content": "Thank you."}]
     (newest, *_) = appliance.run("session", "list")["sessions"]
     why = appliance.run("session", "why", newest["session_id"])
+    (kept,) = why["kept"]
+    assert (kept["tier"], kept["kept_for"] in ("lease", "worth")) == ("device", True)
+    assert kept["tokens"] == kept["blocks"] * BLOCK > 3 * BLOCK
     assert [turn["computed_tokens"] for turn in why["turns"]] == told
     assert list(told[0]) == ["first_turn"]
     assert set(told[1]) <= {"new", "block_tail", "diverged"}

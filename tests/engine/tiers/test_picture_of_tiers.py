@@ -80,6 +80,9 @@ def test_what_each_tier_has_of_a_session_is_seen_with_its_reason(engine: EngineI
         "other": {"device": 0, "dram": 12, "disk": 0},
     }
     assert len(KvPicture.from_wire(engine.core.holdfast_kv_picture(1)).sessions) == 1
+    assert KvPicture.from_wire(engine.core.holdfast_kv_picture(0, ["tenant", "a"])).sessions == (a,)
+    for nobody in (["other", "a"], ["tenant", "c"]):
+        assert KvPicture.from_wire(engine.core.holdfast_kv_picture(10, nobody)).sessions == ()
     engine.report(release=["a", "b"])
     assert picture(engine).sessions == ()
 

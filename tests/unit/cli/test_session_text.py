@@ -1,9 +1,9 @@
-"""How a transcript reads on a terminal."""
+"""How a transcript, and what is kept of a session, reads on a terminal."""
 
 from typing import Any
 
 from api.admin import types
-from api.admin.session_commands import _transcript_text
+from api.admin.session_commands import _kept_text, _transcript_text
 
 SESSION = types.Session(
     session_id="ses_1",
@@ -72,3 +72,17 @@ def test_a_call_of_a_tool_and_content_in_parts_are_shown() -> None:
     )
     assert 'calls get_weather({"city": "Paris"})' in shown
     assert "What is the weather?" in shown
+
+
+def test_what_is_kept_of_a_session_is_said_with_where_why_and_how_long() -> None:
+    kept = [
+        types.KvHeld(tier="device", blocks=30, tokens=960, kept_for="lease", ends_in_s=12.0),
+        types.KvHeld(tier="dram", blocks=40, tokens=1280, kept_for="in_use", ends_in_s=None),
+    ]
+    said = types.Explanation.model_construct(kept=kept, worth_hits_per_s=0.0831)
+    assert _kept_text(said) == (
+        "960 tokens on the device (lease, 12 s); 1280 tokens in DRAM (in use); worth 0.0831 hits/s"
+    )
+    assert _kept_text(types.Explanation.model_construct(kept=[], worth_hits_per_s=None)) == "nothing"
+    nobody = types.Explanation.model_construct(kept=None, worth_hits_per_s=None)
+    assert _kept_text(nobody) == "the engine could not be asked"

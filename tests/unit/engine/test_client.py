@@ -419,6 +419,13 @@ async def test_leases_that_cannot_be_read_are_an_error(
         await client.leases()
 
 
+async def test_what_is_kept_of_one_session_is_asked_for_by_its_labels(engine: Engine, client: EngineClient) -> None:
+    await engine.follow(answering(b"{}"))
+    with pytest.raises(MalformedMessage):
+        await client.kv(of=("t-1", "s-1"))
+    assert engine.peers[0].head.startswith(b"GET /holdfast/kv?tenant=t-1&session=s-1 ")
+
+
 async def test_sessions_are_sent_down_to_a_tier(engine: Engine, client: EngineClient) -> None:
     await engine.follow(answering(b'{"demoted": ["label-2"]}'))
     assert await client.demote("disk", ["label-1", "label-2"]) == {"label-2"}

@@ -26,6 +26,7 @@ from appliance.engine.picture import (
     SessionPicture,
     TenantPicture,
     TierPicture,
+    read_session_asked,
     read_sessions_asked,
 )
 from appliance.engine.protocol import Lease, LeaseState
@@ -224,3 +225,11 @@ def test_so_many_sessions_may_be_asked_for() -> None:
     for given in ("1001", "-1", "1.5", "", "\u0663", "9" * 5000):
         with pytest.raises(MalformedMessage):
             read_sessions_asked(given)
+
+
+def test_one_session_is_asked_for_by_both_its_labels() -> None:
+    assert read_session_asked(None, None) is None
+    assert read_session_asked("t-1", "s-1") == ("t-1", "s-1")
+    for tenant, session in ((None, "s-1"), ("t-1", None), ("t 1", "s-1"), ("t-1", "s" * 65)):
+        with pytest.raises(MalformedMessage):
+            read_session_asked(tenant, session)

@@ -39,7 +39,7 @@ from appliance.engine.inside.connector.amendments import (
 from appliance.engine.inside.connector.memory import keep_kv_private
 from appliance.engine.inside.leases import Change, LeasedBlock, LeaseTable
 from appliance.engine.inside.lessons import Lessons
-from appliance.engine.inside.pictures import Holder, Totals, largest, picture_of
+from appliance.engine.inside.pictures import Holder, Totals, largest, one, picture_of
 from appliance.engine.inside.retention import RetentionPolicy
 from appliance.engine.picture import KvPicture, TierPicture
 from appliance.engine.protocol import (
@@ -112,14 +112,15 @@ class LeaseRetention:
             ignored_total=self._ignored_total,
         )
 
-    def picture(self, most_sessions: int) -> KvPicture:
-        """Expire what is due, and sum up what is kept."""
+    def picture(self, most_sessions: int, of: tuple[str, str] | None = None) -> KvPicture:
+        """Expire what is due, and sum up what is kept; the session named `of`, or those that keep most."""
         self.tick()
         table, kept = self._table, self._table.kept()
         holders = self.holders()
+        tiers = holders.values()
         return picture_of(
             kept,
-            largest(holders.values(), most_sessions, table.worth),
+            largest(tiers, most_sessions, table.worth) if of is None else one(tiers, of, table.worth),
             block_size=self._block_size,
             holders=holders,
             tiers=self.tiers(min(kept.blocks_with_rank, table.leased_blocks)),  # what two sessions share counts twice

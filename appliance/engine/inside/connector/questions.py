@@ -56,9 +56,10 @@ async def lease_tick(engine_client: Any) -> float | None:
     return due_in_s
 
 
-async def kv_picture(engine_client: Any, most_sessions: int) -> dict[str, object]:
+async def kv_picture(engine_client: Any, most_sessions: int, of: tuple[str, str] | None = None) -> dict[str, object]:
     """Ask the engine behind vLLM's front end to sum up what it keeps: a `KvPicture`, as JSON has it."""
-    said: dict[str, object] = await engine_client.engine_core.call_utility_async(_KV_METHOD, most_sessions)
+    core = engine_client.engine_core
+    said: dict[str, object] = await core.call_utility_async(_KV_METHOD, most_sessions, None if of is None else list(of))
     return said
 
 
@@ -89,8 +90,8 @@ def _report(self: EngineCore, release: list, awaited: list, every: bool) -> dict
     return connector_of(self).report(release, [(tenant, session) for tenant, session in awaited], every=every).to_wire()
 
 
-def _kv(self: EngineCore, most_sessions: int) -> dict:  # type: ignore[type-arg]
-    return connector_of(self).picture(most_sessions).to_wire()
+def _kv(self: EngineCore, most_sessions: int, of: list | None = None) -> dict:  # type: ignore[type-arg]
+    return connector_of(self).picture(most_sessions, None if of is None else (of[0], of[1])).to_wire()
 
 
 def _demote(self: EngineCore, tier: str, sessions: list) -> list:  # type: ignore[type-arg]

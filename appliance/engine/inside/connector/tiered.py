@@ -131,10 +131,10 @@ class TieredRetention(LeaseRetention):
     def holders(self) -> dict[str, Holder]:
         return {**super().holders(), **self._tiers.holders()}
 
-    def picture(self, most_sessions: int) -> KvPicture:
+    def picture(self, most_sessions: int, of: tuple[str, str] | None = None) -> KvPicture:
         canary, disk = self._canary, self._tiers.disk()
         return replace(
-            super().picture(most_sessions),
+            super().picture(most_sessions, of),
             disk=None if disk is None else disk_picture(disk),
             canary=CanaryPicture(
                 canary.compared_total,
