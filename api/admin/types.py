@@ -635,8 +635,9 @@ class AuditError(Wire):
 class AuditExport(Wire):
     """A destination of the audit log.
 
-    `sent` entries went over the connection there is; `delivered` ones are never sent again. `lag_entries` are not sent,
-    `lag_s` is the age of the oldest of them. `waits_for` says what it waits for where that is no error.
+    `sent` entries went over the connection there is; `delivered` ones are never sent again, and are seen to be
+    `of_this_log`: else none of them counts for retention. `lag_entries` are not sent, `lag_s` is the age of the oldest
+    of them. `waits_for` says what it waits for where that is no error.
     """
 
     name: str
@@ -646,6 +647,7 @@ class AuditExport(Wire):
     connected: bool
     sent: int
     delivered: int
+    of_this_log: bool
     lag_entries: int
     lag_s: float
     waits_for: str
