@@ -70,6 +70,18 @@ def used_tokens(store: Store) -> dict[tuple[str, str], int]:
     return {(row.api_key_id, row.day): row.tokens for row in rows}
 
 
+def test_of_a_key_that_nothing_counts_for_nothing_is_remembered_once_it_is_idle(quotas: Quotas) -> None:
+    one, another = (admit(quotas, caller("ak_1", concurrent_requests=2), "any", 10) for _ in range(2))
+    one.settle(7)
+    assert list(quotas._uses) == ["ak_1"], "another of its requests runs"
+    another.release()
+    admit(quotas, caller("ak_9"), "any", 10).settle(7)
+    quotas.enter(caller("ak_9")).release()
+    assert quotas._uses == {}
+    admit(quotas, caller("ak_9", tokens_per_day=100), "any", 10).settle(7)
+    assert list(quotas._uses) == ["ak_9"], "what its day has had is not read again for each request"
+
+
 def test_a_key_without_limits_is_let_in_every_time(quotas: Quotas) -> None:
     for _ in range(1000):
         admit(quotas, caller(), "any", 10**9)

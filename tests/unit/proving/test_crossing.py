@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,7 +93,7 @@ class Proof(isolation._Proof):
         return None
 
     async def _party(self, tenant: Any, principal: Any = None) -> Any:
-        return isolation._Party(tenant, None, self.engine, "")  # type: ignore[arg-type]
+        return SimpleNamespace(tenant=tenant, asker=self.engine)
 
 
 async def verdicts(engine: Engine) -> dict[str, Verdict]:

@@ -1,6 +1,7 @@
 """What a proof makes of the times that an engine takes: only where a hit can be seen there is shown to be none."""
 
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ class Proof(isolation._Proof):
         return next(self.names)
 
     async def _party(self, tenant: Any, principal: Any = None) -> Any:
-        return isolation._Party(tenant, None, Asker(self.engine, tenant), "")  # type: ignore[arg-type]
+        return SimpleNamespace(tenant=tenant, asker=Asker(self.engine, tenant))
 
 
 @pytest.mark.parametrize(
