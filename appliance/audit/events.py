@@ -342,39 +342,39 @@ class Event:
             versions: of what runs here; in their sorted order too.
         """
         cut: list[str] = []
-
-        def put(place: dict[str, Any], name: str, text: str, full_name: str = "") -> None:
-            if text:
-                plain = len(text) <= MAX_TEXT and text.isascii() and text.isprintable()
-                place[name] = text if plain else _bounded(full_name or name, text, cut)
-
-        actor: dict[str, Any] = {}
-        put(actor, "id", self.actor.id, "actor.id")
-        put(actor, "kind", self.actor.kind, "actor.kind")
-        put(actor, "role", self.actor.role, "actor.role")
-        after: dict[str, Any] = {"outcome": self.outcome.value}
-        put(after, "reason", self.reason)
-        put(after, "request_id", self.request_id)
-        put(after, "session_id", self.session_id)
-        put(after, "source", self.source)
-        kind, identifier = self.target
-        if kind:
-            after["target"] = target = {"id": ""}
-            put(target, "id", identifier, "target.id")
-            put(target, "kind", kind, "target.kind")
-        put(after, "tenant_id", self.tenant_id)
-        after["versions"] = versions
-        details = dict(sorted(self.details.items()))
-        for name, text in details.items():
-            put(details, name, text, f"details.{name}")
+        by = self.actor
+        actor = {"id": _text("actor.id", by.id, cut)} if by.id else {}
+        actor["kind"] = _text("actor.kind", by.kind, cut)
+        if by.role:
+            actor["role"] = _text("actor.role", by.role, cut)
         record: dict[str, Any] = {"action": self.kind.action, "actor": actor}
         if self.counts:
             record["counts"] = dict(sorted(self.counts.items()))
-        if cut:
-            record["cut"] = cut
-        if details:
-            record["details"] = details
-        return record | after
+        if self.details:
+            record["details"] = {
+                name: _text(f"details.{name}", text, cut) for name, text in sorted(self.details.items())
+            }
+        record["outcome"] = self.outcome._value_
+        if self.reason:
+            record["reason"] = _text("reason", self.reason, cut)
+        if self.request_id:
+            record["request_id"] = _text("request_id", self.request_id, cut)
+        if self.session_id:
+            record["session_id"] = _text("session_id", self.session_id, cut)
+        if self.source:
+            record["source"] = _text("source", self.source, cut)
+        kind, identifier = self.target
+        if kind:
+            record["target"] = {"id": _text("target.id", identifier, cut), "kind": _text("target.kind", kind, cut)}
+        if self.tenant_id:
+            record["tenant_id"] = _text("tenant_id", self.tenant_id, cut)
+        record["versions"] = versions
+        return dict(sorted((record | {"cut": cut}).items())) if cut else record
+
+
+def _text(name: str, text: str, cut: list[str]) -> str:
+    """`text` as a record holds it: as it is, unless it is too long, or has what is to be replaced."""
+    return text if len(text) <= MAX_TEXT and text.isascii() and text.isprintable() else _bounded(name, text, cut)
 
 
 def _bounded(name: str, text: str, cut: list[str]) -> str:
