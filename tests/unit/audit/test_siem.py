@@ -39,8 +39,11 @@ _SCHEMA = OcsfJsonSchemaEmbedded(get_ocsf_schema("1.8.0"))
 
 
 def _draft(event: Event) -> Draft:
-    record = event.record({"holdfast": "0"})
-    return seal(event.kind.number, record, keys=Keys(), scope="s", actor="", session="", random=b"r" * 32)
+    return _sealed(event.kind, event.record({"holdfast": "0"}))
+
+
+def _sealed(kind: EventClass, record: dict[str, Any]) -> Draft:
+    return seal(kind.number, record, keys=Keys(), scope="s", actor="", session="", random=b"r" * 32)
 
 
 def _validate(event: dict[str, Any]) -> None:
@@ -159,12 +162,17 @@ class World:
 def test_every_class_fits_the_schema_whatever_it_holds(kind: EventClass, outcome: Outcome, tmp_path: Path) -> None:
     event = Event(
         kind, Actor("principal", NASTY, NASTY), outcome, tenant_id=NASTY, source=NASTY, target=(NASTY, NASTY),
-        reason=NASTY, request_id=NASTY, session_id=NASTY, counts={"duration_ms": 1.5, "count": 3}, details={"n": NASTY},
+        reason=NASTY, request_id=NASTY, session_id=NASTY,
+        counts=dict.fromkeys(kind.counts, 1.5), details=dict.fromkeys(kind.details, NASTY),
     )  # fmt: skip
+    whole = event.record({"holdfast": "0"})
+    named = {"counts": {"duration_ms": 1.5, "count": 3, "n": 4}, "details": {"n": whole["reason"]}}
+    of_another_version = _sealed(kind, whole | named)
     log = open_log(tmp_path)
-    log.append([_draft(event), _draft(Event(kind, SYSTEM, outcome)), _draft(Event(kind, Actor("user", "1"), outcome))])
+    log.append([_draft(event), of_another_version])
+    log.append([_draft(Event(kind, SYSTEM, outcome)), _draft(Event(kind, Actor("user", "1"), outcome))])
     reader = LogReader(tmp_path)
-    for sequence in range(3):
+    for sequence in range(4):
         frame = reader.frame(sequence)
         opened = Disclosed.of(frame.entry, *_opened(frame.entry, frame.sealed))
         for disclosed in (opened, Disclosed.without(frame.entry, Withheld.SHREDDED)):

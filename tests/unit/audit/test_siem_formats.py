@@ -257,10 +257,13 @@ def test_every_class_comes_through_every_format(format_: Format, kind: EventClas
     for outcome in Outcome:
         event = Event(
             kind, Actor("principal", NASTY, NASTY), outcome, tenant_id=NASTY, source=NASTY, target=(NASTY, NASTY),
-            reason=NASTY, request_id=NASTY, session_id=NASTY, counts={"duration_ms": 1.5}, details={"n": NASTY},
+            reason=NASTY, request_id=NASTY, session_id=NASTY,
+            counts=dict.fromkeys(kind.counts, 1.5), details=dict.fromkeys(kind.details, NASTY),
         )  # fmt: skip
         bare = Event(kind, SYSTEM, outcome)
-        for record in (event.record({"holdfast": "0.1"}), bare.record({})):
+        whole = event.record({"holdfast": "0.1"})
+        of_another_version = whole | {"counts": {"duration_ms": 1.5, "n": 2}, "details": {"n": whole["reason"]}}
+        for record in (whole, of_another_version, bare.record({})):
             disclosed = disclosed_of(kind.number, record)
             for each in (disclosed, *(Disclosed.without(disclosed.packed, why) for why in Withheld)):
                 made = format_.entry(ORIGIN, each)
