@@ -3,10 +3,10 @@
 Rules:
 
 - At least once. An entry counts as delivered when the receiver said so; where the transport knows no acknowledgement
-  (plain syslog), once its connection has lived `SETTLE_S` longer. When a connection ends, what is not delivered is sent
-  again over the next one, and so it is after a restart. Whoever receives an event twice knows it by its stable id.
-  `SETTLE_S` is longer than any transport's own deadline: what counts as delivered was acknowledged by the receiver's
-  kernel at least. What a receiver keeps only in memory for longer, and loses, this cannot know.
+  (plain syslog), once its connection has lived `SETTLE_S` longer than the entry was seen to have arrived there. When a
+  connection ends, what is not delivered is sent again over the next one, and so it is after a restart. Whoever receives
+  an event twice knows it by its stable id. So what counts as delivered was acknowledged by the receiver's kernel at
+  least, however slowly the receiver reads. What that keeps only in memory for longer, and loses, this cannot know.
 - Without an acknowledgement that is authenticated (plain syslog) this holds against outages only: whoever is on the
   line can take everything, forward nothing and keep the connection, and all of it counts as delivered. RELP, HEC and
   Elasticsearch answer inside TLS. What is missing is found at the receiver, by `verify_export` with a checkpoint from
@@ -105,7 +105,10 @@ class View:
 
 
 class _Mark(NamedTuple):
-    """Everything before `position` was sent between two moments, as the first `messages` of the connection."""
+    """Everything before `position` was sent between two moments, as the first `messages` of the connection.
+
+    Where nothing more will be known than that it arrived, `ended_s` is when that was seen.
+    """
 
     begun_s: float
     ended_s: float
@@ -164,6 +167,7 @@ class Shipper:
         self._of_this_log = False  # the same, as it was found last
         self._marks: deque[_Mark] = deque()
         self._messages = 0  # of the connection there is
+        self._arrived = 0  # of those, when it was looked at last
         self._checkpoint: Published | None = None  # its entries are not all sent
         self._connected = False
         self._failures = 0
@@ -227,7 +231,7 @@ class Shipper:
         self._size_asked_s = float("-inf")
         self._position = self._delivered
         self._marks.clear()
-        self._messages = 0
+        self._messages = self._arrived = 0
         self._checkpoint = None
         self._is_same_log = False
 
@@ -290,8 +294,14 @@ class Shipper:
         """What was acknowledged, or the connection outlived, is delivered."""
         now_s = self._monotonic()
         acknowledged = connection.acknowledged
+        if acknowledged is None:
+            for place in range(len(self._marks) - 1, -1, -1):
+                if self._marks[place].messages <= self._arrived:
+                    break
+                self._marks[place] = self._marks[place]._replace(ended_s=now_s)
+            self._arrived = connection.arrived()
         while self._marks and (
-            self._marks[0].ended_s + self._settle_s <= now_s
+            self._marks[0].messages <= self._arrived and self._marks[0].ended_s + self._settle_s <= now_s
             if acknowledged is None
             else self._marks[0].messages <= acknowledged
         ):
