@@ -14,7 +14,8 @@ Rules:
 - What is known to be delivered is in the cursor, which is never ahead of it. It names the last entry by its hash, too:
   a log with another one there is an older copy that was put back, however long it has become, and is not sent.
 - A destination that is down, slow or silent is tried again, ever more seldom, with jitter. Nobody waits for it: what it
-  has not got stays in the log. Whatever goes wrong here is told in `view`, and ends nothing.
+  has not got stays in the log. Whatever goes wrong here is told in `view`, and ends nothing. It is told until the
+  receiver has all there is, or more than it failed with: not until it merely answers again.
 - Bounded: so many entries are read and opened ahead, so many may be sent and not acknowledged.
 - A tenant's record whose key was shredded is sent without content. One that waits for the vault to be opened waits,
   and all that follow it; what is in plaintext before it goes.
@@ -169,6 +170,8 @@ class Shipper:
         self._messages = 0  # of the connection there is
         self._arrived = 0  # of those, when it was looked at last
         self._checkpoint: Published | None = None  # its entries are not all sent
+        self._began_at = 0  # where the connection there is began
+        self._furthest = 0  # before which entry one failed
         self._connected = False
         self._failures = 0
         self._waits_for = ""
@@ -230,6 +233,7 @@ class Shipper:
             self._cursor = cursor
         self._size_asked_s = float("-inf")
         self._position = self._delivered
+        self._began_at = self._position.next
         self._marks.clear()
         self._messages = self._arrived = 0
         self._checkpoint = None
@@ -328,9 +332,12 @@ class Shipper:
                 if self._checkpoint is not None and self._checkpoint.size <= self._position.next:
                     await self._send_checkpoint(connection, self._checkpoint)
                 await self._settle(connection)
-                rests = not whole or self._position.next >= self._size or self._has_too_many(connection)
+                has_all = not whole or self._position.next >= self._size
+                rests = has_all or self._has_too_many(connection)
                 if rests and await connection.ended_within(_POLL_S):
                     connection.check()
+                if has_all or self._goes_on(connection):
+                    self._error = None
         finally:
             self._connected = False
             await connection.close(in_good_order=self._position.next >= self._size)
@@ -345,7 +352,6 @@ class Shipper:
             opened = await self._opener.open(some)
             if opened:
                 await connection.send([self._made(each) for each in opened])
-                self._error = None
                 leaf = leaf_hash(some[len(opened) - 1].entry).hex()
                 self._sent(len(opened), self._position._replace(next=self._position.next + len(opened), leaf=leaf))
             if len(opened) < len(some):
@@ -353,6 +359,12 @@ class Shipper:
                 return False
             await self._pause(max(0.0, begun_s + len(opened) / _MOST_PER_S - self._monotonic()))
         return True
+
+    def _goes_on(self, connection: Connection) -> bool:
+        """Whether the receiver took more than it was ever sent before: less, it may have taken each time and failed."""
+        acknowledged = connection.acknowledged
+        taken = self._arrived if acknowledged is None else acknowledged
+        return self._began_at + taken > self._furthest
 
     def _has_too_many(self, connection: Connection) -> bool:
         acknowledged = connection.acknowledged
@@ -379,6 +391,7 @@ class Shipper:
         if self._error is None or self._error["cause"] != error.cause:
             _LOG.warning("%s: %s: %s", self.name, error.message, error.cause)
         self._error = error.record()
+        self._furthest = max(self._furthest, self._position.next)
         self._position = self._delivered
         self._failures = 1 if self._monotonic() >= begun_s + _LIVED_S else self._failures + 1
 

@@ -427,6 +427,32 @@ async def test_what_a_slow_receiver_has_not_taken_in_counts_for_nothing_however_
 
 
 @pytest.mark.anyio
+async def test_an_error_is_told_until_the_receiver_takes_more_than_it_failed_with(tmp_path: Path) -> None:
+    """One that stands still takes as much as the kernels hold, each time anew: it does not look well meanwhile."""
+    world = World(tmp_path)
+    takes = [256, 256, 10**9]
+    told: list[list[bool]] = []
+
+    class StandsStill(Sink):
+        async def connect(self) -> Sink:
+            self.only_arrived = 0
+            told.append([])
+            return await super().connect()
+
+        async def send(self, messages: Sequence[Message]) -> None:
+            told[-1].append(world.shipper.view().error is not None)
+            self.only_arrived = (self.only_arrived or 0) + len(messages)
+            if self.only_arrived > takes[self.connections - 1]:
+                raise ExportUnreachable("h takes no events", cause="it took nothing for 20 s", remedy="")
+
+    world.sink = StandsStill(8000)
+    world.shipper = world.new_shipper()
+    await world.ship()
+    assert told == [[False] * 5, [True] * 5, [True] * 8 + [False] * 3]
+    assert world.shipper.view().error is None
+
+
+@pytest.mark.anyio
 async def test_what_is_acknowledged_is_delivered_at_once_and_not_sent_again(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.sink.acknowledged = 0
