@@ -13,6 +13,7 @@ from fastapi.responses import StreamingResponse
 
 from api.admin import status, types
 from api.admin.asking import AskerOf, Endpoints, ServicesOf, chosen_tenant, unknown, with_first
+from api.admin.views import export_view
 from api.services import Services
 from appliance.audit import Outcome
 from appliance.audit.digests import Text, keyed_digest
@@ -140,7 +141,7 @@ async def _audit_witness_reply(
 async def _audit_exports(services: ServicesOf) -> types.AuditExports:
     exports = services.exports
     return types.AuditExports(
-        destinations=[_export_view(services, name) for name in exports.names], exporter_pid=exports.pid
+        destinations=[export_view(services, name) for name in exports.names], exporter_pid=exports.pid
     )
 
 
@@ -157,7 +158,7 @@ async def _add_audit_export(new: types.NewAuditExport, services: ServicesOf, ask
     except HoldfastError as error:
         await asker.did(EXPORT_ADDED, target, outcome=Outcome.FAILURE, reason=error.code, details=details)
         raise
-    return _export_view(services, new.name)
+    return export_view(services, new.name)
 
 
 async def _try_audit_export(destination: str, services: ServicesOf, asker: AskerOf) -> types.AuditExport:
@@ -168,11 +169,11 @@ async def _try_audit_export(destination: str, services: ServicesOf, asker: Asker
         await asker.did(EXPORT_TESTED, target, outcome=Outcome.FAILURE, reason=error.code)
         raise
     await asker.did(EXPORT_TESTED, target)
-    return _export_view(services, destination)
+    return export_view(services, destination)
 
 
 async def _remove_audit_export(destination: str, services: ServicesOf, asker: AskerOf) -> types.AuditExport:
-    last = _export_view(services, destination)
+    last = export_view(services, destination)
     target, details = ("destination", destination), {"url": last.url, "delivered": str(last.delivered)}
     # Before it is done: that nothing goes there any more is the last that goes there, if it is connected.
     await asker.did(EXPORT_REMOVED, target, details=details)
@@ -208,11 +209,6 @@ def _audit_view(found: Found) -> types.AuditEntry:
         salt=found.salt.hex() or None,
         why_not=found.why_not or None,
     )
-
-
-def _export_view(services: Services, name: str) -> types.AuditExport:
-    view = dataclasses.asdict(services.exports.view(name))
-    return types.AuditExport.model_validate({**view, "url": services.exports.destination(name).url})
 
 
 ENDPOINTS: Endpoints = {

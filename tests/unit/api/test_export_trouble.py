@@ -20,7 +20,13 @@ DOWN = View("down", "tls://b", "cef", False, 2, 2, True, 7, 90.5, "", GONE)
 
 def services(*views: View, unreadable: ErrorRecord | None = None) -> Any:
     return SimpleNamespace(
-        exports=SimpleNamespace(views=lambda: list(views), unreadable=unreadable),
+        exports=SimpleNamespace(
+            views=lambda: list(views),
+            unreadable=unreadable,
+            names=[view.name for view in views],
+            view={view.name: view for view in views}.__getitem__,
+            destination=lambda _: SimpleNamespace(url="syslog+tls://siem"),
+        ),
         audit=SimpleNamespace(error=None),
         metrics=Metrics(),
         lifecycle=SimpleNamespace(turns=()),
@@ -58,9 +64,13 @@ def test_readyz_stays_ready_and_tells_administrators_which_destination_fails() -
 
 
 async def test_status_tells_how_far_behind_a_destination_is_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def audit_status(_: object) -> Any:
+    async def audit_status(its: Any) -> Any:
+        exports = its.exports
         return SimpleNamespace(
-            checkpoint_age_s=None, size=9, checkpoint_size=0, restored=None, error=None, alarm=None
+            checkpoint_age_s=None, size=9, checkpoint_size=0, restored=None, error=None, alarm=None, whole=None,
+            checked_size=0, checked_age_s=None, witnessed_age_s=None,
+            exports=[status.export_view(its, name) for name in exports.names],
+            exports_error=status._told(exports.unreadable),
         )  # fmt: skip
 
     monkeypatch.setattr(status, "audit_status", audit_status)
