@@ -402,17 +402,23 @@ def _observe(services: Services) -> None:
     metrics.observe_each(
         "holdfast_audit_export_lag_entries",
         "Entries of the audit log that a destination was not sent yet.",
-        lambda: [(view.name, view.lag_entries) for view in exports.views()],
+        lambda: [((view.name,), view.lag_entries) for view in exports.views()],
     )
     metrics.observe_each(
         "holdfast_audit_export_lag_seconds",
         "How old the oldest entry is that a destination was not sent yet.",
-        lambda: [(view.name, view.lag_s) for view in exports.views()],
+        lambda: [((view.name,), view.lag_s) for view in exports.views()],
     )
     metrics.observe_each(
         "holdfast_audit_export_failing",
         "1 while something is in a destination's way: it takes nothing, or the exporter or this node cannot send.",
-        lambda: [(view.name, float(view.error is not None)) for view in exports.views()],
+        lambda: [((view.name,), float(view.error is not None)) for view in exports.views()],
+    )
+    metrics.observe_each(
+        "holdfast_audit_export_error",
+        "1 while something is in a destination's way, by the code of the error that says what.",
+        lambda: [((view.name, view.error["code"]), 1.0) for view in exports.views() if view.error is not None],
+        labels=("destination", "code"),
     )
     process = services.engine_process
     if process is not None:

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ def status(console: Console) -> None:
     rows = [
         ("whole", _whole_words(state)),
         ("last checkpoint", _checkpoint_words(state)),
-        *zip(("SIEM", *[""] * len(state.exports)), _siem_words(state), strict=False),
+        *zip_longest(("SIEM",), _siem_words(state), fillvalue=""),
         ("witnessed", _witnessed_words(state)),
         ("entries", f"{state.size}"),
         ("retention", _retention_words(state)),
@@ -80,7 +81,8 @@ def status(console: Console) -> None:
         *([] if state.restored is None else [("restored", state.restored)]),
         ("error", "none" if state.error is None else f"{state.error.message}: {state.error.cause}"),
     ]
-    console.result(state, "\n".join(f"{name:<17}{printable(told)}" for name, told in rows))
+    text = "\n".join(f"{name:<17}{printable(told)}" for name, told in rows)
+    console.result(state, console.typable(text))
 
 
 @audit.command()
@@ -596,12 +598,14 @@ def _whole_words(state: "types.AuditStatus") -> str:
 def _siem_words(state: "types.AuditStatus") -> list[str]:
     """A line for each destination: how far behind it is, and what is in its way."""
     if state.exports_error is not None:
-        return [f"nothing is exported: {state.exports_error.cause}"]
+        return [f"nothing is exported: {state.exports_error.cause}", f"  Next: {state.exports_error.remedy}"]
     lines = []
     for each in state.exports:
         behind = f"{each.lag_entries} entries, {in_words(each.lag_s)} behind" if each.lag_entries else "has everything"
-        in_the_way = each.waits_for if each.error is None else each.error.cause
-        lines.append(f"{each.name}: {behind}" + (f"; {in_the_way}" if in_the_way else ""))
+        lines.append(f"{each.name}: {behind}" + (f"; {each.waits_for}" if each.waits_for else ""))
+        if each.error is not None:
+            lines[-1] += f"; FAILS: {each.error.message}: {each.error.cause}"
+            lines.append(f"  Next: {each.error.remedy}")
     return lines or ["none; `holdfast audit export add` sends the log to one"]
 
 

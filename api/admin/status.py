@@ -168,17 +168,39 @@ def _told(error: ErrorRecord | None) -> types.AuditError | None:
 async def _audit(services: Services) -> types.Part:
     error = services.audit.error
     if error is not None:
-        return types.Part(name="audit", state="failed", detail=f"nothing is admitted: {error['cause']}")
+        told = types.Trouble(what=f"nothing is admitted: {error['cause']}", remedy=error["remedy"])
+        return types.Part(name="audit", state="failed", detail=told.what, troubles=[told])
     try:
         said = await audit_status(services)
     except HoldfastError as failure:
-        return types.Part(name="audit", state="failed", detail=str(failure))
+        told = types.Trouble(what=f"{failure.message}: {failure.cause}", remedy=failure.remedy)
+        return types.Part(name="audit", state="failed", detail=str(failure), troubles=[told])
+    troubles = _audit_troubles(said)
     detail = _audit_detail(said)
     if said.error is not None:
-        return types.Part(name="audit", state="degraded", detail=f"no checkpoint can be made: {said.error.cause}")
+        detail = f"no checkpoint can be made: {said.error.cause}"
+    elif said.alarm is not None:
+        detail = f"{said.alarm}; {detail}"
+    # Never worse than degraded: whatever is in the way of a check or of a destination, the log goes on.
+    return types.Part(name="audit", state="degraded" if troubles else "ready", detail=detail, troubles=troubles)
+
+
+def _audit_troubles(said: types.AuditStatus) -> list[types.Trouble]:
+    """What is wrong with a log that can be written: with its signing, with what is there, with each destination."""
+    told = []
+    if said.error is not None:
+        told.append(types.Trouble(what=f"no checkpoint can be made: {said.error.cause}", remedy=said.error.remedy))
     if said.alarm is not None:
-        return types.Part(name="audit", state="degraded", detail=f"{said.alarm}; {detail}")
-    return types.Part(name="audit", state="ready" if said.exports_error is None else "degraded", detail=detail)
+        remedy = "`holdfast audit verify` names the first entry that is wrong; docs/audit.md says what each alarm means"
+        told.append(types.Trouble(what=said.alarm, remedy=remedy))
+    if said.exports_error is not None:
+        what = f"nothing is exported: {said.exports_error.cause}"
+        told.append(types.Trouble(what=what, remedy=said.exports_error.remedy))
+    for export in said.exports:
+        if (error := export.error) is not None:
+            what = f"the export to {export.name} fails: {error.message}: {error.cause}"
+            told.append(types.Trouble(what=what, remedy=error.remedy))
+    return told
 
 
 def _audit_detail(said: types.AuditStatus) -> str:

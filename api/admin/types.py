@@ -44,12 +44,20 @@ class ErrorBody(Wire):
 PartState = Literal["ready", "starting", "sealed", "degraded", "failed", "stopped", "unknown"]
 
 
+class Trouble(Wire):
+    """Something that is wrong with a part, and what to do about it. It says nothing that changes while it lasts."""
+
+    what: str
+    remedy: str
+
+
 class Part(Wire):
-    """One part of the appliance: what it is in, and why."""
+    """One part of the appliance: what it is in, and why; `troubles`: of the audit log, each thing that is wrong."""
 
     name: Literal["vault", "audit", "store", "engine"]
     state: PartState
     detail: str
+    troubles: list[Trouble] = []
 
 
 class Leases(Wire):

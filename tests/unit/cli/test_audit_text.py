@@ -64,11 +64,12 @@ def test_the_first_screenful_says_whether_the_log_is_whole_its_checkpoint_and_ho
     shown = text(
         monkeypatch, exports=[WELL, DOWN], witnessed_size=1200, witnessed_by="witness.example", witnessed_age_s=86_400.0
     )
-    assert shown.splitlines()[:5] == [
+    assert shown.splitlines()[:6] == [
         "whole            yes, checked 2 h ago: 1400 entries; 120 came since",
         "last checkpoint  42 s ago, of 1500 entries",
         "SIEM             archive: has everything",
-        "                 soc: 7 entries, 1 min 30 s behind; refused",
+        "                 soc: 7 entries, 1 min 30 s behind; FAILS: it takes no events: refused",
+        "                   Next: See",
         "witnessed        1 d ago by witness.example, of 1200 entries",
     ]
 
