@@ -5,12 +5,15 @@ Rule: reading the log is an event in it before anything is shown.
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from fastapi import Query
 from fastapi.responses import StreamingResponse
 
+from api import trail
 from api.admin import status, types
 from api.admin.asking import AskerOf, Endpoints, ServicesOf, chosen_tenant, unknown, with_first
 from api.admin.views import export_view
@@ -83,8 +86,14 @@ async def _audit_entries(
         limit=limit,
     )
     given = {name: str(value) for name, value in dataclasses.asdict(query).items() if value is not None}
-    await asker.did(AUDIT_READ, ("audit", ""), details=given)
-    found = await asyncio.to_thread(lambda: search(LogReader(services.audit.directory), services.vault, query))
+    read = partial(asker.did, AUDIT_READ, ("audit", ""), details=given)
+    await services.audit.size()  # what cannot be asked now could not be recorded
+    try:
+        found = await asyncio.to_thread(lambda: search(LogReader(services.audit.directory), services.vault, query))
+    except HoldfastError as error:
+        await read(outcome=trail.outcome_of(error), reason=error.code)
+        raise
+    await read(counts=_counts(found.found))
     return types.AuditPage(
         entries=[_audit_view(each) for each in found.found],
         go_on_before=found.go_on_before,
@@ -93,13 +102,25 @@ async def _audit_entries(
 
 
 async def _audit_entry(sequence: int, services: ServicesOf, asker: AskerOf) -> types.AuditEntry:
-    await asker.did(AUDIT_READ, ("entry", str(sequence)))
-    return await asyncio.to_thread(_look_up, services, sequence)
+    read = partial(asker.did, AUDIT_READ, ("entry", str(sequence)))
+    await services.audit.size()
+    try:
+        found = await asyncio.to_thread(_look_up, services, sequence)
+    except HoldfastError as error:
+        await read(outcome=trail.outcome_of(error), reason=error.code)
+        raise
+    await read(counts=_counts([found]))
+    return _audit_view(found)
 
 
-def _look_up(services: Services, sequence: int) -> types.AuditEntry:
+def _look_up(services: Services, sequence: int) -> Found:
     log = LogReader(services.audit.directory)
-    return _audit_view(look_at(log.entry(sequence), log.frame(sequence).sealed, services.vault))
+    return look_at(log.entry(sequence), log.frame(sequence).sealed, services.vault)
+
+
+def _counts(shown: Sequence[Found]) -> dict[str, int]:
+    """How many entries are shown, and of how many of them what they say."""
+    return {"entries": len(shown), "records": sum(each.record is not None for each in shown)}
 
 
 async def _audit_digest(asked: types.AuditDigestAsked, services: ServicesOf, asker: AskerOf) -> types.AuditDigest:

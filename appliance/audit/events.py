@@ -187,8 +187,8 @@ TURN_INTERRUPTED: Final = EventClass(
 REQUEST_REFUSED: Final = EventClass(
     43,
     "request.refused",
-    "A request of a known caller was refused, or failed of a defect; of those that a limit refused (rate, concurrency, "
-    "quota), `count` since the last such event.",
+    "A request of a known caller, with the key `key_id`, was refused, or failed of a defect; of those that a limit "
+    "refused (rate, concurrency, quota), `count` since the last such event.",
     Scope.TENANT,
     (6003, 99),
 )
@@ -253,7 +253,13 @@ ADMIN_REFUSED: Final = EventClass(
     Scope.SYSTEM,
     (6003, 99),
 )
-AUDIT_READ: Final = EventClass(95, "audit.read", "Somebody read the audit log.", Scope.SYSTEM, (6003, 2))
+AUDIT_READ: Final = EventClass(
+    95,
+    "audit.read",
+    "Somebody read the audit log: how many `entries` were shown, and how many of their `records` could be opened.",
+    Scope.SYSTEM,
+    (6003, 2),
+)
 AUDIT_WITNESSED: Final = EventClass(
     96, "audit.witnessed", "A witness co-signed a checkpoint.", Scope.SYSTEM, (6003, 99)
 )
