@@ -208,10 +208,18 @@ class Tenant(Wire):
     created_at: float
 
 
+class DamagedTenant(Wire):
+    """A tenant whose row does not open, so that not even its name is known: `why` not."""
+
+    tenant_id: str
+    why: str
+
+
 class Tenants(Wire):
-    """Every tenant that the caller may know of."""
+    """Every tenant that the caller may know of; of the `damaged` ones nothing else can be told."""
 
     tenants: list[Tenant]
+    damaged: list[DamagedTenant] = []
 
 
 class ShreddedTenant(Wire):

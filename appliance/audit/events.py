@@ -208,7 +208,8 @@ TENANT_SHREDDED: Final = EventClass(
     53,
     "tenant.shredded",
     "A tenant was shredded: all of its keys, its sessions and its API keys are gone. Its earlier records stay in the "
-    "log and can be read by nobody. Not `erased`: its wrapped keys are in the database's files until that can be done.",
+    "log and can be read by nobody. Not `erased`: its wrapped keys are in the database's files until that can be done. "
+    "`row`: its own row was damaged, and how; it was named by its id alone.",
     Scope.SYSTEM,
     (3004, 4),
 )
