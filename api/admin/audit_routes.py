@@ -215,7 +215,8 @@ async def _audit_excerpt(
     lines = excerpt(services.audit.directory, FORMATS["ocsf"], services.vault, first=first, end=end)
     # As with a backup: what fails at once is an error, and not half a file.
     begin = await anext(lines)
-    return StreamingResponse(with_first(begin, lines), media_type="application/x-ndjson")
+    cut_off = partial(asker.was_cut_off, AUDIT_EXPORTED, ("audit", ""))
+    return StreamingResponse(with_first(begin, lines, cut_off=cut_off), media_type="application/x-ndjson")
 
 
 def _audit_view(found: Found) -> types.AuditEntry:

@@ -660,7 +660,8 @@ async def _backup(services: ServicesOf, asker: AskerOf) -> StreamingResponse:
     pieces = stream_backup(services.store, services.settings, now=services.now, admitted=admitted)
     # The first piece is made before the answer begins, so that what fails is an error and not half a file.
     first = await anext(pieces)
-    return StreamingResponse(with_first(first, pieces), media_type="application/x-tar")
+    cut_off = functools.partial(asker.was_cut_off, BACKUP_MADE, ("database", ""))
+    return StreamingResponse(with_first(first, pieces, cut_off=cut_off), media_type="application/x-tar")
 
 
 _ENDPOINTS: Endpoints = {

@@ -163,7 +163,8 @@ NOT_AUTHENTICATED: Final = EventClass(
 MALFORMED: Final = EventClass(
     32,
     "request.malformed",
-    "Requests were refused before anybody was asked for; `count` of them since the last such event.",
+    "Requests were refused before anybody was asked for, headers came too late, or TLS handshakes failed; `count` of "
+    "them since the last such event.",
     Scope.SYSTEM,
     (6003, 99),
 )
@@ -230,7 +231,11 @@ SESSION_SHREDDED: Final = EventClass(
     72, "session.shredded", "A session's key was destroyed: how many `turns` it had.", Scope.SYSTEM, (6003, 4)
 )
 BACKUP_MADE: Final = EventClass(
-    80, "backup.made", "A copy of the database was written: the backup's `bytes`.", Scope.SYSTEM, (6003, 2)
+    80,
+    "backup.made",
+    "A copy of the database is given out: the backup's `bytes`. Failure: it was cut off after so many `bytes`.",
+    Scope.SYSTEM,
+    (6003, 2),
 )
 BACKUP_RESTORED: Final = EventClass(
     81,
@@ -276,7 +281,7 @@ EXPORT_TESTED: Final = EventClass(
 AUDIT_EXPORTED: Final = EventClass(
     113,
     "audit.exported",
-    "Somebody took a part of the audit log out of it: how many `entries`.",
+    "Somebody took a part of the audit log out of it: how many `entries`. Failure: it was cut off after `bytes`.",
     Scope.SYSTEM,
     (6003, 2),
 )

@@ -6,6 +6,7 @@ import os
 import queue
 import resource
 import signal
+import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,6 +197,22 @@ def test_a_backup_is_recorded_with_its_size(own: Served) -> None:
     with own.admin.backup() as pieces:
         size = sum(map(len, pieces))
     assert _record(_entries(own, action="backup.made")[-1])["counts"] == {"bytes": size}
+
+
+def test_a_backup_that_is_cut_off_is_recorded_as_failed_and_a_whole_export_once(own: Served) -> None:
+    with contextlib.closing(sqlite3.connect(own.state_dir / "holdfast.db", isolation_level=None)) as db:
+        db.execute("CREATE TABLE more AS SELECT randomblob(8 << 20)")  # than waits between a connection's two ends
+    with own.admin.backup() as pieces:
+        next(iter(pieces))
+    with own.admin.audit_excerpt(first=0, end=None) as pieces:
+        whole = sum(map(len, pieces))
+    until(lambda: len(_entries(own, action="backup.made")) == 2)
+    began, failed = map(_record, _entries(own, action="backup.made"))
+    assert (began["outcome"], failed["outcome"], failed["reason"]) == ("success", "failure", "asker_gone")
+    assert failed["counts"]["bytes"] < began["counts"]["bytes"]
+    assert failed["request_id"] == began["request_id"]
+    assert whole
+    assert [_record(entry)["outcome"] for entry in _entries(own, action="audit.exported")] == ["success"]
 
 
 def test_a_refusal_of_a_known_caller_is_recorded_with_its_reason(served: Served) -> None:
