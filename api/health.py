@@ -67,12 +67,25 @@ class Health:
     def _audit_part(self) -> dict[str, object]:
         """A SIEM that is down is told and counts for nothing: it delays its export only."""
         part = _part(self._services.audit.error is None, self._audit())
+        if not self._in_full:
+            return part
         exports = self._services.exports
-        errors = [(view.name, view.error) for view in exports.views() if view.error is not None]
-        if errors and self._in_full:
-            part["degraded"] = "; ".join(f"{name}: {error['message']}: {error['cause']}" for name, error in errors)
-        if exports.unreadable is not None and self._in_full:
-            part["degraded"] = f"nothing is exported: {exports.unreadable['cause']}"
+        views = exports.views()
+        errors = {view.name: view.error for view in views if view.error is not None}
+        if errors:
+            told = (f"{name}: {each['message']}: {each['cause']}. {each['remedy']}" for name, each in errors.items())
+            part["degraded"] = "; ".join(told)
+        if (unreadable := exports.unreadable) is not None:
+            part["degraded"] = f"nothing is exported: {unreadable['cause']}. {unreadable['remedy']}"
+        if views:
+            part["exports"] = {
+                view.name: {
+                    "lag_entries": view.lag_entries,
+                    "lag_s": view.lag_s,
+                    "error": None if view.error is None else view.error["code"],
+                }
+                for view in views
+            }
         return part
 
     def _engine_part(self) -> dict[str, object]:

@@ -8,7 +8,8 @@ Rules:
   to send is told that the client is gone.
 - What comes around a body (chunk extensions, trailer fields) has the size of the headers. Trailers are not kept.
 - What is not HTTP, or too much of it, is answered in the same shape as every other error, with an `X-Request-ID`, and
-  the connection is closed. Where an answer has begun already it is closed only. Both are told to `tell_refused`.
+  the connection is closed. Where an answer has begun already, or headers come too late, it is closed only. All are told
+  to `tell_refused`.
 - An answer that is over before its request was read ends the connection: nobody would bound the rest.
 """
 
@@ -21,7 +22,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from api.openai.errors import HeadersTooLarge, NotHttp, error_object, status_of
+from api.openai.errors import HeadersLate, HeadersTooLarge, NotHttp, error_object, status_of
 from appliance.errors import HoldfastError
 
 TellRefused = Callable[[str, HoldfastError], None]
@@ -172,7 +173,19 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _headers_late(self) -> None:
         if not self.transport.is_closing():
+            self.tell_refused(
+                self._source,
+                HeadersLate(
+                    "the request's headers did not come in time",
+                    cause=f"they were not complete {_HEADER_DEADLINE_S:g} s after the connection was ready for them",
+                    remedy="Send them at once, and close a connection that is not needed",
+                ),
+            )
             self.transport.close()
+
+    @property
+    def _source(self) -> str:
+        return "" if self.client is None else self.client[0]
 
     def _refuse_headers(self) -> None:
         self._refuse(
@@ -190,7 +203,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         if self.transport.is_closing():
             return
-        self.tell_refused("" if self.client is None else self.client[0], error)
+        self.tell_refused(self._source, error)
         if not self._may_answer():
             self.transport.close()
             return

@@ -9,7 +9,7 @@ Rules:
 - Units are in the names (https://prometheus.io/docs/practices/naming/).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -162,9 +162,16 @@ class Metrics:
         """Publish a gauge whose value is asked for when it is read."""
         Gauge(name, help_text, registry=self._registry).set_function(value)
 
-    def observe_each(self, name: str, help_text: str, values: Callable[[], Iterable[tuple[str, float]]]) -> None:
-        """As `observe`, for each destination of the audit log that there is then."""
-        self._registry.register(_EachDestination(name, help_text, values))
+    def observe_each(
+        self,
+        name: str,
+        help_text: str,
+        values: Callable[[], Iterable[tuple[Sequence[str], float]]],
+        *,
+        labels: Sequence[str] = ("destination",),
+    ) -> None:
+        """As `observe`, for each destination of the audit log that there is then, each value with those of `labels`."""
+        self._registry.register(_EachDestination(name, help_text, values, labels))
 
     def collect_from(self, collector: Collector) -> None:
         """Publish what `collector` says whenever it is read."""
@@ -197,16 +204,23 @@ class _OfTenant:
 class _EachDestination(Collector):
     """A gauge of destinations, which come and go."""
 
-    def __init__(self, name: str, help_text: str, values: Callable[[], Iterable[tuple[str, float]]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        help_text: str,
+        values: Callable[[], Iterable[tuple[Sequence[str], float]]],
+        labels: Sequence[str],
+    ) -> None:
         self._name = name
         self._help_text = help_text
         self._values = values
+        self._labels = labels
 
     def describe(self) -> Iterable[Metric]:
-        return [GaugeMetricFamily(self._name, self._help_text, labels=("destination",))]
+        return [GaugeMetricFamily(self._name, self._help_text, labels=self._labels)]
 
     def collect(self) -> Iterable[Metric]:
-        family = GaugeMetricFamily(self._name, self._help_text, labels=("destination",))
-        for destination, value in self._values():
-            family.add_metric((destination,), value)
+        family = GaugeMetricFamily(self._name, self._help_text, labels=self._labels)
+        for labels, value in self._values():
+            family.add_metric(labels, value)
         return [family]

@@ -24,7 +24,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import uvicorn
 import uvloop
@@ -40,10 +40,11 @@ from api.configuration import tell_configuration
 from api.engine_leases import keep_releasing
 from api.engine_watch import EngineWatch
 from api.founding import tell_founding
+from api.handshakes import TlsListener
 from api.health import Health
 from api.kv_metrics import KvCollector
 from api.kv_watch import KvWatch, quarantined
-from api.listener import bounded_by
+from api.listener import TellRefused, bounded_by
 from api.marking import keep_marks
 from api.metrics import Metrics
 from api.openai.errors import Draining
@@ -147,6 +148,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
             bounded_by(gateway.max_header_bytes, gateway.unread_timeout_s, refused),
             certificate=gateway.tls_certificate,
             private_key=gateway.tls_private_key,
+            tell_refused=refused,
         ),
         _Server(
             _with_liveness(services),
@@ -402,17 +404,23 @@ def _observe(services: Services) -> None:
     metrics.observe_each(
         "holdfast_audit_export_lag_entries",
         "Entries of the audit log that a destination was not sent yet.",
-        lambda: [(view.name, view.lag_entries) for view in exports.views()],
+        lambda: [((view.name,), view.lag_entries) for view in exports.views()],
     )
     metrics.observe_each(
         "holdfast_audit_export_lag_seconds",
         "How old the oldest entry is that a destination was not sent yet.",
-        lambda: [(view.name, view.lag_s) for view in exports.views()],
+        lambda: [((view.name,), view.lag_s) for view in exports.views()],
     )
     metrics.observe_each(
         "holdfast_audit_export_failing",
         "1 while something is in a destination's way: it takes nothing, or the exporter or this node cannot send.",
-        lambda: [(view.name, float(view.error is not None)) for view in exports.views()],
+        lambda: [((view.name,), float(view.error is not None)) for view in exports.views()],
+    )
+    metrics.observe_each(
+        "holdfast_audit_export_error",
+        "1 while something is in a destination's way, by the code of the error that says what.",
+        lambda: [((view.name, view.error["code"]), 1.0) for view in exports.views() if view.error is not None],
+        labels=("destination", "code"),
     )
     process = services.engine_process
     if process is not None:
@@ -451,6 +459,7 @@ class _Server(uvicorn.Server):
         *,
         certificate: Path | None = None,
         private_key: Path | None = None,
+        tell_refused: TellRefused | None = None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -469,11 +478,21 @@ class _Server(uvicorn.Server):
                 ssl_keyfile=private_key,
             )
         )
+        self._tell_refused = tell_refused
         self.listening = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""
-        await super().startup(sockets)
+        config, tell_refused = self.config, self._tell_refused
+        if config.ssl is None or tell_refused is None or sockets is None:
+            await super().startup(sockets)
+        else:
+            create = partial(config.http_protocol_class, config, self.server_state, self.lifespan.state)
+            listeners = [
+                TlsListener(each, config.ssl, create, tell_refused, backlog=config.backlog) for each in sockets
+            ]
+            self.servers = cast("list[asyncio.base_events.Server]", listeners)
+            self.started = True
         self.listening.set()
 
     @contextlib.contextmanager

@@ -265,7 +265,8 @@ NOT_AUTHENTICATED: Final = EventClass(
 MALFORMED: Final = EventClass(
     32,
     "request.malformed",
-    "Requests were refused before anybody was asked for; `count` of them since the last such event.",
+    "Requests were refused before anybody was asked for, headers came too late, or TLS handshakes failed; `count` of "
+    "them since the last such event.",
     Scope.SYSTEM,
     (6003, 99),
     counts=_COUNT,
@@ -303,11 +304,12 @@ TURN_INTERRUPTED: Final = EventClass(
 REQUEST_REFUSED: Final = EventClass(
     43,
     "request.refused",
-    "A request of a known caller was refused, or failed of a defect; of those that a limit refused (rate, concurrency, "
-    "quota), `count` since the last such event.",
+    "A request of a known caller, with the key `key_id`, was refused, or failed of a defect; of those that a limit "
+    "refused (rate, concurrency, quota), `count` since the last such event.",
     Scope.TENANT,
     (6003, 99),
     counts=_COUNT,
+    details={"key_id": "the API key that was brought"},
 )
 MODELS_READ: Final = EventClass(44, "models.read", "A caller asked which models there are.", Scope.TENANT, (6003, 2))
 SESSION_ENDED: Final = EventClass(46, "session.ended", "A client said that a session is over.", Scope.TENANT, (6003, 4))
@@ -337,11 +339,12 @@ TENANT_SHREDDED: Final = EventClass(
     53,
     "tenant.shredded",
     "A tenant was shredded: all of its keys, its sessions and its API keys are gone. Its earlier records stay in the "
-    "log and can be read by nobody. Not `erased`: its wrapped keys are in the database's files until that can be done.",
+    "log and can be read by nobody. Not `erased`: its wrapped keys are in the database's files until that can be done. "
+    "`row`: its own row was damaged, and how; it was named by its id alone.",
     Scope.SYSTEM,
     (3004, 4),
     counts={"sessions": "how many it had", "turns": "how many they had"},
-    details=_ERASED,
+    details={"row": "its own row was damaged, and how"} | _ERASED,
 )
 KEY_CREATED: Final = EventClass(
     60,
@@ -414,10 +417,10 @@ SESSION_SHREDDED: Final = EventClass(
 BACKUP_MADE: Final = EventClass(
     80,
     "backup.made",
-    "A copy of the database was written: the backup's `bytes`.",
+    "A copy of the database is given out: the backup's `bytes`. Failure: it was cut off after so many `bytes`.",
     Scope.SYSTEM,
     (6003, 2),
-    counts={"bytes": "the backup's size"},
+    counts={"bytes": "the backup's size, or how much of it was given out"},
     details=_BROUGHT,
 )
 BACKUP_RESTORED: Final = EventClass(
@@ -461,9 +464,10 @@ ADMIN_REFUSED: Final = EventClass(
 AUDIT_READ: Final = EventClass(
     95,
     "audit.read",
-    "Somebody read the audit log.",
+    "Somebody read the audit log: how many `entries` were shown, and how many of their `records` could be opened.",
     Scope.SYSTEM,
     (6003, 2),
+    counts={"entries": "how many were shown", "records": "how many of them could be opened"},
     details={
         "since_ns": "entries from this wall clock on, nanoseconds since the epoch",
         "until_ns": "entries before it",
@@ -513,10 +517,10 @@ EXPORT_TESTED: Final = EventClass(
 AUDIT_EXPORTED: Final = EventClass(
     113,
     "audit.exported",
-    "Somebody took a part of the audit log out of it: how many `entries`.",
+    "Somebody took a part of the audit log out of it: how many `entries`. Failure: it was cut off after `bytes`.",
     Scope.SYSTEM,
     (6003, 2),
-    counts={"entries": "how many"},
+    counts={"entries": "how many", "bytes": "how much was given out before it was cut off"},
     details={"first": "the first entry", "end": "the first that is not in it any more"} | _BROUGHT,
 )
 

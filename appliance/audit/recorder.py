@@ -77,7 +77,7 @@ class _Alike(NamedTuple):
             actor_id=event.actor.id,
             source=event.source,
             reason=event.reason,
-            key_id=identifier if kind == "key" else "",
+            key_id=identifier if kind == "key" else event.details.get("key_id", ""),
         )
 
 

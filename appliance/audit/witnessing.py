@@ -12,7 +12,7 @@ import contextlib
 import os
 import threading
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from appliance.audit.files import read_file, sync_directory, write_at
 from appliance.audit.log import WITNESSED
@@ -20,6 +20,7 @@ from appliance.audit.notes import (
     Checkpoint,
     NoteInvalid,
     VerifierKey,
+    claimed_cosigners,
     cosignatures,
     decode_note,
     open_checkpoint,
@@ -84,16 +85,29 @@ def last_seen(directory: Path, witness: VerifierKey) -> int:
     return max(sizes)
 
 
-def largest_witnessed(directory: Path) -> int:
-    """The largest size that anybody co-signed, by the lines in the folder alone; 0: none."""
+class Witnessed(NamedTuple):
+    """A co-signature, as the folder has it.
+
+    Attributes:
+        size: how many entries were seen.
+        time_s: when, by the witness's clock; seconds since the epoch.
+        witness: who says so.
+    """
+
+    size: int
+    time_s: int
+    witness: str
+
+
+def largest_witnessed(directory: Path) -> Witnessed | None:
+    """The largest size that anybody co-signed, by the lines in the folder alone, and who did last; None: nobody did."""
     folder = directory / WITNESSED
-    sizes = [0]
+    found: list[Witnessed] = []
     for path in folder.iterdir() if folder.is_dir() else ():
         with contextlib.suppress(NoteInvalid, ValueError, OSError):
-            _, _, signatures = decode_note(read_file(path)).partition("\n\n")
-            if signatures.count("\n") > 1:
-                sizes.append(int(path.name))
-    return max(sizes)
+            signers = claimed_cosigners(decode_note(read_file(path)))
+            found += [Witnessed(int(path.name), time_s, name) for name, time_s in signers]
+    return max(found, default=None)
 
 
 def cosigned_note(directory: Path, sequence: int, witness: VerifierKey) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from api.admin.client import AdminClient
 from benchmarks.running import make_appliance, running_gateway, running_stub
@@ -199,6 +202,33 @@ def _cause(served: Served, name: str) -> str:
 
 def _resident_bytes(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_destination_that_fails_degrades_the_audit_part_which_names_it_and_stays_ready(
+    served: Served, tmp_path: Path
+) -> None:
+    folder, key = tmp_path / "batches", tmp_path / "key.pem"
+    folder.mkdir()
+    private = Ed25519PrivateKey.generate()
+    key.touch(mode=0o600)
+    key.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    words = ("add", "diode", f"file://{folder}", "--private-key", str(key))
+    assert _holdfast(served.state_dir, "audit", "export", *words)[0] == 0
+    folder.rename(tmp_path / "carried-away")
+    folder.write_text("no folder")
+    until(lambda: served.admin.audit_exports().destinations[0].error is not None)
+    status, seen = _holdfast(served.state_dir, "status")
+    audit = next(part for part in seen["parts"] if part["name"] == "audit")
+    assert (status, seen["ready"], audit["state"]) == (0, True, "degraded")
+    (trouble,) = audit["troubles"]
+    assert trouble["what"].startswith("the export to diode fails: ")
+    assert trouble["remedy"]
+    shown = subprocess.run([HOLDFAST, "--state-dir", served.state_dir, "status"], capture_output=True, text=True)
+    assert re.search(r"^audit: the export to diode fails: .+\n  Next: .+$", shown.stdout, re.MULTILINE), shown.stdout
+    assert 'holdfast_audit_export_error{code="audit_export_' in _metrics(served.state_dir)
+    assert served.ask("while it fails").status == 200
+    assert _holdfast(served.state_dir, "audit", "export", "remove", "diode")[0] == 0
+    assert next(part for part in served.admin.status().parts if part.name == "audit").state == "ready"
 
 
 def test_a_part_of_the_log_is_written_to_a_file_that_proves_itself(served: Served, tmp_path: Path) -> None:

@@ -486,6 +486,16 @@ async def test_keys_of_one_principal_are_told_apart_and_strangers_take_no_known_
         assert len(it.entries()) == 65 + 2
 
 
+async def test_what_a_limit_refused_is_told_by_the_key_that_ran_into_it(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        for number, times in ((1, 3), (2, 4)):
+            for _ in range(times):
+                it.recorder.count(replace(_refused(1), details={"key_id": f"ak_{number}"}))
+        await it.recorder.tell_counted()
+        told = [(each["details"]["key_id"], each["counts"]["count"]) for each in _records(it)]
+        assert told == [("ak_1", 3), ("ak_2", 4)]
+
+
 async def test_known_callers_that_are_too_many_to_tell_apart_are_told_by_their_tenants(tmp_path: Path) -> None:
     async with recording(tmp_path) as it:
         for number in range(64):
