@@ -67,7 +67,7 @@ class Asker:
         Raises:
             AuditUnavailable: it is not in the log.
         """
-        event = self._event(kind, target, outcome, reason, tenant_id, counts, details)
+        event = self._doing(kind, target, outcome, reason, tenant_id, counts, details)
         await self.audit.record(event, privileged=True)
         self.failure_told |= outcome is not Outcome.SUCCESS
 
@@ -78,10 +78,10 @@ class Asker:
         """
         gone = isinstance(error, asyncio.CancelledError | GeneratorExit)
         reason = AskerGone.code if gone else getattr(error, "code", HoldfastError.code)
-        event = self._event(kind, target, Outcome.FAILURE, str(reason), None, {"bytes": sent_bytes}, None)
+        event = self._doing(kind, target, Outcome.FAILURE, str(reason), None, {"bytes": sent_bytes}, None)
         self.audit.begin(event, privileged=True).add_done_callback(_logged)
 
-    def _event(
+    def _doing(
         self,
         kind: EventClass,
         target: tuple[str, str],

@@ -31,6 +31,8 @@ PLACES: Final = ("counts", "details")
 MAKERS: Final = {
     "Event": ["kind"],
     "did": ["kind"],
+    "was_cut_off": ["kind", "target", "sent_bytes", "error"],
+    "_doing": ["kind", "target", "outcome", "reason", "tenant_id", "counts", "details"],
     "_for_proof": ["kind"],
     "_of_caller": ["request", "kind"],
     "ended": ["request"],
@@ -122,7 +124,17 @@ def _called(node: ast.expr) -> str:
 
 def _makings(scope: Scope) -> Iterator[ast.Call]:
     calls = (_whole(node, scope) for node in _nodes(scope.functions[0]) if isinstance(node, ast.Call))
-    return (call for call in calls if _called(call) in MAKERS)
+    return (call for call in map(_made_by_partial, calls) if _called(call) in MAKERS)
+
+
+def _made_by_partial(call: ast.Call) -> ast.Call:
+    """What `partial` makes is a call too: somebody else may be given it."""
+    match call:
+        case ast.Call(
+            func=ast.Name(id="partial") | ast.Attribute(attr="partial"), args=[maker, *first], keywords=given
+        ):
+            return ast.copy_location(ast.Call(maker, first, given), call)
+    return call
 
 
 def _whole(call: ast.Call, scope: Scope) -> ast.Call:
@@ -242,7 +254,13 @@ def test_nothing_makes_events_under_another_name() -> None:
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
         seen = {id(call.func) for call in calls} | {id(call.args[0]) for call in calls if _called(call) == "partial"}
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and node.attr in ("did", "_of_caller", "_for_proof"):
+            if isinstance(node, ast.Attribute) and node.attr in (
+                "did",
+                "was_cut_off",
+                "_doing",
+                "_of_caller",
+                "_for_proof",
+            ):
                 assert id(node) in seen, f"{path.name}:{node.lineno}"
             if isinstance(node, ast.ImportFrom):
                 assert not [each for each in node.names if each.name == "Event" and each.asname], path.name
@@ -283,8 +301,7 @@ def test_an_emitter_with_an_undeclared_name_is_found(source: str, told: str) -> 
     (function,) = ast.parse(f"def emit(asker, lost):\n    {source}\n").body
     assert isinstance(function, ast.FunctionDef)
     scope = Scope(Path("here.py"), events, (function,))
-    (call,) = _makings(scope)
-    (found,) = _undeclared(call, scope)
+    (found,) = [found for call in _makings(scope) for found in _undeclared(call, scope)]
     assert told in found
 
 
