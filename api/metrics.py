@@ -4,7 +4,7 @@ Rules:
 
 - A label is one of a few words that we chose, a destination's name, which an administrator chose, or a tenant's id,
   which says nothing of whose it is: never a token, a salt, a text, another name or another id.
-- The first `_MAX_TENANTS` tenants that have turns have series of their own; the others share those of `other`. A tenant
+- The first `MAX_TENANTS` tenants that have turns have series of their own; the others share those of `other`. A tenant
   that is removed takes its series with it, and another has room.
 - Units are in the names (https://prometheus.io/docs/practices/naming/).
 """
@@ -17,12 +17,11 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from appliance.sessions import Account, TurnState
-from appliance.sessions.ledger import OTHER_TENANTS, is_warm, served_by_tier
+from appliance.sessions.ledger import MAX_TENANTS, OTHER_TENANTS, is_warm, served_by_tier
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-_MAX_TENANTS = 50
 
 
 class Metrics:
@@ -136,7 +135,7 @@ class Metrics:
     def _of_tenant(self, tenant_id: str) -> "_OfTenant":
         known = self._of_tenants.get(tenant_id)
         if known is None:
-            name = tenant_id if len(self._of_tenants) < _MAX_TENANTS else OTHER_TENANTS
+            name = tenant_id if len(self._of_tenants) < MAX_TENANTS else OTHER_TENANTS
             if name in self._of_tenants:
                 return self._of_tenants[name]
             known = self._of_tenants[name] = _OfTenant(

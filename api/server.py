@@ -41,6 +41,7 @@ from api.engine_leases import keep_releasing
 from api.engine_watch import EngineWatch
 from api.founding import tell_founding
 from api.health import Health
+from api.kv_counts import EngineCounts
 from api.kv_metrics import KvCollector
 from api.kv_watch import KvWatch, quarantined
 from api.listener import bounded_by
@@ -75,7 +76,7 @@ from appliance.engine.tier_keys import KeyChannel
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Identity, Quotas
 from appliance.randomness import DrawnAhead
-from appliance.sessions import Sessions, Shredding, Throwaways
+from appliance.sessions import Ledger, Sessions, Shredding, Throwaways
 from appliance.settings import TIER_DIR, Settings
 from appliance.store import DatabaseKeys, Store, StoreEmpty
 from appliance.vault import Vault, seal_kind
@@ -334,7 +335,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             state=lambda: None if process is None else process.state,
             on_change=lambda models: lifecycle.engine_changes.put_nowait([model.id for model in models]),
         )
-        metrics = Metrics()
+        metrics, ledger = Metrics(), Ledger()
         lifecycle = Lifecycle(started_at=time.time())
         waiting = WaitingRoom(
             engine, settings.admission, sequences=_sequences(settings), waited=metrics.waited_s.observe
@@ -359,11 +360,12 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             turn_ends=turn_ends,
             engine_process=process,
             watch=watch,
-            kv=KvWatch(engine, watch),
+            kv=KvWatch(engine, watch, EngineCounts(ledger.tenant_of)),
             template=None if spec is None else await asyncio.to_thread(template_fingerprint, spec.model),
             waiting=waiting,
             metrics=metrics,
             lifecycle=lifecycle,
+            ledger=ledger,
         )
         _observe(services)
         yield services
@@ -397,7 +399,7 @@ def _observe(services: Services) -> None:
     metrics.observe(
         "holdfast_store_waiting_writes", "Change sets that wait to be written.", lambda: services.store.waiting_writes
     )
-    metrics.collect_from(KvCollector(services.kv.fresh, services.ledger.tenant_of))
+    metrics.collect_from(KvCollector(services.kv.fresh, services.kv.counts.totals, services.ledger.tenant_of))
     exports = services.exports
     metrics.observe_each(
         "holdfast_audit_export_lag_entries",

@@ -25,25 +25,25 @@ def test_a_turn_is_counted_by_tier_by_cause_and_by_tenant() -> None:
 
 def test_tenants_beyond_the_bound_share_series() -> None:
     metrics = Metrics()
-    for number in range(60):
+    for number in range(74):
         for _ in range(2):
             metrics.turn(TurnState.COMPLETE, 0.001, WARM, completion=7, tenant_id=f"ten_{number}")
     seen = page(metrics)
-    assert sum(name.startswith("holdfast_prompt_tokens_total") for name in seen) == 51
+    assert sum(name.startswith("holdfast_prompt_tokens_total") for name in seen) == 65
     assert seen['holdfast_prompt_tokens_total{tenant="other"}'] == 10 * 2 * 100
 
 
 def test_the_series_of_a_tenant_that_is_removed_go_and_another_has_room() -> None:
     metrics = Metrics()
-    for number in range(60):
+    for number in range(74):
         metrics.turn(TurnState.COMPLETE, 0.001, WARM, completion=7, tenant_id=f"ten_{number}", first_token_s=0.2)
     for number in range(20):
         metrics.forget_tenant(f"ten_{number}")
     metrics.forget_tenant("ten_of_nobody")
-    metrics.turn(TurnState.COMPLETE, 0.001, WARM, completion=7, tenant_id="ten_59", first_token_s=0.2)
+    metrics.turn(TurnState.COMPLETE, 0.001, WARM, completion=7, tenant_id="ten_73", first_token_s=0.2)
     text = metrics.exposition().decode()
     assert 'tenant="ten_3"' not in text
     seen = page(metrics)
-    assert seen['holdfast_prompt_tokens_total{tenant="ten_59"}'] == 100
+    assert seen['holdfast_prompt_tokens_total{tenant="ten_73"}'] == 100
     assert seen['holdfast_prompt_tokens_total{tenant="ten_30"}'] == 100
-    assert seen['holdfast_tokens_total{kind="prompt_cached"}'] == 61 * 80
+    assert seen['holdfast_tokens_total{kind="prompt_cached"}'] == 75 * 80
