@@ -2,18 +2,18 @@
 
 Rules:
 
-- A label is one of a few words that we chose, a destination's name, which an administrator chose, or a tenant's id,
-  which says nothing of whose it is: never a token, a salt, a text, another name or another id.
+- A label is one of a few words that we chose, the name of a destination or of a model, which an administrator chose, or
+  a tenant's id, which says nothing of whose it is: never a token, a salt, a text, another name or another id.
 - The first `MAX_TENANTS` tenants that have turns have series of their own; the others share those of `other`. A tenant
   that is removed takes its series with it, and another has room.
-- Units are in the names (https://prometheus.io/docs/practices/naming/).
+- Units are in the names (https://prometheus.io/docs/practices/naming/). docs/kv.md has every name beside vLLM's.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from appliance.sessions import Account, TurnState
@@ -80,12 +80,6 @@ class Metrics:
             registry=self._registry,
         )
         self._of_tenants: dict[str, _OfTenant] = {}
-        self.first_token_s = Histogram(
-            "holdfast_first_token_seconds",
-            "From the request's last byte to the engine's first chunk.",
-            buckets=_LATENCY_BUCKETS_S,
-            registry=self._registry,
-        )
         self.waited_s = Histogram(
             "holdfast_admission_wait_seconds",
             "How long turns waited for room at the engine, of those that had to.",
@@ -161,9 +155,22 @@ class Metrics:
         """Publish a gauge whose value is asked for when it is read."""
         Gauge(name, help_text, registry=self._registry).set_function(value)
 
-    def observe_each(self, name: str, help_text: str, values: Callable[[], Iterable[tuple[str, float]]]) -> None:
-        """As `observe`, for each destination of the audit log that there is then."""
-        self._registry.register(_EachDestination(name, help_text, values))
+    def observe_count(self, name: str, help_text: str, value: Callable[[], int]) -> None:
+        """As `observe`, of a counter, whose `name` ends in `_total`."""
+        self._registry.register(_Read(lambda: CounterMetricFamily(name, help_text, value=value())))
+
+    def observe_each(
+        self, name: str, help_text: str, label: str, values: Callable[[], Iterable[tuple[str, float]]]
+    ) -> None:
+        """As `observe`, for each value that the label has then."""
+
+        def family() -> Metric:
+            gauge = GaugeMetricFamily(name, help_text, labels=(label,))
+            for of, value in values():
+                gauge.add_metric((of,), value)
+            return gauge
+
+        self._registry.register(_Read(family))
 
     def collect_from(self, collector: Collector) -> None:
         """Publish what `collector` says whenever it is read."""
@@ -193,19 +200,14 @@ class _OfTenant:
         return self._counters[key]
 
 
-class _EachDestination(Collector):
-    """A gauge of destinations, which come and go."""
+class _Read(Collector):
+    """A metric that is made when it is read."""
 
-    def __init__(self, name: str, help_text: str, values: Callable[[], Iterable[tuple[str, float]]]) -> None:
-        self._name = name
-        self._help_text = help_text
-        self._values = values
+    def __init__(self, family: Callable[[], Metric]) -> None:
+        self._family = family
 
     def describe(self) -> Iterable[Metric]:
-        return [GaugeMetricFamily(self._name, self._help_text, labels=("destination",))]
+        return []
 
     def collect(self) -> Iterable[Metric]:
-        family = GaugeMetricFamily(self._name, self._help_text, labels=("destination",))
-        for destination, value in self._values():
-            family.add_metric((destination,), value)
-        return [family]
+        return [self._family()]

@@ -391,6 +391,12 @@ def _observe(services: Services) -> None:
     metrics.observe("holdfast_turns_waiting", "Turns that wait for the engine.", lambda: services.waiting.waiting)
     metrics.observe("holdfast_vault_sealed", "1 while the vault is sealed.", lambda: float(services.vault.sealed))
     metrics.observe("holdfast_engine_ready", "1 while the engine answers.", lambda: float(services.watch.ready))
+    metrics.observe_each(
+        "holdfast_engine_info",
+        "1 for each model that the engine serves.",
+        "model_name",
+        lambda: [(model.id, 1.0) for model in services.watch.models],
+    )
     metrics.observe(
         "holdfast_audit_failing",
         "1 while the audit log cannot be written or signed.",
@@ -404,21 +410,26 @@ def _observe(services: Services) -> None:
     metrics.observe_each(
         "holdfast_audit_export_lag_entries",
         "Entries of the audit log that a destination was not sent yet.",
+        "destination",
         lambda: [(view.name, view.lag_entries) for view in exports.views()],
     )
     metrics.observe_each(
         "holdfast_audit_export_lag_seconds",
         "How old the oldest entry is that a destination was not sent yet.",
+        "destination",
         lambda: [(view.name, view.lag_s) for view in exports.views()],
     )
     metrics.observe_each(
         "holdfast_audit_export_failing",
         "1 while something is in a destination's way: it takes nothing, or the exporter or this node cannot send.",
+        "destination",
         lambda: [(view.name, float(view.error is not None)) for view in exports.views()],
     )
     process = services.engine_process
     if process is not None:
-        metrics.observe("holdfast_engine_restarts", "How often the engine was started again.", lambda: process.restarts)
+        metrics.observe_count(
+            "holdfast_engine_restarts_total", "How often the engine was started again.", lambda: process.restarts
+        )
 
 
 def _engine_spec(settings: Settings) -> EngineSpec:

@@ -1,7 +1,11 @@
 """What is counted of turns, by tenant and by cause, in a bounded number of series."""
 
+from types import SimpleNamespace
+
+from api import server
 from api.metrics import Metrics
 from appliance.sessions import Account, Cause, Served, TurnState
+from tests.unit.api.test_export_trouble import services
 
 WARM = Account(100, 80, {Cause.NEW: 15, Cause.TIER_FAULT: 5}, served=Served(50, 30, 0), repeated_tokens=85)
 
@@ -47,3 +51,14 @@ def test_the_series_of_a_tenant_that_is_removed_go_and_another_has_room() -> Non
     assert seen['holdfast_prompt_tokens_total{tenant="ten_73"}'] == 100
     assert seen['holdfast_prompt_tokens_total{tenant="ten_30"}'] == 100
     assert seen['holdfast_tokens_total{kind="prompt_cached"}'] == 75 * 80
+
+
+def test_the_engine_is_told_by_its_model_and_by_how_often_it_was_started_again() -> None:
+    its = services()
+    its.engine_process = SimpleNamespace(restarts=3)
+    server._observe(its)
+    seen = page(its.metrics)
+    assert seen['holdfast_engine_info{model_name="demo"}'] == 1
+    assert seen["holdfast_engine_restarts_total"] == 3
+    its.watch.models = ()
+    assert not [name for name in page(its.metrics) if name.startswith("holdfast_engine_info")]
