@@ -48,6 +48,7 @@ from api.listener import bounded_by
 from api.marking import keep_marks
 from api.metrics import Metrics
 from api.openai.errors import Draining
+from api.replica import replica_of
 from api.retaining import keep_retention
 from api.roots import open_root, read_seal
 from api.services import Lifecycle, Services
@@ -362,6 +363,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             watch=watch,
             kv=KvWatch(engine, watch, EngineCounts(ledger.tenant_of)),
             template=None if spec is None else await asyncio.to_thread(template_fingerprint, spec.model),
+            replica=await asyncio.to_thread(replica_of, settings.state_dir),
             waiting=waiting,
             metrics=metrics,
             lifecycle=lifecycle,

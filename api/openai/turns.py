@@ -436,6 +436,7 @@ class Turns:
                 outcome,
                 used,
                 engine=services.engine_life,
+                replica=services.replica,
                 template=services.template,
                 served=served,
                 last=ends_session(request.headers),
