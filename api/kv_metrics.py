@@ -25,6 +25,7 @@ from appliance.engine.picture import (
     RecallPicture,
     TenantPicture,
     TierPicture,
+    worths_together,
 )
 
 _OF_TIERS: dict[str, tuple[str, Callable[[TierPicture], float]]] = {
@@ -45,6 +46,7 @@ _OF_TIERS: dict[str, tuple[str, Callable[[TierPicture], float]]] = {
     ),
 }
 _WORTHS = ("lowest", "median", "highest")
+_WORTHS_TOGETHER = ("lowest", "highest")
 _COUNTERS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "holdfast_kv_reclaimed_blocks": ("Blocks that leases gave up for others, by whose leases they were.", ("tenant",)),
     "holdfast_kv_expired_leases": ("Leases that ran out.", ("tenant",)),
@@ -185,14 +187,9 @@ class KvCollector(Collector):
         return sessions, blocks, worths
 
 
-def _worths(rows: Sequence[Sequence[float]]) -> Iterable[tuple[str, float]]:
-    """Rows of the lowest, the middle and the highest, as one; the middle of several is not known."""
-    known = [row for row in rows if row]
-    if len(known) == 1:
-        yield from zip(_WORTHS, known[0], strict=True)
-    elif known:
-        yield "lowest", min(row[0] for row in known)
-        yield "highest", max(row[-1] for row in known)
+def _worths(rows: Iterable[Sequence[float]]) -> Iterable[tuple[str, float]]:
+    worths = worths_together(rows)
+    return zip(_WORTHS if len(worths) == len(_WORTHS) else _WORTHS_TOGETHER, worths, strict=False)
 
 
 def _disk(disk: DiskPicture) -> Iterable[Metric]:

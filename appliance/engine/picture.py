@@ -9,7 +9,7 @@ Rules:
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Final, Self
 
@@ -342,6 +342,14 @@ class KvPicture:
             canary=None if record["canary"] is None else CanaryPicture.from_wire(record["canary"]),
             recall=None if record["recall"] is None else RecallPicture.from_wire(record["recall"]),
         )
+
+
+def worths_together(rows: Iterable[Sequence[float]]) -> tuple[float, ...]:
+    """Rows as `KvPicture.worths_hits_per_s` in one; of several only the lowest and the highest: no middle is known."""
+    known = [tuple(row) for row in rows if row]
+    if len(known) < 2:
+        return known[0] if known else ()
+    return min(row[0] for row in known), max(row[-1] for row in known)
 
 
 def read_sessions_asked(given: str | None) -> int:

@@ -52,6 +52,9 @@ def test_the_picture_has_what_the_engine_keeps_and_what_the_gateway_counted(serv
     assert [(each.tier, each.blocks, each.share_blocks, each.cap_blocks) for each in ours.kept] == [
         ("device", 0, 0, None)
     ]
+    others = next(each for each in status.tenants if each.tenant_id == "other")  # whom the stub names
+    assert (others.kept_sessions, others.leased_sessions, others.worths_hits_per_s) == (1, 1, [0.25] * 3)
+    assert (others.reclaimed_blocks_total, others.expired_leases_total) == (4, 2)
     assert served.admin.kv(sessions=0).sessions == []
 
 

@@ -28,6 +28,7 @@ from appliance.engine.picture import (
     TierPicture,
     read_session_asked,
     read_sessions_asked,
+    worths_together,
 )
 from appliance.engine.protocol import Lease, LeaseState
 from appliance.engine.wire import MalformedMessage
@@ -252,6 +253,13 @@ def test_what_is_no_picture_is_refused(where: tuple[Any, ...], value: object) ->
     inner[where[-1]] = value
     with pytest.raises(MalformedMessage):
         KvPicture.from_wire(wire)
+
+
+def test_of_worths_of_several_the_middle_is_not_made_up() -> None:
+    assert worths_together([]) == worths_together([()]) == ()
+    assert worths_together([(), (0.1, 0.2, 0.9)]) == (0.1, 0.2, 0.9)
+    assert worths_together([(0.1, 0.2, 0.9), (0.05, 0.5, 0.6)]) == (0.05, 0.9)
+    assert worths_together([(0.1, 0.9), (0.2, 0.3, 0.4)]) == (0.1, 0.9)
 
 
 def test_so_many_sessions_may_be_asked_for() -> None:
