@@ -17,7 +17,7 @@ class Documented(NamedTuple):
 def documented_metrics() -> dict[str, Documented]:
     """By the name that stands on the page."""
     page = (Path(__file__).parents[1] / "docs" / "kv.md").read_text("utf-8")
-    metrics = {}
+    metrics: dict[str, Documented] = {}
     for names, labels, _, in_vllm in _ROW.findall(page):
         plain = re.sub(r"\(.*?\)", "", labels)
         of = Documented(frozenset(re.findall(r"\w+", plain)), frozenset(re.findall(r"`(vllm:\w+)", in_vllm)))

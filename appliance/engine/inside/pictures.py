@@ -150,7 +150,7 @@ def _tenants(
 
     # Those that keep nothing are shown for what was counted of them, the newest first.
     ranked = [tenant for tenant, _ in blocks.most_common()]
-    ranked += [tenant for tenant in reversed(counted) if tenant not in blocks]
+    ranked += [tenant for tenant in reversed(list(counted)) if tenant not in blocks]
     named = tuple(picture(tenant, [tenant]) for tenant in ranked[:MAX_TENANTS])
     rest = ranked[MAX_TENANTS:]
     return (*named, picture(OTHER_TENANTS, rest)) if rest else named
