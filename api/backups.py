@@ -45,6 +45,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from api.private_files import new_private_file, sync_folder
+from api.replica import REPLICA_FILE
 from api.roots import read_seal
 from appliance.audit.marks import marks_of_store
 from appliance.audit.restores import ANNOUNCED, CARRIED_OVER, NONE_THERE, SET_ASIDE, Restore, describe
@@ -62,7 +63,12 @@ _MANIFEST = "manifest.json"
 _MEMBERS = (DATABASE, "root.sealed", "holdfast.toml")
 _SETTINGS = "holdfast.toml"
 _SETTINGS_TO_REVIEW = "holdfast.toml.from-backup"
-_CARRIED_OVER = ("root.key", "demo-api-key", _SETTINGS)  # never taken from a backup: kept from what is replaced
+_CARRIED_OVER = (
+    "root.key",
+    "demo-api-key",
+    _SETTINGS,
+    REPLICA_FILE,
+)  # never taken from a backup: kept from what is replaced
 _MOVED_OVER = ("models",)
 _LOG = "audit"
 _DESTINATIONS = "siem"  # where the log goes, and how far it is there: they go with it

@@ -40,7 +40,6 @@ class EngineWatch:
 
     Attributes:
         models: what the engine serves; empty while it does not answer.
-        losses: how often it was found gone after it had answered: since then another of its lives may have begun.
     """
 
     def __init__(
@@ -59,7 +58,6 @@ class EngineWatch:
         self._failure = "it has not answered yet"
         self._on_change = on_change
         self.models: tuple[ModelCard, ...] = ()
-        self.losses = 0
 
     @property
     def ready(self) -> bool:
@@ -119,6 +117,5 @@ class EngineWatch:
                     await self._ask_now.wait()
 
     def _lose(self) -> None:
-        self.losses += self.ready
         self.models = ()
         self._seen.clear()

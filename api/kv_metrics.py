@@ -3,19 +3,30 @@
 Rules:
 
 - The engine is asked for a summary when the page is read, never for its sessions. If it does not answer in time, the
-  page has no such series, rather than old ones.
+  page has no such gauges, rather than old ones, and its counters stand (`kv_counts`).
 - A tenant's label is its id, as everywhere on the page; those that the gateway has not met in this life are `other`.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from api.kv_counts import Counted
 from api.kv_watch import Seen
 from api.services import Services
-from appliance.engine.picture import TIER_STATES, CanaryPicture, DiskPicture, RecallPicture, TierPicture
+from appliance.engine.picture import (
+    TIER_STATES,
+    CanaryPicture,
+    DiskPicture,
+    KvPicture,
+    RecallPicture,
+    TenantPicture,
+    TierPicture,
+    worths_together,
+)
 
 _OF_TIERS: dict[str, tuple[str, Callable[[TierPicture], float]]] = {
     "holdfast_kv_tier_capacity_blocks": ("Blocks that a tier can hold.", lambda tier: tier.capacity_blocks),
@@ -35,6 +46,36 @@ _OF_TIERS: dict[str, tuple[str, Callable[[TierPicture], float]]] = {
     ),
 }
 _WORTHS = ("lowest", "median", "highest")
+_WORTHS_TOGETHER = ("lowest", "highest")
+_COUNTERS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "holdfast_kv_reclaimed_blocks": ("Blocks that leases gave up for others, by whose leases they were.", ("tenant",)),
+    "holdfast_kv_expired_leases": ("Leases that ran out.", ("tenant",)),
+    "holdfast_kv_ignored_leases": ("Malformed leases that requests carried.", ()),
+    "holdfast_kv_tier_stored_blocks": ("Blocks that were written to a tier.", ("tier",)),
+    "holdfast_kv_tier_loaded_blocks": ("Blocks that were read from a tier.", ("tier",)),
+    "holdfast_kv_tier_evicted_blocks": ("Blocks that left a tier for others.", ("tier",)),
+    "holdfast_kv_tier_expired_blocks": ("Blocks that left a tier unused.", ("tier",)),
+    "holdfast_kv_tier_not_stored_blocks": (
+        "Blocks that a tier did not take, by cause. No request waited for it.",
+        ("tier", "cause"),
+    ),
+    "holdfast_kv_tier_faults": (
+        "Blocks that a tier could not give back, by cause. They were computed again.",
+        ("tier", "cause"),
+    ),
+    "holdfast_kv_canary_compared_blocks": ("Restored blocks that were computed again to compare them.", ()),
+    "holdfast_kv_canary_dropped_samples": (
+        "Restored blocks were noted and went without having been compared: the engine was busy, or their session over.",
+        (),
+    ),
+    "holdfast_kv_recalled_blocks": (
+        "Blocks that were read from the disk into DRAM before a request asked for them.",
+        (),
+    ),
+    "holdfast_kv_recalled_used_blocks": ("Recalled blocks that a request loaded.", ()),
+    "holdfast_kv_recalled_in_vain_blocks": ("Recalled blocks that left DRAM before a request loaded them.", ()),
+}
+"""By a counter's name: what it counts, and its labels."""
 
 
 async def exposition(services: Services) -> bytes:
@@ -48,11 +89,15 @@ class KvCollector(Collector):
 
     Args:
         seen: the picture that the page is to show; None: none is to be had.
+        totals: what the engine counted so far.
         tenant_of: a tenant's id for the engine's label of it.
     """
 
-    def __init__(self, seen: Callable[[], Seen | None], tenant_of: Callable[[str], str]) -> None:
+    def __init__(
+        self, seen: Callable[[], Seen | None], totals: Mapping[Counted, int], tenant_of: Callable[[str], str]
+    ) -> None:
         self._seen = seen
+        self._totals = totals
         self._tenant_of = tenant_of
 
     def describe(self) -> Iterable[Metric]:
@@ -60,7 +105,8 @@ class KvCollector(Collector):
         return []
 
     def collect(self) -> Iterable[Metric]:
-        """The series of one picture."""
+        """The counters, and the gauges of one picture."""
+        yield from self._counters()
         seen = self._seen()
         if seen is None:
             return
@@ -88,20 +134,10 @@ class KvCollector(Collector):
             "The worth of keeping a session's KV: the lowest leaves first.",
             labels=("rank",),
         )
-        for rank, worth in zip(_WORTHS, picture.worths_hits_per_s, strict=False):
+        for rank, worth in _worths([picture.worths_hits_per_s]):
             worths.add_metric((rank,), worth)
         yield worths
-        yield from self._tenants(seen)
-        for name, help_text, total in (
-            (
-                "holdfast_kv_reclaimed_blocks",
-                "Blocks taken back from leases for others.",
-                picture.reclaimed_blocks_total,
-            ),
-            ("holdfast_kv_expired_leases", "Leases that ran out.", picture.expired_leases_total),
-            ("holdfast_kv_ignored_leases", "Malformed leases that requests carried.", picture.ignored_leases_total),
-        ):
-            yield CounterMetricFamily(name, help_text, value=total)
+        yield from self._tenants(picture)
         if picture.disk is not None:
             yield from _disk(picture.disk)
         if picture.canary is not None:
@@ -109,53 +145,54 @@ class KvCollector(Collector):
         if picture.recall is not None:
             yield from _recall(picture.recall)
 
-    def _tenants(self, seen: Seen) -> Iterable[Metric]:
-        sessions, blocks = Counter[str](), Counter[tuple[str, str]]()
-        for each in seen.picture.tenants:
-            tenant_id = self._tenant_of(each.tenant)
-            sessions[tenant_id] += each.sessions
-            for tier, count in each.blocks.items():
-                blocks[tenant_id, tier] += count
-        family = GaugeMetricFamily(
-            "holdfast_kv_tenant_sessions", "Sessions of a tenant that keep KV on the device.", labels=("tenant",)
+    def _counters(self) -> Iterable[Metric]:
+        series = defaultdict[str, list[tuple[tuple[str, ...], int]]](list)
+        for counted, total in self._totals.items():
+            series[counted.metric].append((counted.labels, total))
+        for name, (help_text, labels) in _COUNTERS.items():
+            family = CounterMetricFamily(name, help_text, labels=labels)
+            for values, total in series[name]:
+                family.add_metric(values, total)
+            if family.samples:
+                yield family
+
+    def _tenants(self, picture: KvPicture) -> Iterable[Metric]:
+        tenants = defaultdict[str, list[TenantPicture]](list)
+        for each in picture.tenants:
+            tenants[self._tenant_of(each.tenant)].append(each)
+        sessions = GaugeMetricFamily(
+            "holdfast_kv_tenant_sessions",
+            "Sessions of a tenant that keep KV on the device, by their lease.",
+            labels=("tenant", "lease"),
         )
-        for tenant_id, count in sessions.items():
-            family.add_metric((tenant_id,), count)
-        yield family
-        family = GaugeMetricFamily(
+        blocks = GaugeMetricFamily(
             "holdfast_kv_tenant_blocks", "Blocks of a tier that sessions of a tenant have.", labels=("tenant", "tier")
         )
-        for labels, count in blocks.items():
-            family.add_metric(labels, count)
-        yield family
+        worths = GaugeMetricFamily(
+            "holdfast_kv_tenant_worth_hits_per_second",
+            "As holdfast_kv_worth_hits_per_second, of a tenant's sessions; of several tenants without a median.",
+            labels=("tenant", "rank"),
+        )
+        for tenant_id, those in tenants.items():
+            leased = sum(each.leased_sessions for each in those)
+            sessions.add_metric((tenant_id, "running"), leased)
+            sessions.add_metric((tenant_id, "over"), sum(each.sessions for each in those) - leased)
+            in_tiers = Counter[str]()
+            for each in those:
+                in_tiers.update(each.blocks)
+            for tier, count in in_tiers.items():
+                blocks.add_metric((tenant_id, tier), count)
+            for rank, worth in _worths([each.worths_hits_per_s for each in those]):
+                worths.add_metric((tenant_id, rank), worth)
+        return sessions, blocks, worths
+
+
+def _worths(rows: Iterable[Sequence[float]]) -> Iterable[tuple[str, float]]:
+    worths = worths_together(rows)
+    return zip(_WORTHS if len(worths) == len(_WORTHS) else _WORTHS_TOGETHER, worths, strict=False)
 
 
 def _disk(disk: DiskPicture) -> Iterable[Metric]:
-    for name, help_text, total in (
-        ("holdfast_kv_tier_stored_blocks", "Blocks that were written to a tier.", disk.stored_blocks_total),
-        ("holdfast_kv_tier_loaded_blocks", "Blocks that were read from a tier.", disk.loaded_blocks_total),
-        ("holdfast_kv_tier_evicted_blocks", "Blocks that left a tier for others.", disk.evicted_blocks_total),
-        ("holdfast_kv_tier_expired_blocks", "Blocks that left a tier unused.", disk.expired_blocks_total),
-    ):
-        counter = CounterMetricFamily(name, help_text, labels=("tier",))
-        counter.add_metric(("disk",), total)
-        yield counter
-    for name, help_text, by_cause in (
-        (
-            "holdfast_kv_tier_not_stored_blocks",
-            "Blocks that a tier did not take, by cause. No request waited for it.",
-            disk.not_stored_total,
-        ),
-        (
-            "holdfast_kv_tier_faults",
-            "Blocks that a tier could not give back, by cause. They were computed again.",
-            disk.faults_total,
-        ),
-    ):
-        counter = CounterMetricFamily(name, help_text, labels=("tier", "cause"))
-        for cause, total in by_cause.items():
-            counter.add_metric(("disk", cause), total)
-        yield counter
     waiting = GaugeMetricFamily("holdfast_kv_tier_waiting_bytes", "Bytes that wait to be written.", labels=("tier",))
     waiting.add_metric(("disk",), disk.waiting_bytes)
     yield waiting
@@ -168,11 +205,6 @@ def _disk(disk: DiskPicture) -> Iterable[Metric]:
 
 
 def _canary(canary: CanaryPicture) -> Iterable[Metric]:
-    yield CounterMetricFamily(
-        "holdfast_kv_canary_compared_blocks",
-        "Restored blocks that were computed again to compare them.",
-        value=canary.compared_blocks_total,
-    )
     if canary.worst_error is not None:
         yield GaugeMetricFamily(
             "holdfast_kv_canary_worst_error",
@@ -185,11 +217,6 @@ def _canary(canary: CanaryPicture) -> Iterable[Metric]:
             "How long ago restored blocks were compared last; absent: never.",
             value=canary.compared_age_s,
         )
-    yield CounterMetricFamily(
-        "holdfast_kv_canary_dropped_samples",
-        "Restored blocks were noted and went without having been compared: the engine was busy, or their session over.",
-        value=canary.dropped_samples_total,
-    )
     yield GaugeMetricFamily(
         "holdfast_kv_canary_quarantined",
         "1: a restored block was not what the model computes, and nothing is restored any more.",
@@ -198,20 +225,6 @@ def _canary(canary: CanaryPicture) -> Iterable[Metric]:
 
 
 def _recall(recall: RecallPicture) -> Iterable[Metric]:
-    for name, help_text, total in (
-        (
-            "holdfast_kv_recalled_blocks",
-            "Blocks that were read from the disk into DRAM before a request asked for them.",
-            recall.recalled_blocks_total,
-        ),
-        ("holdfast_kv_recalled_used_blocks", "Recalled blocks that a request loaded.", recall.used_blocks_total),
-        (
-            "holdfast_kv_recalled_in_vain_blocks",
-            "Recalled blocks that left DRAM before a request loaded them.",
-            recall.in_vain_blocks_total,
-        ),
-    ):
-        yield CounterMetricFamily(name, help_text, value=total)
     yield GaugeMetricFamily(
         "holdfast_kv_recall_paused_seconds",
         "For how long nothing is recalled, because the disk was slow or failed; 0: it is not paused.",

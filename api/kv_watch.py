@@ -5,7 +5,7 @@ Rules:
 - However many ask, the engine is asked once at a time, and once in `_FRESH_S` at most, unless more sessions are wanted.
   What comes of it, were it a failure, is the answer to all who wait for it.
 - Whoever asks waits for `_DEADLINE_S` at most; what cannot be had is None, and nothing old is given out for new.
-- Rates are of what the engine counted between two looks, of one life of its own: it was not lost between them.
+- Rates are of what the engine counted between two looks, of one life of its own, which each picture names.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Final, NamedTuple
 
 from api.engine_watch import EngineWatch
+from api.kv_counts import EngineCounts
 from appliance.engine.client import EngineClient
 from appliance.engine.picture import KvPicture
 from appliance.errors import HoldfastError
@@ -58,6 +59,7 @@ class KvWatch:
     """The newest picture of one engine.
 
     Args:
+        counts: to which what the engine counted is added, whenever it was looked at.
         clock: seconds; monotonic.
 
     Attributes:
@@ -65,14 +67,19 @@ class KvWatch:
     """
 
     def __init__(
-        self, engine: EngineClient, watch: EngineWatch, *, clock: Callable[[], float] = time.monotonic
+        self,
+        engine: EngineClient,
+        watch: EngineWatch,
+        counts: EngineCounts,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._watch = watch
         self._clock = clock
         self._asking: asyncio.Task[Seen | None] | None = None
         self._looks: deque[tuple[float, int]] = deque()  # when, and how many blocks had been reclaimed
-        self._losses = 0  # of the engine, before these looks
+        self.counts = counts
         self.seen: Seen | None = None
         self.quarantines: asyncio.Queue[KvPicture] = asyncio.Queue()
 
@@ -129,7 +136,6 @@ class KvWatch:
             await asyncio.sleep(_FRESH_S if seen is None else _LOOK_EVERY_S)
 
     async def _ask(self, sessions: int) -> Seen | None:
-        losses = self._watch.losses
         try:
             picture = await self._engine.kv(sessions, deadline_s=_DEADLINE_S)
         except HoldfastError:
@@ -137,15 +143,15 @@ class KvWatch:
         was_quarantined = self.seen is not None and bool(quarantined(self.seen.picture))
         if quarantined(picture) and not was_quarantined:
             self.quarantines.put_nowait(picture)
+        if self.seen is not None and self.seen.picture.engine_life != picture.engine_life:
+            self._looks.clear()
+        self.counts.add(picture)
         self.seen = Seen(self._clock(), picture, sessions)
-        self._remember(self.seen, losses)
+        self._remember(self.seen)
         return self.seen
 
-    def _remember(self, seen: Seen, losses: int) -> None:
-        looks, reclaimed = self._looks, seen.picture.reclaimed_blocks_total
-        if losses != self._losses or (looks and reclaimed < looks[-1][1]):
-            looks.clear()  # another life
-        self._losses = losses
-        looks.append((seen.at, reclaimed))
+    def _remember(self, seen: Seen) -> None:
+        looks = self._looks
+        looks.append((seen.at, seen.picture.reclaimed_blocks_total))
         while len(looks) > 2 and looks[1][0] <= seen.at - _RATE_OVER_S:
             looks.popleft()

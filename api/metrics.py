@@ -2,27 +2,31 @@
 
 Rules:
 
-- A label is one of a few words that we chose, a destination's name, which an administrator chose, or a tenant's id,
-  which says nothing of whose it is: never a token, a salt, a text, another name or another id.
-- The first `_MAX_TENANTS` tenants that have turns have series of their own; the others share those of `other`. A tenant
+- A label is one of a few words that we chose, the name of a destination or of a model, which an administrator chose, or
+  a tenant's id, which says nothing of whose it is: never a token, a salt, a text, another name or another id.
+- The first `MAX_TENANTS` tenants that have turns have series of their own; the others share those of `other`. A tenant
   that is removed takes its series with it, and another has room.
-- Units are in the names (https://prometheus.io/docs/practices/naming/).
+- Units are in the names (https://prometheus.io/docs/practices/naming/). docs/kv.md has every name beside vLLM's.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from appliance.sessions import Account, TurnState
-from appliance.sessions.ledger import OTHER_TENANTS, is_warm, served_by_tier
+from appliance.sessions.ledger import MAX_TENANTS, OTHER_TENANTS, is_warm, served_by_tier
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-_MAX_TENANTS = 50
+# A quantile is looked for within one bucket: each ends at 1.5 times where it begins at most.
+_LATENCY_BUCKETS_S = (
+    *(0.002, 0.003, 0.004, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.07),
+    *(0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0),
+    *(10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 70.0, 100.0, 150.0, 200.0, 300.0),
+)
 
 
 class Metrics:
@@ -81,12 +85,6 @@ class Metrics:
             registry=self._registry,
         )
         self._of_tenants: dict[str, _OfTenant] = {}
-        self.first_token_s = Histogram(
-            "holdfast_first_token_seconds",
-            "From the request's last byte to the engine's first chunk.",
-            buckets=_LATENCY_BUCKETS_S,
-            registry=self._registry,
-        )
         self.waited_s = Histogram(
             "holdfast_admission_wait_seconds",
             "How long turns waited for room at the engine, of those that had to.",
@@ -136,7 +134,7 @@ class Metrics:
     def _of_tenant(self, tenant_id: str) -> "_OfTenant":
         known = self._of_tenants.get(tenant_id)
         if known is None:
-            name = tenant_id if len(self._of_tenants) < _MAX_TENANTS else OTHER_TENANTS
+            name = tenant_id if len(self._of_tenants) < MAX_TENANTS else OTHER_TENANTS
             if name in self._of_tenants:
                 return self._of_tenants[name]
             known = self._of_tenants[name] = _OfTenant(
@@ -162,6 +160,10 @@ class Metrics:
         """Publish a gauge whose value is asked for when it is read."""
         Gauge(name, help_text, registry=self._registry).set_function(value)
 
+    def observe_count(self, name: str, help_text: str, value: Callable[[], int]) -> None:
+        """As `observe`, of a counter, whose `name` ends in `_total`."""
+        self._registry.register(_Read(lambda: CounterMetricFamily(name, help_text, value=value())))
+
     def observe_each(
         self,
         name: str,
@@ -170,8 +172,18 @@ class Metrics:
         *,
         labels: Sequence[str] = ("destination",),
     ) -> None:
-        """As `observe`, for each destination of the audit log that there is then, each value with those of `labels`."""
-        self._registry.register(_EachDestination(name, help_text, values, labels))
+        """As `observe`, for each thing of a kind that there is then, a destination of the audit log say.
+
+        Each value comes with those of `labels`.
+        """
+
+        def family() -> Metric:
+            gauge = GaugeMetricFamily(name, help_text, labels=labels)
+            for of, value in values():
+                gauge.add_metric(of, value)
+            return gauge
+
+        self._registry.register(_Read(family))
 
     def collect_from(self, collector: Collector) -> None:
         """Publish what `collector` says whenever it is read."""
@@ -201,26 +213,14 @@ class _OfTenant:
         return self._counters[key]
 
 
-class _EachDestination(Collector):
-    """A gauge of destinations, which come and go."""
+class _Read(Collector):
+    """A metric that is made when it is read."""
 
-    def __init__(
-        self,
-        name: str,
-        help_text: str,
-        values: Callable[[], Iterable[tuple[Sequence[str], float]]],
-        labels: Sequence[str],
-    ) -> None:
-        self._name = name
-        self._help_text = help_text
-        self._values = values
-        self._labels = labels
+    def __init__(self, family: Callable[[], Metric]) -> None:
+        self._family = family
 
     def describe(self) -> Iterable[Metric]:
-        return [GaugeMetricFamily(self._name, self._help_text, labels=self._labels)]
+        return []
 
     def collect(self) -> Iterable[Metric]:
-        family = GaugeMetricFamily(self._name, self._help_text, labels=self._labels)
-        for labels, value in self._values():
-            family.add_metric(labels, value)
-        return [family]
+        return [self._family()]

@@ -42,12 +42,14 @@ from api.engine_watch import EngineWatch
 from api.founding import tell_founding
 from api.handshakes import TlsListener
 from api.health import Health
+from api.kv_counts import EngineCounts
 from api.kv_metrics import KvCollector
 from api.kv_watch import KvWatch, quarantined
 from api.listener import TellRefused, bounded_by
 from api.marking import keep_marks
 from api.metrics import Metrics
 from api.openai.errors import Draining
+from api.replica import replica_of
 from api.retaining import keep_retention
 from api.roots import open_root, read_seal
 from api.services import Lifecycle, Services
@@ -76,7 +78,7 @@ from appliance.engine.tier_keys import KeyChannel
 from appliance.errors import Fault, HoldfastError
 from appliance.identity import Identity, Quotas
 from appliance.randomness import DrawnAhead
-from appliance.sessions import Sessions, Shredding, Throwaways
+from appliance.sessions import Ledger, Sessions, Shredding, Throwaways
 from appliance.settings import TIER_DIR, Settings
 from appliance.store import DatabaseKeys, Store, StoreEmpty
 from appliance.vault import Vault, seal_kind
@@ -336,7 +338,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             state=lambda: None if process is None else process.state,
             on_change=lambda models: lifecycle.engine_changes.put_nowait([model.id for model in models]),
         )
-        metrics = Metrics()
+        metrics, ledger = Metrics(), Ledger()
         lifecycle = Lifecycle(started_at=time.time())
         waiting = WaitingRoom(
             engine, settings.admission, sequences=_sequences(settings), waited=metrics.waited_s.observe
@@ -361,11 +363,13 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             turn_ends=turn_ends,
             engine_process=process,
             watch=watch,
-            kv=KvWatch(engine, watch),
+            kv=KvWatch(engine, watch, EngineCounts(ledger.tenant_of)),
             template=None if spec is None else await asyncio.to_thread(template_fingerprint, spec.model),
+            replica=await asyncio.to_thread(replica_of, settings.state_dir),
             waiting=waiting,
             metrics=metrics,
             lifecycle=lifecycle,
+            ledger=ledger,
         )
         _observe(services)
         yield services
@@ -391,6 +395,12 @@ def _observe(services: Services) -> None:
     metrics.observe("holdfast_turns_waiting", "Turns that wait for the engine.", lambda: services.waiting.waiting)
     metrics.observe("holdfast_vault_sealed", "1 while the vault is sealed.", lambda: float(services.vault.sealed))
     metrics.observe("holdfast_engine_ready", "1 while the engine answers.", lambda: float(services.watch.ready))
+    metrics.observe_each(
+        "holdfast_engine_info",
+        "1 for each model that the engine serves.",
+        lambda: [((model.id,), 1.0) for model in services.watch.models],
+        labels=("model_name",),
+    )
     metrics.observe(
         "holdfast_audit_failing",
         "1 while the audit log cannot be written or signed.",
@@ -399,7 +409,7 @@ def _observe(services: Services) -> None:
     metrics.observe(
         "holdfast_store_waiting_writes", "Change sets that wait to be written.", lambda: services.store.waiting_writes
     )
-    metrics.collect_from(KvCollector(services.kv.fresh, services.ledger.tenant_of))
+    metrics.collect_from(KvCollector(services.kv.fresh, services.kv.counts.totals, services.ledger.tenant_of))
     exports = services.exports
     metrics.observe_each(
         "holdfast_audit_export_lag_entries",
@@ -424,7 +434,9 @@ def _observe(services: Services) -> None:
     )
     process = services.engine_process
     if process is not None:
-        metrics.observe("holdfast_engine_restarts", "How often the engine was started again.", lambda: process.restarts)
+        metrics.observe_count(
+            "holdfast_engine_restarts_total", "How often the engine was started again.", lambda: process.restarts
+        )
 
 
 def _engine_spec(settings: Settings) -> EngineSpec:

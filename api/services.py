@@ -87,6 +87,7 @@ class Services:
         kv: what the engine keeps.
         ledger: what the turns came to.
         template: tells the model's chat template from others; None: not known.
+        replica: tells this gateway and its engine from others that share the database; None: not known.
         throwaways: tenants that a proof made for itself.
         shredding: tenants that are shredded, until that is in the audit log.
         waiting: where turns wait until it has room.
@@ -114,6 +115,7 @@ class Services:
     metrics: Metrics
     lifecycle: Lifecycle
     template: str | None = None
+    replica: str | None = None
     ledger: Ledger = field(default_factory=Ledger)
     now: Callable[[], float] = field(default=time.time)
     monotonic: Callable[[], float] = field(default=time.monotonic)

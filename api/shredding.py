@@ -63,6 +63,7 @@ async def shred_tenant(services: Services, tenant_id: str, actor: Actor, source:
         )
         services.ledger.forget_tenant(tenant_id)
         services.metrics.forget_tenant(tenant_id)
+        services.kv.counts.forget_tenant(tenant_id)
         released = bool(labels) or not shredded.sessions  # without labels it cannot be told of any
         for first in range(0, len(labels), MAX_RELEASES):
             released = await release(services, labels[first : first + MAX_RELEASES]) and released

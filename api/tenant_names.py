@@ -18,10 +18,10 @@ async def settings_of_nobody(services: Services) -> list[str]:
     """The settings whose tenant does not exist, each as `holdfast.toml` writes it.
 
     Raises:
-        HoldfastError: the tenants' names cannot be read; the vault is sealed, or the store fails.
+        HoldfastError: tenants cannot be found by their names now; the vault is sealed, or the store fails.
     """
     named = services.settings.tenant_names
-    known = {tenant.name for tenant in await services.identity.tenants()} if named else set()
+    known = await services.identity.taken_names(set(named.values()))
     return [setting for setting, name in named.items() if name not in known]
 
 

@@ -395,7 +395,7 @@ def _chunked(data: bytes) -> bytes:
 _KEPT = KvPicture(
     block_size=32,
     tiers=(TierPicture("device", "ok", 4096, 100, 40, 30, 1),),
-    tenants=(TenantPicture("somebody", 1, {"device": 30}),),
+    tenants=(TenantPicture("somebody", 1, 1, {"device": 30}, (0.25, 0.25, 0.25), 4, 2),),
     sessions=(SessionPicture("somebody", "something", 0.25, (HeldPicture("device", 30, 960, "lease", 12.5),)),),
     sessions_total=1,
     leased_sessions_total=1,
@@ -403,6 +403,7 @@ _KEPT = KvPicture(
     reclaimed_blocks_total=7,
     expired_leases_total=2,
     ignored_leases_total=0,
+    engine_life="stub",
     # Seen, though no prompt is found there: with more tiers than the device the gateway would wait for accounts.
     disk=DiskPicture(5, 4, 3, 2, 1, dict.fromkeys(NOT_STORED, 1), dict.fromkeys(DISK_FAULTS, 2), "full", 9.0),
     canary=CanaryPicture(12, 0.001, quarantined=False, compared_age_s=8.0, dropped_samples_total=1),

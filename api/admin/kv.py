@@ -6,9 +6,16 @@ from dataclasses import asdict
 from typing import Final
 
 from api.admin import types
-from api.kv_watch import Seen
+from api.kv_watch import Seen, troubles
 from api.services import Services
-from appliance.engine.picture import CanaryPicture, DiskPicture, RecallPicture, SessionPicture
+from appliance.engine.picture import (
+    CanaryPicture,
+    DiskPicture,
+    RecallPicture,
+    SessionPicture,
+    TenantPicture,
+    worths_together,
+)
 from appliance.errors import HoldfastError
 from appliance.sessions import LastTurn, Quantiles, SessionSummary, Sums
 from appliance.sessions.keeping import Keeping, keeping
@@ -66,11 +73,13 @@ async def kept_of_session(services: Services, session: SessionSummary) -> Sessio
 
 
 def _tiers(seen: Seen, sums: Sums) -> list[types.KvTier]:
+    trouble = troubles(seen.picture)
     return [
         types.KvTier.model_validate(
             {
                 "tier": tier.tier,
                 "state": tier.state,
+                "detail": trouble.get(tier.tier, ""),
                 "block_bytes": tier.block_bytes,
                 "capacity_blocks": tier.capacity_blocks,
                 "used_blocks": tier.used_blocks,
@@ -132,18 +141,22 @@ async def _quotas(services: Services) -> dict[str, Keeping]:
 def _tenants(services: Services, seen: Seen | None, quotas: Mapping[str, Keeping]) -> list[types.KvTenant]:
     """Those that keep something or had a turn; the largest first."""
     ledger = services.ledger
-    sessions, blocks = Counter[str](), defaultdict[str, Counter[str]](Counter)
+    pictures, blocks = defaultdict[str, list[TenantPicture]](list), defaultdict[str, Counter[str]](Counter)
     for each in () if seen is None else seen.picture.tenants:
         tenant_id = ledger.tenant_of(each.tenant)
-        sessions[tenant_id] += each.sessions
+        pictures[tenant_id].append(each)
         blocks[tenant_id].update(each.blocks)
     views = []
     for tenant_id in {**blocks, **ledger.sums_of}:
-        sums = ledger.sums_of.get(tenant_id, Sums())
+        sums, those = ledger.sums_of.get(tenant_id, Sums()), pictures[tenant_id]
         views.append(
             types.KvTenant(
                 tenant_id=tenant_id,
-                kept_sessions=sessions[tenant_id],
+                kept_sessions=sum(each.sessions for each in those),
+                leased_sessions=sum(each.leased_sessions for each in those),
+                worths_hits_per_s=list(worths_together([each.worths_hits_per_s for each in those])),
+                reclaimed_blocks_total=sum(each.reclaimed_blocks_total for each in those),
+                expired_leases_total=sum(each.expired_leases_total for each in those),
                 kept=_tenant_tiers(seen, blocks[tenant_id], quotas.get(tenant_id)),
                 turns=sums.turns,
                 prompt_tokens=sums.prompt_tokens,

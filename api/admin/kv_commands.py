@@ -3,6 +3,7 @@
 Rules:
 
 - Every number has its unit, and every picture its age.
+- What needs somebody stands first; of a table, what is looked for first stands left: a terminal may have no more room.
 - `top` draws anew on a terminal; anywhere else, and with `--json`, each picture follows the one before. Ctrl-C ends it.
 """
 
@@ -10,7 +11,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from api.admin import types
 
 _HOME_AND_CLEAR = "\x1b[H\x1b[J"
+_ID_SHOWN = 12
+_WHY = "Why: in use (by a request), lease (for the time beside it), share (its tenant's), worth (until room is wanted)"
 
 
 @click.group(cls=Group)
@@ -108,18 +111,23 @@ def print_dashboard(console: Console) -> None:
 
 def status_text(status: "types.KvStatus") -> str:
     """A picture as people read it."""
-    age = "the engine did not answer" if status.age_s is None else f"seen {in_words(status.age_s)} before"
-    lines = [
-        f"At {moment(status.observed_at)}, {age}; counted for {in_words(status.observed_at - status.counted_since)}"
-    ]
+    age = f"seen {in_words(status.age_s)} before" if status.age_s is not None else "the engine did not answer"
+    since = f"the gateway counts for {in_words(status.observed_at - status.counted_since)}"
+    lines = [f"At {moment(status.observed_at)}, {age}; {since}"]
+    if status.age_s is None:
+        lines.append("What it keeps is not known now: `holdfast status` says why")
+    lines += [f"{tier.tier} {tier.state.upper()}: {printable(tier.detail)}" for tier in status.tiers if tier.detail]
     if status.tiers:
         lines += ["", _tiers_table(status), *_kept_lines(status)]
     lines += ["", *_found_lines(status), "", _tenants_table(status)]
     if status.tiers:
-        lines += ["", _sessions_table(status)]
+        lines += ["", *([_WHY] if status.sessions else []), _sessions_table(status)]
         more = max(tier.sessions for tier in status.tiers) - len(status.sessions)
         if more > 0:
-            lines.append(f"At least {more} sessions more keep something (--sessions).")
+            lines.append(f"At least {more:,} sessions more keep something (--sessions).")
+    behind = [*_disk_lines(status.disk), *_recall_lines(status.recall), *_canary_lines(status.canary)]
+    if behind:
+        lines += ["", *behind]
     return "\n".join(lines)
 
 
@@ -128,57 +136,59 @@ def _tiers_table(status: "types.KvStatus") -> str:
         (
             tier.tier,
             tier.state,
-            tier.sessions,
-            f"{tier.capacity_blocks} blocks, {size_in_words(tier.capacity_bytes)}",
-            f"{tier.used_blocks} ({_share(tier.used_blocks, tier.capacity_blocks)})",
-            f"{tier.leased_blocks} ({_share(tier.leased_blocks, tier.capacity_blocks)})"
+            f"{tier.used_blocks:,} ({_share(tier.used_blocks, tier.capacity_blocks)})",
+            f"{tier.leased_blocks:,} ({_share(tier.leased_blocks, tier.capacity_blocks)})"
             if tier.tier == "device"
             else "-",
-            f"{tier.free_blocks} ({_share(tier.free_blocks, tier.capacity_blocks)})",
-            f"{tier.found_tokens} tokens ({_share(tier.found_tokens, status.prompt_tokens)})",
+            f"{tier.free_blocks:,} ({_share(tier.free_blocks, tier.capacity_blocks)})",
+            f"{tier.sessions:,}",
+            f"{tier.capacity_blocks:,} blocks, {size_in_words(tier.capacity_bytes)}",
+            f"{tier.found_tokens:,} tokens ({_share(tier.found_tokens, status.prompt_tokens)})",
         )
         for tier in status.tiers
     ]
     headings = (
         "tier",
         "state",
-        "sessions",
-        "capacity",
         "used, blocks",
         "of them leased",
         "free, blocks",
+        "sessions",
+        "capacity",
         "found there of prompts",
     )
     return table(headings, rows, empty="")
 
 
 def _kept_lines(status: "types.KvStatus") -> list[str]:
-    kept = f"On the device: {status.kept_sessions} sessions, {status.leased_sessions} of them with a lease that runs"
+    kept = (
+        f"On the device: {status.kept_sessions:,} sessions, {status.leased_sessions:,} of them with a lease that runs"
+    )
     if status.worths_hits_per_s:
         lowest, middle, highest = status.worths_hits_per_s
         kept += f"; worth {lowest:.4f} to {highest:.4f} hits/s, half above {middle:.4f}"
     rate = "not known yet"
     if status.reclaimed_blocks_per_s is not None and status.reclaimed_over_s is not None:
         rate = f"{status.reclaimed_blocks_per_s:.1f} blocks/s over the last {in_words(status.reclaimed_over_s)}"
-    reclaimed = f"Reclaimed for others: {rate}; {status.reclaimed_blocks_total} blocks in all"
-    reclaimed += f"; {status.expired_leases_total} leases ran out"
+    reclaimed = f"Reclaimed for others: {rate}; since the engine began {status.reclaimed_blocks_total:,} blocks"
+    reclaimed += f"; {status.expired_leases_total:,} leases ran out"
     if status.ignored_leases_total:
-        reclaimed += f"; {status.ignored_leases_total} malformed leases were ignored"
-    return [kept, reclaimed, *_disk_lines(status.disk), *_recall_lines(status.recall), *_canary_lines(status.canary)]
+        reclaimed += f"; {status.ignored_leases_total:,} malformed leases were ignored"
+    return [kept, reclaimed]
 
 
 def _disk_lines(disk: "types.KvDisk | None") -> list[str]:
     if disk is None:
         return []
-    left = f"{disk.evicted_blocks_total} evicted, {disk.expired_blocks_total} expired"
-    moved = f"{disk.stored_blocks_total} blocks written, {disk.loaded_blocks_total} read, {left}"
+    left = f"{disk.evicted_blocks_total:,} evicted, {disk.expired_blocks_total:,} expired"
+    moved = f"{disk.stored_blocks_total:,} blocks written, {disk.loaded_blocks_total:,} read, {left}"
     lines = [f"On the disk: {moved}; {size_in_words(disk.waiting_bytes)} wait to be written"]
     not_stored = {cause: count for cause, count in disk.not_stored_total.items() if count}
     faults = {cause: count for cause, count in disk.faults_total.items() if count}
     if not_stored:
-        lines.append(f"Not written: {', '.join(f'{n} blocks, {_IN_WORDS[why]}' for why, n in not_stored.items())}")
+        lines.append(f"Not written: {', '.join(f'{n:,} blocks, {_IN_WORDS[why]}' for why, n in not_stored.items())}")
     if faults:
-        lines.append(f"Could not be read: {', '.join(f'{n} blocks, {_IN_WORDS[why]}' for why, n in faults.items())}")
+        lines.append(f"Could not be read: {', '.join(f'{n:,} blocks, {_IN_WORDS[why]}' for why, n in faults.items())}")
     if disk.last_error is not None and disk.last_error_age_s is not None:
         lines.append(f"Last error of the disk: {printable(disk.last_error)}, {in_words(disk.last_error_age_s)} before")
     return lines
@@ -188,9 +198,9 @@ def _recall_lines(recall: "types.KvRecall | None") -> list[str]:
     if recall is None:
         return []
     read, used, in_vain = recall.recalled_blocks_total, recall.used_blocks_total, recall.in_vain_blocks_total
-    came = f"{used} used, {in_vain} in vain, {read - used - in_vain} in DRAM still"
+    came = f"{used:,} used, {in_vain:,} in vain, {read - used - in_vain:,} in DRAM still"
     paused = f"; paused for {in_words(recall.paused_for_s)}, the disk is slow" if recall.paused_for_s else ""
-    return [f"Recalled ahead: {read} blocks, of them {came}{paused}"]
+    return [f"Recalled ahead: {read:,} blocks, of them {came}{paused}"]
 
 
 _IN_WORDS = {
@@ -212,7 +222,7 @@ def _canary_lines(canary: "types.KvCanary | None") -> list[str]:
     said = "nothing was compared yet"
     if canary.compared_age_s is not None:
         worst = "no number" if canary.worst_error is None else f"{100 * canary.worst_error:.2g} %"
-        said = f"{verdict}; {canary.compared_blocks_total} blocks compared, largest error {worst}"
+        said = f"{verdict}; {canary.compared_blocks_total:,} blocks compared, largest error {worst}"
         said += f", the last {in_words(canary.compared_age_s)} before"
     elif canary.quarantined:
         said = f"{verdict}; it was found by an engine before this one"
@@ -227,7 +237,7 @@ def _found_lines(status: "types.KvStatus") -> list[str]:
         return ["No turn was written down yet."]
     found = ", ".join(f"{_share(tokens, prompt)} {tier}" for tier, tokens in status.found_tokens.items() if tokens)
     return [
-        f"Prompts: {prompt} tokens in {status.turns} turns",
+        f"Prompts: {prompt:,} tokens in {status.turns:,} turns",
         f"Replicated: {_share(status.repeated_tokens, prompt)} of them had been sent with the turn before, too",
         f"Found: {found or 'nothing'}",
         f"Computed: {_causes(status.computed_tokens, prompt) or 'nothing'}",
@@ -240,19 +250,40 @@ def _tenants_table(status: "types.KvStatus") -> str:
     rows = [
         (
             each.tenant_id,
-            each.kept_sessions,
+            f"{each.kept_sessions:,} ({each.leased_sessions:,} leased)",
             *(_blocks_of(each, tier.tier) for tier in status.tiers),
-            each.turns,
-            each.prompt_tokens,
+            _worths(each.worths_hits_per_s),
+            f"{each.reclaimed_blocks_total:,}",
             _share(sum(each.found_tokens.values()), each.prompt_tokens),
-            _seconds(each.warm),
-            _seconds(each.cold),
+            _share(each.repeated_tokens, each.prompt_tokens),
+            _causes(each.computed_tokens, each.prompt_tokens) or "-",
+            _quantiles(each.warm),
+            _quantiles(each.cold),
+            f"{each.turns:,}",
+            f"{each.prompt_tokens:,}",
         )
         for each in status.tenants
     ]
-    blocks = [f"{tier.tier}, blocks" for tier in status.tiers]
-    headings = ("tenant", "sessions", *blocks, "turns", "prompt tokens", "found", "P50 warm", "P50 cold")
+    headings = (
+        "tenant",
+        "sessions",
+        *(f"{tier.tier}, blocks" for tier in status.tiers),
+        "worth, hits/s",
+        "reclaimed, blocks",
+        "found",
+        "replicated",
+        "computed",
+        "warm, P50/P90/P99",
+        "cold, P50/P90/P99",
+        "turns",
+        "prompt tokens",
+    )
     return table(headings, rows, empty="No tenant keeps anything.")
+
+
+def _worths(worths: Sequence[float]) -> str:
+    """`0.0001 to 0.9000`."""
+    return f"{worths[0]:.4f} to {worths[-1]:.4f}" if worths else "-"
 
 
 def _blocks_of(tenant: "types.KvTenant", tier: str) -> str:
@@ -260,9 +291,9 @@ def _blocks_of(tenant: "types.KvTenant", tier: str) -> str:
     kept = next((each for each in tenant.kept if each.tier == tier), None)
     if kept is None:
         return "-"
-    quota = [f"share {kept.share_blocks}"] if kept.share_blocks else []
-    quota += [f"cap {kept.cap_blocks}"] if kept.cap_blocks is not None else []
-    return f"{kept.blocks} ({', '.join(quota)})" if quota else str(kept.blocks)
+    quota = [f"share {kept.share_blocks:,}"] if kept.share_blocks else []
+    quota += [f"cap {kept.cap_blocks:,}"] if kept.cap_blocks is not None else []
+    return f"{kept.blocks:,} ({', '.join(quota)})" if quota else f"{kept.blocks:,}"
 
 
 def _sessions_table(status: "types.KvStatus") -> str:
@@ -273,6 +304,7 @@ def _sessions_table(status: "types.KvStatus") -> str:
         rows.append(
             (
                 each.session_id or "not known",
+                _beginning(each.tenant_id),
                 *(_held_in(each, tier.tier) for tier in status.tiers),
                 "in use" if each.worth_hits_per_s is None else f"{each.worth_hits_per_s:.4f}",
                 "-" if last is None else ago(last.ended_at, now),
@@ -281,8 +313,15 @@ def _sessions_table(status: "types.KvStatus") -> str:
             )
         )
     kept = [f"{tier.tier}, tokens" for tier in status.tiers]
-    headings = ("session", *kept, "worth, hits/s", "last turn", "found", "computed, tokens")
+    headings = ("session", "tenant", *kept, "worth, hits/s", "last turn", "found", "computed, tokens")
     return table(headings, rows, empty="No session keeps anything.")
+
+
+def _beginning(tenant_id: str | None) -> str:
+    """Enough of an id to find its tenant in the table above."""
+    if tenant_id is None:
+        return "-"
+    return tenant_id if len(tenant_id) <= _ID_SHOWN else f"{tenant_id[:_ID_SHOWN]}…"
 
 
 def _held_in(session: "types.KvSession", tier: str) -> str:
@@ -291,13 +330,13 @@ def _held_in(session: "types.KvSession", tier: str) -> str:
     if held is None:
         return "-"
     left = "" if held.ends_in_s is None else f", {in_words(max(0.0, held.ends_in_s))}"
-    return f"{held.tokens} ({held.kept_for.replace('_', ' ')}{left})"
+    return f"{held.tokens:,} ({held.kept_for.replace('_', ' ')}{left})"
 
 
 def _causes(tokens_by_cause: Mapping[str, int], of: int | None) -> str:
     ranked = sorted(tokens_by_cause.items(), key=lambda item: -item[1])
     return ", ".join(
-        f"{tokens if of is None else _share(tokens, of)} {CAUSES_IN_WORDS.get(cause, cause)}"
+        f"{f'{tokens:,}' if of is None else _share(tokens, of)} {CAUSES_IN_WORDS.get(cause, cause)}"
         for cause, tokens in ranked
         if tokens
     )
@@ -306,12 +345,17 @@ def _causes(tokens_by_cause: Mapping[str, int], of: int | None) -> str:
 def _times(times: "types.FirstTokens | None") -> str:
     if times is None:
         return "no streamed turn yet"
-    quantiles = f"P50 {in_words(times.p50_s)}, P90 {in_words(times.p90_s)}, P99 {in_words(times.p99_s)}"
-    return f"{quantiles} ({times.turns} turns since {moment(times.since)})"
+    quantiles = f"P50 {_seconds(times.p50_s)}, P90 {_seconds(times.p90_s)}, P99 {_seconds(times.p99_s)}"
+    return f"{quantiles} ({times.turns:,} turns since {moment(times.since)})"
 
 
-def _seconds(times: "types.FirstTokens | None") -> str:
-    return "-" if times is None else in_words(times.p50_s)
+def _quantiles(times: "types.FirstTokens | None") -> str:
+    return "-" if times is None else " / ".join(map(_seconds, (times.p50_s, times.p90_s, times.p99_s)))
+
+
+def _seconds(seconds: float) -> str:
+    """As `in_words`, and below ten seconds with a tenth: that is much of a time to a first token."""
+    return f"{seconds:.1f} s" if 1 <= seconds < 10 else in_words(seconds)
 
 
 def _share(part: float, whole: float) -> str:
@@ -321,7 +365,7 @@ def _share(part: float, whole: float) -> str:
 def _that_fits(text: str) -> str:
     """The lines and columns that the terminal has room for; what is cut off is said."""
     columns, rows = shutil.get_terminal_size()
-    lines = [line[:columns] for line in text.splitlines()]
+    lines = [line if len(line) <= columns else f"{line[: columns - 1]}…" for line in text.splitlines()]
     if len(lines) < rows:
         return "\n".join(lines)
     return "\n".join([*lines[: rows - 2], f"… {len(lines) - rows + 2} lines more"[:columns]])

@@ -159,6 +159,7 @@ CAUSES_IN_WORDS = {
     "block_tail": "end of a block",
     "model_changed": "other model",
     "engine_restarted": "engine restarted",
+    "other_replica": "other replica",
     "ended": "session was over",
     "salt_changed": "tree forgotten",
     "concurrent": "turn before still ran",

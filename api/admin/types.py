@@ -451,10 +451,11 @@ class KvTier(Wire):
     """A tier of the engine, with something of `sessions`. Of `capacity_blocks` `used_blocks` are taken; of those
     `leased_blocks` belong to sessions whose lease runs, which yield to whoever needs the room. `found_tokens` of
     prompts were found there since the gateway began, `found_share` of all prompts' tokens. `state` "quarantined": it
-    gave back something wrong, and nothing is read from it any more."""
+    gave back something wrong, and nothing is read from it any more. `detail` says what is wrong; empty: nothing is."""
 
     tier: Literal["device", "dram", "disk"]
     state: Literal["ok", "quarantined", "failed"]
+    detail: str
     block_bytes: int
     capacity_blocks: int
     used_blocks: int
@@ -530,11 +531,17 @@ class KvTenantTier(Wire):
 
 class KvTenant(Wire):
     """A tenant's part. `tenant_id` is "other" for all tenants beyond the first 64 together. `kept_sessions` keep
-    something on the device. Tokens are of prompts, since the gateway began. `warm` turns found more of their prompt
-    than they had to compute."""
+    something on the device, of them `leased_sessions` have a lease that runs. `worths_hits_per_s` are the lowest, the
+    median and the highest of their worths; of several tenants together the lowest and the highest. Blocks that its
+    leases gave up for others, and leases that ran out, are since the engine began; tokens are of prompts, since the
+    gateway began. `warm` turns found more of their prompt than they had to compute."""
 
     tenant_id: str
     kept_sessions: int
+    leased_sessions: int
+    worths_hits_per_s: list[float]
+    reclaimed_blocks_total: int
+    expired_leases_total: int
     kept: list[KvTenantTier]
     turns: int
     prompt_tokens: int

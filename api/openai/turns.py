@@ -321,8 +321,6 @@ class Turns:
         except HoldfastError as error:
             drop_frames(error)
             failure = error
-        if running.first_token_s is not None:
-            self._services.metrics.first_token_s.observe(running.first_token_s)
         failure = failure or running.broken_off_by
         if not request.began and not answer.begun:
             await self._settle_unanswered(request, running, failure)
@@ -438,6 +436,7 @@ class Turns:
                 outcome,
                 used,
                 engine=services.engine_life,
+                replica=services.replica,
                 template=services.template,
                 served=served,
                 last=ends_session(request.headers),

@@ -221,6 +221,7 @@ class _Proof:
         for tenant_id in removed:
             self._services.ledger.forget_tenant(tenant_id)
             self._services.metrics.forget_tenant(tenant_id)
+            self._services.kv.counts.forget_tenant(tenant_id)
         if removed:
             await self._record(*(self._for_proof(TENANT_REMOVED, ("tenant", each), each) for each in removed))
             await self._services.throwaways.recorded(removed)

@@ -9,7 +9,7 @@ Rules:
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Final, Self
 
@@ -183,16 +183,21 @@ class RecallPicture:
 
 @dataclass(frozen=True, slots=True)
 class TenantPicture:
-    """What the sessions of one tenant keep.
+    """What the sessions of one tenant keep, and what its leases came to since the engine began.
 
     Attributes:
-        sessions: that keep something on the device.
+        sessions: that keep something on the device; of them `leased_sessions` have a lease that runs.
         blocks: by tier, for each tier that is there. One that two sessions share counts once.
+        worths_hits_per_s: of its sessions, as `KvPicture.worths_hits_per_s`.
     """
 
     tenant: str
     sessions: int
+    leased_sessions: int
     blocks: Mapping[str, int]
+    worths_hits_per_s: tuple[float, ...]
+    reclaimed_blocks_total: int
+    expired_leases_total: int
 
     @classmethod
     def from_wire(cls, value: object) -> Self:
@@ -202,7 +207,15 @@ class TenantPicture:
             MalformedMessage: when a field is missing, unknown or of another type.
         """
         record = wire.record(value, cls)
-        return cls(wire.label(record, "tenant"), wire.count(record, "sessions"), _by_tier(record["blocks"]))
+        return cls(
+            tenant=wire.label(record, "tenant"),
+            sessions=wire.count(record, "sessions"),
+            leased_sessions=wire.count(record, "leased_sessions"),
+            blocks=_by_tier(record["blocks"]),
+            worths_hits_per_s=_worths(record["worths_hits_per_s"]),
+            reclaimed_blocks_total=wire.count(record, "reclaimed_blocks_total"),
+            expired_leases_total=wire.count(record, "expired_leases_total"),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,10 +289,11 @@ class KvPicture:
 
     Attributes:
         tiers: those that are there; the device is the first.
-        tenants: those that keep most.
+        tenants: those that keep most; one that keeps nothing any more is there for what was counted of it.
         sessions: those that keep most in some tier, as many as were asked for; or the one that was.
         sessions_total: all that keep something on the device; of them `leased_sessions_total` have a lease that runs.
         worths_hits_per_s: the lowest, the middle and the highest of all that are known; empty: none is.
+        engine_life: tells one life of the engine from another; each begins to count anew.
         disk: None: there is no tier on disk.
         canary: None: there is no tier that anything is restored from.
         recall: None: there is no disk to read ahead from.
@@ -295,6 +309,7 @@ class KvPicture:
     reclaimed_blocks_total: int
     expired_leases_total: int
     ignored_leases_total: int
+    engine_life: str
     disk: DiskPicture | None = None
     canary: CanaryPicture | None = None
     recall: RecallPicture | None = None
@@ -311,7 +326,6 @@ class KvPicture:
             MalformedMessage: when a field is missing, unknown or of another type.
         """
         record = wire.record(value, cls)
-        worths = _values(record["worths_hits_per_s"], 3)
         return cls(
             block_size=wire.count(record, "block_size"),
             tiers=tuple(TierPicture.from_wire(each) for each in _values(record["tiers"], len(TIERS))),
@@ -319,14 +333,23 @@ class KvPicture:
             sessions=tuple(SessionPicture.from_wire(each) for each in _values(record["sessions"], MAX_SESSIONS)),
             sessions_total=wire.count(record, "sessions_total"),
             leased_sessions_total=wire.count(record, "leased_sessions_total"),
-            worths_hits_per_s=tuple(wire.number({"worth": each}, "worth") for each in worths),
+            worths_hits_per_s=_worths(record["worths_hits_per_s"]),
             reclaimed_blocks_total=wire.count(record, "reclaimed_blocks_total"),
             expired_leases_total=wire.count(record, "expired_leases_total"),
             ignored_leases_total=wire.count(record, "ignored_leases_total"),
+            engine_life=wire.label(record, "engine_life"),
             disk=None if record["disk"] is None else DiskPicture.from_wire(record["disk"]),
             canary=None if record["canary"] is None else CanaryPicture.from_wire(record["canary"]),
             recall=None if record["recall"] is None else RecallPicture.from_wire(record["recall"]),
         )
+
+
+def worths_together(rows: Iterable[Sequence[float]]) -> tuple[float, ...]:
+    """Rows as `KvPicture.worths_hits_per_s` in one; of several only the lowest and the highest: no middle is known."""
+    known = [tuple(row) for row in rows if row]
+    if len(known) < 2:
+        return known[0] if known else ()
+    return min(row[0] for row in known), max(row[-1] for row in known)
 
 
 def read_sessions_asked(given: str | None) -> int:
@@ -364,6 +387,10 @@ def _by_tier(value: object) -> dict[str, int]:
     if not isinstance(value, Mapping) or not set(value) <= set(TIERS):
         raise MalformedMessage(f"counts of some of {', '.join(TIERS)}")
     return {tier: wire.count(value, tier) for tier in value}
+
+
+def _worths(value: object) -> tuple[float, ...]:
+    return tuple(wire.number({"worth": each}, "worth") for each in _values(value, 3))
 
 
 def _values(value: object, at_most: int) -> Sequence[object]:

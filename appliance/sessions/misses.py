@@ -52,6 +52,7 @@ class Cause(enum.StrEnum):
     BLOCK_TAIL = "block_tail"  # only full blocks can be found again
     MODEL_CHANGED = "model_changed"
     ENGINE_RESTARTED = "engine_restarted"
+    OTHER_REPLICA = "other_replica"  # the turn before ran on another replica's engine
     ENDED = "ended"  # its client had said that the session was over
     SALT_CHANGED = "salt_changed"  # a session of its tree was forgotten
     CONCURRENT = "concurrent"  # the turn before still ran, and what could be found of it is not known
@@ -126,6 +127,8 @@ REMEDIES: Final[Mapping[Change | Cause, str]] = {
     Cause.ENDED: "The client says that the session is over and goes on with it: say so with its last call only.",
     Cause.SALT_CHANGED: "A session of the same tree was forgotten, and what the tree had on the engine with it.",
     Cause.ENGINE_RESTARTED: "The engine was started again, and nothing on the device survives that.",
+    Cause.OTHER_REPLICA: "The session's turns go to several replicas, and each has what it computed itself: have what "
+    "stands before them send a session to the same one.",
     Cause.MODEL_CHANGED: "The session changed its model: what one computed is of no use to another.",
 }
 """What can be done about what destroys prefixes."""
@@ -168,6 +171,7 @@ class Circumstances:
         template: tells one chat template from another.
         served: from where, where that is certain.
         paused_s: since the turn before was over, by a clock that nobody sets; negative: it still ran.
+        replica: tells the replica whose engine it was from others that share the database.
     """
 
     block_size: int | None = None
@@ -179,6 +183,7 @@ class Circumstances:
     template: str | None = None
     served: Served | None = None
     paused_s: float | None = None
+    replica: str | None = None
 
     def to_wire(self) -> list[Any]:
         """As it is written down with a turn."""
@@ -192,6 +197,7 @@ class Circumstances:
             self.template,
             None if self.served is None else list(self.served),
             self.paused_s,
+            self.replica,
         ]
 
     @classmethod
@@ -444,6 +450,7 @@ def _destroyers(turn: ExplainedTurn) -> Iterator[tuple[Change | Cause, int | Non
         Cause.QUOTA,
         Cause.TIER_FAULT,
         Cause.ENGINE_RESTARTED,
+        Cause.OTHER_REPLICA,
         Cause.MODEL_CHANGED,
         Cause.TEMPLATE_CHANGED,
         Cause.ENDED,
@@ -463,8 +470,10 @@ def _lost(before: Ran, now: Ran) -> Cause:
         return said  # it was there, whatever happened to the device's
     if here.engine is None or there.engine is None:
         return Cause.UNKNOWN
+    if here.replica != there.replica and None not in (here.replica, there.replica):
+        return Cause.OTHER_REPLICA
     if here.engine != there.engine:
-        return Cause.ENGINE_RESTARTED
+        return Cause.ENGINE_RESTARTED if here.replica == there.replica else Cause.UNKNOWN
     if here.was_over:
         return Cause.ENDED
     if here.epoch != there.epoch:

@@ -468,6 +468,7 @@ class Registry(Archive):
         also: Sequence[Change] = (),
         *,
         engine: str | None = None,
+        replica: str | None = None,
         template: str | None = None,
         served: Served | None = None,
         last: bool = False,
@@ -477,6 +478,7 @@ class Registry(Archive):
         Args:
             last: its client says that the session is over with it.
             engine: tells the life of the engine that ran it from others; None: not known.
+            replica: tells the replica whose engine that was from others; None: not known.
             template: tells the chat template that it was written with from others; None: not known.
             served: from where the engine had what it did not compute of the prompt; None: not known.
 
@@ -510,6 +512,7 @@ class Registry(Archive):
                 template=template,
                 served=served,
                 paused_s=_paused_s(live, outcome),
+                replica=replica,
             )
             ends = live.ends
             if live.stored:

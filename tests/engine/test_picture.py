@@ -19,7 +19,9 @@ def test_a_picture_is_that_of_the_pool(engine: EngineInProcess) -> None:
     assert device.leased_blocks == len(engine.connector.leased_block_ids()) == held
     assert [(each.session, each.held[0].tokens) for each in seen.sessions] == [("long", 288), ("short", 96)]
     assert (seen.tenants[0].sessions, seen.tenants[0].blocks) == (2, {"device": held})
-    assert seen.leased_sessions_total == 2
+    assert seen.leased_sessions_total == seen.tenants[0].leased_sessions == 2
+    assert seen.tenants[0].worths_hits_per_s == seen.worths_hits_per_s
+    assert seen.engine_life == picture(engine).engine_life
     assert all(each.worth_hits_per_s is not None and each.worth_hits_per_s > 0 for each in seen.sessions)
     assert len(seen.worths_hits_per_s) == 3
     assert [each.session for each in picture(engine, 1).sessions] == ["long"]

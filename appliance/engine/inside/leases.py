@@ -25,7 +25,7 @@ import itertools
 import sys
 from array import array
 from bisect import bisect_right, insort
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -39,6 +39,7 @@ ORDER_SHARE: Final = 1000
 """The order in which sessions yield is reckoned in one part of so many of the time, at most."""
 
 _MOST_REASONS: Final = 10_000
+_MOST_COUNTED: Final = 1024  # tenants; who was counted first leaves first
 _WANTED: Final = float("inf")
 
 
@@ -71,20 +72,30 @@ class TenantKeeps:
     blocks: int = 0
 
 
+@dataclass(slots=True)
+class TenantCounts:
+    """What the leases of a tenant came to since the engine began."""
+
+    reclaimed_blocks: int = 0
+    expired_leases: int = 0
+
+
 class Kept(NamedTuple):
     """What all sessions keep, summed up.
 
     Attributes:
         tenants: by label.
-        sessions_with_rank: of all that keep something; their blocks count once for each session.
-        worths: of the sessions whose worth is known and that no request waits for, in hits a second, ascending.
+        sessions_with_rank: of all that keep something, by tenant.
+        blocks_with_rank: theirs; they count once for each session.
+        worths: of the sessions whose worth is known and that no request waits for, in hits a second, ascending; by
+            tenant.
     """
 
     tenants: Mapping[str, TenantKeeps]
     sessions: int
-    sessions_with_rank: int
+    sessions_with_rank: Mapping[str, int]
     blocks_with_rank: int
-    worths: Sequence[float]
+    worths: Mapping[str, Sequence[float]]
 
 
 _Key = tuple[str, str]  # tenant, session: no label reaches another tenant's blocks
@@ -162,6 +173,7 @@ class LeaseTable:
         self._order_until = -float("inf")
         self.reclaimed_blocks_total = 0
         self.expired_total = 0
+        self._counts: dict[str, TenantCounts] = {}
 
     def leased_block_ids(self) -> tuple[int, ...]:
         """The blocks that the table holds a reference on."""
@@ -305,6 +317,7 @@ class LeaseTable:
             heapq.heappop(self._deadlines)
             key, claim = due[2], self._claims[due[2]]
             self.expired_total += 1
+            self._counts_of(key[0]).expired_leases += 1
             if claim.is_strict:
                 freed += self._drop(key, claim.ids)
                 forgotten += claim.contents
@@ -322,7 +335,7 @@ class LeaseTable:
         if claim is None or session in self._active:
             return Change()
         contents = tuple(map(self._content_of, claim.ids))
-        taken = _Taken([], [])
+        taken = _Taken([], [], {})
         self._yield(session, len(claim.ids), None, "", taken)
         return Change(freed=tuple(taken.freed), forgotten=contents)
 
@@ -378,8 +391,13 @@ class LeaseTable:
         taken = self._take(wanted_blocks, busy=busy, wanted_by=wanted_by)
         room = len(taken.freed)
         for key in list(self._claims) if room < wanted_blocks else ():
-            room += self._yield_before_the_tail(key, wanted_blocks - room, busy, taken)
+            made = self._yield_before_the_tail(key, wanted_blocks - room, busy, taken)
+            if made:
+                room += made
+                taken.of[key[0]] = taken.of.get(key[0], 0) + made
         self.reclaimed_blocks_total += room
+        for tenant, blocks in taken.of.items():
+            self._counts_of(tenant).reclaimed_blocks += blocks
         return Change(freed=tuple(taken.freed), forgotten=tuple(taken.forgotten))
 
     # What is asked
@@ -416,15 +434,20 @@ class LeaseTable:
     def kept(self) -> Kept:
         """What all sessions keep: counted as they come and go, but for their worth, which changes by itself."""
         now, value = self._clock(), self.policy.value
-        with_rank = [len(claim.ids) for claim in self._claims.values() if claim.has_rank]
-        worths = [value(session=key, now=now, position=0, abandoned=False) for key in self._claims]
-        return Kept(
-            self._kept_by,
-            len(self._claims),
-            len(with_rank),
-            sum(with_rank),
-            sorted(filter(isfinite, worths)),
-        )
+        with_rank = Counter(key[0] for key, claim in self._claims.items() if claim.has_rank)
+        blocks_with_rank = sum(len(claim.ids) for claim in self._claims.values() if claim.has_rank)
+        worths = defaultdict[str, list[float]](list)
+        for key in self._claims:
+            worth = value(session=key, now=now, position=0, abandoned=False)
+            if isfinite(worth):
+                worths[key[0]].append(worth)
+        for each in worths.values():
+            each.sort()
+        return Kept(self._kept_by, len(self._claims), with_rank, blocks_with_rank, worths)
+
+    def counts(self) -> Mapping[str, TenantCounts]:
+        """What the leases of each tenant came to, of `_MOST_COUNTED` tenants at most."""
+        return self._counts
 
     @property
     def sessions(self) -> int:
@@ -503,7 +526,7 @@ class LeaseTable:
         wanted_by: str = "",
         reason: str = "",
     ) -> "_Taken":
-        taken = _Taken([], [])
+        taken = _Taken([], [], {})
         if wanted_blocks <= 0:
             return taken
         protected: list[_Key] = []
@@ -544,7 +567,9 @@ class LeaseTable:
         yielded = ids[kept:]
         if yielded:
             taken.forgotten.extend(self._left(yielded, is_strict=claim.is_strict))
-            taken.freed.extend(self._drop(key, yielded))
+            freed = self._drop(key, yielded)
+            taken.freed.extend(freed)
+            taken.of[key[0]] = taken.of.get(key[0], 0) + len(freed)
             del ids[kept:]
             claim.reason = reason or ("evicted" if claim.has_rank else "expired")
         if not ids:
@@ -669,6 +694,14 @@ class LeaseTable:
             if not self._children[parent]:
                 del self._children[parent]
 
+    def _counts_of(self, tenant: str) -> TenantCounts:
+        counts = self._counts.get(tenant)
+        if counts is None:
+            if len(self._counts) >= _MOST_COUNTED:
+                del self._counts[next(iter(self._counts))]
+            counts = self._counts[tenant] = TenantCounts()
+        return counts
+
     def _claim(self, key: _Key, block_id: int) -> bool:
         if block_id >= len(self._claims_on):
             self._claims_on.extend(itertools.repeat(0, block_id + 1 - len(self._claims_on)))
@@ -730,6 +763,7 @@ class LeaseTable:
 class _Taken(NamedTuple):
     freed: list[int]
     forgotten: list[Hashable]
+    of: dict[str, int]  # how many blocks that are free now were whose, by tenant
 
 
 def _worst_last(place: _Place) -> tuple[float, float, int]:

@@ -7,6 +7,7 @@ Rules:
 """
 
 import heapq
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from operator import itemgetter
 from typing import NamedTuple, Protocol
 
 from appliance.engine.inside.disk.store import DiskStatus
-from appliance.engine.inside.leases import Kept
+from appliance.engine.inside.leases import Kept, TenantCounts
 from appliance.engine.inside.quotas import Owner
 from appliance.engine.picture import (
     DISK_FAULTS,
@@ -44,11 +45,12 @@ class Holder(Protocol):
 
 
 class Totals(NamedTuple):
-    """What was counted since the engine began."""
+    """What was counted since the engine began, in all and of `tenants`, by their labels."""
 
     reclaimed_blocks: int
     expired_leases: int
     ignored_leases: int
+    tenants: Mapping[str, TenantCounts]
 
 
 def picture_of(
@@ -59,24 +61,25 @@ def picture_of(
     tiers: Sequence[TierPicture],
     holders: Mapping[str, Holder],
     totals: Totals,
+    engine_life: str,
 ) -> KvPicture:
     """The picture of what is `kept`, with the sessions to name.
 
     Args:
         holders: what the tiers have, by their names.
     """
-    worths = kept.worths
     return KvPicture(
         block_size=block_size,
         tiers=tuple(tiers),
-        tenants=_tenants(kept, holders),
+        tenants=_tenants(kept, holders, totals.tenants),
         sessions=tuple(sessions),
         sessions_total=kept.sessions,
-        leased_sessions_total=kept.sessions_with_rank,
-        worths_hits_per_s=(worths[0], worths[len(worths) // 2], worths[-1]) if worths else (),
+        leased_sessions_total=sum(kept.sessions_with_rank.values()),
+        worths_hits_per_s=_of_worths(kept.worths.values()),
         reclaimed_blocks_total=totals.reclaimed_blocks,
         expired_leases_total=totals.expired_leases,
         ignored_leases_total=totals.ignored_leases,
+        engine_life=engine_life,
     )
 
 
@@ -124,7 +127,9 @@ def disk_picture(status: DiskStatus) -> DiskPicture:
     )
 
 
-def _tenants(kept: Kept, holders: Mapping[str, Holder]) -> tuple[TenantPicture, ...]:
+def _tenants(
+    kept: Kept, holders: Mapping[str, Holder], counted: Mapping[str, TenantCounts]
+) -> tuple[TenantPicture, ...]:
     by_tier = {tier: holder.blocks_by_tenant() for tier, holder in holders.items()}
     blocks = Counter[str]()
     for counts in by_tier.values():
@@ -132,14 +137,29 @@ def _tenants(kept: Kept, holders: Mapping[str, Holder]) -> tuple[TenantPicture, 
 
     def picture(label: str, tenants: Iterable[str]) -> TenantPicture:
         tenants = tuple(tenants)
-        sessions = sum(kept.tenants[tenant].sessions for tenant in tenants if tenant in kept.tenants)
-        held = {tier: sum(counts.get(tenant, 0) for tenant in tenants) for tier, counts in by_tier.items()}
-        return TenantPicture(label, sessions, held)
+        counts = [counted[tenant] for tenant in tenants if tenant in counted]
+        return TenantPicture(
+            label,
+            sessions=sum(kept.tenants[tenant].sessions for tenant in tenants if tenant in kept.tenants),
+            leased_sessions=sum(kept.sessions_with_rank.get(tenant, 0) for tenant in tenants),
+            blocks={tier: sum(held.get(tenant, 0) for tenant in tenants) for tier, held in by_tier.items()},
+            worths_hits_per_s=_of_worths(kept.worths.get(tenant, ()) for tenant in tenants),
+            reclaimed_blocks_total=sum(each.reclaimed_blocks for each in counts),
+            expired_leases_total=sum(each.expired_leases for each in counts),
+        )
 
+    # Those that keep nothing are shown for what was counted of them, the newest first.
     ranked = [tenant for tenant, _ in blocks.most_common()]
+    ranked += [tenant for tenant in reversed(list(counted)) if tenant not in blocks]
     named = tuple(picture(tenant, [tenant]) for tenant in ranked[:MAX_TENANTS])
     rest = ranked[MAX_TENANTS:]
     return (*named, picture(OTHER_TENANTS, rest)) if rest else named
+
+
+def _of_worths(ascending: Iterable[Sequence[float]]) -> tuple[float, ...]:
+    """The lowest, the middle and the highest of several rows; empty: there is none."""
+    worths = sorted(itertools.chain.from_iterable(ascending))
+    return (worths[0], worths[len(worths) // 2], worths[-1]) if worths else ()
 
 
 def _finite(worth: float) -> float | None:

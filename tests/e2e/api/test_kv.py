@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from api.dashboards import kv_dashboard
 from tests.e2e.api.conftest import Served
+from tests.metrics_table import documented_metrics
 
 _METRIC = re.compile(r"holdfast_[a-z0-9_]+")
 
@@ -24,7 +27,7 @@ def metrics_page(served: Served) -> str:
         received = b""
         while part := connection.recv(1 << 16):
             received += part
-    return received.decode()
+    return received.decode().replace("\r\n", "\n").partition("\n\n")[2]
 
 
 def test_the_picture_has_what_the_engine_keeps_and_what_the_gateway_counted(served: Served) -> None:
@@ -49,24 +52,60 @@ def test_the_picture_has_what_the_engine_keeps_and_what_the_gateway_counted(serv
     assert [(each.tier, each.blocks, each.share_blocks, each.cap_blocks) for each in ours.kept] == [
         ("device", 0, 0, None)
     ]
+    others = next(each for each in status.tenants if each.tenant_id == "other")  # whom the stub names
+    assert (others.kept_sessions, others.leased_sessions, others.worths_hits_per_s) == (1, 1, [0.25] * 3)
+    assert (others.reclaimed_blocks_total, others.expired_leases_total) == (4, 2)
     assert served.admin.kv(sessions=0).sessions == []
 
 
-def test_every_metric_that_a_panel_asks_for_is_on_the_page(served: Served) -> None:
-    served.ask("hi")
-    page = metrics_page(served)
-    families = set(re.findall(r"^# TYPE (\S+) ", page, re.MULTILINE))
+def labels_on(page: str) -> dict[str, set[str]]:
+    """By the names on the page, `_bucket` too: the labels of each metric. One that has no series now has none."""
+    found: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(page):
+        is_counter = family.type == "counter"
+        labels = found.setdefault(f"{family.name}_total" if is_counter else family.name, set())
+        for sample in family.samples:
+            if sample.name.endswith("_bucket"):
+                found.setdefault(sample.name, set()).update(sample.labels)
+            elif not sample.name.endswith("_created"):
+                labels.update(sample.labels)
+    return {name: labels for name, labels in found.items() if not name.endswith("_created")}
+
+
+def test_the_table_in_the_documentation_is_that_of_the_page(served: Served) -> None:
+    served.ask("hi " * 40)
+    on_page = labels_on(metrics_page(served))
+    documented = documented_metrics()
+    only_of_an_engine_that_the_gateway_started = {"holdfast_engine_restarts_total"}
+    assert {name for name in on_page if not name.endswith("_bucket")} == (
+        documented.keys() - only_of_an_engine_that_the_gateway_started
+    )
+    told = {name for name, labels in on_page.items() if labels and name in documented}
+    assert {name: on_page[name] for name in told} == {name: documented[name].labels for name in told}
+    assert {"holdfast_engine_info", "holdfast_served_prompt_tokens_total"} <= told
+
+
+def test_every_metric_and_every_label_that_a_panel_asks_for_is_on_the_page(served: Served) -> None:
+    served.ask("hi " * 40)
+    on_page = labels_on(metrics_page(served))
     dashboard: Any = json.loads(kv_dashboard())
-    asked = {
-        (panel["title"], name)
-        for panel in dashboard["panels"]
-        for target in panel.get("targets", ())
-        for name in _METRIC.findall(target["expr"])
-    }
-    asked |= {("variables", name) for each in dashboard["templating"]["list"] for name in _METRIC.findall(str(each))}
-    assert len({name for _, name in asked}) > 15
-    missing = {each for each in asked if each[1].removesuffix("_bucket") not in families}
-    assert not missing
+    (tenants,) = (each for each in dashboard["templating"]["list"] if each["name"] == "tenant")
+    assert tenants["query"]["query"] == "label_values(holdfast_prompt_tokens_total, tenant)"
+    asked: set[str] = set()
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", ()):
+            expression, where = target["expr"], f"{panel['title']}: {target['expr']}"
+            names = _METRIC.findall(expression)
+            assert names, where
+            assert set(names) <= on_page.keys(), where
+            labels = set[str]().union(*(on_page[name] for name in names))
+            matched = set(re.findall(r"(\w+)(?:=|!=|=~|!~)\"", expression))
+            grouped = [set(re.findall(r"\w+", each)) for each in re.findall(r"by \(([^)]*)\)", expression)]
+            assert matched.union(*grouped) <= labels, where
+            shown = grouped[0] - {"le"} if grouped else set() if "sum(" in expression else labels
+            assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= shown, where
+            asked |= set(names)
+    assert len(asked) > 15
 
 
 def test_what_the_panels_show_has_a_unit_a_description_and_a_place() -> None:

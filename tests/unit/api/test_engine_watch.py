@@ -29,8 +29,9 @@ class Engine:
 
 
 @asynccontextmanager
-async def watching(engine: Engine) -> AsyncIterator[EngineWatch]:
-    watch = EngineWatch(engine)  # type: ignore[arg-type]
+async def watching(engine: Engine, told: list[list[str]] | None = None) -> AsyncIterator[EngineWatch]:
+    changes: list[list[str]] = [] if told is None else told
+    watch = EngineWatch(engine, on_change=lambda models: changes.append([model.id for model in models]))  # type: ignore[arg-type]
     task = asyncio.create_task(watch.run())
     try:
         async with asyncio.timeout(10):
@@ -80,26 +81,25 @@ async def test_an_engine_that_a_request_missed_is_asked_at_once_and_holds_until_
         await asked_again(engine)
         await asyncio.sleep(0)
         assert watch.ready is not gone
-        assert watch.losses == gone
         engine.up = True
         await watch.wait_ready()
-    assert watch.losses == gone
 
 
-async def test_an_engine_that_does_not_answer_any_more_is_lost_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_does_not_answer_any_more_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api.engine_watch._WHILE_PRESENT_S", 0.0)
     monkeypatch.setattr("api.engine_watch._WHILE_ABSENT_S", 0.0)
     engine = Engine()
-    async with watching(engine) as watch:
+    told: list[list[str]] = []
+    async with watching(engine, told) as watch:
         await asked_again(engine)
-        assert watch.losses == 0, "it was not there yet"
+        assert told == [], "it was not there yet"
         for losses in (1, 2):
             engine.up = True
             await watch.wait_ready()
             engine.up = False
             for _ in range(3):
                 await asked_again(engine)
-            assert watch.losses == losses
+            assert told == [["m"], []] * losses
 
 
 async def test_why_it_is_not_there_is_told_by_who_started_it() -> None:

@@ -9,8 +9,10 @@ import pytest
 from api import commands, server
 from api.admin import status, types
 from api.health import Health
+from api.kv_counts import EngineCounts
 from api.metrics import Metrics
 from appliance.audit.siem.shipper import View
+from appliance.engine.client import ModelCard
 from appliance.errors import ErrorRecord
 
 pytestmark = pytest.mark.anyio
@@ -33,9 +35,9 @@ def services(*views: View, unreadable: ErrorRecord | None = None) -> Any:
         lifecycle=SimpleNamespace(turns=()),
         waiting=SimpleNamespace(waiting=0),
         vault=SimpleNamespace(sealed=False),
-        watch=SimpleNamespace(ready=True),
+        watch=SimpleNamespace(ready=True, models=[ModelCard("demo", 100)]),
         store=SimpleNamespace(waiting_writes=0),
-        kv=SimpleNamespace(fresh=lambda: None),
+        kv=SimpleNamespace(fresh=lambda: None, counts=EngineCounts(str)),
         ledger=SimpleNamespace(tenant_of=str),
         engine_process=None,
     )

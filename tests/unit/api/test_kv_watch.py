@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from api.kv_counts import Counted, EngineCounts
 from api.kv_watch import KvWatch, Seen, troubles
 from api.server import _record_quarantines
 from appliance.audit import AuditUnavailable, Event
@@ -21,7 +22,7 @@ from appliance.engine.picture import (
     TierPicture,
 )
 
-PICTURE = KvPicture(32, (TierPicture("device", "ok", 1, 9, 3, 2, 1),), (), (), 0, 0, (), 0, 0, 0)
+PICTURE = KvPicture(32, (TierPicture("device", "ok", 1, 9, 3, 2, 1),), (), (), 0, 0, (), 0, 0, 0, "one")
 
 
 class Engine:
@@ -50,8 +51,8 @@ class Clock:
 
 
 def watching() -> tuple[KvWatch, Engine, Clock, SimpleNamespace]:
-    engine, clock, watch = Engine(), Clock(), SimpleNamespace(ready=True, losses=0)
-    return KvWatch(engine, watch, clock=clock), engine, clock, watch  # type: ignore[arg-type]
+    engine, clock, watch = Engine(), Clock(), SimpleNamespace(ready=True)
+    return KvWatch(engine, watch, EngineCounts(str), clock=clock), engine, clock, watch  # type: ignore[arg-type]
 
 
 async def test_however_many_ask_the_engine_is_asked_once() -> None:
@@ -136,20 +137,21 @@ async def test_a_rate_is_of_two_looks_at_one_life_of_the_engine() -> None:
         engine.picture = replace(engine.picture or PICTURE, reclaimed_blocks_total=(clock.now - 100) * 2)  # type: ignore[arg-type]
         await kv.look()
     assert kv.reclaimed_blocks_per_s() == (2.0, 60.0)
-    clock.now += 5
-    engine.picture = PICTURE
-    await kv.look()
-    assert kv.reclaimed_blocks_per_s() is None
 
 
-async def test_a_rate_is_not_of_two_lives_of_which_the_later_counted_further() -> None:
-    kv, engine, clock, watch = watching()
-    for reclaimed, losses, rate in ((100, 0, None), (130, 1, None), (160, 1, (3.0, 10.0))):
+@pytest.mark.parametrize("reclaimed", [0, 130])
+async def test_a_rate_is_not_of_two_lives_of_the_engine_however_soon_the_later_began_and_however_far_it_counted(
+    reclaimed: int,
+) -> None:
+    kv, engine, clock, _ = watching()
+    rates = []
+    for life, blocks in (("one", 70), ("one", 100), ("two", reclaimed), ("two", reclaimed + 30)):
         clock.now += 10
-        watch.losses = losses
-        engine.picture = replace(PICTURE, reclaimed_blocks_total=reclaimed)
+        engine.picture = replace(PICTURE, engine_life=life, reclaimed_blocks_total=blocks)
         await kv.look()
-        assert kv.reclaimed_blocks_per_s() == rate
+        rates.append(kv.reclaimed_blocks_per_s())
+    assert rates == [None, (3.0, 10.0), None, (3.0, 10.0)]
+    assert kv.counts.totals[Counted("holdfast_kv_reclaimed_blocks", ("other",))] == 100 + reclaimed + 30
 
 
 async def test_more_tiers_are_known_when_they_were_seen() -> None:

@@ -131,6 +131,19 @@ async def test_what_is_there_of_it_goes_and_the_record_says_who_shredded_what(wo
     }
 
 
+async def test_its_series_leave_the_metrics_page(world: World) -> None:
+    services, tenant_id = world.gateway.services, world.tenant.tenant_id
+    assert (await world.gateway.ask(HELLO)).status == 200
+    label = next(last.of.tenant_label for last in services.ledger.newest())
+    picture = await services.engine.kv()
+    services.kv.counts.add(replace(picture, tenants=(replace(picture.tenants[0], tenant=label),)))
+    page = services.metrics.exposition().decode()
+    assert f'holdfast_kv_reclaimed_blocks_total{{tenant="{tenant_id}"}}' in page
+    assert f'holdfast_prompt_tokens_total{{tenant="{tenant_id}"}}' in page
+    await world.shred()
+    assert tenant_id not in services.metrics.exposition().decode()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_turns_that_run_are_broken_off_and_recorded_before_and_nobody_elses_are(
     world: World, stream: bool

@@ -26,6 +26,7 @@ from api.backups import (
     stream_backup,
     verify_backup,
 )
+from api.replica import replica_of
 from appliance.audit.restores import ANNOUNCED
 from appliance.settings import Settings, load_settings
 from appliance.store import Store
@@ -147,6 +148,7 @@ def test_a_restore_into_nothing_gives_the_same_files(backup: Path, tmp_path: Pat
 
 def test_an_appliance_is_set_aside_only_when_that_is_said_and_is_kept(backup: Path, state_dir: Path) -> None:
     (state_dir / "models" / "mine").mkdir(parents=True)
+    replica = replica_of(state_dir)
     with pytest.raises(RestoreWouldReplace, match="--replace state"):
         restore_backup(backup, state_dir, replace=False)
     restored = restore_backup(backup, state_dir, replace=True, now=lambda: MADE_AT)
@@ -155,6 +157,7 @@ def test_an_appliance_is_set_aside_only_when_that_is_said_and_is_kept(backup: Pa
     assert (state_dir / "root.key").read_bytes() == (restored.kept / "root.key").read_bytes()
     assert (state_dir / "demo-api-key").stat().st_mode & 0o777 == 0o600
     assert (state_dir / "models" / "mine").is_dir()
+    assert replica_of(state_dir) == replica, "its engine was started again, no other took its place"
     assert not restored.key_file_missing
 
 

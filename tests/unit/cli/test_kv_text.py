@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import pytest
+
 from api.admin import types
-from api.admin.kv_commands import status_text
+from api.admin.kv_commands import _that_fits, status_text
 
 TIER = types.KvTier(
     tier="device",
     state="ok",
+    detail="",
     block_bytes=1 << 20,
     capacity_blocks=1000,
     used_blocks=400,
@@ -35,12 +38,16 @@ SESSION = types.KvSession(
 TENANT = types.KvTenant(
     tenant_id="ten_1",
     kept_sessions=2,
+    leased_sessions=1,
+    worths_hits_per_s=[0.001, 0.02, 0.5],
+    reclaimed_blocks_total=1070,
+    expired_leases_total=4,
     kept=[types.KvTenantTier(tier="device", blocks=30, share_blocks=0, cap_blocks=None)],
     turns=4,
     prompt_tokens=1000,
     repeated_tokens=850,
     found_tokens={"device": 800},
-    computed_tokens={"new": 200},
+    computed_tokens={"new": 45, "evicted": 155},
     warm=WARM,
     cold=None,
 )
@@ -76,22 +83,37 @@ STATUS = types.KvStatus(
 def test_a_picture_says_what_is_kept_why_and_until_when() -> None:
     text = status_text(STATUS)
     for part in (
-        "seen 250 ms before; counted for 1 min 40 s",
-        "1000 blocks, 1000.0 MiB",
+        "seen 250 ms before; the gateway counts for 1 min 40 s",
+        "1,000 blocks, 1000.0 MiB",
         "400 (40.0 %)",
         "800 tokens (80.0 %)",
         "On the device: 2 sessions, 1 of them with a lease that runs; worth 0.0010 to 0.5000 hits/s",
-        "1.5 blocks/s over the last 58 s; 70 blocks in all; 4 leases ran out",
+        "1.5 blocks/s over the last 58 s; since the engine began 70 blocks; 4 leases ran out",
         "Replicated: 85.0 % of them had been sent with the turn before, too",
         "Computed: 15.5 % evicted, 4.5 % new",
-        "First token, warm: P50 120 ms, P90 300 ms, P99 1 s (3 turns since 2027-01-15 08:00:00Z)",
+        "First token, warm: P50 120 ms, P90 300 ms, P99 1.5 s (3 turns since 2027-01-15 08:00:00Z)",
         "First token, cold: no streamed turn yet",
         "155 evicted, 45 new",
         "At least 1 sessions more keep something (--sessions).",
     ):
         assert part in text
     session = next(line for line in text.splitlines() if line.startswith("ses_1"))
-    assert session.split("  ")[0] == "ses_1"
+    assert [cell.strip() for cell in session.split("  ") if cell.strip()][:2] == ["ses_1", "ten_1"]
+    tenant = next(line for line in text.splitlines() if line.startswith("ten_1"))
+    assert [cell.strip() for cell in tenant.split("  ") if cell.strip()] == [
+        "ten_1",
+        "2 (1 leased)",
+        "30",
+        "0.0010 to 0.5000",
+        "1,070",
+        "80.0 %",
+        "85.0 %",
+        "15.5 % evicted, 4.5 % new",
+        "120 ms / 300 ms / 1.5 s",
+        "-",
+        "4",
+        "1,000",
+    ]
     assert "0.0234" in session
     assert "960 (lease, 12 s)" in session
     assert "2 s ago" in session
@@ -106,6 +128,7 @@ def test_without_the_engine_what_was_counted_stands_and_nothing_is_made_up() -> 
         "leased_sessions": None,
     }
     text = status_text(STATUS.model_copy(update=gone))
+    assert text.splitlines()[1] == "What it keeps is not known now: `holdfast status` says why"
     assert "the engine did not answer" in text
     assert "blocks/s" not in text
     assert "ses_1" not in text
@@ -128,11 +151,31 @@ def test_what_each_tier_has_of_a_session_and_of_a_tenant_is_told_with_its_reason
     lines = status_text(status).splitlines()
     line = next(line for line in lines if line.startswith("not known"))
     cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
-    assert cells[:5] == ["not known", "-", "960 (worth)", "1280 (share, 2 h)", "in use"]
+    assert cells[:6] == ["not known", "ten_1", "-", "960 (worth)", "1,280 (share, 2 h)", "in use"]
     line = next(line for line in lines if line.startswith("ten_1"))
     cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
-    assert cells[:5] == ["ten_1", "2", "30 (share 250, cap 500)", "-", "40"]
+    assert cells[:5] == ["ten_1", "2 (1 leased)", "30 (share 250, cap 500)", "-", "40"]
     assert lines[-1] == "At least 8 sessions more keep something (--sessions)."
+
+
+def test_what_needs_somebody_stands_before_everything_else() -> None:
+    broken = TIER.model_copy(update={"tier": "disk", "state": "failed", "detail": "it cannot be used now: EIO"})
+    lines = status_text(STATUS.model_copy(update={"tiers": [TIER, broken]})).splitlines()
+    assert lines[1] == "disk FAILED: it cannot be used now: EIO"
+    assert "FAILED" not in status_text(STATUS)
+
+
+def test_a_session_is_found_among_the_tenants_by_the_beginning_of_its_tenants_id() -> None:
+    session = SESSION.model_copy(update={"tenant_id": "ten_fe3ffd42d420e7a1137d533098cfb342"})
+    assert "  ten_fe3ffd42…  " in status_text(STATUS.model_copy(update={"sessions": [session]}))
+
+
+def test_what_a_terminal_has_no_room_for_is_said_to_be_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: (20, 4))
+    text = "\n".join(["short", "x" * 20, "y" * 21, "four", "five"])
+    assert _that_fits(text).splitlines() == ["short", "x" * 20, "… 3 lines more"]
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: (20, 9))
+    assert _that_fits(text).splitlines() == ["short", "x" * 20, "y" * 19 + "…", "four", "five"]
 
 
 DISK = types.KvDisk(

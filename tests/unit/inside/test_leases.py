@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from appliance.engine.inside.chunks import ChunkOrder
-from appliance.engine.inside.leases import Change, LeasedBlock, LeaseTable
+from appliance.engine.inside.leases import Change, LeasedBlock, LeaseTable, TenantCounts
 from appliance.engine.inside.quotas import Quotas
 from appliance.engine.protocol import Lease, TurnEnd
 
@@ -204,6 +204,22 @@ def test_a_shared_block_counts_as_reclaimed_once_the_last_lease_yields_it() -> N
     assert table.reclaim(1, nothing_is_busy) == Change(freed=(3,))
     assert table.reclaim(1, nothing_is_busy) == Change(freed=(2,))
     assert table.reclaimed_blocks_total == 2
+
+
+def test_what_leases_came_to_is_counted_for_the_tenant_whose_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.engine.inside.leases._MOST_COUNTED", 2)
+    clock = Clock()
+    table = table_of(20, clock)
+    table.finished(Lease("a", "bank", 5.0), chain(1, 2, 3))
+    table.finished(Lease("a", "ship", 30.0), chain(4, 5))
+    clock.now += 5
+    table.expire()
+    table.reclaim(4, nothing_is_busy, "ship")
+    assert table.counts() == {"bank": TenantCounts(3, 1), "ship": TenantCounts(1, 0)}
+    table.finished(Lease("a", "mill", 30.0), chain(7))
+    table.reclaim(9, nothing_is_busy)
+    assert list(table.counts()) == ["ship", "mill"], "who was counted first makes room"
+    assert table.reclaimed_blocks_total == 6
 
 
 def test_a_lease_loses_its_rank_at_its_deadline_and_not_before_and_keeps_its_blocks() -> None:
@@ -563,6 +579,9 @@ class TableAgainstPool(RuleBasedStateMachine):
         assert kept.sessions == len(states)
         assert sum(tenant.sessions for tenant in kept.tenants.values()) == len(states)
         assert sum(tenant.blocks for tenant in kept.tenants.values()) == sum(state.blocks for state in states)
+        counts = self.table.counts().values()
+        assert sum(each.reclaimed_blocks for each in counts) == self.table.reclaimed_blocks_total
+        assert sum(each.expired_leases for each in counts) == self.table.expired_total
         deadlines = [state.expires_in_s for state in states]
         assert deadlines == sorted(deadlines)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from appliance.engine.inside.leases import LeasedBlock, LeaseTable
+from appliance.engine.inside.leases import LeasedBlock, LeaseTable, TenantCounts
 from appliance.engine.inside.pictures import Totals, largest, picture_of
 from appliance.engine.inside.retention import RetentionPolicy
 from appliance.engine.picture import (
@@ -28,6 +28,7 @@ from appliance.engine.picture import (
     TierPicture,
     read_session_asked,
     read_sessions_asked,
+    worths_together,
 )
 from appliance.engine.protocol import Lease, LeaseState
 from appliance.engine.wire import MalformedMessage
@@ -57,7 +58,12 @@ class ByName(RetentionPolicy):
         return self.worths.get(session[1], math.inf)
 
 
-def picture(*leases: LeaseState, sessions: int = 0, worths: Mapping[str, float] | None = None) -> KvPicture:
+def picture(
+    *leases: LeaseState,
+    sessions: int = 0,
+    worths: Mapping[str, float] | None = None,
+    counts: Mapping[str, TenantCounts] | None = None,
+) -> KvPicture:
     clock, block_ids = Clock(), itertools.count()
     table = LeaseTable(1_000_000, clock, lambda block_id: block_id, ByName(worths or {}))
     for each in leases:
@@ -66,7 +72,13 @@ def picture(*leases: LeaseState, sessions: int = 0, worths: Mapping[str, float] 
     table.expire()
     named = largest([table], sessions, table.worth)
     return picture_of(
-        table.kept(), named, block_size=32, tiers=[DEVICE], holders={"device": table}, totals=Totals(7, 2, 1)
+        table.kept(),
+        named,
+        block_size=32,
+        tiers=[DEVICE],
+        holders={"device": table},
+        totals=Totals(7, 2, 1, table.counts() if counts is None else counts),
+        engine_life="life",
     )
 
 
@@ -74,16 +86,16 @@ def test_sessions_are_counted_and_those_that_keep_most_are_named() -> None:
     seen = picture(lease(1, blocks=3), lease(2, blocks=9), lease(3, blocks=5, expires_in_s=-1.0), sessions=2)
     assert (seen.sessions_total, seen.leased_sessions_total) == (3, 2)
     assert [each.session for each in seen.sessions] == ["session-2", "session-3"]
-    assert seen.tenants == (TenantPicture("bank", 3, {"device": 17}),)
+    assert seen.tenants == (TenantPicture("bank", 3, 2, {"device": 17}, (), 0, 1),)
 
 
 def test_ten_thousand_sessions_make_no_larger_picture_than_a_few() -> None:
     many = [lease(number, tenant=f"tenant-{number % 200}") for number in range(10_000)]
     seen = picture(*many)
     assert len(seen.tenants) == MAX_TENANTS + 1
-    assert seen.tenants[-1] == TenantPicture(OTHER_TENANTS, 136 * 50, {"device": 136 * 50})
+    assert seen.tenants[-1] == TenantPicture(OTHER_TENANTS, 136 * 50, 136 * 50, {"device": 136 * 50}, (), 0, 0)
     assert sum(each.sessions for each in seen.tenants) == seen.sessions_total == 10_000
-    assert len(json.dumps(seen.to_wire())) < 8000
+    assert len(json.dumps(seen.to_wire())) < 16_000
 
 
 def test_worth_is_told_lowest_middle_highest_and_what_is_in_use_has_none() -> None:
@@ -95,6 +107,24 @@ def test_worth_is_told_lowest_middle_highest_and_what_is_in_use_has_none() -> No
         "session-3": None,
         "session-5": None,
     }
+
+
+def test_worth_and_what_leases_came_to_are_told_of_each_tenant() -> None:
+    worths = {"session-1": 0.5, "session-2": 0.1, "session-3": 0.3}
+    leases = lease(1, blocks=2), lease(2, blocks=2), lease(3, tenant="ship"), lease(4, tenant="ship")
+    counts = {"bank": TenantCounts(5, 1), "gone": TenantCounts(2, 3)}
+    seen = picture(*leases, worths=worths, counts=counts)
+    assert seen.tenants == (
+        TenantPicture("bank", 2, 2, {"device": 4}, (0.1, 0.5, 0.5), 5, 1),
+        TenantPicture("ship", 2, 2, {"device": 2}, (0.3, 0.3, 0.3), 0, 0),
+        TenantPicture("gone", 0, 0, {"device": 0}, (), 2, 3),
+    )
+    assert seen.worths_hits_per_s == (0.1, 0.3, 0.5)
+    many = {f"tenant-{number}": TenantCounts(1, 2) for number in range(MAX_TENANTS + 9)}
+    seen = picture(lease(1), counts=many)
+    assert len(seen.tenants) == MAX_TENANTS + 1
+    assert (seen.tenants[0].tenant, seen.tenants[1].tenant) == ("bank", f"tenant-{MAX_TENANTS + 8}")
+    assert seen.tenants[-1] == TenantPicture(OTHER_TENANTS, 0, 0, {"device": 0}, (), 10, 20)
 
 
 def test_a_session_is_named_for_the_tier_that_has_most_of_it() -> None:
@@ -143,7 +173,7 @@ def test_why_the_device_keeps_a_session_is_told() -> None:
 WHOLE = KvPicture(
     block_size=32,
     tiers=(DEVICE, TierPicture("disk", "quarantined", 4096, 10, 0, 0, 0)),
-    tenants=(TenantPicture("bank", 1, {"device": 3, "disk": 4}),),
+    tenants=(TenantPicture("bank", 1, 1, {"device": 3, "disk": 4}, (0.1, 0.1, 0.1), 4, 5),),
     sessions=(
         SessionPicture("bank", "session", None, (HeldPicture("device", 3, 96, "in_use", None),)),
         SessionPicture("bank", "other", 0.1, (HeldPicture("disk", 3, 96, "share", 2.0),)),
@@ -154,6 +184,7 @@ WHOLE = KvPicture(
     reclaimed_blocks_total=4,
     expired_leases_total=5,
     ignored_leases_total=6,
+    engine_life="5f2c",
     disk=DiskPicture(
         stored_blocks_total=7,
         loaded_blocks_total=8,
@@ -191,6 +222,10 @@ def test_a_picture_is_read_as_it_was_written() -> None:
         (("tenants", 0, "tenant"), "a b"),
         (("tenants", 0, "blocks"), {"tape": 1}),
         (("tenants", 0, "blocks", "device"), -1),
+        (("tenants", 0, "leased_sessions"), None),
+        (("tenants", 0, "worths_hits_per_s"), [math.inf]),
+        (("tenants", 0, "reclaimed_blocks_total"), -1),
+        (("engine_life",), "a life"),
         (("sessions", 0, "worth_hits_per_s"), "much"),
         (("sessions", 1, "held", 0, "ends_in_s"), math.inf),
         (("sessions", 1, "held", 0, "kept_for"), "love"),
@@ -218,6 +253,13 @@ def test_what_is_no_picture_is_refused(where: tuple[Any, ...], value: object) ->
     inner[where[-1]] = value
     with pytest.raises(MalformedMessage):
         KvPicture.from_wire(wire)
+
+
+def test_of_worths_of_several_the_middle_is_not_made_up() -> None:
+    assert worths_together([]) == worths_together([()]) == ()
+    assert worths_together([(), (0.1, 0.2, 0.9)]) == (0.1, 0.2, 0.9)
+    assert worths_together([(0.1, 0.2, 0.9), (0.05, 0.5, 0.6)]) == (0.05, 0.9)
+    assert worths_together([(0.1, 0.9), (0.2, 0.3, 0.4)]) == (0.1, 0.9)
 
 
 def test_so_many_sessions_may_be_asked_for() -> None:

@@ -75,6 +75,7 @@ def test_a_prompt_that_stops_short_of_its_history_did_not_diverge() -> None:
         (ran(range(20), at=15.9), Cause.EVICTED),
         (ran(range(20), at=16.1), Cause.EXPIRED),
         (ran(range(20), at=2, circumstances=Circumstances(4, "two", 15.0, 0)), Cause.ENGINE_RESTARTED),
+        (ran(range(20), at=2, circumstances=Circumstances(4, "two", 15.0, 0, replica="a")), Cause.UNKNOWN),
         (ran(range(20), at=2, circumstances=Circumstances(4, "one", 15.0, 1)), Cause.SALT_CHANGED),
         (ran(range(20), at=2, circumstances=Circumstances(4, "one", 15.0, 0, was_over=True)), Cause.ENDED),
         (ran(range(20), at=2, circumstances=Circumstances(4, None, 15.0, 0)), Cause.UNKNOWN),
@@ -86,6 +87,22 @@ def test_a_prompt_that_stops_short_of_its_history_did_not_diverge() -> None:
 )
 def test_what_could_have_been_found_has_a_cause_of_its_own(now: Ran, cause: Cause) -> None:
     assert account_of(BEFORE, now) == Account(20, 0, {cause: 12, Cause.BLOCK_TAIL: 1, Cause.NEW: 7})
+
+
+@pytest.mark.parametrize(
+    ("replica", "engine", "cause"),
+    [
+        ("a", "one", Cause.EVICTED),
+        ("a", "two", Cause.ENGINE_RESTARTED),
+        ("b", "two", Cause.OTHER_REPLICA),
+        ("b", "one", Cause.OTHER_REPLICA),
+        (None, "two", Cause.UNKNOWN),
+    ],
+)
+def test_an_engine_that_was_started_again_is_no_other_replica(replica: str | None, engine: str, cause: Cause) -> None:
+    before = replace(BEFORE, circumstances=replace(HERE, replica="a"))
+    now = ran(range(20), at=2, circumstances=replace(HERE, replica=replica, engine=engine))
+    assert account_of(before, now) == Account(20, 0, {cause: 12, Cause.BLOCK_TAIL: 1, Cause.NEW: 7})
 
 
 @pytest.mark.parametrize("at", [-700_000.0, 0.5, 2.0, 700_000.0])
@@ -124,7 +141,8 @@ def test_of_a_turn_that_was_broken_off_it_is_not_known_what_was_found() -> None:
 
 def test_what_was_written_down_before_there_was_more_of_it_can_be_read() -> None:
     assert Circumstances.from_wire([4, "one", 15.0, 0, True]) == Circumstances(4, "one", 15.0, 0, was_over=True)
-    broken_off = Circumstances(4, "one", 15.0, 0, served_known=False, paused_s=0.25)
+    assert Circumstances.from_wire([4, "one", 15.0, 0, True, True, "t", [1, 2, 3, ""], 0.5]).replica is None
+    broken_off = Circumstances(4, "one", 15.0, 0, served_known=False, paused_s=0.25, replica="a")
     assert Circumstances.from_wire(broken_off.to_wire()) == broken_off
 
 

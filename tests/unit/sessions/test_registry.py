@@ -392,6 +392,7 @@ async def ask(
     at: float = 0.0,
     steady: float | None = None,
     engine: str = "one",
+    replica: str | None = None,
 ) -> tuple[Session, Account]:
     """A turn of the principal `prn_1` with a prompt of so many tokens; each is the beginning of the next longer one.
 
@@ -405,7 +406,7 @@ async def ask(
         ended_at=at + 1,
         ran_s=None if steady is None else (steady, steady + 1),
     )
-    return session, await sessions.record(session, turn, said, engine=engine)
+    return session, await sessions.record(session, turn, said, engine=engine, replica=replica)
 
 
 async def test_why_is_told_from_the_transcript_as_it_was_told_with_each_turn(world: World) -> None:
@@ -437,6 +438,20 @@ async def test_why_is_told_from_the_transcript_as_it_was_told_with_each_turn(wor
     ]
     assert [turn.number for turn in explanation.turns] == list(range(1, 9))
     assert not explanation.truncated
+
+
+async def test_a_session_that_goes_from_one_replica_to_another_and_back_is_told_so(world: World) -> None:
+    turn = chat(HELLO, client_id="job")
+    for at, (replica, engine) in enumerate([("a", "a/1"), ("b", "b/1"), ("b", "b/2"), ("a", "a/1")]):
+        # Each gateway has what it remembers of the session from the database they share.
+        session, _ = await ask(explaining(world), turn, tokens=16 + 8 * at, at=2 * at, engine=engine, replica=replica)
+    explanation = await explaining(world).explanation(caller(), session.session_id)
+    assert [next(iter(turn.account.computed)) for turn in explanation.turns] == [
+        Cause.FIRST_TURN,
+        Cause.OTHER_REPLICA,
+        Cause.ENGINE_RESTARTED,
+        Cause.OTHER_REPLICA,
+    ]
 
 
 async def test_a_wall_clock_that_is_set_blames_nobody(world: World) -> None:

@@ -10,6 +10,7 @@ Rules:
 """
 
 import math
+import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -72,6 +73,7 @@ class LeaseRetention:
         groups = kv_cache_config.kv_cache_groups
         self._block_bytes = max(group.kv_cache_spec.page_size_bytes * len(group.layer_names) for group in groups)
         self._ignored_total = 0
+        self._life = secrets.token_hex(8)
         self._requests: dict[str, Request] = {}
         self._leases_asked: dict[str, Lease] = {}
         self.policy = RetentionPolicy()
@@ -124,7 +126,8 @@ class LeaseRetention:
             block_size=self._block_size,
             holders=holders,
             tiers=self.tiers(min(kept.blocks_with_rank, table.leased_blocks)),  # what two sessions share counts twice
-            totals=Totals(table.reclaimed_blocks_total, table.expired_total, self._ignored_total),
+            totals=Totals(table.reclaimed_blocks_total, table.expired_total, self._ignored_total, table.counts()),
+            engine_life=self._life,
         )
 
     def demote(self, tier: str, labels: Collection[str]) -> list[str]:  # noqa: ARG002
