@@ -26,7 +26,6 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-import uvicorn
 import uvloop
 
 from api import trail
@@ -43,7 +42,7 @@ from api.founding import tell_founding
 from api.health import Health
 from api.kv_metrics import KvCollector
 from api.kv_watch import KvWatch, quarantined
-from api.listener import bounded_by
+from api.listener import CannotListen, Server, bounded_by, listen_tcp
 from api.marking import keep_marks
 from api.metrics import Metrics
 from api.openai.errors import Draining
@@ -89,8 +88,6 @@ _DEMO_TOOL_CALLS = "hermes"  # how the demonstration model writes a tool call
 _INTERRUPTED_S = 5.0  # for broken-off turns to be committed and told
 _LOOK_EVERY_S = 0.02
 _RECORD_AGAIN_S = 5.0  # what the audit log did not take
-_CLOSING_S = 2  # for connections to be closed
-_IDLE_CONNECTION_S = 30
 _ADMIN_UNREAD_S = 120.0  # an answer to the admin socket may lie unread: a backup goes to a disk that may be slow
 # What is thrown away here is hardly ever in a circle: the collector comes a 30th as often as by default, and looks at
 # everything a 300th as often.
@@ -103,13 +100,6 @@ class StateInUse(HoldfastError):
 
     code: ClassVar[str] = "state_in_use"
     fault: ClassVar[Fault] = Fault.CONFLICT
-
-
-class CannotListen(HoldfastError, OSError):
-    """A listener's address cannot be had."""
-
-    code: ClassVar[str] = "cannot_listen"
-    fault: ClassVar[Fault] = Fault.ENVIRONMENT
 
 
 def serve(settings: Settings) -> None:
@@ -128,7 +118,7 @@ def serve(settings: Settings) -> None:
 
 async def _serve(settings: Settings) -> None:
     async with _services(settings) as services:
-        data = _listen_tcp(settings)
+        data = listen_tcp(settings.gateway.host, settings.gateway.port, "gateway.host and gateway.port")
         with data, _admin_socket(settings.state_dir / "run") as admin:
             services.lifecycle.endpoint = _endpoint(settings, data)
             await _run(services, data, admin)
@@ -142,13 +132,13 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         services.audit.count(trail.unreadable(source, error))
 
     servers = [
-        _Server(
+        Server(
             create_app(services),
             bounded_by(gateway.max_header_bytes, gateway.unread_timeout_s, refused),
             certificate=gateway.tls_certificate,
             private_key=gateway.tls_private_key,
         ),
-        _Server(
+        Server(
             _with_liveness(services),
             bounded_by(gateway.max_header_bytes, _ADMIN_UNREAD_S, refused, PeerCredentialsProtocol),
         ),
@@ -441,47 +431,6 @@ def _engine_spec(settings: Settings) -> EngineSpec:
 # Listening
 
 
-class _Server(uvicorn.Server):
-    """One listener. The signals are the gateway's own business, not uvicorn's."""
-
-    def __init__(
-        self,
-        app: App,
-        protocol: type[asyncio.Protocol],
-        *,
-        certificate: Path | None = None,
-        private_key: Path | None = None,
-    ) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=protocol,
-                ws="none",
-                lifespan="off",
-                interface="asgi3",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_keep_alive=_IDLE_CONNECTION_S,
-                timeout_graceful_shutdown=_CLOSING_S,
-                ssl_certfile=certificate,
-                ssl_keyfile=private_key,
-            )
-        )
-        self.listening = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
-        await super().startup(sockets)
-        self.listening.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave them alone."""
-        yield
-
-
 def _with_liveness(services: Services) -> App:
     """The admin listener's application: that the gateway lives is told to anybody, all else is the admin API's."""
     admin, health = admin_app(services), Health(services, in_full=True)
@@ -491,28 +440,6 @@ def _with_liveness(services: Services) -> App:
         await (health if alive else admin)(scope, receive, send)
 
     return app
-
-
-def _listen_tcp(settings: Settings) -> socket.socket:
-    host, port = settings.gateway.host.strip("[]"), settings.gateway.port
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except BaseException:
-            listener.close()
-            raise
-    except OSError as error:
-        raise CannotListen(
-            f"the gateway cannot listen on {host}, port {port}",
-            cause=error.strerror or str(error),
-            remedy="Set gateway.port to one that is free, or gateway.host to an address of this machine",
-        ) from None
-    return listener
 
 
 @contextlib.contextmanager

@@ -2,8 +2,9 @@
 
 Rules:
 
-- `verify`, `verify-proof`, `verify-export` and `witness cosign` need the log's files or what travelled, and its public
-  key: no appliance, no vault, no right but to read. They are the auditor's, on a machine of the auditor's own.
+- `verify`, `verify-proof`, `verify-export`, `witness cosign` and `witness serve` need the log's files or what
+  travelled, and its public key: no appliance, no vault, no right but to read. They are the auditor's and the witness's,
+  on machines of their own.
 - The rest asks the running appliance, which decides who may, and records that it was asked.
 """
 
@@ -514,6 +515,69 @@ def cosign(console: Console, request: Path, reply: Path, state: Path, key_text: 
         {"file": str(reply), "witness": str(key.verifier())},
         f"{reply} is the co-signature. Back at the appliance: "
         f"holdfast audit witness import {request} {reply} --witness {key.verifier()}",
+    )
+
+
+@witness.command("serve")
+@click.option(
+    "--state",
+    "state",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="As for `cosign`: what was seen in one way is known in the other.",
+)
+@click.option(
+    "--key",
+    "key_texts",
+    metavar="VKEY",
+    multiple=True,
+    required=True,
+    help="The public key of a log that is witnessed, or a file with it; again for each log.",
+)
+@click.option("--listen", metavar="HOST:PORT", required=True, help="Where it is asked; port 0: one that is free.")
+@click.option("--certificate", type=_FILE, help="For TLS, PEM; without it only the loopback is listened on.")
+@click.option("--private-key", type=_FILE, help="Of the certificate, PEM without a passphrase.")
+@click.option("--client-ca", type=_FILE, help="Answer only who shows a certificate of these, PEM.")
+@click.option("--name", default="", help="What a new witness is called, such as its host's name.")
+@pass_console
+def serve_witness(
+    console: Console,
+    state: Path,
+    key_texts: tuple[str, ...],
+    listen: str,
+    certificate: Path | None,
+    private_key: Path | None,
+    client_ca: Path | None,
+    name: str,
+) -> None:
+    """As the witness: answer appliances over the network (C2SP tlog-witness), until told to stop."""
+    import logging
+
+    from api.witness_service import serve
+
+    host, _, port = listen.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise click.BadParameter("a host and a port: 192.0.2.7:8443, [::1]:8443", param_hint="--listen")
+    if (certificate is None) != (private_key is None) or (client_ca is not None and certificate is None):
+        raise click.UsageError("--certificate and --private-key go together, and --client-ca with them")
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    key = own_key(state, name or "holdfast-witness")
+    vkey = str(key.verifier())
+
+    def listening(address: str) -> None:
+        console.result({"address": address, "witness": vkey}, f"{vkey}\nis asked at {address}")
+        sys.stdout.flush()
+
+    serve(
+        state,
+        key,
+        [_vkey(text) for text in key_texts],
+        host=host,
+        port=int(port),
+        certificate=certificate,
+        private_key=private_key,
+        client_ca=client_ca,
+        listening=listening,
     )
 
 
