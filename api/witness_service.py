@@ -9,8 +9,9 @@ Rules:
   which the body says (`text/x.tlog.size`), or another tree of that size; 422 where the proof does not hold.
 - The state is `witness.Witness`'s: on the disk before a co-signature leaves, under the lock that `cosign` takes too.
   Requests are worked at one after the other. Where another process is at work, that is 503: ask again.
-- A log that was rolled back or forked is refused, and said in one line with its name and both sizes. Only who has a
-  log's key can cause such a line: a stranger fills no journal.
+- A log that was rolled back or forked is refused, and said in one line with its name and both sizes; so is, once, one
+  that has not come for `SILENT_S`: whoever has root there can keep its appliance from saying so. Only who has a log's
+  key can cause such a line: a stranger fills no journal.
 - A request has a size, and a deadline until its last byte; connections have a number. It holds one key, the witness's.
 
 Source: https://c2sp.org/tlog-witness, "add-checkpoint".
@@ -61,6 +62,8 @@ _BODY_DEADLINE_S: Final = 15.0
 _MAX_HEADER_BYTES: Final = 16 << 10
 _UNREAD_S: Final = 10.0
 _MOST_CONNECTIONS: Final = 64
+SILENT_S: Final = 600.0  # an appliance that runs has a checkpoint a minute
+_LOOK_EVERY_S: Final = 30.0
 _LOG = logging.getLogger("holdfast.witness")
 
 
@@ -79,6 +82,7 @@ class WitnessService:
     Args:
         logs: the keys of the logs that are witnessed.
         now: epoch seconds.
+        monotonic: a clock that nobody sets, seconds.
         body_deadline_s: from a request's headers to its last byte.
 
     Raises:
@@ -91,11 +95,15 @@ class WitnessService:
         logs: Sequence[VerifierKey],
         *,
         now: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
         body_deadline_s: float = _BODY_DEADLINE_S,
     ) -> None:
         self._witness = witness
         self._logs = _by_origin(logs)
         self._now = now
+        self._monotonic = monotonic
+        self._heard_s = dict.fromkeys(self._logs, monotonic())
+        self._silent: set[str] = set()
         self._body_deadline_s = body_deadline_s
         self._one_by_one = ThreadPoolExecutor(1, thread_name_prefix="witness")
 
@@ -144,6 +152,7 @@ class WitnessService:
             checkpoint = open_checkpoint(note, log)
         except NoteInvalid as error:
             return _told(403, error.cause)
+        self._heard(origin)
         try:
             return Answer(200, self._witness.cosign(request, log, int(self._now())))
         except RequestInvalid as error:
@@ -155,6 +164,21 @@ class WitnessService:
         except WitnessStateUnusable as error:
             _LOG.error("nothing is co-signed: %s", error)
             return _told(500, "the witness's state cannot be used")
+
+    def tell_silent(self) -> None:
+        """Say which logs have not come for long; of each once, until it comes again."""
+        now_s = self._monotonic()
+        for origin, heard_s in self._heard_s.items():
+            if origin not in self._silent and now_s >= heard_s + SILENT_S:
+                self._silent.add(origin)
+                _LOG.warning("SILENT: log=%s for_s=%.0f", origin, now_s - heard_s)
+
+    def _heard(self, origin: str) -> None:
+        now_s = self._monotonic()
+        if origin in self._silent:
+            self._silent.discard(origin)
+            _LOG.warning("came again: log=%s after_s=%.0f", origin, now_s - self._heard_s[origin])
+        self._heard_s[origin] = now_s
 
 
 def serve(
@@ -209,10 +233,12 @@ def serve(
     with listen_tcp(host, port, "--listen") as listener:
         scheme = "http" if certificate is None else "https"
         address = f"{scheme}://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        asyncio.run(_serve(server, listener, lambda: listening(address)))
+        asyncio.run(_serve(server, service, listener, lambda: listening(address)))
 
 
-async def _serve(server: Server, listener: socket.socket, listening: Callable[[], None]) -> None:
+async def _serve(
+    server: Server, service: WitnessService, listener: socket.socket, listening: Callable[[], None]
+) -> None:
     def end() -> None:
         server.should_exit = True
 
@@ -224,7 +250,15 @@ async def _serve(server: Server, listener: socket.socket, listening: Callable[[]
     if begun.done():
         listening()
     begun.cancel()
+    looking = asyncio.create_task(_keep_looking(service))
     await serving
+    looking.cancel()
+
+
+async def _keep_looking(service: WitnessService) -> None:
+    while True:
+        await asyncio.sleep(_LOOK_EVERY_S)
+        service.tell_silent()
 
 
 # Answers

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from api.witness_service import SIZE_TYPE, Answer, WitnessService
+from api.witness_service import SILENT_S, SIZE_TYPE, Answer, WitnessService
 from appliance.audit import witness as witness_module
+from appliance.audit.files import write_whole
 from appliance.audit.notes import Algorithm, Checkpoint, KeyInvalid, SigningKey, sign_checkpoint
 from appliance.audit.witness import MAX_REQUEST_BYTES, Witness, verify_reply, write_request
 from appliance.audit.witnessing import make_request
@@ -229,7 +230,7 @@ async def test_requests_that_come_at_once_are_worked_at_one_after_the_other(
     make_log(longer, 300)
     grow(longer, 300, 700)
     requests = [make_request(longer, old_size=0), make_request(log, old_size=0)]
-    real, begun, go_on = witness_module.write_whole, threading.Event(), threading.Event()
+    real, begun, go_on = write_whole, threading.Event(), threading.Event()
 
     def write_slowly(path: Path, content: bytes) -> None:
         begun.set()
@@ -256,6 +257,25 @@ async def test_a_state_that_cannot_be_written_cosigns_nothing_and_is_told(
     assert answer is not None
     assert (answer.status, b"\xe2\x80\x94" in answer.body) == (500, False)
     assert "No space left" in caplog.text
+
+
+async def test_a_log_that_does_not_come_any_more_is_told_once(
+    tmp_path: Path, log: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    now_s = 0.0
+    service = new_service(tmp_path, monotonic=lambda: now_s)
+    lines = []
+    for then_s, comes in ((SILENT_S - 1, True), (2 * SILENT_S - 2, False), (2 * SILENT_S, False), (2 * SILENT_S, True)):
+        now_s = then_s
+        if comes:
+            await call(service, make_request(log, old_size=0))
+        else:
+            await call(service, b"anybody else")
+        service.tell_silent()
+        lines.append(len(caplog.records))
+    assert lines == [0, 0, 1, 2]
+    assert f"SILENT: log={ORIGIN} for_s=601" in caplog.text
+    assert f"came again: log={ORIGIN} after_s=601" in caplog.text
 
 
 def test_a_log_has_one_key_and_it_is_a_logs(tmp_path: Path) -> None:
