@@ -65,14 +65,19 @@ class Health:
         }
 
     def _audit_part(self) -> dict[str, object]:
-        """A SIEM that is down is told and counts for nothing: it delays its export only."""
+        """A SIEM or a witness that is down is told and counts for nothing: it delays its own part only."""
         part = _part(self._services.audit.error is None, self._audit())
         exports = self._services.exports
+        degraded = [
+            trouble for view in self._services.witnesses.views() if (trouble := view.trouble(self._services.now()))
+        ]
         errors = [(view.name, view.error) for view in exports.views() if view.error is not None]
-        if errors and self._in_full:
-            part["degraded"] = "; ".join(f"{name}: {error['message']}: {error['cause']}" for name, error in errors)
-        if exports.unreadable is not None and self._in_full:
-            part["degraded"] = f"nothing is exported: {exports.unreadable['cause']}"
+        if exports.unreadable is not None:
+            degraded.append(f"nothing is exported: {exports.unreadable['cause']}")
+        else:
+            degraded += [f"{name}: {error['message']}: {error['cause']}" for name, error in errors]
+        if degraded and self._in_full:
+            part["degraded"] = "; ".join(degraded)
         return part
 
     def _engine_part(self) -> dict[str, object]:

@@ -2,8 +2,8 @@
 
 Rules:
 
-- A label is one of a few words that we chose, a destination's name, which an administrator chose, or a tenant's id,
-  which says nothing of whose it is: never a token, a salt, a text, another name or another id.
+- A label is one of a few words that we chose, a destination's or a witness's name, which an administrator chose, or a
+  tenant's id, which says nothing of whose it is: never a token, a salt, a text, another name or another id.
 - The first `_MAX_TENANTS` tenants that have turns have series of their own; the others share those of `other`. A tenant
   that is removed takes its series with it, and another has room.
 - Units are in the names (https://prometheus.io/docs/practices/naming/).
@@ -162,9 +162,16 @@ class Metrics:
         """Publish a gauge whose value is asked for when it is read."""
         Gauge(name, help_text, registry=self._registry).set_function(value)
 
-    def observe_each(self, name: str, help_text: str, values: Callable[[], Iterable[tuple[str, float]]]) -> None:
-        """As `observe`, for each destination of the audit log that there is then."""
-        self._registry.register(_EachDestination(name, help_text, values))
+    def observe_each(
+        self,
+        name: str,
+        help_text: str,
+        values: Callable[[], Iterable[tuple[str, float]]],
+        *,
+        label: str = "destination",
+    ) -> None:
+        """As `observe`, for each destination, or witness, of the audit log that there is then."""
+        self._registry.register(_Each(name, help_text, values, label))
 
     def collect_from(self, collector: Collector) -> None:
         """Publish what `collector` says whenever it is read."""
@@ -194,19 +201,22 @@ class _OfTenant:
         return self._counters[key]
 
 
-class _EachDestination(Collector):
-    """A gauge of destinations, which come and go."""
+class _Each(Collector):
+    """A gauge of destinations, which come and go, or of witnesses."""
 
-    def __init__(self, name: str, help_text: str, values: Callable[[], Iterable[tuple[str, float]]]) -> None:
+    def __init__(
+        self, name: str, help_text: str, values: Callable[[], Iterable[tuple[str, float]]], label: str
+    ) -> None:
+        self._label = label
         self._name = name
         self._help_text = help_text
         self._values = values
 
     def describe(self) -> Iterable[Metric]:
-        return [GaugeMetricFamily(self._name, self._help_text, labels=("destination",))]
+        return [GaugeMetricFamily(self._name, self._help_text, labels=(self._label,))]
 
     def collect(self) -> Iterable[Metric]:
-        family = GaugeMetricFamily(self._name, self._help_text, labels=("destination",))
+        family = GaugeMetricFamily(self._name, self._help_text, labels=(self._label,))
         for destination, value in self._values():
             family.add_metric((destination,), value)
         return [family]

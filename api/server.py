@@ -65,6 +65,7 @@ from appliance.audit.events import (
     Outcome,
 )
 from appliance.audit.siem.exports import Exports
+from appliance.audit.witnesses import Witnesses, witnesses_of
 from appliance.engine.client import EngineClient
 from appliance.engine.command_line import SOCKET_NAME, EngineSpec, engine_python
 from appliance.engine.launcher import EngineFailed, EngineProcess
@@ -157,6 +158,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         checking = tasks.create_task(_keep_checking(services))
         comparing = tasks.create_task(tell_configuration(services))
         founding = tasks.create_task(tell_founding(services))
+        witnessing = tasks.create_task(services.witnesses.run())
         naming = tasks.create_task(tell_settings_of_nobody(services))
         watch = tasks.create_task(services.watch.run())
         looking = tasks.create_task(services.kv.run())
@@ -204,6 +206,8 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
             last = await services.audit.record(Event(GATEWAY_STOPPED, SYSTEM), privileged=True)
         await services.exports.stop(None if last is None else last + 1)
         await services.audit.stop()
+        await services.witnesses.catch_up()
+        witnessing.cancel()
 
 
 async def _keep_checking(services: Services) -> None:
@@ -340,6 +344,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             store=store,
             audit=audit,
             exports=exports,
+            witnesses=Witnesses(audit.directory, witnesses_of(settings.audit.witness), audit),
             identity=identity,
             quotas=Quotas(store),
             sessions=sessions,
@@ -403,6 +408,19 @@ def _observe(services: Services) -> None:
         "holdfast_audit_export_failing",
         "1 while something is in a destination's way: it takes nothing, or the exporter or this node cannot send.",
         lambda: [(view.name, float(view.error is not None)) for view in exports.views()],
+    )
+    witnesses, now = services.witnesses, services.now
+    metrics.observe_each(
+        "holdfast_audit_witness_age_seconds",
+        "How long ago a witness co-signed; of one that never did there is none.",
+        lambda: [(each.name, now() - each.cosigned_s) for each in witnesses.views() if each.cosigned_s is not None],
+        label="witness",
+    )
+    metrics.observe_each(
+        "holdfast_audit_witness_refusing",
+        "1 while a witness says that this log was cut off, put back to an old copy, or written anew.",
+        lambda: [(each.name, float(bool(each.refused))) for each in witnesses.views()],
+        label="witness",
     )
     process = services.engine_process
     if process is not None:

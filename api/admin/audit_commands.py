@@ -72,6 +72,7 @@ def status(console: Console) -> None:
         ("last checkpoint", _checkpoint_words(state)),
         ("checked", _checked_words(state)),
         ("witnessed", f"{state.witnessed_size} entries" if state.witnessed_size else "never"),
+        *[("witness", f"{each.name}: {_witness_words(each)}") for each in state.witnesses],
         ("retention", _retention_words(state)),
         ("oldest kept", _oldest_words(state)),
         ("public key", state.public_key or "none yet: the vault was never open"),
@@ -647,6 +648,18 @@ def _checked_words(state: "types.AuditStatus") -> str:
         return "not since the start; `holdfast audit verify` does it now"
     found = f"{state.checked_size} entries are whole" if state.checked_size else "NOT found whole, see alarm"
     return f"{in_words(state.checked_age_s)} ago: {found}"
+
+
+def _witness_words(witness: "types.AuditWitness") -> str:
+    words = "has co-signed nothing yet"
+    if witness.cosigned_age_s is not None:
+        words = f"co-signed {witness.size} entries {in_words(witness.cosigned_age_s)} ago"
+    if witness.refused is not None:
+        return f"REFUSES: {witness.refused}; {words}"
+    if witness.silent_s is None:
+        return words
+    why = "" if witness.error is None else f": {witness.error.cause}"
+    return f"{words}; silent for {in_words(witness.silent_s)}{why}"
 
 
 def _retention_words(state: "types.AuditStatus") -> str:

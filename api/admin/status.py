@@ -22,6 +22,7 @@ from api.roots import read_seal
 from api.services import Services
 from api.tenant_names import settings_of_nobody
 from appliance.audit import AuditUnavailable
+from appliance.audit.witnesses import View
 from appliance.audit.witnessing import largest_witnessed
 from appliance.engine.launcher import EngineProcess, EngineState
 from appliance.errors import HoldfastError
@@ -134,10 +135,29 @@ async def audit_status(services: Services) -> types.AuditStatus:
         oldest_kept_time_s=None if oldest is None else oldest[1] / 1e9,
         checked_age_s=None if checked is None else time.monotonic() - checked.at,
         checked_size=0 if checked is None else checked.size,
-        alarm="; ".join(filter(None, (services.audit.alarm, retention.alarm, services.audit.checking.alarm))) or None,
+        witnesses=[_witness(view, services.now()) for view in services.witnesses.views()],
+        alarm="; ".join(
+            filter(
+                None,
+                (services.audit.alarm, retention.alarm, services.audit.checking.alarm, services.witnesses.alarm),
+            )
+        )
+        or None,
         restored=services.audit.restored or None,
         directory=str(services.audit.directory),
         error=None if error is None else types.AuditError.model_validate(error),
+    )
+
+
+def _witness(view: View, now_s: float) -> types.AuditWitness:
+    return types.AuditWitness(
+        name=view.name,
+        url=view.to,
+        size=view.size,
+        cosigned_age_s=None if view.cosigned_s is None else max(0.0, now_s - view.cosigned_s),
+        silent_s=None if view.silent_since_s is None else max(0.0, now_s - view.silent_since_s),
+        refused=view.refused or None,
+        error=None if view.error is None else types.AuditError.model_validate(view.error),
     )
 
 
@@ -157,6 +177,9 @@ async def _audit(services: Services) -> types.Part:
         behind = f"{export.lag_entries} entries, {export.lag_s:.0f} s behind"
         state = behind if export.lag_entries else "has everything"
         detail += f"; {export.name} {state}" + ("" if export.error is None else f" ({export.error['cause']})")
+    for view in services.witnesses.views():
+        if not view.refused and (trouble := view.trouble(services.now())):
+            detail += f"; {trouble}"
     if (unreadable := services.exports.unreadable) is not None:
         detail += f"; nothing is exported: {unreadable['cause']}"
     if said.error is not None:

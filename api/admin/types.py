@@ -679,16 +679,34 @@ class NewAuditExport(Wire):
     first: int | None = Field(0, ge=0)
 
 
+class AuditWitness(Wire):
+    """A witness that is asked over the network.
+
+    `size` is how many entries it co-signed last, 0 when it never did; `cosigned_age_s` how long ago. `silent_s`: for
+    how long it has co-signed nothing that it was asked for; None: it does. `refused`: why it says that this log is not
+    the one that it saw; `error`: why it co-signs nothing now.
+    """
+
+    name: str
+    url: str
+    size: int
+    cosigned_age_s: float | None
+    silent_s: float | None
+    refused: str | None
+    error: AuditError | None
+
+
 class AuditStatus(Wire):
     """The audit log of this node.
 
     `size` counts its entries; `checkpoint_size` those under the newest checkpoint, `witnessed_size` those that a
-    witness co-signed. `checkpoint_age_s` is None when there is no checkpoint; how old one is that was there before the
-    appender started, its file's time tells. `oldest_kept` is the first entry that retention left; None when nobody has
-    looked yet, as before the vault is open. `retention_held` says why what is older than the retention is still there;
-    `alarm` what an administrator has to know; `restored` from which backup the database was put back before this start.
-    The appliance checks the log itself, every day: `checked_age_s` is how long ago, None when it has not since the
-    start, and `checked_size` how many entries were whole, 0 when some were not.
+    witness co-signed; `witnesses` are those that are asked over the network. `checkpoint_age_s` is None when there is
+    no checkpoint; how old one is that was there before the appender started, its file's time tells. `oldest_kept` is
+    the first entry that retention left; None when nobody has looked yet, as before the vault is open. `retention_held`
+    says why what is older than the retention is still there; `alarm` what an administrator has to know; `restored` from
+    which backup the database was put back before this start. The appliance checks the log itself, every day:
+    `checked_age_s` is how long ago, None when it has not since the start, and `checked_size` how many entries were
+    whole, 0 when some were not.
     """
 
     size: int
@@ -697,6 +715,7 @@ class AuditStatus(Wire):
     signs: bool
     public_key: str | None
     witnessed_size: int
+    witnesses: list[AuditWitness]
     retention_days: int
     retention_overridden: bool
     retention_held: str | None

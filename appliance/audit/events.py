@@ -255,7 +255,27 @@ ADMIN_REFUSED: Final = EventClass(
 )
 AUDIT_READ: Final = EventClass(95, "audit.read", "Somebody read the audit log.", Scope.SYSTEM, (6003, 2))
 AUDIT_WITNESSED: Final = EventClass(
-    96, "audit.witnessed", "A witness co-signed a checkpoint.", Scope.SYSTEM, (6003, 99)
+    96,
+    "audit.witnessed",
+    "A witness co-signed a checkpoint: one that was carried to it, or over the network the first since a start, or "
+    "since it had refused or been silent.",
+    Scope.SYSTEM,
+    (6003, 99),
+)
+WITNESS_REFUSED: Final = EventClass(
+    97,
+    "witness.refused",
+    "A witness refuses to co-sign this log: it saw a longer one (`reason` is shorter: cut off, or an old copy), or "
+    "another history (forked). `size` is this log's, `witness_size` the witness's.",
+    Scope.SYSTEM,
+    (6002, 99),
+)
+WITNESS_SILENT: Final = EventClass(
+    98,
+    "witness.silent",
+    "A witness that is asked over the network has co-signed nothing for five minutes, for `reason`.",
+    Scope.SYSTEM,
+    (6002, 99),
 )
 EXPORT_ADDED: Final = EventClass(
     110, "export.added", "A destination of the audit log was added.", Scope.SYSTEM, (3004, 1)

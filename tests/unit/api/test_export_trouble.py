@@ -21,6 +21,8 @@ DOWN = View("down", "tls://b", "cef", False, 2, 2, True, 7, 90.5, "", GONE)
 def services(*views: View, unreadable: ErrorRecord | None = None) -> Any:
     return SimpleNamespace(
         exports=SimpleNamespace(views=lambda: list(views), unreadable=unreadable),
+        witnesses=SimpleNamespace(views=list),
+        now=lambda: 0.0,
         audit=SimpleNamespace(error=None),
         metrics=Metrics(),
         lifecycle=SimpleNamespace(turns=()),

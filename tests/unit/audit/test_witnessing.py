@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from appliance.audit import verify, witnessing
+from appliance.audit import files, verify, witnessing
 from appliance.audit.files import write_at
 from appliance.audit.following import LogFollower
 from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED
@@ -230,7 +230,7 @@ def test_a_checkpoint_that_goes_while_the_log_is_verified_is_not_taken_for_damag
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = _witnessed_every(tmp_path, 1, 3)
-    real = verify.read_file
+    real = files.read_file
 
     def thinned_meanwhile(path: Path) -> bytes:
         if path.name == "1":

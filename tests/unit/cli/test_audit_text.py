@@ -15,6 +15,7 @@ STATUS = types.AuditStatus(
     signs=True,
     public_key="holdfast.1f+00000000+AAAA",
     witnessed_size=0,
+    witnesses=[],
     retention_days=400,
     retention_overridden=False,
     retention_held=None,
@@ -48,3 +49,28 @@ def test_a_check_says_when_it_was_and_what_it_found(monkeypatch: pytest.MonkeyPa
     assert rows(monkeypatch, checked_size=0)["checked"] == "2 h ago: NOT found whole, see alarm"
     never = rows(monkeypatch, checked_age_s=None, checked_size=0)["checked"]
     assert never == "not since the start; `holdfast audit verify` does it now"
+
+
+@pytest.mark.parametrize(
+    ("different", "told"),
+    [
+        ({}, "co-signed 1500 entries 30 s ago"),
+        ({"size": 0, "cosigned_age_s": None}, "has co-signed nothing yet"),
+        (
+            {"silent_s": 90.0, "error": types.AuditError(code="c", message="m", cause="refused", remedy="r")},
+            "co-signed 1500 entries 30 s ago; silent for 1 min 30 s: refused",
+        ),
+        (
+            {"silent_s": 90.0, "refused": "this log was cut off"},
+            "REFUSES: this log was cut off; co-signed 1500 entries 30 s ago",
+        ),
+    ],
+)
+def test_each_witness_says_what_it_co_signed_last_and_what_is_in_its_way(
+    monkeypatch: pytest.MonkeyPatch, different: dict[str, object], told: str
+) -> None:
+    well = types.AuditWitness(
+        name="other-node", url="https://a", size=1500, cosigned_age_s=30.0, silent_s=None, refused=None, error=None
+    )
+    assert rows(monkeypatch, witnesses=[well.model_copy(update=different)])["witness"] == f"other-node: {told}"
+    assert "witness" not in rows(monkeypatch)
