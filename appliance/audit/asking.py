@@ -13,7 +13,8 @@ Rules:
   pause that doubles up to a minute, and is never twice the same (jitter).
 - Every step has a deadline, every answer a bound. TLS is verified against the CA that is given, and no other.
 - A witness that saw more than this log has, or to whom this log cannot show that it goes on from what it saw, refuses:
-  that is told as what it is, and asked again with the next checkpoint.
+  that is told as what it is, and asked again with the next checkpoint. What a power failure leaves is neither: a
+  checkpoint that was seen and is not on the disk, while the entries are; hash tiles that are not whole.
 
 Source: https://c2sp.org/tlog-witness, "add-checkpoint".
 """
@@ -34,9 +35,18 @@ from typing import Any, ClassVar, Final, NamedTuple
 
 from appliance.audit.files import read_file
 from appliance.audit.log import CHECKPOINT
-from appliance.audit.notes import MAX_NOTE_BYTES, NoteInvalid, VerifierKey, decode_note, parse_number, size_of_note
-from appliance.audit.reading import unreadable
-from appliance.audit.witness import MAX_REPLY_BYTES, verify_reply
+from appliance.audit.notes import (
+    MAX_NOTE_BYTES,
+    Checkpoint,
+    NoteInvalid,
+    VerifierKey,
+    decode_note,
+    parse_number,
+    size_of_note,
+)
+from appliance.audit.reading import LogReader, LogUnreadable, hashes_of, unreadable
+from appliance.audit.tree import ProofInvalid, root_of, verify_consistency
+from appliance.audit.witness import MAX_REPLY_BYTES, read_request, verify_reply
 from appliance.audit.witnessing import request_for
 from appliance.errors import ErrorRecord, Fault, HoldfastError
 from appliance.vault.process import forbid_core_dumps
@@ -231,7 +241,7 @@ class Asker:
         size = size_of_note(note)
         old_size = self._seen if self._seen <= size else 0
         for _ in range(_MOST_REQUESTS):
-            request = await asyncio.to_thread(request_for, self._log, note, old_size)
+            request = await asyncio.to_thread(_sound_request, self._log, note, old_size)
             answer = await self._post(request)
             if answer.status == 200:
                 verify_reply(answer.body, note, self._key)
@@ -253,6 +263,7 @@ class Asker:
                 note = await asyncio.to_thread(newest_note, self._log)
                 size = size_of_note(note)
                 if witness_size > size:
+                    await asyncio.to_thread(_must_be_missing, self._log, witness_size)
                     return Told(self._name, Outcome.SHORTER, size, witness_size), note
             old_size = witness_size
         raise _unreachable("it names another size each time that it is asked")
@@ -271,6 +282,33 @@ def newest_note(log: Path) -> str:
         return ""
     except OSError as error:
         raise unreadable(path, error) from None
+
+
+def _must_be_missing(log: Path, size: int) -> None:
+    """Raise where the log has `size` entries, no checkpoint for them yet: the next one shows whose they are. Blocks."""
+    found = LogReader(log).size
+    if found >= size:
+        raise _unreachable(f"it saw {size} entries, of which this log has {found} and no checkpoint for them yet")
+
+
+def _sound_request(log: Path, note: str, old_size: int) -> bytes:
+    """`request_for`, with a proof that holds for this log's own checkpoint: no witness is shown another. Blocks.
+
+    Raises:
+        LogUnreadable, TileInvalid: the log's tiles cannot be read, or do not give its checkpoint.
+    """
+    request = request_for(log, note, old_size)
+    checkpoint = Checkpoint.parse(note.rpartition("\n\n")[0] + "\n")
+    old_root = root_of(hashes_of(log, checkpoint.size), old_size)
+    try:
+        verify_consistency(old_size, old_root, checkpoint.size, checkpoint.root, read_request(request).proof)
+    except ProofInvalid as error:
+        raise LogUnreadable(
+            "the log cannot be shown to a witness",
+            cause=f"its hash tiles do not give its own checkpoint of {checkpoint.size} entries: {error.cause}",
+            remedy="`holdfast audit verify` names what is wrong with it",
+        ) from None
+    return request
 
 
 def poster(at: WitnessAt, *, deadline_s: float = _DEADLINE_S) -> Post:

@@ -123,6 +123,31 @@ async def test_a_log_that_was_cut_or_put_back_is_refused_and_so_it_is_when_it_ha
     assert (told.outcome, told.size, told.witness_size) == (Outcome.FORKED, 800, 700)
 
 
+async def test_a_power_failure_that_takes_a_checkpoint_and_no_entry_is_no_alarm(log: Path, witness: Asked) -> None:
+    before = (log / CHECKPOINT).read_bytes()
+    grow(log, 300, 400)
+    await asked(log, witness)
+    (log / CHECKPOINT).write_bytes(before)
+    told = await asked(log, witness)
+    assert told.error is not None
+    assert (told.outcome, "no checkpoint for them yet" in told.error["cause"]) == (Outcome.FAILED, True)
+    grow(log, 400, 401)
+    assert (await asked(log, witness)).outcome is Outcome.COSIGNED
+
+
+async def test_a_power_failure_that_takes_a_tile_is_no_alarm(log: Path, witness: Asked) -> None:
+    await asked(log, witness)
+    grow(log, 300, 400)
+    (tile,) = (log / "tile" / "0" / "001.p").iterdir()
+    tile.write_bytes(bytes(tile.stat().st_size))
+    told = await asked(log, witness, seen=300)
+    assert told.error is not None
+    assert (told.outcome, told.error["code"]) == (Outcome.FAILED, "audit_log_unreadable")
+    tile.write_bytes(b"")
+    assert (await asked(log, witness, seen=300)).outcome is Outcome.FAILED
+    assert witness.old_sizes == [0]  # nobody was shown a proof that does not hold
+
+
 async def test_another_history_of_the_same_size_is_refused(log: Path, witness: Asked, tmp_path: Path) -> None:
     other = tmp_path / "other"
     make_log(other, 299)
