@@ -403,7 +403,15 @@ def _states(seen: "types.Status | HoldfastError | None") -> dict[str, str]:
         return {"gateway": "does not answer"}
     if isinstance(seen, HoldfastError):
         return {"gateway": untold(seen)}
-    return {part.name: part.state if part.state == "ready" else f"{part.state}, {part.detail}" for part in seen.parts}
+    return {part.name: _state(part) for part in seen.parts}
+
+
+def _state(part: "types.Part") -> str:
+    """What a part is in and why, without what changes all the time."""
+    if part.state == "ready":
+        return part.state
+    why = "; ".join(each.what for each in part.troubles) or part.detail
+    return f"{part.state}, {why}"
 
 
 def _stop(console: Console, gateway: "Gateway | None", settings: "Settings") -> None:
@@ -455,7 +463,7 @@ def status(context: click.Context, console: Console) -> None:
     Exit status 0 when everything serves, 8 when something does not or nothing runs.
     """
     seen = console.admin(deadline_s=15).status()
-    console.result(seen, _status_text(seen))
+    console.result(seen, console.typable(_status_text(seen)))
     if not seen.ready:
         for part in seen.parts:
             if part.state == "sealed":
@@ -492,6 +500,9 @@ def _status_text(seen: "types.Status") -> str:
         lines.append(f"engine    {isolated}{why}, started again {seen.engine_restarts} times")
     lines.append(f"versions  {', '.join(f'{name} {number}' for name, number in seen.versions.items())}")
     lines += ["", table(("part", "state", "detail"), [(p.name, p.state, p.detail) for p in seen.parts], empty="")]
+    for part in seen.parts:
+        for trouble in part.troubles:
+            lines += ["", f"{part.name}: {printable(trouble.what)}", f"  Next: {printable(trouble.remedy)}"]
     if seen.settings_of_nobody:
         lines += ["", "These settings apply to nobody, for no tenant has the name (`holdfast tenant list`):"]
         lines += [f"  {printable(setting)}" for setting in seen.settings_of_nobody]

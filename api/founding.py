@@ -106,6 +106,6 @@ async def _founding(services: Services, until: float) -> list[Event]:
         details = trail.details_of_principal(person) | ({} if uid is None else {"uid": str(uid)})
         events.append(made(PRINCIPAL_CREATED, ("principal", person.principal_id), person.tenant_id, details))
     for key in keys:
-        details = trail.details_of_key(key, by_id[key.principal_id])
-        events.append(made(KEY_CREATED, ("key", key.key_id), key.tenant_id, details))
+        whose = trail.details_of_key(key, by_id[key.principal_id])
+        events.append(made(KEY_CREATED, ("key", key.key_id), key.tenant_id, whose))
     return events

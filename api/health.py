@@ -67,17 +67,28 @@ class Health:
     def _audit_part(self) -> dict[str, object]:
         """A SIEM or a witness that is down is told and counts for nothing: it delays its own part only."""
         part = _part(self._services.audit.error is None, self._audit())
+        if not self._in_full:
+            return part
         exports = self._services.exports
-        degraded = [
-            trouble for view in self._services.witnesses.views() if (trouble := view.trouble(self._services.now()))
-        ]
-        errors = [(view.name, view.error) for view in exports.views() if view.error is not None]
-        if exports.unreadable is not None:
-            degraded.append(f"nothing is exported: {exports.unreadable['cause']}")
+        views = exports.views()
+        errors = {view.name: view.error for view in views if view.error is not None}
+        if (unreadable := exports.unreadable) is not None:
+            told = [f"nothing is exported: {unreadable['cause']}. {unreadable['remedy']}"]
         else:
-            degraded += [f"{name}: {error['message']}: {error['cause']}" for name, error in errors]
-        if degraded and self._in_full:
-            part["degraded"] = "; ".join(degraded)
+            told = [f"{name}: {each['message']}: {each['cause']}. {each['remedy']}" for name, each in errors.items()]
+        now_s = self._services.now()
+        told += filter(None, (view.trouble(now_s) for view in self._services.witnesses.views()))
+        if told:
+            part["degraded"] = "; ".join(told)
+        if views:
+            part["exports"] = {
+                view.name: {
+                    "lag_entries": view.lag_entries,
+                    "lag_s": view.lag_s,
+                    "error": None if view.error is None else view.error["code"],
+                }
+                for view in views
+            }
         return part
 
     def _engine_part(self) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""What listens: HTTP/1.1 on a connection, within bounds that come before any application, and uvicorn around it.
+"""HTTP/1.1 on a connection, within bounds that come before any application.
 
 Rules:
 
@@ -8,39 +8,25 @@ Rules:
   to send is told that the client is gone.
 - What comes around a body (chunk extensions, trailer fields) has the size of the headers. Trailers are not kept.
 - What is not HTTP, or too much of it, is answered in the same shape as every other error, with an `X-Request-ID`, and
-  the connection is closed. Where an answer has begun already it is closed only. Both are told to `tell_refused`.
+  the connection is closed. Where an answer has begun already, or headers come too late, it is closed only. All are told
+  to `tell_refused`.
 - An answer that is over before its request was read ends the connection: nobody would bound the rest.
 """
 
 import asyncio
-import contextlib
 import os
-import socket
-import ssl
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
-import uvicorn
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from api.answers import App
-from api.openai.errors import HeadersTooLarge, NotHttp, error_object, status_of
-from appliance.errors import Fault, HoldfastError
+from api.openai.errors import HeadersLate, HeadersTooLarge, NotHttp, error_object, status_of
+from appliance.errors import HoldfastError
 
 TellRefused = Callable[[str, HoldfastError], None]
 _HEADER_DEADLINE_S = 15.0
-_CLOSING_S = 2  # for connections to be closed
-_IDLE_CONNECTION_S = 30
-
-
-class CannotListen(HoldfastError, OSError):
-    """A listener's address cannot be had."""
-
-    code: ClassVar[str] = "cannot_listen"
-    fault: ClassVar[Fault] = Fault.ENVIRONMENT
 
 
 def _tell_nobody(source: str, error: HoldfastError) -> None:
@@ -187,7 +173,19 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _headers_late(self) -> None:
         if not self.transport.is_closing():
+            self.tell_refused(
+                self._source,
+                HeadersLate(
+                    "the request's headers did not come in time",
+                    cause=f"they were not complete {_HEADER_DEADLINE_S:g} s after the connection was ready for them",
+                    remedy="Send them at once, and close a connection that is not needed",
+                ),
+            )
             self.transport.close()
+
+    @property
+    def _source(self) -> str:
+        return "" if self.client is None else self.client[0]
 
     def _refuse_headers(self) -> None:
         self._refuse(
@@ -205,7 +203,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         if self.transport.is_closing():
             return
-        self.tell_refused("" if self.client is None else self.client[0], error)
+        self.tell_refused(self._source, error)
         if not self._may_answer():
             self.transport.close()
             return
@@ -241,82 +239,3 @@ def bounded_by(
         "tell_refused": staticmethod(tell_refused),
     }
     return type(protocol.__name__, (protocol,), bounds)
-
-
-class Server(uvicorn.Server):
-    """One listener. The signals are its process's own business, not uvicorn's.
-
-    Args:
-        certificate, private_key: it serves TLS with these, PEM; None: it does not.
-        client_ca: only who shows a certificate of these is let in; None: whoever comes.
-        most_connections: whoever comes over more than these is answered 503; None: nobody is.
-    """
-
-    def __init__(
-        self,
-        app: App,
-        protocol: type[asyncio.Protocol],
-        *,
-        certificate: Path | None = None,
-        private_key: Path | None = None,
-        client_ca: Path | None = None,
-        most_connections: int | None = None,
-    ) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=protocol,
-                ws="none",
-                lifespan="off",
-                interface="asgi3",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                limit_concurrency=most_connections,
-                timeout_keep_alive=_IDLE_CONNECTION_S,
-                timeout_graceful_shutdown=_CLOSING_S,
-                ssl_certfile=certificate,
-                ssl_keyfile=private_key,
-                ssl_ca_certs=None if client_ca is None else str(client_ca),
-                ssl_cert_reqs=ssl.CERT_NONE if client_ca is None else ssl.CERT_REQUIRED,
-            )
-        )
-        self.listening = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
-        await super().startup(sockets)
-        self.listening.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave them alone."""
-        yield
-
-
-def listen_tcp(host: str, port: int, named_by: str) -> socket.socket:
-    """A socket that is bound, of the first address that `host` has; `named_by`: what to set otherwise.
-
-    Raises:
-        CannotListen: that address cannot be had.
-    """
-    host = host.strip("[]")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except BaseException:
-            listener.close()
-            raise
-    except OSError as error:
-        raise CannotListen(
-            f"nothing can listen on {host}, port {port}",
-            cause=error.strerror or str(error),
-            remedy=f"Choose a port that is free, or another address of this machine: {named_by}",
-        ) from None
-    return listener

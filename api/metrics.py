@@ -9,7 +9,7 @@ Rules:
 - Units are in the names (https://prometheus.io/docs/practices/naming/).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -166,12 +166,15 @@ class Metrics:
         self,
         name: str,
         help_text: str,
-        values: Callable[[], Iterable[tuple[str, float]]],
+        values: Callable[[], Iterable[tuple[Sequence[str], float]]],
         *,
-        label: str = "destination",
+        labels: Sequence[str] = ("destination",),
     ) -> None:
-        """As `observe`, for each destination, or witness, of the audit log that there is then."""
-        self._registry.register(_Each(name, help_text, values, label))
+        """As `observe`, for each destination, or witness, of the audit log that there is then.
+
+        Each value comes with those of `labels`.
+        """
+        self._registry.register(_Each(name, help_text, values, labels))
 
     def collect_from(self, collector: Collector) -> None:
         """Publish what `collector` says whenever it is read."""
@@ -205,18 +208,22 @@ class _Each(Collector):
     """A gauge of destinations, which come and go, or of witnesses."""
 
     def __init__(
-        self, name: str, help_text: str, values: Callable[[], Iterable[tuple[str, float]]], label: str
+        self,
+        name: str,
+        help_text: str,
+        values: Callable[[], Iterable[tuple[Sequence[str], float]]],
+        labels: Sequence[str],
     ) -> None:
-        self._label = label
         self._name = name
         self._help_text = help_text
         self._values = values
+        self._labels = labels
 
     def describe(self) -> Iterable[Metric]:
-        return [GaugeMetricFamily(self._name, self._help_text, labels=(self._label,))]
+        return [GaugeMetricFamily(self._name, self._help_text, labels=self._labels)]
 
     def collect(self) -> Iterable[Metric]:
-        family = GaugeMetricFamily(self._name, self._help_text, labels=(self._label,))
-        for destination, value in self._values():
-            family.add_metric((destination,), value)
+        family = GaugeMetricFamily(self._name, self._help_text, labels=self._labels)
+        for labels, value in self._values():
+            family.add_metric(labels, value)
         return [family]

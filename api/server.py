@@ -42,13 +42,14 @@ from api.founding import tell_founding
 from api.health import Health
 from api.kv_metrics import KvCollector
 from api.kv_watch import KvWatch, quarantined
-from api.listener import CannotListen, Server, bounded_by, listen_tcp
+from api.listener import bounded_by
 from api.marking import keep_marks
 from api.metrics import Metrics
 from api.openai.errors import Draining
 from api.retaining import keep_retention
 from api.roots import open_root, read_seal
 from api.services import Lifecycle, Services
+from api.serving import CannotListen, Server, listen_tcp
 from api.shredding import keep_finishing
 from api.starting import record_start
 from api.tenant_names import tell_settings_of_nobody
@@ -138,6 +139,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
             bounded_by(gateway.max_header_bytes, gateway.unread_timeout_s, refused),
             certificate=gateway.tls_certificate,
             private_key=gateway.tls_private_key,
+            tell_refused=refused,
         ),
         Server(
             _with_liveness(services),
@@ -397,30 +399,36 @@ def _observe(services: Services) -> None:
     metrics.observe_each(
         "holdfast_audit_export_lag_entries",
         "Entries of the audit log that a destination was not sent yet.",
-        lambda: [(view.name, view.lag_entries) for view in exports.views()],
+        lambda: [((view.name,), view.lag_entries) for view in exports.views()],
     )
     metrics.observe_each(
         "holdfast_audit_export_lag_seconds",
         "How old the oldest entry is that a destination was not sent yet.",
-        lambda: [(view.name, view.lag_s) for view in exports.views()],
+        lambda: [((view.name,), view.lag_s) for view in exports.views()],
     )
     metrics.observe_each(
         "holdfast_audit_export_failing",
         "1 while something is in a destination's way: it takes nothing, or the exporter or this node cannot send.",
-        lambda: [(view.name, float(view.error is not None)) for view in exports.views()],
+        lambda: [((view.name,), float(view.error is not None)) for view in exports.views()],
+    )
+    metrics.observe_each(
+        "holdfast_audit_export_error",
+        "1 while something is in a destination's way, by the code of the error that says what.",
+        lambda: [((view.name, view.error["code"]), 1.0) for view in exports.views() if view.error is not None],
+        labels=("destination", "code"),
     )
     witnesses, now = services.witnesses, services.now
     metrics.observe_each(
         "holdfast_audit_witness_age_seconds",
         "How long ago a witness co-signed; of one that never did there is none.",
-        lambda: [(each.name, now() - each.cosigned_s) for each in witnesses.views() if each.cosigned_s is not None],
-        label="witness",
+        lambda: [((each.name,), now() - each.cosigned_s) for each in witnesses.views() if each.cosigned_s is not None],
+        labels=("witness",),
     )
     metrics.observe_each(
         "holdfast_audit_witness_refusing",
         "1 while a witness says that this log was cut off, put back to an old copy, or written anew.",
-        lambda: [(each.name, float(bool(each.refused))) for each in witnesses.views()],
-        label="witness",
+        lambda: [((each.name,), float(bool(each.refused))) for each in witnesses.views()],
+        labels=("witness",),
     )
     process = services.engine_process
     if process is not None:

@@ -22,7 +22,6 @@ from appliance.audit import Actor, Event
 from appliance.audit.events import TENANT_SHREDDED
 from appliance.engine.protocol import MAX_RELEASES
 from appliance.errors import HoldfastError
-from appliance.identity import Tenant
 from appliance.sessions import ShreddedTenant, TenantShredded
 from appliance.vault import VaultSealed
 
@@ -46,8 +45,11 @@ class Shredded:
     released: bool
 
 
-async def shred_tenant(services: Services, tenant: Tenant, actor: Actor, source: str) -> Shredded:
+async def shred_tenant(services: Services, tenant_id: str, actor: Actor, source: str, *, damage: str = "") -> Shredded:
     """Shred a tenant; that it was is in the audit log when this returns.
+
+    Args:
+        damage: why its row could not be opened, as the code of an error; empty: it could.
 
     Raises:
         UnknownIdentity: there is no such tenant any more.
@@ -57,10 +59,10 @@ async def shred_tenant(services: Services, tenant: Tenant, actor: Actor, source:
     shredding = services.shredding
     try:
         shredded, labels = await shredding.shred(
-            tenant, actor, source, end_turns=partial(_end_turns, services, tenant.tenant_id)
+            tenant_id, actor, source, damage=damage, end_turns=partial(_end_turns, services, tenant_id)
         )
-        services.ledger.forget_tenant(tenant.tenant_id)
-        services.metrics.forget_tenant(tenant.tenant_id)
+        services.ledger.forget_tenant(tenant_id)
+        services.metrics.forget_tenant(tenant_id)
         released = bool(labels) or not shredded.sessions  # without labels it cannot be told of any
         for first in range(0, len(labels), MAX_RELEASES):
             released = await release(services, labels[first : first + MAX_RELEASES]) and released
@@ -68,8 +70,8 @@ async def shred_tenant(services: Services, tenant: Tenant, actor: Actor, source:
     except BaseException:
         shredding.left.set()
         raise
-    if tenant.tenant_id in finished:
-        erased = finished[tenant.tenant_id]
+    if tenant_id in finished:
+        erased = finished[tenant_id]
     else:  # somebody else has finished it
         erased = await services.store.erasures.erase()
     return Shredded(shredded, erased, released)
@@ -130,5 +132,5 @@ def _event(shredded: ShreddedTenant, *, erased: bool) -> Event:
         source=shredded.source,
         target=("tenant", shredded.tenant_id),
         counts={"sessions": shredded.sessions, "turns": shredded.turns},
-        details={"erased": str(erased).lower()},
+        details={"erased": str(erased).lower(), **({"row": shredded.damage} if shredded.damage else {})},
     )

@@ -114,8 +114,11 @@ def models_read(request: Request) -> Event:
 def refused(request: Request, route: str, error: HoldfastError) -> Event:
     """A request was refused, or failed of a defect; by whom it was sent is known, or not."""
     outcome = outcome_of(error)
-    if request.caller is not None:
-        return _of_caller(request, REQUEST_REFUSED, outcome=outcome, target=("route", route), reason=error.code)
+    if (caller := request.caller) is not None:
+        details = {} if caller.key is None else {"key_id": caller.key.key_id}
+        return _of_caller(
+            request, REQUEST_REFUSED, outcome=outcome, target=("route", route), reason=error.code, details=details
+        )
     kind = NOT_AUTHENTICATED if error.fault is Fault.UNAUTHENTICATED else MALFORMED
     return Event(kind, ANYONE, outcome, source=request.source, target=("route", route), reason=error.code)
 

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from api.answers import Receive, Scope, Send
-from api.listener import CannotListen, Server, bounded_by, listen_tcp
+from api.listener import bounded_by
+from api.serving import CannotListen, Server, listen_tcp
 from appliance.audit.notes import (
     Algorithm,
     Checkpoint,
@@ -215,11 +216,12 @@ def serve(
     service = WitnessService(Witness(state, key), logs)
     server = Server(
         service,
-        bounded_by(_MAX_HEADER_BYTES, _UNREAD_S, lambda _source, _error: None),
+        bounded_by(_MAX_HEADER_BYTES, _UNREAD_S, _tell_nobody),
         certificate=certificate,
         private_key=private_key,
         client_ca=client_ca,
         most_connections=_MOST_CONNECTIONS,
+        tell_refused=_tell_nobody,
     )
     try:
         server.config.load()
@@ -253,6 +255,10 @@ async def _serve(
     looking = asyncio.create_task(_keep_looking(service))
     await serving
     looking.cancel()
+
+
+def _tell_nobody(source: str, error: HoldfastError) -> None:
+    """What a stranger sends is no line of the journal's."""
 
 
 async def _keep_looking(service: WitnessService) -> None:

@@ -188,7 +188,7 @@ class Console:
         where = f"--state-dir {shlex.quote(str(named))} " if named is not None else ""
         return f"{_own_name()} {where}"
 
-    def _made_typable(self, remedy: str) -> str:
+    def typable(self, remedy: str) -> str:
         """A remedy whose commands, which know of no appliance, speak of this one."""
         return re.sub(f"`{COMMAND} (?!--state-dir )", lambda _: f"`{self._as_typed()}", remedy)
 
@@ -210,7 +210,7 @@ class Console:
         click.echo(click.style(f"Error: {printable(error.message)}", fg="red", bold=True), err=True)
         if error.cause:
             click.echo(f"  Why:  {printable(error.cause)}", err=True)
-        click.echo(f"  Next: {printable(self._made_typable(error.remedy))}", err=True)
+        click.echo(f"  Next: {printable(self.typable(error.remedy))}", err=True)
         click.echo(f"  Code: {error.code}", err=True)
 
     # Asking

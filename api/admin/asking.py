@@ -67,11 +67,35 @@ class Asker:
         Raises:
             AuditUnavailable: it is not in the log.
         """
+        event = self._doing(kind, target, outcome, reason, tenant_id, counts, details)
+        await self.audit.record(event, privileged=True)
+        self.failure_told |= outcome is not Outcome.SUCCESS
+
+    def was_cut_off(self, kind: EventClass, target: tuple[str, str], sent_bytes: int, error: BaseException) -> None:
+        """Note that what an answer had begun to give out did not come to its end.
+
+        Waits for nothing: who is cut off is cancelled, too. What cannot be recorded is logged.
+        """
+        gone = isinstance(error, asyncio.CancelledError | GeneratorExit)
+        reason = AskerGone.code if gone else getattr(error, "code", HoldfastError.code)
+        event = self._doing(kind, target, Outcome.FAILURE, str(reason), None, {"bytes": sent_bytes}, None)
+        self.audit.begin(event, privileged=True).add_done_callback(_logged)
+
+    def _doing(
+        self,
+        kind: EventClass,
+        target: tuple[str, str],
+        outcome: Outcome,
+        reason: str,
+        tenant_id: str | None,
+        counts: Mapping[str, int] | None,
+        details: Mapping[str, str] | None,
+    ) -> Event:
         caller = self.caller
         actor = Actor("user", self.source) if caller is None else trail.actor_of(caller)
         own_tenant_id = None if caller is None else caller.principal.tenant_id
         brought = {} if caller is None or caller.key is None else {"key_id": caller.key.key_id}
-        event = Event(
+        return Event(
             kind,
             actor,
             outcome,
@@ -84,8 +108,6 @@ class Asker:
             counts=counts or {},
             details={**(details or {}), **brought},
         )
-        await self.audit.record(event, privileged=True)
-        self.failure_told |= outcome is not Outcome.SUCCESS
 
     def looks(self) -> None:
         """Have it counted that the asker brought a key, where what it asks for is no event of its own."""
@@ -181,12 +203,30 @@ async def _hung_up(request: Request) -> None:
         pass
 
 
-async def with_first(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
-    """The first piece of an answer, made before it began so that what fails at once is an error, and the rest."""
-    async with aclosing(rest):
-        yield first
-        async for piece in rest:
-            yield piece
+async def with_first(
+    first: bytes, rest: AsyncGenerator[bytes, None], *, cut_off: Callable[[int, BaseException], None]
+) -> AsyncIterator[bytes]:
+    """The first piece of an answer, made before it began so that what fails at once is an error, and the rest.
+
+    Args:
+        cut_off: called with how many bytes were given out, and with what ended that, where it did not come to its end.
+    """
+    sent = 0
+    try:
+        async with aclosing(rest):
+            yield first
+            sent += len(first)
+            async for piece in rest:
+                yield piece
+                sent += len(piece)
+    except BaseException as error:
+        cut_off(sent, error)
+        raise
+
+
+def _logged(recorded: "asyncio.Future[int]") -> None:
+    if not recorded.cancelled() and (error := recorded.exception()) is not None:
+        _LOG.warning("that an answer was cut off is not in the audit log: %s", error)
 
 
 def unknown(what: str, name: str, command: str) -> NoSuchThing:

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,14 +66,15 @@ def audit() -> None:
 @api_key_option
 @pass_console
 def status(console: Console) -> None:
-    """Say how long the log is, how old its last checkpoint, and what is in its way."""
+    """Say whether the log is whole, how old its last checkpoint is, how far behind each SIEM, what is in the way."""
     state = console.admin().audit_status()
     rows = [
-        ("entries", f"{state.size}"),
+        ("whole", _whole_words(state)),
         ("last checkpoint", _checkpoint_words(state)),
-        ("checked", _checked_words(state)),
-        ("witnessed", f"{state.witnessed_size} entries" if state.witnessed_size else "never"),
-        *[("witness", f"{each.name}: {_witness_words(each)}") for each in state.witnesses],
+        *zip_longest(("SIEM",), _siem_words(state), fillvalue=""),
+        ("witnessed", _witnessed_words(state)),
+        *[("", f"{each.name}: {_witness_words(each)}") for each in state.witnesses],
+        ("entries", f"{state.size}"),
         ("retention", _retention_words(state)),
         ("oldest kept", _oldest_words(state)),
         ("public key", state.public_key or "none yet: the vault was never open"),
@@ -81,7 +83,8 @@ def status(console: Console) -> None:
         *([] if state.restored is None else [("restored", state.restored)]),
         ("error", "none" if state.error is None else f"{state.error.message}: {state.error.cause}"),
     ]
-    console.result(state, "\n".join(f"{name:<17}{printable(told)}" for name, told in rows))
+    text = "\n".join(f"{name:<17}{printable(told)}" for name, told in rows)
+    console.result(state, console.typable(text))
 
 
 @audit.command()
@@ -643,11 +646,38 @@ def _checkpoint_words(state: "types.AuditStatus") -> str:
     return f"{in_words(state.checkpoint_age_s)} ago, of {state.checkpoint_size} entries"
 
 
-def _checked_words(state: "types.AuditStatus") -> str:
+def _whole_words(state: "types.AuditStatus") -> str:
+    """What the last check found, when, and how far it came."""
+    if state.whole is False:
+        when = "" if state.checked_age_s is None else f"; last checked {in_words(state.checked_age_s)} ago"
+        return f"NO, see alarm{when}"
     if state.checked_age_s is None:
-        return "not since the start; `holdfast audit verify` does it now"
-    found = f"{state.checked_size} entries are whole" if state.checked_size else "NOT found whole, see alarm"
-    return f"{in_words(state.checked_age_s)} ago: {found}"
+        return "not known: it was not checked since the start; `holdfast audit verify` does it now"
+    when = f"checked {in_words(state.checked_age_s)} ago"
+    if state.whole is None:
+        return f"not known, see alarm; {when}"
+    since = state.size - state.checked_size
+    return f"yes, {when}: {state.checked_size} entries" + (f"; {since} came since" if since > 0 else "")
+
+
+def _siem_words(state: "types.AuditStatus") -> list[str]:
+    """A line for each destination: how far behind it is, and what is in its way."""
+    if state.exports_error is not None:
+        return [f"nothing is exported: {state.exports_error.cause}", f"  Next: {state.exports_error.remedy}"]
+    lines = []
+    for each in state.exports:
+        behind = f"{each.lag_entries} entries, {in_words(each.lag_s)} behind" if each.lag_entries else "has everything"
+        lines.append(f"{each.name}: {behind}" + (f"; {each.waits_for}" if each.waits_for else ""))
+        if each.error is not None:
+            lines[-1] += f"; FAILS: {each.error.message}: {each.error.cause}"
+            lines.append(f"  Next: {each.error.remedy}")
+    return lines or ["none; `holdfast audit export add` sends the log to one"]
+
+
+def _witnessed_words(state: "types.AuditStatus") -> str:
+    if state.witnessed_age_s is None:
+        return "never; docs/audit.md says how a witness is asked"
+    return f"{in_words(state.witnessed_age_s)} ago by {state.witnessed_by}, of {state.witnessed_size} entries"
 
 
 def _witness_words(witness: "types.AuditWitness") -> str:

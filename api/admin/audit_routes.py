@@ -5,14 +5,18 @@ Rule: reading the log is an event in it before anything is shown.
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from fastapi import Query
 from fastapi.responses import StreamingResponse
 
+from api import trail
 from api.admin import status, types
 from api.admin.asking import AskerOf, Endpoints, ServicesOf, chosen_tenant, unknown, with_first
+from api.admin.views import export_view
 from api.services import Services
 from appliance.audit import Outcome
 from appliance.audit.digests import Text, keyed_digest
@@ -82,8 +86,14 @@ async def _audit_entries(
         limit=limit,
     )
     given = {name: str(value) for name, value in dataclasses.asdict(query).items() if value is not None}
-    await asker.did(AUDIT_READ, ("audit", ""), details=given)
-    found = await asyncio.to_thread(lambda: search(LogReader(services.audit.directory), services.vault, query))
+    read = partial(asker.did, AUDIT_READ, ("audit", ""), details=given)
+    await services.audit.size()  # what cannot be asked now could not be recorded
+    try:
+        found = await asyncio.to_thread(lambda: search(LogReader(services.audit.directory), services.vault, query))
+    except HoldfastError as error:
+        await read(outcome=trail.outcome_of(error), reason=error.code)
+        raise
+    await read(counts=_counts(found.found))
     return types.AuditPage(
         entries=[_audit_view(each) for each in found.found],
         go_on_before=found.go_on_before,
@@ -92,13 +102,25 @@ async def _audit_entries(
 
 
 async def _audit_entry(sequence: int, services: ServicesOf, asker: AskerOf) -> types.AuditEntry:
-    await asker.did(AUDIT_READ, ("entry", str(sequence)))
-    return await asyncio.to_thread(_look_up, services, sequence)
+    read = partial(asker.did, AUDIT_READ, ("entry", str(sequence)))
+    await services.audit.size()
+    try:
+        found = await asyncio.to_thread(_look_up, services, sequence)
+    except HoldfastError as error:
+        await read(outcome=trail.outcome_of(error), reason=error.code)
+        raise
+    await read(counts=_counts([found]))
+    return _audit_view(found)
 
 
-def _look_up(services: Services, sequence: int) -> types.AuditEntry:
+def _look_up(services: Services, sequence: int) -> Found:
     log = LogReader(services.audit.directory)
-    return _audit_view(look_at(log.entry(sequence), log.frame(sequence).sealed, services.vault))
+    return look_at(log.entry(sequence), log.frame(sequence).sealed, services.vault)
+
+
+def _counts(shown: Sequence[Found]) -> dict[str, int]:
+    """How many entries are shown, and of how many of them what they say."""
+    return {"entries": len(shown), "records": sum(each.record is not None for each in shown)}
 
 
 async def _audit_digest(asked: types.AuditDigestAsked, services: ServicesOf, asker: AskerOf) -> types.AuditDigest:
@@ -140,7 +162,7 @@ async def _audit_witness_reply(
 async def _audit_exports(services: ServicesOf) -> types.AuditExports:
     exports = services.exports
     return types.AuditExports(
-        destinations=[_export_view(services, name) for name in exports.names], exporter_pid=exports.pid
+        destinations=[export_view(services, name) for name in exports.names], exporter_pid=exports.pid
     )
 
 
@@ -157,7 +179,7 @@ async def _add_audit_export(new: types.NewAuditExport, services: ServicesOf, ask
     except HoldfastError as error:
         await asker.did(EXPORT_ADDED, target, outcome=Outcome.FAILURE, reason=error.code, details=details)
         raise
-    return _export_view(services, new.name)
+    return export_view(services, new.name)
 
 
 async def _try_audit_export(destination: str, services: ServicesOf, asker: AskerOf) -> types.AuditExport:
@@ -168,11 +190,11 @@ async def _try_audit_export(destination: str, services: ServicesOf, asker: Asker
         await asker.did(EXPORT_TESTED, target, outcome=Outcome.FAILURE, reason=error.code)
         raise
     await asker.did(EXPORT_TESTED, target)
-    return _export_view(services, destination)
+    return export_view(services, destination)
 
 
 async def _remove_audit_export(destination: str, services: ServicesOf, asker: AskerOf) -> types.AuditExport:
-    last = _export_view(services, destination)
+    last = export_view(services, destination)
     target, details = ("destination", destination), {"url": last.url, "delivered": str(last.delivered)}
     # Before it is done: that nothing goes there any more is the last that goes there, if it is connected.
     await asker.did(EXPORT_REMOVED, target, details=details)
@@ -193,7 +215,8 @@ async def _audit_excerpt(
     lines = excerpt(services.audit.directory, FORMATS["ocsf"], services.vault, first=first, end=end)
     # As with a backup: what fails at once is an error, and not half a file.
     begin = await anext(lines)
-    return StreamingResponse(with_first(begin, lines), media_type="application/x-ndjson")
+    cut_off = partial(asker.was_cut_off, AUDIT_EXPORTED, ("audit", ""))
+    return StreamingResponse(with_first(begin, lines, cut_off=cut_off), media_type="application/x-ndjson")
 
 
 def _audit_view(found: Found) -> types.AuditEntry:
@@ -208,11 +231,6 @@ def _audit_view(found: Found) -> types.AuditEntry:
         salt=found.salt.hex() or None,
         why_not=found.why_not or None,
     )
-
-
-def _export_view(services: Services, name: str) -> types.AuditExport:
-    view = dataclasses.asdict(services.exports.view(name))
-    return types.AuditExport.model_validate({**view, "url": services.exports.destination(name).url})
 
 
 ENDPOINTS: Endpoints = {

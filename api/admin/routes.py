@@ -74,7 +74,7 @@ from appliance.audit.events import (
     EventClass,
 )
 from appliance.errors import Fault, HoldfastError
-from appliance.identity import Isolation, Principal, Role, Tenant, UnknownIdentity
+from appliance.identity import DAMAGE, Isolation, Principal, Role, Tenant, UnknownIdentity
 from appliance.sessions import EXPLAINED_TURNS, NO_TURN, TRANSCRIPT_TURNS
 from appliance.vault import SYSTEM_SCOPE, VaultSealed
 
@@ -426,8 +426,13 @@ async def _rotate(wanted: types.KeysToRotate, services: ServicesOf, asker: Asker
 
 async def _tenants(services: ServicesOf, asker: AskerOf) -> types.Tenants:
     own = asker.named.tenant
-    tenants = [own] if own is not None else await services.identity.tenants()
-    return types.Tenants(tenants=[views.tenant_view(services, tenant) for tenant in tenants])
+    tenants, damaged = ([own], {}) if own is not None else await services.identity.survey()
+    return types.Tenants(
+        tenants=[views.tenant_view(services, tenant) for tenant in tenants],
+        damaged=[
+            types.DamagedTenant(tenant_id=each, why=f"{why.message}: {why.cause}") for each, why in damaged.items()
+        ],
+    )
 
 
 async def _tenant(tenant_id: str, services: ServicesOf, asker: AskerOf) -> types.Tenant:
@@ -471,11 +476,18 @@ async def _change_tenant(
 
 
 async def _shred_tenant(tenant_id: str, services: ServicesOf, asker: AskerOf) -> types.ShreddedTenant:
-    tenant = await chosen_tenant(services, asker.named, tenant_id)
-    if tenant is None or tenant.tenant_id != tenant_id:
-        raise unknown("tenant", tenant_id, "tenant list")
+    damage = ""
     try:
-        shredded = await shred_tenant(services, tenant, trail.actor_of(asker.named), asker.source)
+        tenant = await chosen_tenant(services, asker.named, tenant_id)
+    except DAMAGE as error:  # who it is cannot be read: its id says which rows and keys are its own
+        if not await services.identity.has_tenant(tenant_id):
+            raise
+        damage = error.code
+    else:
+        if tenant is None or tenant.tenant_id != tenant_id:
+            raise unknown("tenant", tenant_id, "tenant list")
+    try:
+        shredded = await shred_tenant(services, tenant_id, trail.actor_of(asker.named), asker.source, damage=damage)
     except UnknownIdentity:
         raise unknown("tenant", tenant_id, "tenant list") from None
     return types.ShreddedTenant(
@@ -648,7 +660,8 @@ async def _backup(services: ServicesOf, asker: AskerOf) -> StreamingResponse:
     pieces = stream_backup(services.store, services.settings, now=services.now, admitted=admitted)
     # The first piece is made before the answer begins, so that what fails is an error and not half a file.
     first = await anext(pieces)
-    return StreamingResponse(with_first(first, pieces), media_type="application/x-tar")
+    cut_off = functools.partial(asker.was_cut_off, BACKUP_MADE, ("database", ""))
+    return StreamingResponse(with_first(first, pieces, cut_off=cut_off), media_type="application/x-tar")
 
 
 _ENDPOINTS: Endpoints = {

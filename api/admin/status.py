@@ -17,6 +17,7 @@ from importlib.metadata import version
 from sqlalchemy import func, select
 
 from api.admin import types
+from api.admin.views import export_view
 from api.kv_watch import troubles
 from api.roots import read_seal
 from api.services import Services
@@ -25,7 +26,7 @@ from appliance.audit import AuditUnavailable
 from appliance.audit.witnesses import View
 from appliance.audit.witnessing import largest_witnessed
 from appliance.engine.launcher import EngineProcess, EngineState
-from appliance.errors import HoldfastError
+from appliance.errors import ErrorRecord, HoldfastError
 from appliance.settings import SIX_MONTHS_DAYS
 from appliance.store import tables
 from appliance.vault import SealUnusable, seal_kind
@@ -117,36 +118,52 @@ async def audit_status(services: Services) -> types.AuditStatus:
             cause=f"its appender did not answer within {_DEADLINE_S:g} s",
             remedy="Ask again in a moment: it waits for its disk, or begins; `holdfast logs gateway` says more",
         ) from None
-    error = services.audit.error or said["error"]
-    retention = services.audit.retention
+    audit, exports = services.audit, services.exports
+    witnessed = await asyncio.to_thread(largest_witnessed, audit.directory)
+    error, unreadable = audit.error or said["error"], exports.unreadable
+    retention = audit.retention
     oldest = retention.oldest
-    checked = services.audit.checking.last
+    checked = audit.checking.last
     return types.AuditStatus(
         size=said["size"],
         checkpoint_size=said["checkpoint_size"],
         checkpoint_age_s=said["checkpoint_age_s"],
         signs=said["signs"],
         public_key=said["public_key"] or None,
-        witnessed_size=await asyncio.to_thread(largest_witnessed, services.audit.directory),
+        witnessed_size=0 if witnessed is None else witnessed.size,
+        witnessed_by=None if witnessed is None else witnessed.witness,
+        witnessed_age_s=None if witnessed is None else services.now() - witnessed.time_s,
         retention_days=retention.days,
         retention_overridden=retention.days < SIX_MONTHS_DAYS,
         retention_held=retention.held or None,
         oldest_kept=None if oldest is None else oldest[0],
         oldest_kept_time_s=None if oldest is None else oldest[1] / 1e9,
+        whole=_whole(services),
         checked_age_s=None if checked is None else time.monotonic() - checked.at,
         checked_size=0 if checked is None else checked.size,
+        check_error=None if checked is None else _told(checked.error),
+        exports=[] if unreadable is not None else [export_view(services, name) for name in exports.names],
+        exports_error=_told(unreadable),
         witnesses=[_witness(view, services.now()) for view in services.witnesses.views()],
-        alarm="; ".join(
-            filter(
-                None,
-                (services.audit.alarm, retention.alarm, services.audit.checking.alarm, services.witnesses.alarm),
-            )
-        )
+        alarm="; ".join(filter(None, (audit.alarm, retention.alarm, audit.checking.alarm, services.witnesses.alarm)))
         or None,
-        restored=services.audit.restored or None,
-        directory=str(services.audit.directory),
-        error=None if error is None else types.AuditError.model_validate(error),
+        restored=audit.restored or None,
+        directory=str(audit.directory),
+        error=_told(error),
     )
+
+
+def _whole(services: Services) -> bool | None:
+    """Whether the log is what was written, as far as anything here says; None: it is not known."""
+    audit = services.audit
+    checked = audit.checking.last
+    if audit.older == "log" or audit.retention.alarm:  # its end is gone, or its beginning
+        return False
+    if any(view.refused for view in services.witnesses.views()):
+        return False
+    if checked is None or not checked.looked_at:
+        return None
+    return checked.error is None
 
 
 def _witness(view: View, now_s: float) -> types.AuditWitness:
@@ -157,36 +174,88 @@ def _witness(view: View, now_s: float) -> types.AuditWitness:
         cosigned_age_s=None if view.cosigned_s is None else max(0.0, now_s - view.cosigned_s),
         silent_s=None if view.silent_since_s is None else max(0.0, now_s - view.silent_since_s),
         refused=view.refused or None,
-        error=None if view.error is None else types.AuditError.model_validate(view.error),
+        error=_told(view.error),
     )
+
+
+def _told(error: ErrorRecord | None) -> types.AuditError | None:
+    return None if error is None else types.AuditError.model_validate(error)
 
 
 async def _audit(services: Services) -> types.Part:
     error = services.audit.error
     if error is not None:
-        return types.Part(name="audit", state="failed", detail=f"nothing is admitted: {error['cause']}")
+        told = types.Trouble(what=f"nothing is admitted: {error['cause']}", remedy=error["remedy"])
+        return types.Part(name="audit", state="failed", detail=told.what, troubles=[told])
     try:
         said = await audit_status(services)
     except HoldfastError as failure:
-        return types.Part(name="audit", state="failed", detail=str(failure))
-    age = "none yet" if said.checkpoint_age_s is None else f"{said.checkpoint_age_s:.0f} s old"
-    detail = f"{said.size} entries; last checkpoint {age}, of {said.checkpoint_size} entries"
-    if said.restored is not None:
-        detail += f"; the database was put back {said.restored}"
-    for export in services.exports.views():
-        behind = f"{export.lag_entries} entries, {export.lag_s:.0f} s behind"
-        state = behind if export.lag_entries else "has everything"
-        detail += f"; {export.name} {state}" + ("" if export.error is None else f" ({export.error['cause']})")
-    for view in services.witnesses.views():
-        if not view.refused and (trouble := view.trouble(services.now())):
-            detail += f"; {trouble}"
-    if (unreadable := services.exports.unreadable) is not None:
-        detail += f"; nothing is exported: {unreadable['cause']}"
+        told = types.Trouble(what=f"{failure.message}: {failure.cause}", remedy=failure.remedy)
+        return types.Part(name="audit", state="failed", detail=str(failure), troubles=[told])
+    troubles = _audit_troubles(said)
+    detail = _audit_detail(said)
     if said.error is not None:
-        return types.Part(name="audit", state="degraded", detail=f"no checkpoint can be made: {said.error.cause}")
+        detail = f"no checkpoint can be made: {said.error.cause}"
+    elif said.alarm is not None:
+        detail = f"{said.alarm}; {detail}"
+    # Never worse than degraded: whatever is in the way of a check or of a destination, the log goes on.
+    return types.Part(name="audit", state="degraded" if troubles else "ready", detail=detail, troubles=troubles)
+
+
+def _audit_troubles(said: types.AuditStatus) -> list[types.Trouble]:
+    """What is wrong with a log that can be written: with its signing, with what is there, with each destination."""
+    told = []
+    if said.error is not None:
+        told.append(types.Trouble(what=f"no checkpoint can be made: {said.error.cause}", remedy=said.error.remedy))
     if said.alarm is not None:
-        return types.Part(name="audit", state="degraded", detail=f"{said.alarm}; {detail}")
-    return types.Part(name="audit", state="ready" if unreadable is None else "degraded", detail=detail)
+        remedy = "`holdfast audit verify` names the first entry that is wrong; docs/audit.md says what each alarm means"
+        told.append(types.Trouble(what=said.alarm, remedy=remedy))
+    if said.exports_error is not None:
+        what = f"nothing is exported: {said.exports_error.cause}"
+        told.append(types.Trouble(what=what, remedy=said.exports_error.remedy))
+    for export in said.exports:
+        if (error := export.error) is not None:
+            what = f"the export to {export.name} fails: {error.message}: {error.cause}"
+            told.append(types.Trouble(what=what, remedy=error.remedy))
+    for witness in said.witnesses:
+        if witness.refused is None and (error := witness.error) is not None:
+            what = f"the witness {witness.name} is silent: {error.message}: {error.cause}"
+            told.append(types.Trouble(what=what, remedy=error.remedy))
+    return told
+
+
+def _audit_detail(said: types.AuditStatus) -> str:
+    """Whether the log is whole, how old its last checkpoint is and how far behind each destination is, in one line."""
+    when = "not since the start" if said.checked_age_s is None else f"{_age(said.checked_age_s)} ago"
+    found = {True: f"whole ({said.checked_size})", False: "NOT whole", None: "not known whether whole"}[said.whole]
+    checkpoint = "no checkpoint yet"
+    if said.checkpoint_age_s is not None:
+        checkpoint = f"last checkpoint {_age(said.checkpoint_age_s)} old, of {said.checkpoint_size} entries"
+    told = [f"{said.size} entries, {found}, checked {when}", checkpoint]
+    if said.witnessed_age_s is not None:
+        ago = _age(said.witnessed_age_s)
+        told.append(f"co-signed by {said.witnessed_by} {ago} ago, {said.witnessed_size} entries")
+    for each in said.witnesses:
+        last = "it never did" if each.cosigned_age_s is None else f"last {_age(each.cosigned_age_s)} ago"
+        if each.refused is None and each.silent_s is not None:
+            told.append(f"witness {each.name} has co-signed nothing for {_age(each.silent_s)} ({last})")
+    if said.restored is not None:
+        told.append(f"the database was put back {said.restored}")
+    for export in said.exports:
+        behind = f"{export.lag_entries} entries, {_age(export.lag_s)} behind"
+        state = behind if export.lag_entries else "has everything"
+        told.append(f"{export.name} {state}" + ("" if export.error is None else f" ({export.error.cause})"))
+    if said.exports_error is not None:
+        told.append(f"nothing is exported: {said.exports_error.cause}")
+    return "; ".join(told)
+
+
+def _age(seconds: float) -> str:
+    """A duration in the one unit that says enough."""
+    for unit, size_s in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size_s:
+            return f"{seconds / size_s:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
 
 
 async def _store(services: Services, now: float) -> tuple[types.Part, types.SessionCounts | None]:

@@ -155,6 +155,13 @@ def list_tenants(console: Console) -> None:
             empty="There are no tenants.",
         ),
     )
+    for each in listed.damaged:
+        console.say(f"DAMAGED: {each.tenant_id}: {printable(each.why)}")
+    if listed.damaged:
+        console.say(
+            "Restore their rows from a backup; one that cannot be restored can still be destroyed: "
+            f"{console.suggest('tenant shred ID')}"
+        )
 
 
 @tenant.command("show")
@@ -176,19 +183,27 @@ def show_tenant(console: Console, name: str) -> None:
 def shred_tenant(console: Console, name: str, yes: str | None) -> None:
     """Destroy all keys of a tenant and all of its sessions, for good; NAME may be its id.
 
+    A tenant whose row is damaged, so that its name cannot be read, is named by its id: `tenant list` shows it.
+
     Its API keys are refused from the next request on, and turns that run are broken off. The audit log still verifies;
     what it has of the tenant can be read by nobody, and that the tenant was shredded, and by whom, is in it. Backups
     that were made before still hold the tenant. Its name can be given to another one.
     """
     admin = console.admin(deadline_s=_SHREDDING_DEADLINE_S)
-    found = admin.tenant(_tenant_id(admin, name))
+    damaged = next((each for each in admin.tenants().damaged if each.tenant_id == name), None)
+    if damaged is None:
+        found = admin.tenant(_tenant_id(admin, name))
+        tenant_id, called, who = found.tenant_id, found.name, f"{found.name} ({found.tenant_id})"
+        what = f"{who}, made {moment(found.created_at)}"
+    else:
+        tenant_id = called = who = damaged.tenant_id
+        what = f"{who}, whose name cannot be read ({damaged.why})"
     console.confirm_name(
-        f"{printable(found.name)} ({found.tenant_id}), made {moment(found.created_at)}: its keys, its sessions and its "
-        "API keys, all of them. Nothing brings them back.",
-        found.name,
+        f"{printable(what)}: its keys, its sessions and its API keys, all of them. Nothing brings them back.",
+        called,
         yes,
     )
-    shredded = admin.shred_tenant(found.tenant_id)
+    shredded = admin.shred_tenant(tenant_id)
     had = f"{shredded.sessions} sessions with {shredded.turns} turns"
     if shredded.erased:
         done = f"its keys are destroyed, and erased from the database files with its {had}."
@@ -197,7 +212,7 @@ def shred_tenant(console: Console, name: str, yes: str | None) -> None:
             f"nobody can reach its {had} any more. Its wrapped keys may be in the database files still: the appliance"
             " erases them as soon as it can, also after a restart. `holdfast logs gateway` says what is in the way."
         )
-    console.result(shredded, f"Shredded {printable(found.name)} ({found.tenant_id}): {done}")
+    console.result(shredded, f"Shredded {printable(who)}: {done}")
     if not shredded.leases_released:
         console.say(
             "The engine could not be told; what it still holds cannot be reached any more and is overwritten in use."

@@ -44,12 +44,20 @@ class ErrorBody(Wire):
 PartState = Literal["ready", "starting", "sealed", "degraded", "failed", "stopped", "unknown"]
 
 
+class Trouble(Wire):
+    """Something that is wrong with a part, and what to do about it. It says nothing that changes while it lasts."""
+
+    what: str
+    remedy: str
+
+
 class Part(Wire):
-    """One part of the appliance: what it is in, and why."""
+    """One part of the appliance: what it is in, and why; `troubles`: of the audit log, each thing that is wrong."""
 
     name: Literal["vault", "audit", "store", "engine"]
     state: PartState
     detail: str
+    troubles: list[Trouble] = []
 
 
 class Leases(Wire):
@@ -200,10 +208,18 @@ class Tenant(Wire):
     created_at: float
 
 
+class DamagedTenant(Wire):
+    """A tenant whose row does not open, so that not even its name is known: `why` not."""
+
+    tenant_id: str
+    why: str
+
+
 class Tenants(Wire):
-    """Every tenant that the caller may know of."""
+    """Every tenant that the caller may know of; of the `damaged` ones nothing else can be told."""
 
     tenants: list[Tenant]
+    damaged: list[DamagedTenant] = []
 
 
 class ShreddedTenant(Wire):
@@ -624,7 +640,7 @@ class IsolationProof(Wire):
 
 
 class AuditError(Wire):
-    """Why the audit log cannot be written or signed."""
+    """What is in the way of the audit log, of a check of it, or of its export."""
 
     code: str
     message: str
@@ -699,14 +715,23 @@ class AuditWitness(Wire):
 class AuditStatus(Wire):
     """The audit log of this node.
 
-    `size` counts its entries; `checkpoint_size` those under the newest checkpoint, `witnessed_size` those that a
-    witness co-signed; `witnesses` are those that are asked over the network. `checkpoint_age_s` is None when there is
-    no checkpoint; how old one is that was there before the appender started, its file's time tells. `oldest_kept` is
-    the first entry that retention left; None when nobody has looked yet, as before the vault is open. `retention_held`
-    says why what is older than the retention is still there; `alarm` what an administrator has to know; `restored` from
-    which backup the database was put back before this start. The appliance checks the log itself, every day:
-    `checked_age_s` is how long ago, None when it has not since the start, and `checked_size` how many entries were
-    whole, 0 when some were not.
+    `size` counts its entries; `checkpoint_size` those under the newest checkpoint. `checkpoint_age_s` is None when
+    there is none; how old one is that was there before the appender started, its file's time tells.
+
+    `whole`: every entry that there was at the last check is as it was written, and nothing else says that some are
+    gone; None: it is not known. The appliance checks the log itself, every day: `checked_age_s` is how long ago, None
+    when it has not since the start; `checked_size` how many entries were whole, 0 when some were not; `check_error`
+    what is wrong, or why it could not be looked at.
+
+    `witnessed_size` entries are co-signed by `witnessed_by`, the last witness; 0, None: by nobody. How long ago that
+    was, `witnessed_age_s`, is by the witness's clock, and none of the three is verified: `audit verify --witness` does.
+    `witnesses` are those that are asked over the network: what they co-signed was verified.
+
+    `exports` are the destinations; `exports_error` says why it is not known which there are.
+
+    `oldest_kept` is the first entry that retention left; None when nobody has looked yet, as before the vault is open.
+    `retention_held` says why what is older than the retention is still there; `alarm` what an administrator has to
+    know; `restored` from which backup the database was put back before this start.
     """
 
     size: int
@@ -716,13 +741,19 @@ class AuditStatus(Wire):
     public_key: str | None
     witnessed_size: int
     witnesses: list[AuditWitness]
+    witnessed_by: str | None
+    witnessed_age_s: float | None
     retention_days: int
     retention_overridden: bool
     retention_held: str | None
     oldest_kept: int | None
     oldest_kept_time_s: float | None
+    whole: bool | None
     checked_age_s: float | None
     checked_size: int
+    check_error: AuditError | None
+    exports: list[AuditExport]
+    exports_error: AuditError | None
     alarm: str | None
     restored: str | None
     directory: str

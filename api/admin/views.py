@@ -67,6 +67,12 @@ async def key_views(services: Services, keys: Sequence[ApiKey]) -> list[types.Ke
     ]
 
 
+def export_view(services: Services, name: str) -> types.AuditExport:
+    """A destination of the audit log. Raises as `Exports.destination`."""
+    view = asdict(services.exports.view(name))
+    return types.AuditExport.model_validate({**view, "url": services.exports.destination(name).url})
+
+
 def limits_view(scopes: Scopes) -> types.Limits:
     """What an API key may do, as it is told."""
     return types.Limits(

@@ -95,6 +95,19 @@ class HeadersTooLarge(RequestError):
     status: ClassVar[int | None] = 431
 
 
+class HeadersLate(RequestError):
+    """The headers did not come in time. Nobody is answered this: the connection is closed."""
+
+    code: ClassVar[str] = "headers_late"
+    status: ClassVar[int | None] = 408
+
+
+class HandshakeFailed(RequestError):
+    """A TLS handshake failed. Nobody is answered this: there is no connection to answer on."""
+
+    code: ClassVar[str] = "tls_handshake_failed"
+
+
 class HostRefused(RequestError):
     """The Host header names another server."""
 

@@ -222,13 +222,13 @@ class _Proof:
             self._services.ledger.forget_tenant(tenant_id)
             self._services.metrics.forget_tenant(tenant_id)
         if removed:
-            await self._record(*(self._event(TENANT_REMOVED, ("tenant", each), each) for each in removed))
+            await self._record(*(self._for_proof(TENANT_REMOVED, ("tenant", each), each) for each in removed))
             await self._services.throwaways.recorded(removed)
 
     async def _record(self, *events: Event) -> None:
         await self._services.audit.record(*events, privileged=True)
 
-    def _event(self, kind: EventClass, target: tuple[str, str], tenant_id: str) -> Event:
+    def _for_proof(self, kind: EventClass, target: tuple[str, str], tenant_id: str) -> Event:
         """Something that is done because the administrator asked for a proof."""
         return Event(kind, actor_of(self._administrator), tenant_id=tenant_id, target=target)
 
@@ -237,7 +237,7 @@ class _Proof:
         tenant = await self._services.throwaways.create_tenant(
             self._services.identity, name, isolation=mode, idle_timeout_s=idle_timeout_s
         )
-        await self._record(self._event(TENANT_CREATED, ("tenant", tenant.tenant_id), tenant.tenant_id))
+        await self._record(self._for_proof(TENANT_CREATED, ("tenant", tenant.tenant_id), tenant.tenant_id))
         return tenant
 
     async def _party(self, tenant: Tenant, principal: Principal | None = None) -> _Party:
@@ -245,7 +245,7 @@ class _Proof:
         if principal is None:
             principal = await identity.create_principal(tenant, f"proof {secrets.token_hex(4)}", Role.CLIENT)
         key, secret = await identity.create_key(principal, Scopes())
-        await self._record(self._event(KEY_CREATED, ("key", key.key_id), tenant.tenant_id))
+        await self._record(self._for_proof(KEY_CREATED, ("key", key.key_id), tenant.tenant_id))
         host = self._services.settings.gateway.allowed_hosts[0]
         party = _Party(tenant, Caller(principal, tenant, key), Asker(self._app, host, secret, self._model), secret)
         self._parties.append(party)

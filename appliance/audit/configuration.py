@@ -121,7 +121,7 @@ def changes(before: Configuration, now: Configuration, weak: Mapping[str, str]) 
             details = {"old": old, "new": new, **({"weakens": weak[key]} if key in weak else {})}
             events.append(Event(CONFIG_CHANGED, SYSTEM, target=("setting", key), details=details))
     if before.model != now.model:
-        details = {
+        both = {
             "old": before.model.name,
             "old_path": before.model.path,
             "old_fingerprint": before.model.fingerprint,
@@ -129,7 +129,7 @@ def changes(before: Configuration, now: Configuration, weak: Mapping[str, str]) 
             "new_path": now.model.path,
             "new_fingerprint": now.model.fingerprint,
         }
-        events.append(Event(MODEL_CHANGED, SYSTEM, target=("model", now.model.name), details=details))
+        events.append(Event(MODEL_CHANGED, SYSTEM, target=("model", now.model.name), details=both))
     return events
 
 

@@ -116,11 +116,11 @@ class NodeAudit:
         """
         return await self._recorder.record(*events, privileged=privileged)
 
-    def begin(self, *events: Event) -> "asyncio.Future[int]":
+    def begin(self, *events: Event, privileged: bool = False) -> "asyncio.Future[int]":
         """As `record`, for who has something else to do meanwhile: the future is done when they are on the disk, and
         raises what `record` would.
         """
-        return self._recorder.begin(*events)
+        return self._recorder.begin(*events, privileged=privileged)
 
     def count(self, event: Event) -> None:
         """Note what is not to be an entry each time; recorded once a minute, with how often it was."""

@@ -330,6 +330,19 @@ def cosignatures(note: str, witness: VerifierKey) -> list[Cosignature]:
     return found
 
 
+def claimed_cosigners(note: str) -> list[tuple[str, int]]:
+    """Whose co-signatures a note holds by its own word, and from when, in seconds since the epoch; none is verified.
+
+    Raises:
+        NoteInvalid: it is no note.
+    """
+    return [
+        (found.name, int.from_bytes(found.data[:_TIME_BYTES], "big"))
+        for found in _parse_note(note).signatures
+        if len(found.data) == _TIME_BYTES + _SIGNATURE_BYTES
+    ]
+
+
 def decode_note(data: bytes) -> str:
     """A note as it was read from a file or a medium, as text.
 

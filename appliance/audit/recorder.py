@@ -77,7 +77,7 @@ class _Alike(NamedTuple):
             actor_id=event.actor.id,
             source=event.source,
             reason=event.reason,
-            key_id=identifier if kind == "key" else "",
+            key_id=identifier if kind == "key" else event.details.get("key_id", ""),
         )
 
 
@@ -261,7 +261,11 @@ class Recorder:
             return failed
 
     def count(self, event: Event) -> None:
-        """Note what is not to be an entry each time: `tell_counted` records it, once for all that are alike."""
+        """Note what is not to be an entry each time: `tell_counted` records it, once for all that are alike.
+
+        Warns:
+            UndeclaredName: its class has no `count`.
+        """
         self._count(event, 1)
 
     def _count(self, event: Event, times: int) -> None:
@@ -269,7 +273,8 @@ class Recorder:
         if alike not in self._counts and sum(each.known is alike.known for each in self._counts) >= _MOST_COUNTED:
             event = _of_others(event)
             alike = _Alike.of(event)
-        self._counted.setdefault(alike, event)
+        if alike not in self._counted:
+            self._counted[alike] = replace(event, counts={**event.counts, "count": 0})
         self._counts[alike] = self._counts.get(alike, 0) + times
 
     async def tell_counted(self, *, at_once: bool = False) -> None:

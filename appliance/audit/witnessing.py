@@ -15,7 +15,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from appliance.audit.files import read_file, sync_directory, write_at
 from appliance.audit.log import WITNESSED
@@ -24,6 +24,7 @@ from appliance.audit.notes import (
     Cosignature,
     NoteInvalid,
     VerifierKey,
+    claimed_cosigners,
     cosignatures,
     decode_note,
     open_checkpoint,
@@ -103,13 +104,28 @@ def last_cosigned(directory: Path, witness: VerifierKey) -> tuple[int, int] | No
     return None
 
 
-def largest_witnessed(directory: Path) -> int:
-    """The largest size that anybody co-signed, by the lines in the folder alone; 0: none."""
+class Witnessed(NamedTuple):
+    """A co-signature, as the folder has it.
+
+    Attributes:
+        size: how many entries were seen.
+        time_s: when, by the witness's clock; seconds since the epoch.
+        witness: who says so.
+    """
+
+    size: int
+    time_s: int
+    witness: str
+
+
+def largest_witnessed(directory: Path) -> Witnessed | None:
+    """The largest size that anybody co-signed, by the lines in the folder alone, and who did last; None: nobody did."""
     for size, path in _newest_first(directory):
         with contextlib.suppress(NoteInvalid, OSError):
-            if _signatures(decode_note(read_file(path))) > 1:
-                return size
-    return 0
+            signers = claimed_cosigners(decode_note(read_file(path)))
+            if signers:
+                return max(Witnessed(size, time_s, name) for name, time_s in signers)
+    return None
 
 
 def thin_out(directory: Path, witnesses: Sequence[VerifierKey]) -> int:

@@ -1,6 +1,6 @@
 """Who is asking, and how much they may ask for."""
 
-from appliance.identity.directory import Identity
+from appliance.identity.directory import DAMAGE, Identity
 from appliance.identity.errors import (
     DailyTokensSpent,
     InvalidApiKey,
@@ -17,6 +17,7 @@ from appliance.identity.quotas import Admission, Quotas
 from appliance.identity.types import ApiKey, Caller, Isolation, Permission, Principal, Role, RotatedKeys, Scopes, Tenant
 
 __all__ = [
+    "DAMAGE",
     "Admission",
     "ApiKey",
     "Caller",

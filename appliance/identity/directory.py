@@ -22,10 +22,12 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Final
 
 from sqlalchemy import Connection, Table, insert, select, update
 from sqlalchemy.engine import RowMapping
 
+from appliance.errors import HoldfastError
 from appliance.identity.errors import InvalidApiKey, NameTaken, NotAnAdministrator, RoleDiffers, UnknownIdentity
 from appliance.identity.types import (
     ApiKey,
@@ -49,8 +51,10 @@ from appliance.store import (
     rotation_changes,
     tables,
 )
-from appliance.vault import SYSTEM_SCOPE, KeyPurpose, Vault
+from appliance.vault import SYSTEM_SCOPE, Binding, KeyMissing, KeyPurpose, TamperedValue, Vault
 
+DAMAGE: Final = (TamperedValue, KeyMissing)
+"""What opening a row raises that was changed outside, or the key of which was."""
 SECRET_PREFIX = "hf_"  # noqa: S105 (says what a secret begins with)
 _SECRET_BYTES = 32
 _SECRET_LENGTH = len(SECRET_PREFIX) + 43  # base64url without padding
@@ -188,6 +192,27 @@ class Identity:
             query = query.where(tables.tenants.c.tenant_id.in_(ids))
         rows = await self._store.read(lambda db: db.execute(query).mappings().all())
         return [self._tenant(row) for row in rows]
+
+    async def survey(self) -> tuple[list[Tenant], dict[str, HoldfastError]]:
+        """As `tenants`, of those whose row opens; and the ids of the others, each with why it does not.
+
+        Raises:
+            VaultSealed: none opens.
+        """
+        query = select(tables.tenants).order_by(tables.tenants.c.created_at)
+        rows = await self._store.read(lambda db: db.execute(query).mappings().all())
+        found, damaged = [], {}
+        for row in rows:
+            try:
+                found.append(self._tenant(row))
+            except DAMAGE as error:
+                damaged[str(row["tenant_id"])] = error
+        return found, damaged
+
+    async def has_tenant(self, tenant_id: str) -> bool:
+        """Whether there is a tenant of that id. No row is opened."""
+        query = select(tables.tenants.c.tenant_id).where(tables.tenants.c.tenant_id == tenant_id)
+        return await self._store.read(lambda db: db.execute(query).first()) is not None
 
     async def tenant(self, name_or_id: str) -> Tenant:
         """The tenant of a name or an id.
@@ -508,6 +533,8 @@ class Identity:
 
     def _tenant(self, row: RowMapping) -> Tenant:
         name = _text(self._rows.open(tables.tenants, row)["name"])
+        if not isinstance(row["created_at"], int | float):  # SQLite keeps what it is given, and nothing is bound to it
+            raise TamperedValue(Binding("tenants", "created_at", row["tenant_id"], row["tenant_id"], 0))
         return Tenant(
             tenant_id=row["tenant_id"],
             name=name or "",

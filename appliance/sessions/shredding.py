@@ -23,7 +23,7 @@ from typing import Final
 from sqlalchemy import Connection, bindparam, delete, func, insert, select
 
 from appliance.audit.events import Actor
-from appliance.identity import Identity, Tenant, UnknownIdentity
+from appliance.identity import Identity, UnknownIdentity
 from appliance.sessions.endings import Sessions
 from appliance.sessions.removal import SHREDDED, remove_keys, remove_principals, remove_some_sessions
 from appliance.store import Change, Erasures, RowCipher, Store, tables
@@ -42,6 +42,7 @@ class ShreddedTenant:
         sessions, turns: how many it had.
         actor: who asked for it.
         source: the address that this was asked from.
+        damage: why its row could not be opened, as the code of an error; empty: it could.
     """
 
     tenant_id: str
@@ -49,6 +50,7 @@ class ShreddedTenant:
     turns: int
     actor: Actor
     source: str
+    damage: str = ""
 
 
 class Shredding:
@@ -70,11 +72,20 @@ class Shredding:
         self.left = asyncio.Event()
 
     async def shred(
-        self, tenant: Tenant, actor: Actor, source: str, *, end_turns: Callable[[], Awaitable[None]]
+        self,
+        tenant_id: str,
+        actor: Actor,
+        source: str,
+        *,
+        damage: str = "",
+        end_turns: Callable[[], Awaitable[None]],
     ) -> tuple[ShreddedTenant, list[str]]:
         """Destroy a tenant's keys and remove who could ask for it; its rows and its record are still to come.
 
+        Its row need not open: which rows and keys are its own, its id says.
+
         Args:
+            damage: as `ShreddedTenant` has it.
             end_turns: ends those that run; what has not ended when it returns is not written down any more.
 
         Returns:
@@ -86,12 +97,11 @@ class Shredding:
             StoreFull, StoreBusy: nothing is shredded.
             StoreUnavailable: nothing is, or the store could not say.
         """
-        tenant_id = tenant.tenant_id
         async with self._one_at_a_time, self._identity.shutting_out(tenant_id), self._sessions.closed_to(tenant_id):
             await end_turns()
             labels = await self._sessions.give_up(tenant_id)
             sessions, turns = await self._store.read(lambda db: _count(db, tenant_id))
-            shredded = ShreddedTenant(tenant_id, sessions, turns, actor, source)
+            shredded = ShreddedTenant(tenant_id, sessions, turns, actor, source, damage)
             await self._rows.prepare(scope=SYSTEM_SCOPE, purpose=KeyPurpose.RECORDS)
             mark = self._sealed(shredded)
             await self._store.transact(lambda db: _destroy(db, tenant_id, mark))

@@ -119,9 +119,12 @@ class RowCipher:
         """
         layout = self._layout(table)
         row_id, tenant, version = _place(layout, row)
+        # SQLite keeps what it is given, of whatever type.
+        if not isinstance(version, int) or not 0 <= version < 1 << 63:
+            raise TamperedValue(Binding(layout.table, "row_version", row_id, tenant, 0))
         try:
             beside = _beside(layout, row)
-        except TypeError:  # SQLite keeps what it is given, of whatever type
+        except TypeError:
             raise TamperedValue(Binding(layout.table, layout.encrypted[0][0], row_id, tenant, version)) from None
         opened: dict[str, object] = dict(row)
         for column, nullable in layout.encrypted:
@@ -133,7 +136,9 @@ class RowCipher:
                 if not nullable:
                     raise TamperedValue(binding)
                 continue
-            opened[column] = self._vault.decrypt(bytes(envelope), binding)  # type: ignore[call-overload]
+            if not isinstance(envelope, bytes | memoryview):
+                raise TamperedValue(binding)
+            opened[column] = self._vault.decrypt(bytes(envelope), binding)
         return opened
 
     def _layout(self, table: Table) -> _Layout:

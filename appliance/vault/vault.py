@@ -92,10 +92,11 @@ class _Key:
         unstored: it was made here, and the store was not seen to have it since.
     """
 
-    __slots__ = ("aead", "family", "macs", "record", "reserved", "secret", "unstored", "used")
+    __slots__ = ("aead", "family", "id_bytes", "macs", "record", "reserved", "secret", "unstored", "used")
 
     def __init__(self, record: KeyRecord, secret: bytes, *, family: str, used: int, unstored: bool) -> None:
         self.record = record
+        self.id_bytes = bytes.fromhex(record.key_id[4:])
         self.family = family
         self.used = used
         self.reserved = record.uses_reserved
@@ -361,7 +362,7 @@ class Vault:
             VaultSealed, KeyMissing: it is not to be had.
         """
         with self._lock:
-            return bytes.fromhex(self._key_of(scope, KeyPurpose.AUDIT).record.key_id[4:])
+            return self._key_of(scope, KeyPurpose.AUDIT).id_bytes
 
     def audit_secret(self, key_id: bytes, label: str, *parts: bytes) -> bytes:
         """As `mac`, under the AUDIT key of that id, whosever it is.
@@ -370,13 +371,13 @@ class Vault:
             KeyMissing: it was destroyed, or never was.
             VaultSealed: no root key is open.
         """
-        named = f"key_{key_id.hex()}"
+        named = "key_" + key_id.hex()
         with self._lock:
             key = self._by_id(named)
             if key is None or key.record.purpose is not KeyPurpose.AUDIT:
                 raise KeyMissing(named)
-            keyed = _mac_of(key, label)
-        return keyed.of(b"".join(map(length_prefixed, parts)))
+            keyed = key.macs.get(label) or _mac_of(key, label)
+        return keyed.of(b"".join([length_prefixed(part) for part in parts]))
 
     # Private
 

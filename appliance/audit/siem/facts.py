@@ -49,6 +49,8 @@ _HIDDEN: Final = re.compile(
     "\u180b-\u180f\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\u3164\ud800-\uf8ff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\uffff"
     "\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U0010ffff]"
 )
+# JSON can say these and receivers cannot: to a text of C a NUL is the end, and half of a pair has no UTF-8.
+_UNSAYABLE: Final = re.compile("[\0\ud800-\udfff]")
 
 
 class Facts(NamedTuple):
@@ -114,7 +116,7 @@ def facts_of_entry(origin: str, disclosed: Disclosed, mapping: int) -> Facts:
         EventInvalid: the record is no record of ours.
     """
     entry = Entry.unpack(disclosed.packed)
-    record = {} if disclosed.content is None else _record(disclosed.content)
+    record = {} if disclosed.content is None else record_of(disclosed.content)
     known = CATALOGUE.get(entry.event_class)
     actor, target = _object(record, "actor"), _object(record, "target")
     source = _text(record, "source")
@@ -200,8 +202,23 @@ def shown(text: str, limit: int) -> str:
     """
     if len(text) <= limit and text.isascii() and text.isprintable():
         return text
-    seen = _HIDDEN.sub(lambda found: f"<U+{ord(found[0]):04X}>", text)
+    seen = _HIDDEN.sub(_mark, text)
     return seen if len(seen) <= limit else f"{seen[: limit - 1]}\u2026"
+
+
+def record_of(content: bytes) -> dict[str, Any]:
+    """A record as an event says it: what no receiver could read is written `<U+0000>`. The proof carries it exactly.
+
+    Raises:
+        EventInvalid: it is no record of ours.
+    """
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise invalid("its record is no JSON object")
+    return _sayable(record) if b"\\u" in content else record  # as UTF-8 nothing else has to be escaped
 
 
 # At the receiver
@@ -300,14 +317,16 @@ def _entry_proof(origin: str, disclosed: Disclosed, sequence: int, mapping: int)
     return proof | {"salt": to_base64(disclosed.salt), "record": disclosed.content.decode()}
 
 
-def _record(content: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(content)
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
-        raise invalid("its record is no JSON object")
-    return record
+def _sayable(value: Any) -> Any:
+    if isinstance(value, str):
+        return _UNSAYABLE.sub(_mark, value)
+    if isinstance(value, dict):
+        return {_UNSAYABLE.sub(_mark, name): _sayable(each) for name, each in value.items()}
+    return [_sayable(each) for each in value] if isinstance(value, list) else value
+
+
+def _mark(found: re.Match[str]) -> str:
+    return f"<U+{ord(found[0]):04X}>"
 
 
 def _object(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:

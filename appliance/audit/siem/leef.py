@@ -5,8 +5,8 @@ Rules:
 - What `formats` asks of every format. The number of the mapping is `MAPPING`; the proof is in `HoldfastAuditProof`, the
   last attribute.
 - Attributes are divided by `^`, which prints: a tab would not come through a syslog relay that escapes what does not.
-  LEEF has no escapes. So a `^` in a value is written `<U+005E>`, in the proof `\\u005e` (it is JSON), and a `|` in the
-  header `<U+007C>`; what is not to be seen is written as `facts.shown` does.
+  LEEF has no escapes. So a `^` is written `<U+005E>`, in the proof `\\u005e` (it is JSON), and a `|` in the header
+  `<U+007C>`; what is not to be seen is written as `facts.shown` does.
 - Each key comes once, and predefined ones are used where there are any.
 
 IBM QRadar: LEEF event components, predefined event attributes, custom event date format.
@@ -111,7 +111,7 @@ class Leef:
 
 
 def _message(facts: Facts) -> Message:
-    header = "|".join(_plain(text, _MAX_HEADER, "|") for text in (facts.version or "unknown", facts.action))
+    header = "|".join(_plain(text, _MAX_HEADER, "|", DELIMITER) for text in (facts.version or "unknown", facts.action))
     attributes = [
         f"{attribute.name}={_plain(value, attribute.limit, DELIMITER)}"
         for attribute in ATTRIBUTES
@@ -125,9 +125,11 @@ def _message(facts: Facts) -> Message:
 _IN_JSON: Final = f"\\u{ord(DELIMITER):04x}"
 
 
-def _plain(text: str, limit: int, without: str) -> str:
-    """A text as it may be shown, without a character that would end it."""
-    return shown(text.replace(without, f"<U+{ord(without):04X}>"), limit)
+def _plain(text: str, limit: int, *without: str) -> str:
+    """A text as it may be shown, without the characters that would end it."""
+    for each in without:
+        text = text.replace(each, f"<U+{ord(each):04X}>")
+    return shown(text, limit)
 
 
 def _known_by_address(facts: Facts) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from appliance.audit.entry import Entry, check_commitment
 from appliance.audit.events import CATALOGUE
-from appliance.audit.siem.facts import check_same, read_object
+from appliance.audit.siem.facts import check_same, read_object, record_of
 from appliance.audit.siem.formats import (
     Carried,
     CheckpointEvent,
@@ -96,7 +96,7 @@ def entry_event(origin: str, disclosed: Disclosed) -> dict[str, Any]:
     if disclosed.content is None:
         proof["withheld"] = str(disclosed.withheld)
     else:
-        record = _record(disclosed.content)
+        record = record_of(disclosed.content)
         proof |= {"salt": to_base64(disclosed.salt), "record": disclosed.content.decode()}
     known = CATALOGUE.get(entry.event_class)
     class_uid, activity_id = _BASE_EVENT if known is None else known.ocsf
@@ -336,13 +336,3 @@ def _address(source: str) -> str:
         return str(ipaddress.ip_address(source)).partition("%")[0]
     except ValueError:
         return ""
-
-
-def _record(content: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(content)
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
-        raise invalid("its record is no JSON object")
-    return record

@@ -54,8 +54,9 @@ has the log's public key checks what arrived, in any format, one or many in one 
 
 The proof is `unmapped.holdfast` in OCSF, `holdfast.proof` in ECS, and `{proof}` in CEF and LEEF, where it is JSON and
 the last field. An event is one line. What ends a line, moves a cursor or turns the direction of writing is shown as
-`<U+202E>` in CEF and LEEF and escaped in JSON; a text that is longer than its field is cut and ends in `…`. The exact
-text is in the record of the proof. A record is withheld when its tenant was shredded, when the event would be too long
+`<U+202E>` in CEF and LEEF and escaped in JSON, where only a NUL is shown as `<U+0000>`: receivers take it for the end
+of a text. A text that is longer than its field is cut and ends in `…`. The exact text is in the record of the proof. A
+record is withheld when its tenant was shredded, when the event would be too long
 for the destination, or when what is on the disk is not what the entry names; the event says which (a claim of
 the sender's, no more), and the entry counts.
 
@@ -95,7 +96,7 @@ something to say.
 ## LEEF 2.0
 
 `LEEF:2.0|Holdfast|Holdfast|version|action|^|attributes`, for QRadar. Attributes are divided by `^`, which prints and
-so comes through a relay that escapes tabs. LEEF has no escapes: a `^` in a value is written `<U+005E>`, in the proof
+so comes through a relay that escapes tabs. LEEF has no escapes: a `^` is written `<U+005E>`, in the proof
 `\\u005e`. `identSrc` is there only for a caller who has shown who it is: QRadar takes the address for that user's.
 
 | key | from | what it holds | characters |
@@ -117,6 +118,9 @@ were sent, which a check needs:
 
     PUT _index_template/holdfast-audit
     {{"index_patterns": ["logs-holdfast.audit-*"], "data_stream": {{}}, "priority": 500, "template": {{
-      "settings": {{"index.mode": "standard"}}, "mappings": {{"properties": {{"holdfast": {{"properties": {{
-      "proof": {{"type": "object", "enabled": false}}}}}}}}}}}}}}
+      "settings": {{"index.mode": "standard"}}, "mappings": {{"date_detection": false, "properties": {{
+      "holdfast": {{"properties": {{"proof": {{"type": "object", "enabled": false}}}}}}}}}}}}}}
+
+Without `date_detection` the first text of a field that looks like a date would make it one, and a later text be
+refused: then the export stands still.
 """

@@ -3,10 +3,10 @@
 Rules:
 
 - At least once. An entry counts as delivered when the receiver said so; where the transport knows no acknowledgement
-  (plain syslog), once its connection has lived `SETTLE_S` longer. When a connection ends, what is not delivered is sent
-  again over the next one, and so it is after a restart. Whoever receives an event twice knows it by its stable id.
-  `SETTLE_S` is longer than any transport's own deadline: what counts as delivered was acknowledged by the receiver's
-  kernel at least. What a receiver keeps only in memory for longer, and loses, this cannot know.
+  (plain syslog), once its connection has lived `SETTLE_S` longer than the entry was seen to have arrived there. When a
+  connection ends, what is not delivered is sent again over the next one, and so it is after a restart. Whoever receives
+  an event twice knows it by its stable id. So what counts as delivered was acknowledged by the receiver's kernel at
+  least, however slowly the receiver reads. What that keeps only in memory for longer, and loses, this cannot know.
 - Without an acknowledgement that is authenticated (plain syslog) this holds against outages only: whoever is on the
   line can take everything, forward nothing and keep the connection, and all of it counts as delivered. RELP, HEC and
   Elasticsearch answer inside TLS. What is missing is found at the receiver, by `verify_export` with a checkpoint from
@@ -14,7 +14,8 @@ Rules:
 - What is known to be delivered is in the cursor, which is never ahead of it. It names the last entry by its hash, too:
   a log with another one there is an older copy that was put back, however long it has become, and is not sent.
 - A destination that is down, slow or silent is tried again, ever more seldom, with jitter. Nobody waits for it: what it
-  has not got stays in the log. Whatever goes wrong here is told in `view`, and ends nothing.
+  has not got stays in the log. Whatever goes wrong here is told in `view`, and ends nothing. It is told until the
+  receiver has all there is, or more than it failed with: not until it merely answers again.
 - Bounded: so many entries are read and opened ahead, so many may be sent and not acknowledged.
 - A tenant's record whose key was shredded is sent without content. One that waits for the vault to be opened waits,
   and all that follow it; what is in plaintext before it goes.
@@ -105,7 +106,10 @@ class View:
 
 
 class _Mark(NamedTuple):
-    """Everything before `position` was sent between two moments, as the first `messages` of the connection."""
+    """Everything before `position` was sent between two moments, as the first `messages` of the connection.
+
+    Where nothing more will be known than that it arrived, `ended_s` is when that was seen.
+    """
 
     begun_s: float
     ended_s: float
@@ -164,7 +168,10 @@ class Shipper:
         self._of_this_log = False  # the same, as it was found last
         self._marks: deque[_Mark] = deque()
         self._messages = 0  # of the connection there is
+        self._arrived = 0  # of those, when it was looked at last
         self._checkpoint: Published | None = None  # its entries are not all sent
+        self._began_at = 0  # where the connection there is began
+        self._furthest = 0  # before which entry one failed
         self._connected = False
         self._failures = 0
         self._waits_for = ""
@@ -226,8 +233,9 @@ class Shipper:
             self._cursor = cursor
         self._size_asked_s = float("-inf")
         self._position = self._delivered
+        self._began_at = self._position.next
         self._marks.clear()
-        self._messages = 0
+        self._messages = self._arrived = 0
         self._checkpoint = None
         self._is_same_log = False
 
@@ -290,8 +298,14 @@ class Shipper:
         """What was acknowledged, or the connection outlived, is delivered."""
         now_s = self._monotonic()
         acknowledged = connection.acknowledged
+        if acknowledged is None:
+            for place in range(len(self._marks) - 1, -1, -1):
+                if self._marks[place].messages <= self._arrived:
+                    break
+                self._marks[place] = self._marks[place]._replace(ended_s=now_s)
+            self._arrived = connection.arrived()
         while self._marks and (
-            self._marks[0].ended_s + self._settle_s <= now_s
+            self._marks[0].messages <= self._arrived and self._marks[0].ended_s + self._settle_s <= now_s
             if acknowledged is None
             else self._marks[0].messages <= acknowledged
         ):
@@ -318,9 +332,12 @@ class Shipper:
                 if self._checkpoint is not None and self._checkpoint.size <= self._position.next:
                     await self._send_checkpoint(connection, self._checkpoint)
                 await self._settle(connection)
-                rests = not whole or self._position.next >= self._size or self._has_too_many(connection)
+                has_all = not whole or self._position.next >= self._size
+                rests = has_all or self._has_too_many(connection)
                 if rests and await connection.ended_within(_POLL_S):
                     connection.check()
+                if has_all or self._goes_on(connection):
+                    self._error = None
         finally:
             self._connected = False
             await connection.close(in_good_order=self._position.next >= self._size)
@@ -335,7 +352,6 @@ class Shipper:
             opened = await self._opener.open(some)
             if opened:
                 await connection.send([self._made(each) for each in opened])
-                self._error = None
                 leaf = leaf_hash(some[len(opened) - 1].entry).hex()
                 self._sent(len(opened), self._position._replace(next=self._position.next + len(opened), leaf=leaf))
             if len(opened) < len(some):
@@ -343,6 +359,12 @@ class Shipper:
                 return False
             await self._pause(max(0.0, begun_s + len(opened) / _MOST_PER_S - self._monotonic()))
         return True
+
+    def _goes_on(self, connection: Connection) -> bool:
+        """Whether the receiver took more than it was ever sent before: less, it may have taken each time and failed."""
+        acknowledged = connection.acknowledged
+        taken = self._arrived if acknowledged is None else acknowledged
+        return self._began_at + taken > self._furthest
 
     def _has_too_many(self, connection: Connection) -> bool:
         acknowledged = connection.acknowledged
@@ -369,6 +391,7 @@ class Shipper:
         if self._error is None or self._error["cause"] != error.cause:
             _LOG.warning("%s: %s: %s", self.name, error.message, error.cause)
         self._error = error.record()
+        self._furthest = max(self._furthest, self._position.next)
         self._position = self._delivered
         self._failures = 1 if self._monotonic() >= begun_s + _LIVED_S else self._failures + 1
 

@@ -141,6 +141,10 @@ class Connection:
         """See `transport.Connection.acknowledged`."""
         return self._acknowledged
 
+    def arrived(self) -> int:
+        """See `transport.Connection.arrived`."""
+        return self.acknowledged
+
     async def send(self, messages: Sequence[Message]) -> None:
         """See `transport.Connection.send`. Waits while too many requests are not acknowledged."""
         async with self._changed:

@@ -7,24 +7,29 @@ Rules:
   forward secrecy.
 - Every wait has a deadline: connecting, the handshake, and until the kernel has taken what is sent. The kernel gives up
   on a peer that acknowledges nothing for as long (`TCP_USER_TIMEOUT`), and looks after an idle one (keepalive).
-- What waits in this process is one batch: nothing is sent while an earlier one is not with the kernel.
-- Syslog acknowledges nothing. Once `deadline_s` has gone by and the connection is there still, what was sent is known
-  to be with a kernel that acknowledged it: the receiver's, where nobody is on the line. TCP's acknowledgements are not
-  authenticated, so somebody on the line can give them and forward nothing; TLS shows that only to the receiver, and
-  only if something comes later. More is never known.
+- What waits in this process is one batch: nothing is sent while an earlier one is not with the kernel. Of what is not
+  on its way yet the kernel has `_MOST_NOT_SENT` bytes.
+- A receiver that reads slowly is waited for: it is given up when its kernel has taken no byte within the deadline.
+- Syslog acknowledges nothing. `arrived` counts what the other kernel acknowledged: the receiver's, where nobody is on
+  the line. TCP's acknowledgements are not authenticated, so somebody on the line can give them and forward nothing; TLS
+  shows that only to the receiver, and only if something comes later. More is never known.
 """
 
 import asyncio
 import contextlib
+import fcntl
 import functools
 import os
 import socket
 import ssl
+import struct
+import termios
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from appliance.audit.siem.files import check_regular, read_in_time
 from appliance.audit.siem.transport import ExportUnreachable, ExportUnusable, Message
@@ -44,6 +49,11 @@ MAX_MSGID: Final = 32
 HEADER_BYTES: Final = 60  # beside host and MSGID
 _KEEPALIVE_IDLE_S: Final = 10
 _KEEPALIVE_EVERY_S: Final = 5
+_MOST_NOT_SENT: Final = 128 << 10  # bytes
+# What the loop's transport under TLS holds when it has no room for more, and what TLS adds to a batch: no less.
+_HELD_BYTES: Final = 64 << 10
+_TCP_INFO_BYTES: Final = 128
+_BYTES_ACKED_AT: Final = 120  # tcpi_bytes_acked of linux/tcp.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +145,13 @@ def _message_id(kind: str) -> bytes:
     return header_field(kind, MAX_MSGID).encode("ascii")
 
 
+class _Handed(NamedTuple):
+    """Once the other kernel has acknowledged so many bytes, so many messages of the connection arrived."""
+
+    bytes: int
+    messages: int
+
+
 class Connection:
     """A connection with a receiver. Made by `connect`."""
 
@@ -152,6 +169,9 @@ class Connection:
         self._reader = reader
         self._writer = writer
         self._deadline_s = deadline_s
+        self._sent = self._arrived = 0  # messages
+        self._on_the_way: deque[_Handed] = deque()
+        self._was_all_at = -1  # so many messages were sent when nothing was on its way
         # What is read is dropped: a receiver has nothing to say but that it goes.
         self._ended = asyncio.create_task(self._read_to_the_end())
 
@@ -160,6 +180,20 @@ class Connection:
         """Nothing ever is."""
         return None
 
+    def arrived(self) -> int:
+        """See `transport.Connection.arrived`: what the other kernel acknowledged."""
+        if self._writer.transport.is_closing():  # its descriptor may be another's by now
+            return self._arrived
+        acknowledged, on_the_way = self._kernel()
+        while self._on_the_way and self._on_the_way[0].bytes <= acknowledged:
+            self._arrived = self._on_the_way.popleft().messages
+        # Where nothing is sent any more, what lies in the loop's own transport is with the kernel a turn later.
+        if not on_the_way and self._was_all_at == self._sent:
+            self._on_the_way.clear()
+            self._arrived = self._sent
+        self._was_all_at = -1 if on_the_way else self._sent
+        return self._arrived
+
     async def send(self, messages: Sequence[Message]) -> None:
         """Send messages; the kernel has them when this returns.
 
@@ -167,15 +201,18 @@ class Connection:
             ExportUnreachable: it is not known which of them arrived.
         """
         self.check()
+        data = b"".join([framed(each, self._hostname) for each in messages])
         try:
-            async with asyncio.timeout(self._deadline_s):
-                self._writer.write(b"".join([framed(each, self._hostname) for each in messages]))
-                await self._writer.drain()
+            self._writer.write(data)
+            await self._drain()
+            acknowledged, on_the_way = self._kernel()
         except TimeoutError:
             raise self._unreachable(f"it took nothing for {self._deadline_s:g} s") from None
         except OSError as error:
             raise self._unreachable(in_words(error)) from None
         self.check()
+        self._sent += len(messages)
+        self._on_the_way.append(_Handed(acknowledged + on_the_way + 2 * len(data) + _HELD_BYTES, self._sent))
 
     def check(self) -> None:
         """Raise `ExportUnreachable` if the connection has ended."""
@@ -197,6 +234,27 @@ class Connection:
         self._writer.transport.abort()
         self._ended.cancel()
         await asyncio.gather(self._ended, return_exceptions=True)
+
+    async def _drain(self) -> None:
+        """Until the kernel has what was written, as long as the other one takes something."""
+        acknowledged, _ = self._kernel()
+        while True:
+            waits = asyncio.timeout(self._deadline_s)
+            try:
+                async with waits:
+                    return await self._writer.drain()
+            except TimeoutError:
+                before = acknowledged
+                # The kernel's own `TimeoutError` is none of ours: it has given the peer up.
+                if not waits.expired() or (acknowledged := self._kernel()[0]) == before:
+                    raise
+
+    def _kernel(self) -> tuple[int, int]:
+        """How many bytes the other kernel acknowledged since the connection began, and how many it has yet to."""
+        connection = self._writer.get_extra_info("socket")
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+        queued = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4))
+        return struct.unpack_from("=Q", info, _BYTES_ACKED_AT)[0], struct.unpack("=i", queued)[0]
 
     async def _read_to_the_end(self) -> str:
         try:
@@ -240,6 +298,7 @@ async def open_tls(receiver: Receiver, deadline_s: float) -> tuple[asyncio.Strea
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_EVERY_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(deadline_s * 1000))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MOST_NOT_SENT)
     return reader, writer
 
 

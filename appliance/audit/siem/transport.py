@@ -54,8 +54,15 @@ class Connection(Protocol):
     def acknowledged(self) -> int | None:
         """How many messages of this connection, counted from its first, the receiver has said that it keeps.
 
-        None: the transport knows no acknowledgement. Then what a connection took counts as delivered once the
-        connection has outlived it by long enough (`shipper.SETTLE_S`).
+        None: the transport knows no acknowledgement. Then what arrived counts as delivered once the connection has
+        outlived it by long enough (`shipper.SETTLE_S`).
+        """
+
+    def arrived(self) -> int:
+        """How many messages of this connection, counted from its first, are with the receiver's machine for certain.
+
+        Looked at where `acknowledged` is None. What `send` handed to our kernel may lie there for as long as a receiver
+        that reads slowly leaves it there.
         """
 
     async def send(self, messages: Sequence[Message]) -> None:

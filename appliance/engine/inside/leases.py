@@ -190,15 +190,18 @@ class LeaseTable:
     def awaited(self, sessions: Sequence[_Key], for_s: float) -> None:
         """A request of each of these sessions waits elsewhere: for so long its lease has rank, and yields last.
 
-        A strict lease ends when it does in any case.
+        It may have rank for half as long again: who says so once a second moves few deadlines. A strict lease ends when
+        it does in any case.
         """
         now = self._clock()
         self.policy.awaited(sessions=sessions, now=now, until=now + for_s)
         for key in sessions:
             claim = self._claims.get(key)
-            if claim is not None and key not in self._active and not claim.is_strict:
+            if claim is None or claim.is_strict or key in self._active:
+                continue
+            if not claim.has_rank or claim.deadline < now + for_s:
                 claim.has_rank = True
-                self._set_deadline(key, claim, max(claim.deadline, now + for_s))
+                self._set_deadline(key, claim, max(claim.deadline, now + 1.5 * for_s))
 
     def admitted(self, lease: Lease, hit_tokens: int, prompt_hits: bool) -> tuple[Change, str]:
         """A request of the session was given its blocks: what it did not hit, the session has diverged from.
@@ -324,10 +327,10 @@ class LeaseTable:
         return Change(freed=tuple(taken.freed), forgotten=contents)
 
     def release(self, sessions: Iterable[str]) -> Change:
-        """The sessions so labelled are over: nobody will ask for their blocks again."""
-        labels = set(sessions)
-        without_claim = (key for key in self._active if key not in self._claims)
-        return self._release([key for key in itertools.chain(self._claims, without_claim) if key[1] in labels])
+        """The sessions so labelled, whosever they are, are over: nobody will ask for their blocks again."""
+        tenants = {*self._kept_by, *(tenant for tenant, _ in self._active)}
+        named = itertools.product(tenants, dict.fromkeys(sessions))
+        return self._release([key for key in named if key in self._claims or key in self._active])
 
     def release_all(self) -> Change:
         """End every lease. The sessions go on."""

@@ -6,6 +6,7 @@ import os
 import queue
 import resource
 import signal
+import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,7 +105,30 @@ def test_reading_a_transcript_and_the_log_itself_is_recorded(served: Served) -> 
     read = _record(_entries(served, action="transcript.read")[-1])
     assert read["target"] == {"kind": "session", "id": session_id}
     served.admin.audit_entries(action="nothing.such", limit=1)
-    assert _record(_entries(served, action="audit.read")[-2])["details"]["action"] == "nothing.such"
+    read = _record(_entries(served, action="audit.read")[-1])
+    assert (read["details"]["action"], read["counts"]) == ("nothing.such", {"entries": 0, "records": 0})
+
+
+def test_how_much_of_the_log_was_read_is_recorded_before_it_is_shown(served: Served) -> None:
+    gone = served.new_key(tenant="to-be-shredded")
+    assert [served.ask("hello", api_key=key).status for key in (gone.secret, None)] == [200, 200]
+    assert gone.key.tenant_id is not None
+    served.admin.shred_tenant(gone.key.tenant_id)
+    shown = served.admin.audit_entries(action="turn.*", limit=1000).entries
+    opened = [entry for entry in shown if entry.record is not None]
+    read = _record(_entries(served, action="audit.read", limit=1)[0])
+    assert read["counts"] == {"entries": len(shown), "records": len(opened)}
+    assert 0 < len(opened) < len(shown)
+    closed = next(entry for entry in shown if entry.record is None)
+    for sequence, records in ((opened[0].sequence, 1), (closed.sequence, 0)):
+        served.admin.audit_entry(sequence)
+        read = _record(_entries(served, action="audit.read", limit=1)[0])
+        assert (read["target"]["id"], read["counts"]) == (str(sequence), {"entries": 1, "records": records})
+    with pytest.raises(Refused):
+        served.admin.audit_entry(1 << 40)
+    read = _record(_entries(served, action="audit.read", limit=1)[0])
+    assert (read["target"]["id"], read["outcome"], "counts" in read) == (str(1 << 40), "refused", False)
+    assert read["reason"] == "audit_no_such_entry"
 
 
 def test_forgetting_is_recorded_and_the_log_still_verifies(served: Served) -> None:
@@ -175,11 +199,41 @@ def test_a_backup_is_recorded_with_its_size(own: Served) -> None:
     assert _record(_entries(own, action="backup.made")[-1])["counts"] == {"bytes": size}
 
 
+def test_a_backup_that_is_cut_off_is_recorded_as_failed_and_a_whole_export_once(own: Served) -> None:
+    with contextlib.closing(sqlite3.connect(own.state_dir / "holdfast.db", isolation_level=None)) as db:
+        db.execute("CREATE TABLE more AS SELECT randomblob(8 << 20)")  # than waits between a connection's two ends
+    with own.admin.backup() as pieces:
+        next(iter(pieces))
+    with own.admin.audit_excerpt(first=0, end=None) as pieces:
+        whole = sum(map(len, pieces))
+    until(lambda: len(_entries(own, action="backup.made")) == 2)
+    began, failed = map(_record, _entries(own, action="backup.made"))
+    assert (began["outcome"], failed["outcome"], failed["reason"]) == ("success", "failure", "asker_gone")
+    assert failed["counts"]["bytes"] < began["counts"]["bytes"]
+    assert failed["request_id"] == began["request_id"]
+    assert whole
+    assert [_record(entry)["outcome"] for entry in _entries(own, action="audit.exported")] == ["success"]
+
+
 def test_a_refusal_of_a_known_caller_is_recorded_with_its_reason(served: Served) -> None:
     answer = served.ask("hello", temperature="hot")
     assert answer.status == 400
     refused = _record(_entries(served, action="request.refused")[-1])
     assert (refused["reason"], refused["request_id"]) == (answer.code, answer.headers["x-request-id"])
+    assert served.ask("hello").status == 200
+    admitted = _record(_entries(served, action="turn.admitted")[-1])
+    assert refused["details"]["key_id"] == admitted["details"]["key_id"]
+
+
+def test_refusals_of_a_limit_are_told_by_the_key_that_ran_into_it(own: Served) -> None:
+    keys = [own.new_key(principal="same", requests_per_minute=1) for _ in range(2)]
+    for key in keys:
+        assert [own.ask("hello", api_key=key.secret).status for _ in range(3)] == [200, 429, 429]
+    until(lambda: bool(_entries(own, action="request.refused")))
+    own.gateway.end()
+    with running_gateway(own.state_dir, own.engine):
+        told = [_record(entry) for entry in _entries(own, action="request.refused")]
+    assert {each["details"]["key_id"]: each["counts"]["count"] for each in told} == {key.key.key_id: 2 for key in keys}
 
 
 def test_a_key_cannot_be_tried_without_a_trace_by_hanging_up(own: Served) -> None:

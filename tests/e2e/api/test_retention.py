@@ -51,7 +51,7 @@ def _make_old_log(state_dir: Path) -> None:
         drafts = [
             seal(
                 ADMIN_ACTED.number,
-                Event(ADMIN_ACTED, SYSTEM, counts={"number": taken + number}).record({}),
+                Event(ADMIN_ACTED, SYSTEM, target=("number", str(taken + number))).record({}),
                 keys=vault,
                 scope=SYSTEM_SCOPE,
                 actor="",

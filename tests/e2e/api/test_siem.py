@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from api.admin.client import AdminClient
 from benchmarks.running import make_appliance, running_gateway, running_stub
 from tests.e2e.api.conftest import DEADLINE_S, Served, serving, until
 from tests.e2e.cli.conftest import HOLDFAST
+from tests.e2e.siem.receivers import Turning
 from tests.rsyslog import Pki, Rsyslog, running_rsyslog
+
+MOST_GROWTH_BYTES = 24 << 20
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +59,14 @@ def _holdfast(state_dir: Path, *words: str) -> tuple[int, Any]:
     return done.returncode, json.loads(done.stdout)
 
 
-def _add(state_dir: Path, name: str, receiver: Rsyslog, pki: Pki, *, client: str = "client") -> tuple[int, Any]:
+def _add(
+    state_dir: Path, name: str, receiver: Rsyslog | Turning, pki: Pki, *more: str, client: str = "client"
+) -> tuple[int, Any]:
     files = {"--ca": "ca.pem", "--certificate": f"{client}.pem", "--private-key": f"{client}.key"}
     options = [word for option, file in files.items() for word in (option, str(pki.folder / file))]
-    return _holdfast(state_dir, "audit", "export", "add", name, f"syslog+tls://127.0.0.1:{receiver.port}", *options)
+    return _holdfast(
+        state_dir, "audit", "export", "add", name, f"syslog+tls://127.0.0.1:{receiver.port}", *options, *more
+    )
 
 
 def _actions(receiver: Rsyslog) -> list[str]:
@@ -129,6 +139,96 @@ def test_a_receiver_that_stands_still_delays_export_and_nothing_else(
         os.kill(receiver.pid, signal.SIGCONT)
     until(lambda: served.admin.audit_exports().destinations[0].lag_entries == 0)
     assert _holdfast(served.state_dir, "audit", "export", "remove", "still")[0] == 0
+
+
+def test_receivers_that_are_wrong_in_every_way_at_once_delay_their_own_export_and_nothing_else(
+    tmp_path: Path, pki: Pki
+) -> None:
+    wrong = {name: Turning(pki) for name in ("slow", "silent", "blackholed", "stranger", "other-name")}
+    try:
+        with serving(tmp_path) as served, running_rsyslog(tmp_path / "receiver", pki) as good:
+            assert _add(served.state_dir, "good", good, pki)[0] == 0
+            for name, receiver in wrong.items():
+                more = ("--server-name", "server") if name == "other-name" else ()
+                assert _add(served.state_dir, name, receiver, pki, *more)[0] == 0
+            views = {each.name: each for each in served.admin.audit_exports().destinations}
+            assert all(each.error is None for each in views.values())
+            exporter = served.admin.audit_exports().exporter_pid
+            assert exporter is not None
+            before = _resident_bytes(exporter)
+            wrong["slow"].read_only(7)
+            wrong["silent"].read_only(7)
+            wrong["blackholed"].drop_packets()
+            wrong["stranger"].show("stranger")  # of a CA that nobody here believes
+            wrong["other-name"].show("client")  # of the right one, for another name
+            asked = 0
+            while not _are_behind(served, set(wrong), entries=50):
+                assert served.ask(f"question {asked}").status == 200
+                wrong["slow"].leave_to_read()
+                asked += 1
+            with urllib.request.urlopen(f"http://127.0.0.1:{served.gateway.port}/readyz", timeout=DEADLINE_S) as ready:
+                assert ready.status == 200
+            until(lambda: _actions(good).count("turn.completed") == asked)
+            told = {
+                "silent": "it took nothing for 20 s",
+                "blackholed": "nobody answered within 20 s",
+                "stranger": "its certificate does not hold: ",
+                "other-name": "its certificate does not hold: Hostname mismatch",
+            }
+            until(lambda: all(said in _cause(served, name) for name, said in told.items()))
+            assert served.ask("and one more").status == 200
+            until(lambda: _actions(good).count("turn.completed") == asked + 1)
+            views = {each.name: each for each in served.admin.audit_exports().destinations}
+            assert (views["good"].error, views["good"].connected) == (None, True)
+            assert all(views[name].lag_s > 0 for name in wrong)
+            detail = next(part.detail for part in served.admin.status().parts if part.name == "audit")
+            assert all(name in detail for name in told)
+            assert _resident_bytes(exporter) < before + MOST_GROWTH_BYTES
+            served.gateway.end()
+    finally:
+        for receiver in wrong.values():
+            receiver.close()
+
+
+def _are_behind(served: Served, names: set[str], *, entries: int) -> bool:
+    views = served.admin.audit_exports().destinations
+    return all(each.lag_entries >= entries for each in views if each.name in names)
+
+
+def _cause(served: Served, name: str) -> str:
+    error = next(each.error for each in served.admin.audit_exports().destinations if each.name == name)
+    return "" if error is None else error.cause
+
+
+def _resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_destination_that_fails_degrades_the_audit_part_which_names_it_and_stays_ready(
+    served: Served, tmp_path: Path
+) -> None:
+    folder, key = tmp_path / "batches", tmp_path / "key.pem"
+    folder.mkdir()
+    private = Ed25519PrivateKey.generate()
+    key.touch(mode=0o600)
+    key.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    words = ("add", "diode", f"file://{folder}", "--private-key", str(key))
+    assert _holdfast(served.state_dir, "audit", "export", *words)[0] == 0
+    folder.rename(tmp_path / "carried-away")
+    folder.write_text("no folder")
+    until(lambda: served.admin.audit_exports().destinations[0].error is not None)
+    status, seen = _holdfast(served.state_dir, "status")
+    audit = next(part for part in seen["parts"] if part["name"] == "audit")
+    assert (status, seen["ready"], audit["state"]) == (0, True, "degraded")
+    (trouble,) = audit["troubles"]
+    assert trouble["what"].startswith("the export to diode fails: ")
+    assert trouble["remedy"]
+    shown = subprocess.run([HOLDFAST, "--state-dir", served.state_dir, "status"], capture_output=True, text=True)
+    assert re.search(r"^audit: the export to diode fails: .+\n  Next: .+$", shown.stdout, re.MULTILINE), shown.stdout
+    assert 'holdfast_audit_export_error{code="audit_export_' in _metrics(served.state_dir)
+    assert served.ask("while it fails").status == 200
+    assert _holdfast(served.state_dir, "audit", "export", "remove", "diode")[0] == 0
+    assert next(part for part in served.admin.status().parts if part.name == "audit").state == "ready"
 
 
 def test_a_part_of_the_log_is_written_to_a_file_that_proves_itself(served: Served, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def _shred_and_be_killed(state_dir: Path) -> str:
     async def shred() -> str:
         tenant = await identity.create_tenant("doomed")
         shredded, _ = await shredding.shred(
-            tenant, Actor("principal", "prn_1", "admin"), "uid=1000", end_turns=lambda: asyncio.sleep(0)
+            tenant.tenant_id, Actor("principal", "prn_1", "admin"), "uid=1000", end_turns=lambda: asyncio.sleep(0)
         )
         return shredded.tenant_id
 
@@ -305,7 +305,68 @@ def test_a_damaged_row_of_another_tenants_is_in_nobodys_way_and_names_nobody(pla
             assert _code(mine.sessions, tenant=named) == "admin_not_found"
         assert _code(mine.revoke_key, others.key.key_id) == "admin_not_found"
         assert served.admin.revoke_key(mine.create_key(principal="agent").key.key_id).revoked_at is not None
-        assert _code(served.admin.tenants) == "value_tampered"
+        listed = served.admin.tenants()
+        assert [tenant.name for tenant in listed.tenants] == ["tenant"]
+        assert [damaged.tenant_id for damaged in listed.damaged] == [other_id]
+        assert f"in row {other_id} is refused" in listed.damaged[0].why
+        assert _code(served.admin.tenant, other_id) == "value_tampered"
+
+
+DAMAGES = {
+    "a bound value": "UPDATE tenants SET isolation = 'tenant' WHERE tenant_id = ?",
+    "its name": "UPDATE tenants SET name = x'00' WHERE tenant_id = ?",
+    "a name of another type": "UPDATE tenants SET name = 'in plain text' WHERE tenant_id = ?",
+    "a version that is none": "UPDATE tenants SET row_version = 'seven' WHERE tenant_id = ?",
+    "a moment that is none": "UPDATE tenants SET created_at = 'never' WHERE tenant_id = ?",
+    "how it is found": "UPDATE tenants SET name_lookup = x'00' WHERE tenant_id = ?",
+    "its keys": "UPDATE keys SET wrapped = x'00' WHERE scope = ?",
+    "the loss of its keys": "DELETE FROM keys WHERE scope = ?",
+}
+
+
+def test_a_tenant_whose_row_or_key_is_damaged_is_named_by_its_id_and_shredded(place: Path) -> None:
+    with _started(place) as served:
+        keys = {damage: served.new_key(tenant=damage, principal="agent") for damage in DAMAGES}
+        assert [served.ask(api_key=key.secret, session="one").status for key in keys.values()] == [200] * len(keys)
+        ids = {damage: str(key.key.tenant_id) for damage, key in keys.items()}
+        wrapped = [each for tenant_id in ids.values() for each in _wrapped_keys(served, tenant_id)]
+    for damage, statement in DAMAGES.items():
+        _outside(served, statement, ids[damage])
+    with _started(place) as served:
+        assert {each.tenant_id for each in served.admin.tenants().damaged} == set(ids.values())
+        listed = _told(served, "tenant", "list")
+        assert all(f"DAMAGED: {tenant_id}: " in listed for tenant_id in ids.values())
+        for damage, tenant_id in ids.items():
+            assert served.ask(api_key=keys[damage].secret).status >= 400, damage
+            refused = _told(served, "tenant", "shred", tenant_id, "--yes", damage)
+            assert f"the name given is not {tenant_id}" in refused
+            told = _succeeds(served, "tenant", "shred", tenant_id, "--yes", tenant_id)
+            assert f"Shredded {tenant_id}: its keys are destroyed" in told
+            record = _records(served, "tenant.shredded")[-1]
+            assert record["target"] == {"kind": "tenant", "id": tenant_id}
+            assert record["counts"] == {"sessions": 1, "turns": 1}
+            code = "key_missing" if damage == "the loss of its keys" else "value_tampered"
+            assert record["details"] == {"erased": "true", "row": code}, damage
+            assert _code(served.admin.shred_tenant, tenant_id) == "admin_not_found"
+        listed_now = served.admin.tenants()
+        assert ([each.name for each in listed_now.tenants], listed_now.damaged) == (["tenant"], [])
+        files = _database_files(served)
+        assert [each for each in wrapped if each in files] == []
+        assert served.ask("hello").status == 200
+        _succeeds(served, "audit", "verify")
+
+
+def test_who_may_not_shred_a_tenant_may_not_shred_a_damaged_one_and_no_id_is_no_tenant(place: Path) -> None:
+    with _started(place) as served:
+        theirs = AdminClient(served.state_dir, api_key=_key(served, "tenant", "admin"))
+        served.admin.create_tenant("other")
+        other_id = _tenant_id(served, "other")
+        _outside(served, "UPDATE tenants SET name = x'00' WHERE tenant_id = ?", other_id)
+        assert _code(theirs.shred_tenant, other_id) == "admin_denied"
+        assert theirs.tenants().damaged == []
+        assert _code(served.admin.shred_tenant, "ten_nobody") == "admin_not_found"
+        assert _code(served.admin.shred_tenant, "other") == "value_tampered", "by its id, which the record names it by"
+        assert [each.tenant_id for each in served.admin.tenants().damaged] == [other_id]
 
 
 def _wrapped_keys(served: Served, tenant_id: str) -> list[bytes]:

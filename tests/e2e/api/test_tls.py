@@ -14,9 +14,10 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
+from api.admin.client import AdminClient
 from benchmarks.running import make_appliance, running_gateway, running_stub
 from benchmarks.stub import MODEL
-from tests.e2e.api.conftest import DEADLINE_S
+from tests.e2e.api.conftest import DEADLINE_S, until
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104  (what is tested)
 
@@ -67,6 +68,17 @@ def test_over_tls_a_turn_is_answered_and_without_it_nothing_is(tmp_path: Path, c
         with pytest.raises((http.client.HTTPException, ConnectionError)):
             plain.getresponse()
         plain.close()
+        distrustful = http.client.HTTPSConnection("localhost", gateway.port, timeout=DEADLINE_S)
+        with pytest.raises(ssl.SSLCertVerificationError):
+            distrustful.request("GET", "/healthz")
+        admin = AdminClient(state_dir)
+        until(lambda: bool(admin.audit_entries(action="request.malformed").entries))
+        gateway.end()
+    with running_stub(engine), running_gateway(state_dir, engine):
+        told = [entry.record or {} for entry in admin.audit_entries(action="request.malformed").entries]
+    # Told once a minute, and at the end: the two may have been told together.
+    assert {(each["source"], each["reason"]) for each in told} == {("127.0.0.1", "tls_handshake_failed")}
+    assert sum(each["counts"]["count"] for each in told) == 2
 
 
 def test_beyond_loopback_it_does_not_start_without_tls(tmp_path: Path) -> None:

@@ -113,7 +113,8 @@ def test_the_log_is_cosigned_as_it_grows_and_found_when_it_is_put_back(tmp_path:
             assert witness(served).size < down
             assert "refused" in str(witness(served).error)
             assert "co-signed nothing for" in audit_part(served).detail
-            assert (audit_part(served).state, served.admin.status().ready) == ("ready", True)
+            assert (audit_part(served).state, served.admin.status().ready) == ("degraded", True)
+            assert "the witness other-node is silent" in audit_part(served).troubles[0].what
             with host.running([log_key]):  # and comes back
                 until(newly_cosigned(served, down))
 

@@ -50,9 +50,9 @@ def test_a_person_sees_how_the_log_is_and_what_is_in_it(served: Served) -> None:
     assert "public key" in status
     assert "holdfast." in status
     assert re.search(r"^last checkpoint +\d+ .*s ago, of [1-9]\d* entries$", status, re.MULTILINE), status
-    assert re.search(r"^checked +(not since the start; |.* ago: [1-9]\d* entries are whole$)", status, re.MULTILINE), (
-        status
-    )
+    whole = r"^whole +(not known: it was not checked since the start; |yes, checked .* ago: [1-9]\d* entries)"
+    assert re.search(whole, status, re.MULTILINE), status
+    assert re.search(r"^SIEM +none; ", status, re.MULTILINE), status
 
 
 def test_an_auditor_checks_a_copy_with_the_public_key(served: Served, tmp_path: Path) -> None:
@@ -98,7 +98,12 @@ def test_a_witness_sees_the_log_grow_and_the_log_is_held_to_it(served: Served, t
         assert taken["size"] > seen
         seen = taken["size"]
         assert served.ask("more").status == 200
-    assert _json(served, "audit", "status")["witnessed_size"] == seen
+    status = _json(served, "audit", "status")
+    assert (status["witnessed_size"], status["witnessed_by"]) == (seen, "holdfast-witness")
+    assert 0 <= status["witnessed_age_s"] < 60
+    parts = _json(served, "status")["parts"]
+    detail = next(part["detail"] for part in parts if part["name"] == "audit")
+    assert re.search(rf"; co-signed by holdfast-witness \d+ s ago, {seen} entries", detail), detail
     found = _json(served, "audit", "verify", "--key", key, "--witness", witness)
     assert found["witnessed"]["holdfast-witness"]["size"] == seen
     assert _json(served, "audit", "search", "--action", "audit.witnessed")["entries"][0]["record"]["details"][

@@ -2,13 +2,16 @@
 
 `Hec`: Splunk's HTTP Event Collector (Format events for HTTP Event Collector; possible error codes; indexer
 acknowledgement). `Elastic`: Elasticsearch's bulk API (elasticsearch-specification, `_global/bulk`). Both over TLS.
-`Rude`: whatever no server should do.
+`Turning`: syslog, from a receiver that takes all there is, until it is told what to do wrong.
+`rude`: whatever no server should do.
 """
 
 import asyncio
 import contextlib
 import json
+import socket
 import ssl
+import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -195,6 +198,86 @@ class Elastic:
         if request.headers.get("Authorization") == f"ApiKey {API_KEY}":
             return None
         return _failed(401, "security_exception", "unable to authenticate with provided credentials")
+
+
+class Turning:
+    """A receiver of syslog over mutual TLS that takes all there is, until it is told what to do wrong.
+
+    It works in threads of its own, and never by the clock. Its buffer is small: what it does not read lies with us.
+    """
+
+    def __init__(self, pki: Pki) -> None:
+        self._pki = pki
+        self._context = server_context(pki, asks=True)
+        self._listening = socket.socket()
+        self._listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self._listening.bind(("127.0.0.1", 0))
+        self._listening.listen(0)
+        self.port: int = self._listening.getsockname()[1]
+        self._portion = 0  # bytes that it reads for each leave that it is given; 0: it needs none
+        self._leaves = threading.Semaphore(0)
+        self._queued: list[socket.socket] = []
+        self._connections: list[ssl.SSLSocket] = []
+        self._ended = self._deaf = False
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
+
+    def read_only(self, portion: int) -> None:
+        """From now on read so many bytes for each `leave_to_read`."""
+        self._portion = portion
+
+    def leave_to_read(self) -> None:
+        """Have one portion read."""
+        self._leaves.release()
+
+    def show(self, certificate: str) -> None:
+        """End what there is, and show another certificate to who comes then."""
+        self._context.load_cert_chain(self._pki.folder / f"{certificate}.pem", self._pki.folder / f"{certificate}.key")
+        self._end_connections()
+
+    def drop_packets(self) -> None:
+        """End what there is, and have the kernel drop the packets of who comes then: its queue is full."""
+        self._deaf = True
+        self._end_connections()
+        with contextlib.suppress(OSError):  # it may hear this one, and ends with it
+            socket.create_connection(("127.0.0.1", self.port), 0.3).close()
+        self._accepting.join()
+        with contextlib.suppress(TimeoutError):
+            while len(self._queued) < 8:
+                self._queued.append(socket.create_connection(("127.0.0.1", self.port), 0.3))
+
+    def close(self) -> None:
+        """End it."""
+        self._ended = self._deaf = True
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        for each in self._queued:
+            each.close()
+        self._end_connections()
+        self._accepting.join()
+
+    def _end_connections(self) -> None:
+        while self._connections:
+            with contextlib.suppress(OSError):
+                self._connections.pop().shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while not self._deaf:
+            try:
+                connection, _ = self._listening.accept()
+            except OSError:
+                return
+            if self._deaf:
+                connection.close()
+            else:
+                threading.Thread(target=self._take, args=(connection,), daemon=True).start()
+
+    def _take(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), self._context.wrap_socket(connection, server_side=True) as taken:
+            self._connections.append(taken)
+            while not self._portion or self._leaves.acquire():
+                if not taken.recv(self._portion or 65536):
+                    return
 
 
 def _json(status: int, text: str, code: int) -> web.Response:

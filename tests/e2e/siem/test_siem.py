@@ -129,12 +129,14 @@ def _ids(receiver: Receiver) -> set[str]:
 
 
 def _nasty_events() -> list[Event]:
+    """One of each class; with an odd number, one whose event is too long for syslog."""
     return [
         Event(
             kind, Actor("principal", NASTY, NASTY), Outcome.REFUSED,
             tenant_id=NASTY.replace("\ud800", ""), source=NASTY,
-            target=(NASTY, NASTY), reason=NASTY, request_id=NASTY, session_id=NASTY, counts={"count": 3},
-            details={f"name {number}": NASTY for number in range(1 + 40 * (kind.number % 2))},
+            target=(NASTY, "\U0001f600" * 256 * (kind.number % 2) + NASTY),
+            reason=NASTY, request_id="\U0001f600" * 256 * (kind.number % 2) + NASTY, session_id=NASTY,
+            counts=dict.fromkeys(kind.counts, 3), details=dict.fromkeys(kind.details, NASTY),
         )
         for kind in CATALOGUE.values()
     ]  # fmt: skip

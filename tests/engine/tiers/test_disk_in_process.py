@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 from vllm.v1.kv_offload.base import ReqContext, make_offload_key
 
+from appliance.engine.inside.disk.files import Owner as DiskOwner
 from appliance.engine.protocol import Lease, TurnAccount, TurnEnd, lease_params
 from tests.engine.in_process import BLOCK, EngineInProcess, words
 
@@ -259,3 +260,19 @@ def test_in_quarantine_the_tiers_are_the_reason_for_what_they_have_and_for_nothi
         assert account_of(engine, in_dram, "dram").reason == ""
     finally:
         tiers(engine).quarantined = False
+
+
+def test_what_a_session_diverged_from_is_the_first_to_leave_the_disk_too(engine: EngineInProcess) -> None:
+    old = stored(engine, 60, "ana", 10)
+    ana = DiskOwner("tenant", "ana")
+    new = [*old[: 4 * BLOCK], *words(61, 7 * BLOCK)]
+    engine.submit(new, session="ana", max_tokens=2)
+    run(engine)
+    places = store(engine).positions_of(ana).values()
+    assert sorted(places) == [BLOCK * block for block in range(1, 12)]  # each token once: of the branch that goes on
+    assert store(engine).status().chunks == 10 + 7
+    empty_all_but_the_disk(engine)
+    name = engine.submit(old, session="ana", max_tokens=2)
+    run(engine)
+    assert engine.answers[name].cached_tokens == 10 * BLOCK  # while it is there, whoever goes back finds it
+    assert sorted(store(engine).positions_of(ana).values()) == [BLOCK * block for block in range(1, 11)]

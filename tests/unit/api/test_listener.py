@@ -141,3 +141,28 @@ def test_an_empty_line_while_a_request_runs_starts_nothing(
     loop.answer()
     assert loop.running() == [KEEP_ALIVE_S]
     assert not transport.closed
+
+
+def test_headers_that_come_too_late_are_told_once_and_the_connection_closed(
+    connection: BoundedProtocol, loop: Loop, transport: Transport
+) -> None:
+    told: list[tuple[str, str]] = []
+    connection.tell_refused = lambda source, error: told.append((source, error.code))
+    connection.data_received(b"GET /healthz HTTP/1.1\r\nHost: loc")
+    (late,) = [timer for timer in loop.timers if not timer.cancelled]
+    late.fire()
+    assert (transport.closed, transport.written) == (True, b"")
+    late.fire()
+    assert told == [("", "headers_late")]
+
+
+def test_a_request_that_came_in_time_is_told_to_nobody(
+    connection: BoundedProtocol, loop: Loop, transport: Transport
+) -> None:
+    told: list[str] = []
+    connection.tell_refused = lambda _, error: told.append(error.code)
+    connection.data_received(REQUEST)
+    loop.answer()
+    for timer in [timer for timer in loop.timers if not timer.cancelled]:
+        timer.fire()
+    assert (told, transport.closed) == ([], True), "an idle connection is closed, and nothing was refused"

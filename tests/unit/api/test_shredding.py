@@ -74,7 +74,7 @@ class World:
     stranger: Gateway
 
     async def shred(self) -> shredding.Shredded:
-        return await shred_tenant(self.gateway.services, self.tenant, ADMINISTRATOR, "uid=1000")
+        return await shred_tenant(self.gateway.services, self.tenant.tenant_id, ADMINISTRATOR, "uid=1000")
 
 
 @pytest.fixture

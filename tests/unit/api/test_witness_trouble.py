@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from api import server
-from api.admin import status
+from api.admin import status, types
 from api.health import Health
 from appliance.audit.witnesses import View
 from appliance.errors import ErrorRecord
@@ -52,20 +52,25 @@ def test_readyz_stays_ready_and_tells_administrators_which_witness_is_silent_or_
     assert Health(with_witnesses(WELL), in_full=True)._audit_part() == {"ready": True}
 
 
-async def test_status_is_degraded_by_one_that_refuses_and_not_by_one_that_is_silent(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_status_names_one_that_is_silent_or_refuses_and_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     alarm: str | None = None
 
-    async def audit_status(_: object) -> Any:
+    async def audit_status(its: Any) -> Any:
         return SimpleNamespace(
-            checkpoint_age_s=None, size=9, checkpoint_size=0, restored=None, error=None, alarm=alarm
+            checkpoint_age_s=None, size=9, checkpoint_size=0, restored=None, error=None, alarm=alarm, whole=None,
+            checked_size=0, checked_age_s=None, witnessed_age_s=None, exports=[], exports_error=None,
+            witnesses=[status._witness(view, its.now()) for view in its.witnesses.views()],
         )  # fmt: skip
 
     monkeypatch.setattr(status, "audit_status", audit_status)
+    well = await status._audit(with_witnesses(WELL))
+    assert (well.state, well.troubles) == ("ready", [])
     silent = await status._audit(with_witnesses(WELL, SILENT))
-    assert silent.state == "ready"
-    assert silent.detail.endswith("; witness silent has co-signed nothing for 40 s (last 60 s ago): connection refused")
+    assert silent.state == "degraded"
+    assert silent.state in status._SERVING
+    assert silent.detail.endswith("; witness silent has co-signed nothing for 40 s (last 60 s ago)")
+    what = "the witness silent is silent: no: connection refused"
+    assert silent.troubles == [types.Trouble(what=what, remedy="look")]
     alarm = "witness refuses REFUSES: this log was cut off"
     refused = await status._audit(with_witnesses(REFUSES))
-    assert (refused.state, refused.detail.count("REFUSES")) == ("degraded", 1)
+    assert (refused.state, refused.detail.count("REFUSES"), len(refused.troubles)) == ("degraded", 1, 1)

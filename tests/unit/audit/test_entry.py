@@ -190,9 +190,11 @@ def test_an_entry_of_another_size_or_format_is_none() -> None:
 
 def test_what_is_too_long_is_cut_and_says_so() -> None:
     long = "ü" * 10_000
-    record = dataclasses.replace(event(), request_id=long, target=("session", long), details={"x": long}).record({})
+    record = dataclasses.replace(
+        event(), request_id=long, target=("session", long), details={"prompt_digest": long}
+    ).record({})
     assert record["request_id"] == "ü" * MAX_TEXT
-    assert record["cut"] == ["request_id", "target.id", "details.x"]
+    assert record["cut"] == ["details.prompt_digest", "request_id", "target.id"]
     assert len(canonical(record)) < 4096
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +102,11 @@ def test_a_record_is_spelled_in_its_one_way(kind: EventClass) -> None:
         reason=nasty,
         request_id=nasty[0x80:],
         session_id=nasty[0x280:],
-        counts={"z": 1, "b": 2**63, "a": -5},
-        details={"z": nasty[-40:], "a": "", "é": "x" * 300},
+        counts=dict(zip(kind.counts, cycle((1, 2**63, -5)), strict=False)),
+        details=dict(zip(kind.details, cycle((nasty[-40:], "", "x" * 300)), strict=False)),
     )
-    for each in (Event(kind, ANYONE), plain, whole, replace(whole, counts={"b": 1e22, "a": 0.1 + 0.2, "c": 1e-7})):
+    floats = dict(zip(kind.counts, cycle((1e22, 0.1 + 0.2, 1e-7)), strict=False))
+    for each in (Event(kind, ANYONE), plain, whole, replace(whole, counts=floats)):
         assert spelled(each, {"holdfast": "0", "python": "3"}) == canonical(
             each.record({"python": "3", "holdfast": "0"})
         )
@@ -483,6 +484,16 @@ async def test_keys_of_one_principal_are_told_apart_and_strangers_take_no_known_
         known = [record for record in _records(it) if record["action"] == "key.authenticated"]
         assert [(each["target"]["id"], each["counts"]["count"]) for each in known] == [("ak_1", 5), ("ak_2", 5)]
         assert len(it.entries()) == 65 + 2
+
+
+async def test_what_a_limit_refused_is_told_by_the_key_that_ran_into_it(tmp_path: Path) -> None:
+    async with recording(tmp_path) as it:
+        for number, times in ((1, 3), (2, 4)):
+            for _ in range(times):
+                it.recorder.count(replace(_refused(1), details={"key_id": f"ak_{number}"}))
+        await it.recorder.tell_counted()
+        told = [(each["details"]["key_id"], each["counts"]["count"]) for each in _records(it)]
+        assert told == [("ak_1", 3), ("ak_2", 4)]
 
 
 async def test_known_callers_that_are_too_many_to_tell_apart_are_told_by_their_tenants(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from appliance.audit.siem.excerpt import ExcerptEmpty, excerpt
 from appliance.audit.siem.formats import CheckpointEvent, Disclosed, Withheld
 from appliance.audit.siem.ocsf import Ocsf
 from appliance.audit.siem.opening import KeyOpener
-from appliance.audit.siem.shipper import MOST_UNACKNOWLEDGED, Shipper
+from appliance.audit.siem.shipper import MOST_UNACKNOWLEDGED, SETTLE_S, Shipper
 from appliance.audit.siem.transport import ExportUnreachable, Message
 from appliance.audit.siem.verify_export import ExportDiffers, verify_export
 from appliance.audit.tree import leaf_hash
@@ -39,8 +39,11 @@ _SCHEMA = OcsfJsonSchemaEmbedded(get_ocsf_schema("1.8.0"))
 
 
 def _draft(event: Event) -> Draft:
-    record = event.record({"holdfast": "0"})
-    return seal(event.kind.number, record, keys=Keys(), scope="s", actor="", session="", random=b"r" * 32)
+    return _sealed(event.kind, event.record({"holdfast": "0"}))
+
+
+def _sealed(kind: EventClass, record: dict[str, Any]) -> Draft:
+    return seal(kind.number, record, keys=Keys(), scope="s", actor="", session="", random=b"r" * 32)
 
 
 def _validate(event: dict[str, Any]) -> None:
@@ -69,6 +72,7 @@ class Sink:
         self.messages: list[Message] = []
         self.after = 10**9
         self.acknowledged: int | None = None
+        self.only_arrived: int | None = None
         self.most = 0  # that were sent and not acknowledged
         self.looks = self.connections = 0
 
@@ -89,6 +93,9 @@ class Sink:
     def check(self) -> None:
         if len(self.messages) >= self.after:
             raise ExportUnreachable("h takes nothing", cause="it is gone", remedy="")
+
+    def arrived(self) -> int:
+        return len(self.messages) if self.only_arrived is None else self.only_arrived
 
     async def ended_within(self, seconds: float) -> bool:
         if self.acknowledged is not None and self.looks < 3:
@@ -159,12 +166,17 @@ class World:
 def test_every_class_fits_the_schema_whatever_it_holds(kind: EventClass, outcome: Outcome, tmp_path: Path) -> None:
     event = Event(
         kind, Actor("principal", NASTY, NASTY), outcome, tenant_id=NASTY, source=NASTY, target=(NASTY, NASTY),
-        reason=NASTY, request_id=NASTY, session_id=NASTY, counts={"duration_ms": 1.5, "count": 3}, details={"n": NASTY},
+        reason=NASTY, request_id=NASTY, session_id=NASTY,
+        counts=dict.fromkeys(kind.counts, 1.5), details=dict.fromkeys(kind.details, NASTY),
     )  # fmt: skip
+    whole = event.record({"holdfast": "0"})
+    named = {"counts": {"duration_ms": 1.5, "count": 3, "n": 4}, "details": {"n": whole["reason"]}}
+    of_another_version = _sealed(kind, whole | named)
     log = open_log(tmp_path)
-    log.append([_draft(event), _draft(Event(kind, SYSTEM, outcome)), _draft(Event(kind, Actor("user", "1"), outcome))])
+    log.append([_draft(event), of_another_version])
+    log.append([_draft(Event(kind, SYSTEM, outcome)), _draft(Event(kind, Actor("user", "1"), outcome))])
     reader = LogReader(tmp_path)
-    for sequence in range(3):
+    for sequence in range(4):
         frame = reader.frame(sequence)
         opened = Disclosed.of(frame.entry, *_opened(frame.entry, frame.sealed))
         for disclosed in (opened, Disclosed.without(frame.entry, Withheld.SHREDDED)):
@@ -397,6 +409,55 @@ async def test_after_a_lost_connection_what_is_not_settled_is_sent_again(tmp_pat
     assert found.repeated == len(lines) - 601 > 0
     assert 0.5 <= world.pauses[0] <= 1.0
     assert not world.cursor.exists()
+
+
+@pytest.mark.anyio
+async def test_what_a_slow_receiver_has_not_taken_in_counts_for_nothing_however_long_it_is_sent(tmp_path: Path) -> None:
+    """It may lie in our own kernel: with the connection it is gone."""
+    world = World(tmp_path)
+    delivered = []
+    looks = [(SETTLE_S + 1, 0), (SETTLE_S + 1, 600), (SETTLE_S + 1, 601), (SETTLE_S - 1, 601), (1, 601), (0, 601)]
+
+    class Slow(Sink):
+        async def ended_within(self, seconds: float) -> bool:
+            delivered.append(world.shipper.view().delivered)
+            if not looks:
+                raise _Done
+            passed_s, self.only_arrived = looks.pop(0)
+            world.now_s += passed_s
+            return False
+
+    world.sink = Slow(8000)
+    world.sink.only_arrived = 0
+    world.shipper = world.new_shipper()
+    await world.ship()
+    assert delivered == [0, 0, 0, 0, 0, 600, 600]
+
+
+@pytest.mark.anyio
+async def test_an_error_is_told_until_the_receiver_takes_more_than_it_failed_with(tmp_path: Path) -> None:
+    """One that stands still takes as much as the kernels hold, each time anew: it does not look well meanwhile."""
+    world = World(tmp_path)
+    takes = [256, 256, 10**9]
+    told: list[list[bool]] = []
+
+    class StandsStill(Sink):
+        async def connect(self) -> Sink:
+            self.only_arrived = 0
+            told.append([])
+            return await super().connect()
+
+        async def send(self, messages: Sequence[Message]) -> None:
+            told[-1].append(world.shipper.view().error is not None)
+            self.only_arrived = (self.only_arrived or 0) + len(messages)
+            if self.only_arrived > takes[self.connections - 1]:
+                raise ExportUnreachable("h takes no events", cause="it took nothing for 20 s", remedy="")
+
+    world.sink = StandsStill(8000)
+    world.shipper = world.new_shipper()
+    await world.ship()
+    assert told == [[False] * 5, [True] * 5, [True] * 8 + [False] * 3]
+    assert world.shipper.view().error is None
 
 
 @pytest.mark.anyio

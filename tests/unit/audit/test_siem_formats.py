@@ -117,6 +117,11 @@ def holds(value: str, put_in: str, limit: int) -> bool:
     return back(value) == back(put_in)
 
 
+def sayable(text: str) -> str:
+    """A text as JSON may say it to a receiver that takes a NUL for its end."""
+    return text.replace("\0", "<U+0000>")
+
+
 def is_one_line(payload: bytes) -> bool:
     """One line of what can be seen."""
     text = payload.decode()
@@ -199,12 +204,13 @@ def test_ecs_gives_back_what_was_put_in(record: dict[str, Any], kind: int) -> No
     assert event["ecs"]["version"].startswith("8.")
     assert event["@timestamp"] == "2023-11-14T22:13:20.123Z"
     assert event["event"]["action"] == CATALOGUE[kind].action
-    assert event.get("organization", {}).get("id", "") == record["tenant_id"]
-    assert event.get("user", {}).get("id", "") == record["actor"]["id"]
-    assert event.get("http", {}).get("request", {}).get("id", "") == record["request_id"]
-    assert event.get("source", {}).get("address", "") == record["source"]
-    assert event["event"].get("reason", "") == record["reason"]
-    assert event["holdfast"].get("details", {}) == record["details"]
+    assert event.get("organization", {}).get("id", "") == sayable(record["tenant_id"])
+    assert event.get("user", {}).get("id", "") == sayable(record["actor"]["id"])
+    assert event.get("http", {}).get("request", {}).get("id", "") == sayable(record["request_id"])
+    assert event.get("source", {}).get("address", "") == sayable(record["source"])
+    assert event["event"].get("reason", "") == sayable(record["reason"])
+    put_in = {sayable(name): sayable(text) for name, text in record["details"].items()}
+    assert event["holdfast"].get("details", {}) == put_in
     assert event["holdfast"].get("counts", {}) == record["counts"]
     _check_proof(event["holdfast"]["proof"], disclosed)
     assert ecs.Ecs().read(made.payload.decode()) == Carried(ORIGIN, disclosed)
@@ -214,6 +220,21 @@ def _check_proof(proof: dict[str, Any], disclosed: Disclosed) -> None:
     assert (proof["origin"], proof["sequence"]) == (ORIGIN, 41)
     assert proof["leaf_hash"] == leaf_hash(disclosed.packed).hex()
     assert proof["record"].encode() == disclosed.content
+
+
+@pytest.mark.parametrize("format_", FORMATS.values(), ids=lambda each: each.name)
+def test_what_would_end_a_text_at_a_receiver_is_in_none(format_: Format) -> None:
+    """A NUL is the end of a text to libfastjson and json-c, and half of a pair has no UTF-8."""
+    text = "before\0after\ud800"
+    record = Event(TURN_ADMITTED, Actor("principal", "pri_1"), target=("model", "m")).record({}) | {
+        "reason": text, "session_id": text, "details": {text: text}
+    }  # fmt: skip
+    disclosed = disclosed_of(TURN_ADMITTED.number, record)
+    line = format_.entry(ORIGIN, disclosed).payload.decode()
+    fields = line.replace('"' + json.dumps(disclosed.content and disclosed.content.decode())[1:-1] + '"', "")
+    assert "before<U+0000>after<U+D800>" in fields
+    assert not re.search(r"\0|(?<!\\)\\u0000|(?<!\\)\\ud800", fields)
+    assert format_.read(line) == Carried(ORIGIN, disclosed)
 
 
 @pytest.mark.parametrize("format_", FORMATS.values(), ids=lambda each: each.name)
@@ -257,10 +278,13 @@ def test_every_class_comes_through_every_format(format_: Format, kind: EventClas
     for outcome in Outcome:
         event = Event(
             kind, Actor("principal", NASTY, NASTY), outcome, tenant_id=NASTY, source=NASTY, target=(NASTY, NASTY),
-            reason=NASTY, request_id=NASTY, session_id=NASTY, counts={"duration_ms": 1.5}, details={"n": NASTY},
+            reason=NASTY, request_id=NASTY, session_id=NASTY,
+            counts=dict.fromkeys(kind.counts, 1.5), details=dict.fromkeys(kind.details, NASTY),
         )  # fmt: skip
         bare = Event(kind, SYSTEM, outcome)
-        for record in (event.record({"holdfast": "0.1"}), bare.record({})):
+        whole = event.record({"holdfast": "0.1"})
+        of_another_version = whole | {"counts": {"duration_ms": 1.5, "n": 2}, "details": {"n": whole["reason"]}}
+        for record in (whole, of_another_version, bare.record({})):
             disclosed = disclosed_of(kind.number, record)
             for each in (disclosed, *(Disclosed.without(disclosed.packed, why) for why in Withheld)):
                 made = format_.entry(ORIGIN, each)

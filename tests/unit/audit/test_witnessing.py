@@ -159,9 +159,21 @@ def test_a_request_takes_the_place_of_no_co_signed_checkpoint(tmp_path: Path) ->
     _grow(another, 600, 601)
     shutil.copytree(log / WITNESSED, another / WITNESSED)
     make_request(another, old_size=0)
-    assert last_seen(another, WITNESS_KEY) == largest_witnessed(another) == 300
+    assert last_seen(another, WITNESS_KEY) == 300
+    assert largest_witnessed(another) == (300, 1_700_000_000, "witness.example")
     with pytest.raises(LogTampered):
         verify_log(another, LOG_KEY, witnesses=[WITNESS_KEY])
+
+
+def test_the_last_co_signature_has_its_witness_and_its_time(tmp_path: Path) -> None:
+    log, later = tmp_path / "audit", SigningKey("later.example", b"l" * 32, Algorithm.COSIGNATURE)
+    make_log(log, 300)
+    request = make_request(log, old_size=0)
+    assert largest_witnessed(log) is None, "it was asked for, and nobody has answered"
+    for key, time_s in ((WITNESS, 1_700_000_000), (later, 1_700_000_007)):
+        reply = Witness(tmp_path / key.name, key).cosign(request, LOG_KEY, time_s)
+        take_reply(log, request, reply, LOG_KEY, key.verifier())
+    assert largest_witnessed(log) == (300, 1_700_000_007, "later.example")
 
 
 def test_there_is_nothing_to_co_sign_before_the_first_checkpoint(tmp_path: Path) -> None:
@@ -176,7 +188,7 @@ def test_who_looks_at_a_running_log_does_not_wait_at_a_pipe(tmp_path: Path) -> N
     for path in (tmp_path / WITNESSED / "3", tmp_path / CHECKPOINT, tmp_path / JOURNAL):
         path.unlink(missing_ok=True)
         os.mkfifo(path)
-    assert largest_witnessed(tmp_path) == last_seen(tmp_path, KEY.verifier()) == 0
+    assert (largest_witnessed(tmp_path), last_seen(tmp_path, KEY.verifier())) == (None, 0)
     follower = LogFollower(tmp_path)
     for look in (follower.published, lambda: follower.frames(0, 3, most=3), lambda: follower.oldest(0)):
         with pytest.raises(LogUnreadable):
@@ -221,7 +233,7 @@ def test_what_was_carried_to_somebody_else_or_not_co_signed_yet_stays(tmp_path: 
     make_request(log, old_size=0)
     thin_out(log, [WITNESS_KEY])
     assert _sizes(log) == [1, 6, 7]
-    assert largest_witnessed(log) == 6
+    assert largest_witnessed(log) == (6, 1_699_999_205, "witness.example")
     thin_out(log, [other.verifier()])
     assert _sizes(log) == [1, 6, 7]
 

@@ -313,10 +313,22 @@ def test_whose_request_waits_elsewhere_keeps_its_rank_meanwhile_and_yields_last(
     table.expire()
     assert held(table) == {"other": 2, "awaited": 2}
     assert table.reclaim(3, nothing_is_busy).freed == (4, 3, 2)
-    clock.now += 4
-    assert table.next_expiry_in_s() == 0.0
+    clock.now += 1
+    table.awaited([("tenant", "awaited")], 5.0)
+    assert table.next_expiry_in_s() == 5.5
+    clock.now += 5.5
     table.expire()
     assert table.next_expiry_in_s() is None
+
+
+def test_a_session_that_is_released_is_found_under_whichever_tenant_has_it_and_no_other_ends() -> None:
+    table = table_of(10, Clock())
+    for tenant, session, block in (("one", "a", 1), ("two", "b", 2), ("two", "c", 3)):
+        table.finished(Lease(session, tenant, 15.0), chain(block))
+    table.arrived(Lease("d", "three", 15.0))
+    assert table.release(["b", "d", "unknown", "b"]).freed == (2,)
+    assert held(table) == {"a": 1, "c": 1}
+    assert not table.finished(Lease("d", "three", 15.0), chain(4)).taken
 
 
 def test_a_lease_that_runs_longer_is_not_cut_short_by_being_awaited() -> None:

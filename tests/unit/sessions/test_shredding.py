@@ -62,7 +62,7 @@ async def _nothing() -> None:
 async def _shred(
     shredding: Shredding, tenant: Tenant, end_turns: Callable[[], Awaitable[None]] = _nothing
 ) -> tuple[Any, list[str]]:
-    return await shredding.shred(tenant, ADMINISTRATOR, "uid=1000", end_turns=end_turns)
+    return await shredding.shred(tenant.tenant_id, ADMINISTRATOR, "uid=1000", end_turns=end_turns)
 
 
 def _again(store: Store) -> Shredding:

@@ -177,6 +177,18 @@ def test_a_value_that_was_removed_is_refused(store: Store, rows: RowCipher) -> N
 
 @pytest.mark.parametrize(
     ("column", "value"),
+    [("name", "in plain text"), ("name", 7), ("row_version", "seven"), ("row_version", -1), ("row_version", None)],
+)
+def test_a_value_of_another_type_which_sqlite_keeps_is_refused_and_its_row_named(
+    store: Store, rows: RowCipher, column: str, value: object
+) -> None:
+    changed: dict[str, Any] = {**stored(store, "ada"), column: value}
+    with pytest.raises(TamperedValue, match=r"principals\.(name|row_version) in row prn_ada"):
+        rows.open(principals, changed)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
     [("role", "admin"), ("uid", 0), ("permissions", '["transcript:read"]'), ("name_lookup", b"root"), ("role", 7)],
 )
 async def test_a_bound_value_that_was_changed_is_refused_and_its_row_named(

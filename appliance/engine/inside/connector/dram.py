@@ -11,7 +11,7 @@ Rules:
 
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ class SessionChunks(CachePolicy):  # type: ignore[misc]
         self.storing: ReqContext | None = None  # for whom the manager inserts: it does not say
         self.order: ChunkOrder
         self.on_left: Callable[[bytes], None] = lambda _: None
+        self.on_used: Callable[[Owner, Mapping[bytes, int]], None] = lambda _owner, _positions: None
         self._below: float | None = None  # only what is worth less leaves
         self.filling: frozenset[int] = frozenset()  # the groups of layers whose chunks fill their rows
         self.wipe: Callable[[int], None]  # overwrites a row
@@ -116,7 +117,9 @@ class SessionChunks(CachePolicy):  # type: ignore[misc]
             return
         keys = itertools.chain(self.order.keys_of(owner), itertools.chain.from_iterable(key_groups))
         at = ((key, req_context.get_offload_key_position(key)) for key in keys)
-        self.order.used(owner, {key: end_token for key, end_token in at if end_token is not None})
+        positions = {key: end_token for key, end_token in at if end_token is not None}
+        self.order.used(owner, positions)
+        self.on_used(owner, positions)
 
     def evict(self, n: int, protected: set[bytes]) -> list[tuple[bytes, ChunkStatus]] | None:
         owner = None if self.storing is None else owner_of(self.storing)
@@ -155,6 +158,7 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         super().__init__(primary_tier, secondary_tiers)
         self._chunks: SessionChunks = primary_tier._policy
         self._chunks.wipe = lambda row: self._rows()[row].zero_()
+        self._chunks.on_used = self._reached
         self._doomed: set[bytes] = set()  # released, and still copied
         self.on_stored: Callable[[ReqContext], None] = lambda _: None
         # Nothing is restored any more: an engine before may have said so, and what it found is still on the disk.
@@ -338,6 +342,11 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         for key in way.leaving:
             self._let_go(key)
         return [key for key in keys if key not in coming or key in way.coming]
+
+    def _reached(self, session: Owner, positions: Mapping[bytes, int]) -> None:
+        """A request of a session is over: what it left at an earlier token goes first from the disk, too."""
+        for store in self._stores():
+            store.reached(DiskOwner(*session), positions)
 
     def _is_on_disk(self, key: bytes) -> bool:
         return any(store.holds(key) for store in self._stores())

@@ -3,9 +3,11 @@
 Rules:
 
 - What is being written has its room already: the tier never grows beyond its bound.
-- Room is made by dropping the sessions that are worth least, tail first; among equals, those unused for longest. Where
-  there are more than `_LOOKED_AT` sessions, that many are looked at, drawn at random: bounded work, and what is worth
-  much is never among the least of so many.
+- What a session diverged from goes first, whosever it is, and counts for nobody; whoever asks for it again has it back.
+  A start does not know: then the session's next request tells.
+- Then room is made by dropping the sessions that are worth least, tail first; among equals, those unused for longest.
+  Where there are more than `_LOOKED_AT` sessions, that many are looked at, drawn at random: bounded work, and what is
+  worth much is never among the least of so many.
 - No tenant's chunks leave for another's below its share; what comes in keeps to its tenant's and its session's caps.
 - What is being loaded stays.
 - A session that was not used for `ttl_s` goes as a whole.
@@ -13,7 +15,7 @@ Rules:
 
 import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from random import Random
 from typing import Final, NamedTuple
 
@@ -37,24 +39,37 @@ class Held:
 
     Attributes:
         chunks: by key.
+        left: what it diverged from, by key.
         used_at: by the caller's clock.
         loading: how many of its chunks are being read.
         gone: it was dropped; what is still being written of it is dropped, too.
     """
 
-    __slots__ = ("chunks", "gone", "loading", "owner", "used_at", "writing")
+    __slots__ = ("chunks", "gone", "left", "loading", "owner", "used_at", "writing")
 
     def __init__(self, owner: Owner, used_at: float) -> None:
         self.owner = owner
         self.used_at = used_at
         self.chunks: dict[bytes, Place] = {}
+        self.left: dict[bytes, Place] = {}
         self.writing = 0
         self.loading = 0
         self.gone = False
 
+    def place(self, key: bytes) -> Place:
+        """Where a chunk of its is, one that it diverged from too."""
+        return self.left[key] if key in self.left else self.chunks[key]
+
     def names(self) -> Iterator[ChunkName]:
         """Its chunks."""
-        return (ChunkName(self.owner, key, place.position, place.copy) for key, place in self.chunks.items())
+        return self._named(self.chunks)
+
+    def names_left(self) -> Iterator[ChunkName]:
+        """What it diverged from."""
+        return self._named(self.left)
+
+    def _named(self, places: Mapping[bytes, Place]) -> Iterator[ChunkName]:
+        return (ChunkName(self.owner, key, place.position, place.copy) for key, place in places.items())
 
 
 class DiskIndex:
@@ -75,6 +90,7 @@ class DiskIndex:
         self._sessions: OrderedDict[Owner, Held] = OrderedDict()  # used longest ago first
         self._by_key: dict[bytes, Held] = {}
         self._writing: dict[bytes, Held] = {}
+        self._diverged: dict[Owner, Held] = {}  # those that left something
 
     def __len__(self) -> int:
         """How many chunks are there."""
@@ -140,6 +156,34 @@ class DiskIndex:
         self._sessions.move_to_end(owner)
         return held
 
+    def reached(self, owner: Owner, positions: Mapping[bytes, int]) -> None:
+        """A request of a session is over.
+
+        Args:
+            positions: the request's chunks, here or not, and the token that each ends at. What the session has beside
+                them, and the request left at an earlier token than its end, it diverged from.
+        """
+        held = self._sessions.get(owner)
+        if held is None:
+            return
+        for key in held.left.keys() & positions.keys():
+            self.back(held, key)
+        end = max(positions.values(), default=0)
+        beside = [key for key in held.chunks if key not in positions]
+        if not any(held.chunks[key].position <= end for key in beside):
+            return  # it is a beginning of what there is
+        for key in beside:
+            held.left[key] = held.chunks.pop(key)
+            self._one_less(owner.tenant)
+        self._diverged[owner] = held
+
+    def back(self, held: Held, key: bytes) -> None:
+        """Somebody asks again for a chunk that its session diverged from."""
+        held.chunks[key] = held.left.pop(key)
+        self._chunks_of[held.owner.tenant] += 1
+        if not held.left:
+            del self._diverged[held.owner]
+
     def found(self, name: ChunkName, used_at: float) -> bool:
         """Take up what a scan found; whether it is new. Sessions are to come in the order of their last use."""
         if name.key in self._by_key:
@@ -171,7 +215,7 @@ class DiskIndex:
     def remove(self, name: ChunkName) -> bool:
         """Forget one chunk; whether it was there."""
         held = self._by_key.get(name.key)
-        if held is None or held.chunks[name.key] != Place(name.position, name.copy):
+        if held is None or held.place(name.key) != Place(name.position, name.copy):
             return False
         self._remove(held, name.key)
         self.tidy(held)
@@ -184,9 +228,9 @@ class DiskIndex:
             return []
         held.gone = True
         self.quotas.forget(owner)
-        names = list(held.names())
-        for key in list(held.chunks):
-            self._remove(held, key)
+        names = [*held.names(), *held.names_left()]
+        for name in names:
+            self._remove(held, name.key)
         return names
 
     def expired(self, now: float) -> list[ChunkName]:
@@ -237,7 +281,8 @@ class DiskIndex:
 
     def tidy(self, held: Held) -> None:
         """Forget a session of which there is nothing."""
-        if not held.chunks and not held.writing and not held.loading and self._sessions.get(held.owner) is held:
+        is_empty = not (held.chunks or held.left or held.writing or held.loading)
+        if is_empty and self._sessions.get(held.owner) is held:
             del self._sessions[held.owner]
 
     def _slack(self, missing: int) -> int:
@@ -252,7 +297,7 @@ class DiskIndex:
         spared: Held | None = None,
         only: str | None = None,
     ) -> list[ChunkName]:
-        """Forget so many chunks, or as many as may leave: what is worth least, tail first.
+        """Forget so many chunks, or as many as may leave: what was diverged from, then what is worth least, tail first.
 
         Args:
             worth: of a session; see `RetentionPolicy.value`.
@@ -262,6 +307,10 @@ class DiskIndex:
         """
         names: list[ChunkName] = []
         if wanted <= 0:
+            return names
+        if only is None:  # it counts for no tenant, so that its going helps none that is at its cap
+            names += self._forget_left(wanted)
+        if len(names) >= wanted:
             return names
         for held in self._worst(worth, spared, wanted_by, only):
             tenant = held.owner.tenant
@@ -276,6 +325,16 @@ class DiskIndex:
             self.tidy(held)
             if len(names) >= wanted:
                 break
+        return names
+
+    def _forget_left(self, wanted: int) -> list[ChunkName]:
+        """Forget so many of the chunks that sessions diverged from, or as many as there are."""
+        left = (name for held in self._diverged.values() if not held.loading for name in held.names_left())
+        names = list(itertools.islice(left, wanted))
+        for name in names:
+            held = self._by_key[name.key]
+            self._remove(held, name.key)
+            self.tidy(held)
         return names
 
     def _is_withheld(self, spared: Held) -> bool:
@@ -312,6 +371,11 @@ class DiskIndex:
         self.quotas.came(held.owner, name.position)
 
     def _remove(self, held: Held, key: bytes) -> None:
-        del held.chunks[key]
         del self._by_key[key]
-        self._one_less(held.owner.tenant)
+        if key in held.chunks:
+            del held.chunks[key]
+            self._one_less(held.owner.tenant)
+            return
+        del held.left[key]
+        if not held.left:
+            del self._diverged[held.owner]

@@ -303,6 +303,11 @@ class DiskStore:
                 if self._index.session(owner) is not None:
                     self._index.used(owner, self._now())
 
+    def reached(self, owner: Owner, positions: Mapping[bytes, int]) -> None:
+        """A request of a session is over; what it left at an earlier token goes first. See `DiskIndex.reached`."""
+        with self._lock:
+            self._index.reached(owner, positions)
+
     def sizes(self) -> list[tuple[Owner, int]]:
         """The sessions that were used last, and how many chunks each has."""
         with self._lock:
@@ -395,10 +400,12 @@ class DiskStore:
                 if held is None or held.owner.tenant != tenant:
                     self._piece_over(job, piece.key, done=False)
                     continue
-                place = held.chunks[piece.key]
+                place = held.place(piece.key)
                 held.loading += 1
                 if not ahead:
                     self._index.used(held.owner, self._now())
+                if piece.key in held.left:
+                    self._index.back(held, piece.key)
                 name = ChunkName(held.owner, piece.key, place.position, place.copy)
                 self._reads.append(_Task(job, held, name, piece.data, ahead))
             self._reads_due_at = max(self._reads_due_at, job.started) + job.moved_bytes / _SLOWEST_READ_BYTES_S
