@@ -65,18 +65,21 @@ class Health:
         }
 
     def _audit_part(self) -> dict[str, object]:
-        """A SIEM that is down is told and counts for nothing: it delays its export only."""
+        """A SIEM or a witness that is down is told and counts for nothing: it delays its own part only."""
         part = _part(self._services.audit.error is None, self._audit())
         if not self._in_full:
             return part
         exports = self._services.exports
         views = exports.views()
         errors = {view.name: view.error for view in views if view.error is not None}
-        if errors:
-            told = (f"{name}: {each['message']}: {each['cause']}. {each['remedy']}" for name, each in errors.items())
-            part["degraded"] = "; ".join(told)
         if (unreadable := exports.unreadable) is not None:
-            part["degraded"] = f"nothing is exported: {unreadable['cause']}. {unreadable['remedy']}"
+            told = [f"nothing is exported: {unreadable['cause']}. {unreadable['remedy']}"]
+        else:
+            told = [f"{name}: {each['message']}: {each['cause']}. {each['remedy']}" for name, each in errors.items()]
+        now_s = self._services.now()
+        told += filter(None, (view.trouble(now_s) for view in self._services.witnesses.views()))
+        if told:
+            part["degraded"] = "; ".join(told)
         if views:
             part["exports"] = {
                 view.name: {

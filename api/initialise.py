@@ -252,4 +252,5 @@ seal = "{seal}"             # how this appliance was made; changing it here chan
 [audit]
 # retention_days = 400      # how long the audit log's entries are kept; under 183 only with an override
 # retention_override = {{ by = "", reason = "" }}  # whose word it is and why; both are recorded in the log
+# witness = {{ }}  # by name: who co-signs it over the network: url, vkey, ca, ...; docs/audit.md
 """

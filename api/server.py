@@ -24,9 +24,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar
 
-import uvicorn
 import uvloop
 
 from api import trail
@@ -40,12 +39,11 @@ from api.configuration import tell_configuration
 from api.engine_leases import keep_releasing
 from api.engine_watch import EngineWatch
 from api.founding import tell_founding
-from api.handshakes import TlsListener
 from api.health import Health
 from api.kv_counts import EngineCounts
 from api.kv_metrics import KvCollector
 from api.kv_watch import KvWatch, quarantined
-from api.listener import TellRefused, bounded_by
+from api.listener import bounded_by
 from api.marking import keep_marks
 from api.metrics import Metrics
 from api.openai.errors import Draining
@@ -53,6 +51,7 @@ from api.replica import replica_of
 from api.retaining import keep_retention
 from api.roots import open_root, read_seal
 from api.services import Lifecycle, Services
+from api.serving import CannotListen, Server, listen_tcp
 from api.shredding import keep_finishing
 from api.starting import record_start
 from api.tenant_names import tell_settings_of_nobody
@@ -69,6 +68,7 @@ from appliance.audit.events import (
     Outcome,
 )
 from appliance.audit.siem.exports import Exports
+from appliance.audit.witnesses import Witnesses, witnesses_of
 from appliance.engine.client import EngineClient
 from appliance.engine.command_line import SOCKET_NAME, EngineSpec, engine_python
 from appliance.engine.launcher import EngineFailed, EngineProcess
@@ -92,8 +92,6 @@ _DEMO_TOOL_CALLS = "hermes"  # how the demonstration model writes a tool call
 _INTERRUPTED_S = 5.0  # for broken-off turns to be committed and told
 _LOOK_EVERY_S = 0.02
 _RECORD_AGAIN_S = 5.0  # what the audit log did not take
-_CLOSING_S = 2  # for connections to be closed
-_IDLE_CONNECTION_S = 30
 _ADMIN_UNREAD_S = 120.0  # an answer to the admin socket may lie unread: a backup goes to a disk that may be slow
 # What is thrown away here is hardly ever in a circle: the collector comes a 30th as often as by default, and looks at
 # everything a 300th as often.
@@ -106,13 +104,6 @@ class StateInUse(HoldfastError):
 
     code: ClassVar[str] = "state_in_use"
     fault: ClassVar[Fault] = Fault.CONFLICT
-
-
-class CannotListen(HoldfastError, OSError):
-    """A listener's address cannot be had."""
-
-    code: ClassVar[str] = "cannot_listen"
-    fault: ClassVar[Fault] = Fault.ENVIRONMENT
 
 
 def serve(settings: Settings) -> None:
@@ -131,7 +122,7 @@ def serve(settings: Settings) -> None:
 
 async def _serve(settings: Settings) -> None:
     async with _services(settings) as services:
-        data = _listen_tcp(settings)
+        data = listen_tcp(settings.gateway.host, settings.gateway.port, "gateway.host and gateway.port")
         with data, _admin_socket(settings.state_dir / "run") as admin:
             services.lifecycle.endpoint = _endpoint(settings, data)
             await _run(services, data, admin)
@@ -145,14 +136,14 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         services.audit.count(trail.unreadable(source, error))
 
     servers = [
-        _Server(
+        Server(
             create_app(services),
             bounded_by(gateway.max_header_bytes, gateway.unread_timeout_s, refused),
             certificate=gateway.tls_certificate,
             private_key=gateway.tls_private_key,
             tell_refused=refused,
         ),
-        _Server(
+        Server(
             _with_liveness(services),
             bounded_by(gateway.max_header_bytes, _ADMIN_UNREAD_S, refused, PeerCredentialsProtocol),
         ),
@@ -171,6 +162,7 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
         checking = tasks.create_task(_keep_checking(services))
         comparing = tasks.create_task(tell_configuration(services))
         founding = tasks.create_task(tell_founding(services))
+        witnessing = tasks.create_task(services.witnesses.run())
         naming = tasks.create_task(tell_settings_of_nobody(services))
         watch = tasks.create_task(services.watch.run())
         looking = tasks.create_task(services.kv.run())
@@ -218,6 +210,8 @@ async def _run(services: Services, data: socket.socket, admin: socket.socket) ->
             last = await services.audit.record(Event(GATEWAY_STOPPED, SYSTEM), privileged=True)
         await services.exports.stop(None if last is None else last + 1)
         await services.audit.stop()
+        await services.witnesses.catch_up()
+        witnessing.cancel()
 
 
 async def _keep_checking(services: Services) -> None:
@@ -354,6 +348,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
             store=store,
             audit=audit,
             exports=exports,
+            witnesses=Witnesses(audit.directory, witnesses_of(settings.audit.witness), audit),
             identity=identity,
             quotas=Quotas(store),
             sessions=sessions,
@@ -432,6 +427,19 @@ def _observe(services: Services) -> None:
         lambda: [((view.name, view.error["code"]), 1.0) for view in exports.views() if view.error is not None],
         labels=("destination", "code"),
     )
+    witnesses, now = services.witnesses, services.now
+    metrics.observe_each(
+        "holdfast_audit_witness_age_seconds",
+        "How long ago a witness co-signed; of one that never did there is none.",
+        lambda: [((each.name,), now() - each.cosigned_s) for each in witnesses.views() if each.cosigned_s is not None],
+        labels=("witness",),
+    )
+    metrics.observe_each(
+        "holdfast_audit_witness_refusing",
+        "1 while a witness says that this log was cut off, put back to an old copy, or written anew.",
+        lambda: [((each.name,), float(bool(each.refused))) for each in witnesses.views()],
+        labels=("witness",),
+    )
     process = services.engine_process
     if process is not None:
         metrics.observe_count(
@@ -461,58 +469,6 @@ def _engine_spec(settings: Settings) -> EngineSpec:
 # Listening
 
 
-class _Server(uvicorn.Server):
-    """One listener. The signals are the gateway's own business, not uvicorn's."""
-
-    def __init__(
-        self,
-        app: App,
-        protocol: type[asyncio.Protocol],
-        *,
-        certificate: Path | None = None,
-        private_key: Path | None = None,
-        tell_refused: TellRefused | None = None,
-    ) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=protocol,
-                ws="none",
-                lifespan="off",
-                interface="asgi3",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_keep_alive=_IDLE_CONNECTION_S,
-                timeout_graceful_shutdown=_CLOSING_S,
-                ssl_certfile=certificate,
-                ssl_keyfile=private_key,
-            )
-        )
-        self._tell_refused = tell_refused
-        self.listening = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
-        config, tell_refused = self.config, self._tell_refused
-        if config.ssl is None or tell_refused is None or sockets is None:
-            await super().startup(sockets)
-        else:
-            create = partial(config.http_protocol_class, config, self.server_state, self.lifespan.state)
-            listeners = [
-                TlsListener(each, config.ssl, create, tell_refused, backlog=config.backlog) for each in sockets
-            ]
-            self.servers = cast("list[asyncio.base_events.Server]", listeners)
-            self.started = True
-        self.listening.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave them alone."""
-        yield
-
-
 def _with_liveness(services: Services) -> App:
     """The admin listener's application: that the gateway lives is told to anybody, all else is the admin API's."""
     admin, health = admin_app(services), Health(services, in_full=True)
@@ -522,28 +478,6 @@ def _with_liveness(services: Services) -> App:
         await (health if alive else admin)(scope, receive, send)
 
     return app
-
-
-def _listen_tcp(settings: Settings) -> socket.socket:
-    host, port = settings.gateway.host.strip("[]"), settings.gateway.port
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except BaseException:
-            listener.close()
-            raise
-    except OSError as error:
-        raise CannotListen(
-            f"the gateway cannot listen on {host}, port {port}",
-            cause=error.strerror or str(error),
-            remedy="Set gateway.port to one that is free, or gateway.host to an address of this machine",
-        ) from None
-    return listener
 
 
 @contextlib.contextmanager

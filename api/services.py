@@ -21,6 +21,7 @@ from api.turn_ends import TurnEnds
 from api.waiting import WaitingRoom
 from appliance.audit import NodeAudit
 from appliance.audit.siem.exports import Exports
+from appliance.audit.witnesses import Witnesses
 from appliance.engine.client import EngineClient
 from appliance.engine.launcher import EngineProcess
 from appliance.errors import HoldfastError
@@ -80,6 +81,7 @@ class Services:
     Attributes:
         audit: where everything that happens is recorded before it counts.
         exports: what carries the audit log to SIEMs.
+        witnesses: who co-signs its checkpoints over the network.
         engine: how the engine is spoken to; it may not be up.
         turn_ends: how the engine is told that turns ended.
         engine_process: the engine that this gateway started and watches; None when somebody else runs it.
@@ -101,6 +103,7 @@ class Services:
     store: Store
     audit: NodeAudit
     exports: Exports
+    witnesses: Witnesses
     identity: Identity
     quotas: Quotas
     sessions: Sessions

@@ -14,6 +14,7 @@ import ipaddress
 import json
 import os
 import tomllib
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -26,6 +27,7 @@ ENVIRONMENT_PREFIX = "HOLDFAST_"
 SIX_MONTHS_DAYS = 183
 TIER_DIR = "tier"  # of the state directory: where the tier on disk lies unless told otherwise
 _GIB = 1 << 30
+_WitnessName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
 _IdleTimeout = Annotated[float, Field(ge=0, le=86_400)]  # seconds: no more is taken by the engine
 
 
@@ -159,12 +161,39 @@ class RetentionOverride(_Section):
     reason: str = Field(min_length=1, max_length=200)
 
 
+class WitnessSettings(_Section):
+    """A witness that is asked over the network (C2SP tlog-witness) to co-sign each checkpoint of the audit log."""
+
+    url: str = Field(max_length=1024)  # https://host[:port][/prefix]: what stands before /add-checkpoint
+    vkey: str = Field(max_length=1024)  # its public key
+    ca: Path  # whom its certificate may be from, PEM
+    certificate: Path | None = None  # ours, PEM; None: we show none
+    private_key: Path | None = None
+    server_name: str = ""  # what its certificate must be for; empty: the host of the url
+
+    @model_validator(mode="after")
+    def _can_be_asked(self) -> Self:
+        try:
+            url = urllib.parse.urlsplit(self.url)
+            usable = url.scheme == "https" and bool(url.hostname) and url.port != 0
+        except ValueError:
+            usable = False
+        if not usable or "@" in url.netloc or url.query or url.fragment:
+            raise ValueError(f"{self.url!r} is no address of a witness: https://host[:port][/prefix]")
+        if (self.certificate is None) != (self.private_key is None):
+            raise ValueError("certificate and private_key go together")
+        return self
+
+
 class AuditSettings(_Section):
-    """How long the audit log is kept."""
+    """How long the audit log is kept, and who witnesses it."""
 
     # 24 hours that the log lived through each: `appliance.audit.retention` says how they are counted.
     retention_days: int = Field(400, ge=7, le=36_500)
     retention_override: RetentionOverride | None = None
+    witness: dict[_WitnessName, WitnessSettings] = Field(
+        default_factory=dict, max_length=8
+    )  # by what it is called here
 
     @model_validator(mode="after")
     def _six_months(self) -> Self:

@@ -2,8 +2,9 @@
 
 Rules:
 
-- `verify`, `verify-proof`, `verify-export` and `witness cosign` need the log's files or what travelled, and its public
-  key: no appliance, no vault, no right but to read. They are the auditor's, on a machine of the auditor's own.
+- `verify`, `verify-proof`, `verify-export`, `witness cosign` and `witness serve` need the log's files or what
+  travelled, and its public key: no appliance, no vault, no right but to read. They are the auditor's and the witness's,
+  on machines of their own.
 - The rest asks the running appliance, which decides who may, and records that it was asked.
 """
 
@@ -72,6 +73,7 @@ def status(console: Console) -> None:
         ("last checkpoint", _checkpoint_words(state)),
         *zip_longest(("SIEM",), _siem_words(state), fillvalue=""),
         ("witnessed", _witnessed_words(state)),
+        *[("", f"{each.name}: {_witness_words(each)}") for each in state.witnesses],
         ("entries", f"{state.size}"),
         ("retention", _retention_words(state)),
         ("oldest kept", _oldest_words(state)),
@@ -520,6 +522,69 @@ def cosign(console: Console, request: Path, reply: Path, state: Path, key_text: 
     )
 
 
+@witness.command("serve")
+@click.option(
+    "--state",
+    "state",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="As for `cosign`: what was seen in one way is known in the other.",
+)
+@click.option(
+    "--key",
+    "key_texts",
+    metavar="VKEY",
+    multiple=True,
+    required=True,
+    help="The public key of a log that is witnessed, or a file with it; again for each log.",
+)
+@click.option("--listen", metavar="HOST:PORT", required=True, help="Where it is asked; port 0: one that is free.")
+@click.option("--certificate", type=_FILE, help="For TLS, PEM; without it only the loopback is listened on.")
+@click.option("--private-key", type=_FILE, help="Of the certificate, PEM without a passphrase.")
+@click.option("--client-ca", type=_FILE, help="Answer only who shows a certificate of these, PEM.")
+@click.option("--name", default="", help="What a new witness is called, such as its host's name.")
+@pass_console
+def serve_witness(
+    console: Console,
+    state: Path,
+    key_texts: tuple[str, ...],
+    listen: str,
+    certificate: Path | None,
+    private_key: Path | None,
+    client_ca: Path | None,
+    name: str,
+) -> None:
+    """As the witness: answer appliances over the network (C2SP tlog-witness), until told to stop."""
+    import logging
+
+    from api.witness_service import serve
+
+    host, _, port = listen.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise click.BadParameter("a host and a port: 192.0.2.7:8443, [::1]:8443", param_hint="--listen")
+    if (certificate is None) != (private_key is None) or (client_ca is not None and certificate is None):
+        raise click.UsageError("--certificate and --private-key go together, and --client-ca with them")
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    key = own_key(state, name or "holdfast-witness")
+    vkey = str(key.verifier())
+
+    def listening(address: str) -> None:
+        console.result({"address": address, "witness": vkey}, f"{vkey}\nis asked at {address}")
+        sys.stdout.flush()
+
+    serve(
+        state,
+        key,
+        [_vkey(text) for text in key_texts],
+        host=host,
+        port=int(port),
+        certificate=certificate,
+        private_key=private_key,
+        client_ca=client_ca,
+        listening=listening,
+    )
+
+
 @witness.command("import")
 @click.argument("request", type=click.Path(path_type=Path, dir_okay=False, exists=True))
 @click.argument("reply", type=click.Path(path_type=Path, dir_okay=False, exists=True))
@@ -613,6 +678,18 @@ def _witnessed_words(state: "types.AuditStatus") -> str:
     if state.witnessed_age_s is None:
         return "never; docs/audit.md says how a witness is asked"
     return f"{in_words(state.witnessed_age_s)} ago by {state.witnessed_by}, of {state.witnessed_size} entries"
+
+
+def _witness_words(witness: "types.AuditWitness") -> str:
+    words = "has co-signed nothing yet"
+    if witness.cosigned_age_s is not None:
+        words = f"co-signed {witness.size} entries {in_words(witness.cosigned_age_s)} ago"
+    if witness.refused is not None:
+        return f"REFUSES: {witness.refused}; {words}"
+    if witness.silent_s is None:
+        return words
+    why = "" if witness.error is None else f": {witness.error.cause}"
+    return f"{words}; silent for {in_words(witness.silent_s)}{why}"
 
 
 def _retention_words(state: "types.AuditStatus") -> str:

@@ -23,6 +23,7 @@ from api.roots import read_seal
 from api.services import Services
 from api.tenant_names import settings_of_nobody
 from appliance.audit import AuditUnavailable
+from appliance.audit.witnesses import View
 from appliance.audit.witnessing import largest_witnessed
 from appliance.engine.launcher import EngineProcess, EngineState
 from appliance.errors import ErrorRecord, HoldfastError
@@ -143,7 +144,9 @@ async def audit_status(services: Services) -> types.AuditStatus:
         check_error=None if checked is None else _told(checked.error),
         exports=[] if unreadable is not None else [export_view(services, name) for name in exports.names],
         exports_error=_told(unreadable),
-        alarm="; ".join(filter(None, (audit.alarm, retention.alarm, audit.checking.alarm))) or None,
+        witnesses=[_witness(view, services.now()) for view in services.witnesses.views()],
+        alarm="; ".join(filter(None, (audit.alarm, retention.alarm, audit.checking.alarm, services.witnesses.alarm)))
+        or None,
         restored=audit.restored or None,
         directory=str(audit.directory),
         error=_told(error),
@@ -156,9 +159,23 @@ def _whole(services: Services) -> bool | None:
     checked = audit.checking.last
     if audit.older == "log" or audit.retention.alarm:  # its end is gone, or its beginning
         return False
+    if any(view.refused for view in services.witnesses.views()):
+        return False
     if checked is None or not checked.looked_at:
         return None
     return checked.error is None
+
+
+def _witness(view: View, now_s: float) -> types.AuditWitness:
+    return types.AuditWitness(
+        name=view.name,
+        url=view.to,
+        size=view.size,
+        cosigned_age_s=None if view.cosigned_s is None else max(0.0, now_s - view.cosigned_s),
+        silent_s=None if view.silent_since_s is None else max(0.0, now_s - view.silent_since_s),
+        refused=view.refused or None,
+        error=_told(view.error),
+    )
 
 
 def _told(error: ErrorRecord | None) -> types.AuditError | None:
@@ -200,6 +217,10 @@ def _audit_troubles(said: types.AuditStatus) -> list[types.Trouble]:
         if (error := export.error) is not None:
             what = f"the export to {export.name} fails: {error.message}: {error.cause}"
             told.append(types.Trouble(what=what, remedy=error.remedy))
+    for witness in said.witnesses:
+        if witness.refused is None and (error := witness.error) is not None:
+            what = f"the witness {witness.name} is silent: {error.message}: {error.cause}"
+            told.append(types.Trouble(what=what, remedy=error.remedy))
     return told
 
 
@@ -214,6 +235,10 @@ def _audit_detail(said: types.AuditStatus) -> str:
     if said.witnessed_age_s is not None:
         ago = _age(said.witnessed_age_s)
         told.append(f"co-signed by {said.witnessed_by} {ago} ago, {said.witnessed_size} entries")
+    for each in said.witnesses:
+        last = "it never did" if each.cosigned_age_s is None else f"last {_age(each.cosigned_age_s)} ago"
+        if each.refused is None and each.silent_s is not None:
+            told.append(f"witness {each.name} has co-signed nothing for {_age(each.silent_s)} ({last})")
     if said.restored is not None:
         told.append(f"the database was put back {said.restored}")
     for export in said.exports:

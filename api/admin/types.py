@@ -702,6 +702,23 @@ class NewAuditExport(Wire):
     first: int | None = Field(0, ge=0)
 
 
+class AuditWitness(Wire):
+    """A witness that is asked over the network.
+
+    `size` is how many entries it co-signed last, 0 when it never did; `cosigned_age_s` how long ago. `silent_s`: for
+    how long it has co-signed nothing that it was asked for; None: it does. `refused`: why it says that this log is not
+    the one that it saw; `error`: why it co-signs nothing now.
+    """
+
+    name: str
+    url: str
+    size: int
+    cosigned_age_s: float | None
+    silent_s: float | None
+    refused: str | None
+    error: AuditError | None
+
+
 class AuditStatus(Wire):
     """The audit log of this node.
 
@@ -715,6 +732,7 @@ class AuditStatus(Wire):
 
     `witnessed_size` entries are co-signed by `witnessed_by`, the last witness; 0, None: by nobody. How long ago that
     was, `witnessed_age_s`, is by the witness's clock, and none of the three is verified: `audit verify --witness` does.
+    `witnesses` are those that are asked over the network: what they co-signed was verified.
 
     `exports` are the destinations; `exports_error` says why it is not known which there are.
 
@@ -729,6 +747,7 @@ class AuditStatus(Wire):
     signs: bool
     public_key: str | None
     witnessed_size: int
+    witnesses: list[AuditWitness]
     witnessed_by: str | None
     witnessed_age_s: float | None
     retention_days: int

@@ -106,6 +106,8 @@ def weaknesses(settings: Settings) -> dict[str, str]:
         "engine.isolation": engine.isolation == "where-allowed" and "the engine may run without namespaces of its own",
         "audit.retention_days": settings.audit.retention_days < SIX_MONTHS_DAYS
         and "the audit log is kept for less than six months",
+        "audit.witness": not settings.audit.witness
+        and "no witness is asked: a log that is cut off or put back to an old copy is found by nobody at once",
     }
     return {key: told for key, told in found.items() if told}
 

@@ -485,10 +485,28 @@ AUDIT_READ: Final = EventClass(
 AUDIT_WITNESSED: Final = EventClass(
     96,
     "audit.witnessed",
-    "A witness co-signed a checkpoint.",
+    "A witness co-signed a checkpoint: one that was carried to it, or over the network the first since a start, or "
+    "since it had refused or been silent.",
     Scope.SYSTEM,
     (6003, 99),
-    details={"size": "entries that the checkpoint names"} | _BROUGHT,
+    counts={"size": "entries that the checkpoint names, where it was asked over the network"},
+    details={"size": "entries that the checkpoint names, where it was carried"} | _BROUGHT,
+)
+WITNESS_REFUSED: Final = EventClass(
+    97,
+    "witness.refused",
+    "A witness refuses to co-sign this log: it saw a longer one (`reason` is shorter: cut off, or an old copy), or "
+    "another history (forked).",
+    Scope.SYSTEM,
+    (6002, 99),
+    counts={"size": "entries of this log", "witness_size": "entries that the witness saw"},
+)
+WITNESS_SILENT: Final = EventClass(
+    98,
+    "witness.silent",
+    "A witness that is asked over the network has co-signed nothing for five minutes, for `reason`.",
+    Scope.SYSTEM,
+    (6002, 99),
 )
 EXPORT_ADDED: Final = EventClass(
     110,

@@ -1,4 +1,4 @@
-"""The witness: what travels to it on removable media, and what it keeps.
+"""The witness: what travels to it, on removable media or over a network (`api.witness_service`), and what it keeps.
 
 Rules:
 
@@ -7,6 +7,7 @@ Rules:
 - Its state is on the disk before a co-signature leaves it.
 - One request at a time: the state is read, checked and replaced under a lock.
 - A refusal is a state of its own: forked, shrunk, another old size. Each says what the witness has.
+- It is one state in however many ways, and by however many processes, it is asked.
 - What it keeps is the log's own signed note, so that a fork can be shown to anybody: two notes, one signature each.
 
 The request has the form of C2SP tlog-witness, add-checkpoint; the reply is the signature line that it answers with.
@@ -63,29 +64,39 @@ class ReplyInvalid(HoldfastError, ValueError):
     fault: ClassVar[Fault] = Fault.CONFLICT
 
 
-class OldSizeDiffers(HoldfastError):
+class CosignatureRefused(HoldfastError):
+    """The request is one, and does not go on from what the witness saw.
+
+    Attributes:
+        witness_size: how many entries the witness saw.
+        size: how many the request's checkpoint names.
+    """
+
+    code: ClassVar[str] = "witness_refused"
+    fault: ClassVar[Fault] = Fault.CONFLICT
+
+    def __init__(self, message: str, *, cause: str, remedy: str, witness_size: int, size: int) -> None:
+        super().__init__(message, cause=cause, remedy=remedy)
+        self.witness_size = witness_size
+        self.size = size
+
+
+class OldSizeDiffers(CosignatureRefused):
     """The request goes on from another checkpoint than the one that the witness saw last."""
 
     code: ClassVar[str] = "witness_old_size_differs"
-    fault: ClassVar[Fault] = Fault.CONFLICT
-
-    def __init__(self, message: str, *, cause: str, remedy: str, witness_size: int) -> None:
-        super().__init__(message, cause=cause, remedy=remedy)
-        self.witness_size = witness_size
 
 
-class LogShrunk(HoldfastError):
+class LogShrunk(CosignatureRefused):
     """The log is shorter than the witness saw it."""
 
     code: ClassVar[str] = "audit_log_shrunk"
-    fault: ClassVar[Fault] = Fault.CONFLICT
 
 
-class LogForked(HoldfastError):
+class LogForked(CosignatureRefused):
     """The log signed two histories."""
 
     code: ClassVar[str] = "audit_log_forked"
-    fault: ClassVar[Fault] = Fault.CONFLICT
 
 
 class WitnessBusy(HoldfastError):
@@ -307,9 +318,11 @@ def _must_go_on(last: Checkpoint | None, asked: Request, checkpoint: Checkpoint)
             "an old copy, or this is a request from before",
             remedy=f"Export a new request; if it too has fewer than {size} entries, the log lost what it had: "
             "keep it, and the witness's state, as evidence",
+            witness_size=size,
+            size=checkpoint.size,
         )
     if checkpoint.size == size and checkpoint.root != root:
-        raise _forked(checkpoint, f"it signed two trees of {size} entries")
+        raise _forked(checkpoint, size, f"it signed two trees of {size} entries")
     if asked.old_size != size:
         raise OldSizeDiffers(
             f"the request does not go on from what the witness saw of {checkpoint.origin}",
@@ -317,12 +330,13 @@ def _must_go_on(last: Checkpoint | None, asked: Request, checkpoint: Checkpoint)
             remedy=f"Export the request again from {size}; if this witness should have seen {asked.old_size}, "
             "restore its state from a backup",
             witness_size=size,
+            size=checkpoint.size,
         )
     try:
         verify_consistency(size, root, checkpoint.size, checkpoint.root, asked.proof)
     except ProofInvalid as error:
         raise _forked(
-            checkpoint, f"the proof from {size} to {checkpoint.size} entries does not hold: {error.cause}"
+            checkpoint, size, f"the proof from {size} to {checkpoint.size} entries does not hold: {error.cause}"
         ) from None
 
 
@@ -336,12 +350,14 @@ def _hash(line: str) -> bytes:
     return data
 
 
-def _forked(checkpoint: Checkpoint, cause: str) -> LogForked:
+def _forked(checkpoint: Checkpoint, witness_size: int, cause: str) -> LogForked:
     return LogForked(
         f"the log {checkpoint.origin} does not go on from what the witness saw",
         cause=cause,
         remedy="Export the request again, in case the medium is damaged; if it is refused again, history was "
         "rewritten: keep the request and the witness's state as evidence, both are signed by the log",
+        witness_size=witness_size,
+        size=checkpoint.size,
     )
 
 

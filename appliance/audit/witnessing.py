@@ -6,11 +6,14 @@ Rules:
 - The checkpoint that a request carries is kept in `checkpoints/`, and the reply is put with it: `verify_log` holds the
   log to every one of them.
 - A reply is checked before it is kept. One at a time is put with what is there: no co-signature takes another's place.
+- A witness that is asked every minute co-signs half a million checkpoints a year. Of these the first of every minute is
+  kept for a day, the first of every hour for good, and the newest; of what was carried by hand, everything.
 """
 
 import contextlib
 import os
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -18,6 +21,7 @@ from appliance.audit.files import read_file, sync_directory, write_at
 from appliance.audit.log import WITNESSED
 from appliance.audit.notes import (
     Checkpoint,
+    Cosignature,
     NoteInvalid,
     VerifierKey,
     claimed_cosigners,
@@ -26,10 +30,13 @@ from appliance.audit.notes import (
     open_checkpoint,
     size_of_note,
 )
-from appliance.audit.reading import LogReader, NoSuchEntry
+from appliance.audit.reading import LogReader, NoSuchEntry, hashes_of
 from appliance.audit.tree import consistency_proof
 from appliance.audit.witness import Request, read_request, verify_reply, write_request
 
+_MINUTE_S: Final = 60
+_HOUR_S: Final = 3600
+_DAY_S: Final = 24 * _HOUR_S
 _KEEPING: Final = threading.Lock()  # one process keeps them: the gateway, a request a thread
 
 
@@ -47,11 +54,22 @@ def make_request(directory: Path, *, old_size: int) -> bytes:
             cause=f"the newest checkpoint names {log.published} entries, and the witness saw {old_size}",
             remedy="Wait for a checkpoint: one is signed every minute, once the vault is open",
         )
-    proof = consistency_proof(log.hashes(), old_size, log.published) if old_size else []
+    request = request_for(directory, log.note, old_size)
     with _KEEPING:
         if not _kept(directory, log.published):  # what is there may be co-signed, and of another history
             _keep(directory, log.published, log.note)
-    return write_request(old_size, proof, log.note)
+    return request
+
+
+def request_for(directory: Path, note: str, old_size: int) -> bytes:
+    """What a witness that saw `old_size` entries is asked about a checkpoint of the log in `directory`. Keeps nothing.
+
+    Raises:
+        OutsideTree: `old_size` is larger than the checkpoint's.
+        LogUnreadable, TileInvalid: the log's files do not do.
+    """
+    size = size_of_note(note)
+    return write_request(old_size, consistency_proof(hashes_of(directory, size), old_size, size), note)
 
 
 def take_reply(directory: Path, request: bytes, reply: bytes, log_key: VerifierKey, witness: VerifierKey) -> Checkpoint:
@@ -74,15 +92,16 @@ def take_reply(directory: Path, request: bytes, reply: bytes, log_key: VerifierK
 
 def last_seen(directory: Path, witness: VerifierKey) -> int:
     """The largest size that a witness co-signed, as far as this folder knows; 0: none."""
-    folder = directory / WITNESSED
-    sizes = [0]
-    for path in folder.iterdir() if folder.is_dir() else ():
-        try:
-            cosignatures(decode_note(read_file(path)), witness)
-            sizes.append(int(path.name))
-        except (NoteInvalid, ValueError, OSError):
-            continue
-    return max(sizes)
+    found = last_cosigned(directory, witness)
+    return 0 if found is None else found[0]
+
+
+def last_cosigned(directory: Path, witness: VerifierKey) -> tuple[int, int] | None:
+    """The largest size that a witness co-signed, and when, in epoch seconds; as far as this folder knows."""
+    for size, path in _newest_first(directory):
+        with contextlib.suppress(NoteInvalid, OSError):
+            return size, max(each.time_s for each in cosignatures(decode_note(read_file(path)), witness))
+    return None
 
 
 class Witnessed(NamedTuple):
@@ -101,13 +120,49 @@ class Witnessed(NamedTuple):
 
 def largest_witnessed(directory: Path) -> Witnessed | None:
     """The largest size that anybody co-signed, by the lines in the folder alone, and who did last; None: nobody did."""
-    folder = directory / WITNESSED
-    found: list[Witnessed] = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        with contextlib.suppress(NoteInvalid, ValueError, OSError):
+    for size, path in _newest_first(directory):
+        with contextlib.suppress(NoteInvalid, OSError):
             signers = claimed_cosigners(decode_note(read_file(path)))
-            found += [Witnessed(int(path.name), time_s, name) for name, time_s in signers]
-    return max(found, default=None)
+            if signers:
+                return max(Witnessed(size, time_s, name) for name, time_s in signers)
+    return None
+
+
+def thin_out(directory: Path, witnesses: Sequence[VerifierKey]) -> int:
+    """Remove what these witnesses co-signed more often than the rules keep it; how many checkpoints. Blocks.
+
+    What somebody else co-signed too, or nobody, stays. Times are those of the co-signatures.
+    """
+    newest: dict[VerifierKey, int] = {}
+    seen: set[tuple[VerifierKey, int, int]] = set()
+    stays = set()
+    found = []
+    for _, path in _newest_first(directory):
+        with contextlib.suppress(NoteInvalid, OSError):
+            note = decode_note(read_file(path))
+            by = {key: signed for key in witnesses if (signed := _cosigned_by(key, note))}
+            found.append((path, note, {key: min(each.time_s for each in signed) for key, signed in by.items()}))
+            if not by or 1 + sum(map(len, by.values())) < _signatures(note):
+                stays.add(path)
+    for path, _, times in found:
+        for key, time_s in times.items():
+            if newest.setdefault(key, time_s) == time_s:
+                stays.add(path)
+    for path, _, times in reversed(found):  # the first of each minute, or hour
+        for key, time_s in times.items():
+            step_s = _MINUTE_S if time_s > newest[key] - _DAY_S else _HOUR_S
+            slot = (key, step_s, time_s // step_s)
+            if slot not in seen:
+                seen.add(slot)
+                stays.add(path)
+    removed = 0
+    for path, note, _ in found:
+        if path not in stays:
+            with _KEEPING, contextlib.suppress(NoteInvalid, OSError):
+                if decode_note(read_file(path)) == note:  # somebody else may have co-signed it meanwhile
+                    path.unlink()
+                    removed += 1
+    return removed
 
 
 def cosigned_note(directory: Path, sequence: int, witness: VerifierKey) -> str:
@@ -129,6 +184,27 @@ def cosigned_note(directory: Path, sequence: int, witness: VerifierKey) -> str:
         cause=f"none of those in {folder} names it",
         remedy="Have a checkpoint co-signed: `holdfast audit witness export`; without --witness the newest proves it",
     )
+
+
+def _newest_first(directory: Path) -> Iterator[tuple[int, Path]]:
+    """The checkpoints that are kept, by their sizes."""
+    folder = directory / WITNESSED
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    for size in sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True):
+        yield size, folder / str(size)
+
+
+def _signatures(note: str) -> int:
+    """How many lines of signatures a note has, the log's own with them."""
+    return note.partition("\n\n")[2].count("\n")
+
+
+def _cosigned_by(witness: VerifierKey, note: str) -> list[Cosignature]:
+    if f"\n\N{EM DASH} {witness.name} " not in note:
+        return []
+    with contextlib.suppress(NoteInvalid):
+        return cosignatures(note, witness)
+    return []
 
 
 def _kept(directory: Path, size: int) -> str:

@@ -18,6 +18,8 @@ from appliance.audit.events import (
     OLDER_COPY,
     TURN_NOT_KEPT,
     VAULT_REFUSED,
+    WITNESS_REFUSED,
+    WITNESS_SILENT,
 )
 
 _MEDIUM: Final = frozenset(
@@ -34,6 +36,8 @@ _MEDIUM: Final = frozenset(
         OLDER_COPY,
         TURN_NOT_KEPT,
         VAULT_REFUSED,
+        WITNESS_REFUSED,
+        WITNESS_SILENT,
     )
 )
 

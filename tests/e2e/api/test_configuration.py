@@ -68,6 +68,7 @@ def test_the_first_start_records_the_digest_and_a_second_one_nothing(appliance: 
     assert "reason" not in record
     weak = record["details"]["weak"].split(", ")
     assert weak == [
+        "audit.witness",
         "engine.isolation",
         "engine.socket",
         "gateway.tls_certificate",

@@ -23,6 +23,8 @@ DOWN = View("down", "tls://b", "cef", False, 2, 2, True, 7, 90.5, "", GONE)
 
 def services(*views: View, unreadable: ErrorRecord | None = None) -> Any:
     return SimpleNamespace(
+        witnesses=SimpleNamespace(views=list),
+        now=lambda: 0.0,
         exports=SimpleNamespace(
             views=lambda: list(views),
             unreadable=unreadable,
@@ -77,7 +79,7 @@ async def test_status_tells_how_far_behind_a_destination_is_and_why(monkeypatch:
         exports = its.exports
         return SimpleNamespace(
             checkpoint_age_s=None, size=9, checkpoint_size=0, restored=None, error=None, alarm=None, whole=None,
-            checked_size=0, checked_age_s=None, witnessed_age_s=None,
+            checked_size=0, checked_age_s=None, witnessed_age_s=None, witnesses=[],
             exports=[status.export_view(its, name) for name in exports.names],
             exports_error=status._told(exports.unreadable),
         )  # fmt: skip

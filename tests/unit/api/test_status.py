@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from api.admin import status
-from appliance.audit import AuditUnavailable
+from appliance.audit import AuditUnavailable, witnesses
 from appliance.audit.checking import Checked
 from appliance.audit.log import WITNESSED
 from appliance.audit.siem.shipper import View
@@ -33,8 +33,16 @@ async def test_an_appender_that_does_not_answer_in_time_is_told_as_one(monkeypat
 WRONG: ErrorRecord = {"code": "audit_log_tampered", "message": "altered", "cause": "entry 7", "remedy": "look"}
 
 
-def node(directory: Path, checked: Checked | None, *, older: str = "", retention: str = "", error: str = "") -> Any:
-    """Services whose log was checked so, with one destination."""
+def node(
+    directory: Path,
+    checked: Checked | None,
+    *,
+    older: str = "",
+    retention: str = "",
+    error: str = "",
+    refused: str = "",
+) -> Any:
+    """Services whose log was checked so, with one destination and one witness."""
 
     async def said() -> dict[str, Any]:
         return {
@@ -43,8 +51,10 @@ def node(directory: Path, checked: Checked | None, *, older: str = "", retention
 
     failure: ErrorRecord | None = {**WRONG, "cause": error} if error else None
     view = View("soc", "tls://a", "ocsf", not error, 9, 9, True, 11, 200.0, "", failure)
+    witness = witnesses.View("other-node", "https://a", 12, 1_000_000.0, refused=refused)
     return SimpleNamespace(
         now=lambda: 1_000_100.0,
+        witnesses=SimpleNamespace(views=lambda: [witness], alarm=refused),
         audit=SimpleNamespace(
             status=said, error=None, alarm=older, older=older, restored="", directory=directory,
             retention=SimpleNamespace(days=400, held="", oldest=None, alarm=retention),
@@ -89,5 +99,6 @@ async def test_a_log_is_whole_only_if_a_check_found_it_so_and_nothing_says_other
         (node(tmp_path, well, older="log"), False),
         (node(tmp_path, well, older="database"), True),
         (node(tmp_path, well, retention="bundles are gone"), False),
+        (node(tmp_path, well, refused="it was cut off"), False),
     ):
         assert (await status.audit_status(services)).whole is whole

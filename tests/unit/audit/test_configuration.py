@@ -27,10 +27,12 @@ from tests.unit.vault.keystore import MemoryKeys
 
 MODEL = Model("small", "/models/small", "ab" * 32)
 TLS = {"tls_certificate": "/c.pem", "tls_private_key": "/k.pem"}
+WITNESS = {"url": "https://witness.example:8443", "vkey": "witness.example+00000000+AAAA", "ca": "/ca.pem"}
 STRONG: dict[str, Any] = {
     "gateway": TLS,
     "vault": {"plaintext_swap": "refuse"},
     "engine": {"isolation": "required"},
+    "audit": {"witness": {"other-node": WITNESS}},
 }
 
 
@@ -86,8 +88,12 @@ def test_a_change_is_told_with_both_values_and_nothing_else_is() -> None:
         ("engine.socket", {**STRONG, "engine": {"isolation": "required", "socket": "/engine.sock"}}),
         (
             "audit.retention_days",
-            {**STRONG, "audit": {"retention_days": 90, "retention_override": {"by": "me", "reason": "mine"}}},
+            {
+                **STRONG,
+                "audit": {**STRONG["audit"], "retention_days": 90, "retention_override": {"by": "me", "reason": "m"}},
+            },
         ),
+        ("audit.witness", {**STRONG, "audit": {}}),
         ("demo", {**STRONG, "demo": True}),
     ],
 )

@@ -186,8 +186,10 @@ def test_what_a_witness_saw_and_said_is_whole_wherever_writing_it_fails(
     def be_witnessed(grown: int) -> None:
         last = witness.last(log_key)
         request = make_request(log, old_size=0 if last is None else last.size)
-        take_reply(log, request, witness.cosign(request, log_key, 1_700_000_000), log_key, witness_key)
-        assert last_seen(log, witness_key) == grown
+        assert (
+            take_reply(log, request, witness.cosign(request, log_key, 1_700_000_000), log_key, witness_key).size
+            == grown
+        )
 
     be_witnessed(1)
     grown = 1
@@ -207,6 +209,7 @@ def test_what_a_witness_saw_and_said_is_whole_wherever_writing_it_fails(
         assert last_seen(log, witness_key) in (grown - 1, last.size)
         assert verify_log(log, log_key, witnesses=[witness_key]).size == grown
         be_witnessed(grown)
+        assert last_seen(log, witness_key) == grown
         if not failed:
             break
     assert disk.fails_at > 1

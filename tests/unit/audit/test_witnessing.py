@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from appliance.audit import witnessing
+from appliance.audit import files, verify, witnessing
 from appliance.audit.files import write_at
 from appliance.audit.following import LogFollower
 from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED
@@ -16,7 +16,14 @@ from appliance.audit.notes import Algorithm, NoteInvalid, SigningKey
 from appliance.audit.reading import LogUnreadable, NoSuchEntry
 from appliance.audit.verify import LogTampered, verify_log
 from appliance.audit.witness import ReplyInvalid, Witness
-from appliance.audit.witnessing import largest_witnessed, last_seen, make_request, take_reply
+from appliance.audit.witnessing import (
+    largest_witnessed,
+    last_cosigned,
+    last_seen,
+    make_request,
+    take_reply,
+    thin_out,
+)
 from tests.unit.audit.making import KEY, drafts, make_log, open_log, sign
 
 WITNESS = SigningKey("witness.example", b"w" * 32, Algorithm.COSIGNATURE)
@@ -186,3 +193,61 @@ def test_who_looks_at_a_running_log_does_not_wait_at_a_pipe(tmp_path: Path) -> N
     for look in (follower.published, lambda: follower.frames(0, 3, most=3), lambda: follower.oldest(0)):
         with pytest.raises(LogUnreadable):
             look()
+
+
+def _witnessed_every(tmp_path: Path, step_s: int, count: int) -> Path:
+    """A log of which a checkpoint was co-signed every `step_s`, the first at a full hour; sizes 1, 2, …."""
+    log, witness, seen = tmp_path / "audit", Witness(tmp_path / "witness", WITNESS), 0
+    for number in range(count):
+        _grow(log, number, number + 1)
+        request = make_request(log, old_size=seen)
+        reply = witness.cosign(request, LOG_KEY, 1_699_999_200 + number * step_s)
+        seen = take_reply(log, request, reply, LOG_KEY, WITNESS_KEY).size
+    return log
+
+
+def _sizes(log: Path) -> list[int]:
+    return sorted(int(path.name) for path in (log / WITNESSED).iterdir())
+
+
+def test_of_many_co_signatures_the_first_of_each_minute_and_the_newest_stay(tmp_path: Path) -> None:
+    log = _witnessed_every(tmp_path, 20, 11)
+    assert thin_out(log, [WITNESS_KEY]) == 6
+    assert _sizes(log) == [1, 4, 7, 10, 11]
+    assert thin_out(log, [WITNESS_KEY]) == 0
+    assert last_cosigned(log, WITNESS_KEY) == (11, 1_699_999_200 + 200)
+    assert verify_log(log, LOG_KEY, witnesses=[WITNESS_KEY]).witnessed["witness.example"][0] == 11
+
+
+def test_after_a_day_the_first_of_each_hour_stays(tmp_path: Path) -> None:
+    log = _witnessed_every(tmp_path, 12 * 60, 130)  # five an hour for 26 hours
+    thin_out(log, [WITNESS_KEY])
+    assert _sizes(log) == [1, 6, *range(11, 131)]
+
+
+def test_what_was_carried_to_somebody_else_or_not_co_signed_yet_stays(tmp_path: Path) -> None:
+    log = _witnessed_every(tmp_path, 1, 6)
+    request, other = make_request(log, old_size=0), SigningKey("other.example", b"o" * 32, Algorithm.COSIGNATURE)
+    take_reply(log, request, Witness(tmp_path / "other", other).cosign(request, LOG_KEY, 9), LOG_KEY, other.verifier())
+    _grow(log, 6, 7)
+    make_request(log, old_size=0)
+    thin_out(log, [WITNESS_KEY])
+    assert _sizes(log) == [1, 6, 7]
+    assert largest_witnessed(log) == (6, 1_699_999_205, "witness.example")
+    thin_out(log, [other.verifier()])
+    assert _sizes(log) == [1, 6, 7]
+
+
+def test_a_checkpoint_that_goes_while_the_log_is_verified_is_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = _witnessed_every(tmp_path, 1, 3)
+    real = files.read_file
+
+    def thinned_meanwhile(path: Path) -> bytes:
+        if path.name == "1":
+            (log / WITNESSED / "2").unlink(missing_ok=True)
+        return real(path)
+
+    monkeypatch.setattr(verify, "read_file", thinned_meanwhile)
+    assert verify_log(log, LOG_KEY, witnesses=[WITNESS_KEY]).witnessed["witness.example"][0] == 3

@@ -15,6 +15,7 @@ STATUS = types.AuditStatus(
     signs=True,
     public_key="holdfast.1f+00000000+AAAA",
     witnessed_size=0,
+    witnesses=[],
     witnessed_by=None,
     witnessed_age_s=None,
     retention_days=400,
@@ -93,3 +94,28 @@ def test_that_there_is_no_siem_or_that_it_is_not_known_is_told(monkeypatch: pyte
     assert rows(monkeypatch, exports_error=GONE)["SIEM"] == "nothing is exported: refused"
     waiting = WELL.model_copy(update={"lag_entries": 2, "lag_s": 3.0, "waits_for": "the vault is sealed"})
     assert rows(monkeypatch, exports=[waiting])["SIEM"] == "archive: 2 entries, 3 s behind; the vault is sealed"
+
+
+@pytest.mark.parametrize(
+    ("different", "told"),
+    [
+        ({}, "co-signed 1500 entries 30 s ago"),
+        ({"size": 0, "cosigned_age_s": None}, "has co-signed nothing yet"),
+        (
+            {"silent_s": 90.0, "error": types.AuditError(code="c", message="m", cause="refused", remedy="r")},
+            "co-signed 1500 entries 30 s ago; silent for 1 min 30 s: refused",
+        ),
+        (
+            {"silent_s": 90.0, "refused": "this log was cut off"},
+            "REFUSES: this log was cut off; co-signed 1500 entries 30 s ago",
+        ),
+    ],
+)
+def test_each_witness_says_what_it_co_signed_last_and_what_is_in_its_way(
+    monkeypatch: pytest.MonkeyPatch, different: dict[str, object], told: str
+) -> None:
+    well = types.AuditWitness(
+        name="other-node", url="https://a", size=1500, cosigned_age_s=30.0, silent_s=None, refused=None, error=None
+    )
+    assert rows(monkeypatch, witnesses=[well.model_copy(update=different)])[""] == f"other-node: {told}"
+    assert "" not in rows(monkeypatch)

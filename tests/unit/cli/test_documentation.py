@@ -23,6 +23,7 @@ ASKS_NOBODY = {
     "audit verify-proof",
     "audit verify-export",
     "audit witness cosign",
+    "audit witness serve",
 }
 
 
