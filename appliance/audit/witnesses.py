@@ -200,7 +200,7 @@ class Witnesses:
         self._views[view.name] = view._replace(
             size=told.size, cosigned_s=self._wall(), silent_since_s=None, refused="", error=None
         )
-        await self._tell(view.name, "cosigned", AUDIT_WITNESSED, counts={"size": told.size})
+        await self._tell_of(view.name, "cosigned", AUDIT_WITNESSED, counts={"size": told.size})
 
     async def _refuse(self, view: View, told: Told) -> None:
         why = _WHY[told.outcome].format(size=told.size, witness_size=told.witness_size)
@@ -209,7 +209,7 @@ class Witnesses:
         self._views[view.name] = changed
         _LOG.error("%s; %s", changed.trouble(self._wall()), _REMEDY)
         counts = {"size": told.size, "witness_size": told.witness_size or 0}
-        await self._tell(view.name, told.outcome, WITNESS_REFUSED, reason=told.outcome.value, counts=counts)
+        await self._tell_of(view.name, told.outcome, WITNESS_REFUSED, reason=told.outcome.value, counts=counts)
 
     async def _fail(self, view: View, error: ErrorRecord) -> None:
         since_s = self._wall() if view.silent_since_s is None else view.silent_since_s
@@ -218,9 +218,9 @@ class Witnesses:
         if view.error is None or view.error["cause"] != error["cause"]:
             _LOG.warning("witness %s: %s: %s", view.name, error["message"], error["cause"])
         if not view.refused and self._wall() >= since_s + SILENT_S:
-            await self._tell(view.name, "silent", WITNESS_SILENT, reason=error["code"])
+            await self._tell_of(view.name, "silent", WITNESS_SILENT, reason=error["code"])
 
-    async def _tell(
+    async def _tell_of(
         self,
         name: str,
         what: object,

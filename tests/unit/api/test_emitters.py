@@ -37,6 +37,7 @@ MAKERS: Final = {
     "_of_caller": ["request", "kind"],
     "ended": ["request"],
     "made": ["kind", "target", "tenant_id", "details"],
+    "_tell_of": ["name", "what", "kind"],
 }
 # The names in the dictionary of a function's variable.
 BY_HAND: Final = {("_audit_entries", "given"): {field.name for field in fields(Query)}}
