@@ -22,6 +22,7 @@ from api.roots import read_seal
 from api.services import Services
 from api.tenant_names import settings_of_nobody
 from appliance.audit import AuditUnavailable
+from appliance.audit.notes import VerifierKey
 from appliance.audit.witnessing import largest_witnessed
 from appliance.engine.launcher import EngineProcess, EngineState
 from appliance.errors import HoldfastError
@@ -126,7 +127,7 @@ async def audit_status(services: Services) -> types.AuditStatus:
         checkpoint_age_s=said["checkpoint_age_s"],
         signs=said["signs"],
         public_key=said["public_key"] or None,
-        witnessed_size=await asyncio.to_thread(largest_witnessed, services.audit.directory),
+        witnessed_size=await _witnessed(services, said["public_key"]),
         retention_days=retention.days,
         retention_overridden=retention.days < SIX_MONTHS_DAYS,
         retention_held=retention.held or None,
@@ -139,6 +140,16 @@ async def audit_status(services: Services) -> types.AuditStatus:
         directory=str(services.audit.directory),
         error=None if error is None else types.AuditError.model_validate(error),
     )
+
+
+async def _witnessed(services: Services, public_key: str) -> int | None:
+    """How many entries an accepted witness co-signed; None: it is not known whom to believe."""
+    try:
+        accepted = await services.audit.accepted_witnesses()
+        log_key = VerifierKey.parse(public_key)
+    except (HoldfastError, OSError):
+        return None
+    return await asyncio.to_thread(largest_witnessed, services.audit.directory, log_key, accepted)
 
 
 async def _audit(services: Services) -> types.Part:

@@ -682,13 +682,14 @@ class NewAuditExport(Wire):
 class AuditStatus(Wire):
     """The audit log of this node.
 
-    `size` counts its entries; `checkpoint_size` those under the newest checkpoint, `witnessed_size` those that a
-    witness co-signed. `checkpoint_age_s` is None when there is no checkpoint; how old one is that was there before the
-    appender started, its file's time tells. `oldest_kept` is the first entry that retention left; None when nobody has
-    looked yet, as before the vault is open. `retention_held` says why what is older than the retention is still there;
-    `alarm` what an administrator has to know; `restored` from which backup the database was put back before this start.
-    The appliance checks the log itself, every day: `checked_age_s` is how long ago, None when it has not since the
-    start, and `checked_size` how many entries were whole, 0 when some were not.
+    `size` counts its entries; `checkpoint_size` those under the newest checkpoint, `witnessed_size` those that an
+    accepted witness co-signed, None while it is not known which those are. `checkpoint_age_s` is None when there is no
+    checkpoint; how old one is that was there before the appender started, its file's time tells. `oldest_kept` is the
+    first entry that retention left; None when nobody has looked yet, as before the vault is open. `retention_held` says
+    why what is older than the retention is still there; `alarm` what an administrator has to know; `restored` from
+    which backup the database was put back before this start. The appliance checks the log itself, every day:
+    `checked_age_s` is how long ago, None when it has not since the start, and `checked_size` how many entries were
+    whole, 0 when some were not.
     """
 
     size: int
@@ -696,7 +697,7 @@ class AuditStatus(Wire):
     checkpoint_age_s: float | None
     signs: bool
     public_key: str | None
-    witnessed_size: int
+    witnessed_size: int | None
     retention_days: int
     retention_overridden: bool
     retention_held: str | None

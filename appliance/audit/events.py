@@ -60,8 +60,9 @@ LOG_RECOVERED: Final = EventClass(
 STORE_MARKED: Final = EventClass(
     2,
     "store.marked",
-    "The database and the log took note of each other; `mark` only grows, as does `destinations`, the version of the "
-    "SIEM's. `older_copy` is one that was found and nobody has acknowledged.",
+    "The database and the log took note of each other; `mark` only grows, as do `destinations`, the version of the "
+    "SIEM's, and `witnesses`, that of the accepted ones. `older_copy` is one that was found and nobody has "
+    "acknowledged.",
     Scope.SYSTEM,
     (6002, 99),
 )
@@ -255,7 +256,12 @@ ADMIN_REFUSED: Final = EventClass(
 )
 AUDIT_READ: Final = EventClass(95, "audit.read", "Somebody read the audit log.", Scope.SYSTEM, (6003, 2))
 AUDIT_WITNESSED: Final = EventClass(
-    96, "audit.witnessed", "A witness co-signed a checkpoint.", Scope.SYSTEM, (6003, 99)
+    96,
+    "audit.witnessed",
+    "A witness, by its public key, co-signed a checkpoint, and is accepted from then on. `begun_anew`: why it was not "
+    "known any more who had been accepted before.",
+    Scope.SYSTEM,
+    (6003, 99),
 )
 EXPORT_ADDED: Final = EventClass(
     110, "export.added", "A destination of the audit log was added.", Scope.SYSTEM, (3004, 1)

@@ -6,7 +6,9 @@ Rules:
   database says that the log has it. However a run ends in between, the next start is not alarmed.
 - The log is older than the database when it lacks a mark that the database says it has; the database is older than the
   log when the log has a mark that the database never meant to make.
-- A mark names the version of the SIEM's destinations, too: a file of them that is put back to an older copy is found.
+- A mark names the version of the SIEM's destinations, too, and of the accepted witnesses: a file of them that is put
+  back to an older copy is found.
+- Absence of evidence is no evidence: where no mark is found within reach, it cannot be told, and that is told.
 - Putting a backup back is an administrator's right: a restore is an event of the log, and what it explains is no alarm.
 - What no restore explains is an event and an alarm. Each mark carries it on, through every start, until an
   administrator acknowledges it.
@@ -17,16 +19,18 @@ from typing import Final, NamedTuple
 
 from sqlalchemy import Connection, delete, insert, select
 
-from appliance.audit.entry import EntryKeys, open_record
-from appliance.audit.events import BACKUP_RESTORED, OLDER_COPY_ACKNOWLEDGED, STORE_MARKED
+from appliance.audit.entry import PLAINTEXT, EntryKeys, open_record
+from appliance.audit.events import AUDIT_WITNESSED, BACKUP_RESTORED, OLDER_COPY_ACKNOWLEDGED, STORE_MARKED
 from appliance.audit.reading import LogReader
 from appliance.audit.restores import Told
 from appliance.store import Store, tables
 
 DESTINATIONS: Final = "destinations"  # what a mark calls their version
+WITNESSES: Final = "witnesses"  # of the accepted witnesses
 OLDER: Final = "older_copy"  # what it calls the copy that nobody has acknowledged
 _NAME: Final = "audit-mark"
 MOST_LOOKED_AT: Final = 100_000
+_SAYING: Final = frozenset({STORE_MARKED.number, AUDIT_WITNESSED.number})  # whose counts name versions
 
 
 class Marks(NamedTuple):
@@ -94,19 +98,23 @@ def remembered_by_log(log: LogReader, keys: EntryKeys) -> Remembered:
     return Remembered(0 if log.oldest == 0 else None, "", restore)
 
 
-def version_of_destinations(log: LogReader, keys: EntryKeys) -> int:
-    """What the last mark says that knew which destinations there were; 0: none that can be found.
+def last_said(log: LogReader, keys: EntryKeys, name: str, *, sealed_only: bool = False) -> int | None:
+    """What the newest entry says that names the version called `name`; 0: none ever did. None: it cannot be told.
+
+    Args:
+        sealed_only: pass over what is in plaintext.
 
     Blocks, and raises as `remembered_by_log`.
     """
     for looked_at, (entry, sealed) in enumerate(log.backwards(log.size)):
         if looked_at >= MOST_LOOKED_AT:
-            break
-        if entry.event_class == STORE_MARKED.number:
-            counts = open_record(entry, sealed, keys).record["counts"]
-            if DESTINATIONS in counts:
-                return int(counts[DESTINATIONS])
-    return 0
+            return None
+        if entry.event_class not in _SAYING or (sealed_only and entry.flags & PLAINTEXT):
+            continue
+        counts = open_record(entry, sealed, keys).record.get("counts", {})
+        if name in counts:
+            return int(counts[name])
+    return 0 if log.oldest == 0 else None
 
 
 def found(marks: Marks, in_log: int | None) -> str:

@@ -16,15 +16,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from appliance.audit.accepted import Witnesses
 from appliance.audit.checking import Checking
 from appliance.audit.events import Event
 from appliance.audit.launch import Launcher
+from appliance.audit.marks import WITNESSES
+from appliance.audit.notes import Checkpoint, VerifierKey
 from appliance.audit.recorder import Recorder
 from appliance.audit.retention import Retention
-from appliance.audit.signing import signing_key
+from appliance.audit.signing import public_key, signing_key
+from appliance.audit.witnessing import take_reply
 from appliance.errors import ErrorRecord, HoldfastError
 from appliance.randomness import DrawnAhead
-from appliance.vault import SYSTEM_SCOPE, Vault
+from appliance.vault import SYSTEM_SCOPE, Vault, VaultSealed
 
 _TELL_S = 5.0
 _LOG = logging.getLogger("holdfast.audit")
@@ -40,6 +44,7 @@ class NodeAudit:
     Attributes:
         retention: what removes entries; whoever drives it calls its `run`.
         checking: what verifies the log now and then; whoever drives it calls its `run`.
+        witnesses: those of this log that were accepted.
         opened: set once checkpoints are signed, and records can be read.
         older: which was found put back to an older copy, `log` or `database`, and nobody has acknowledged; empty:
             neither.
@@ -64,6 +69,7 @@ class NodeAudit:
         self.older = ""
         self.restored = ""
         self.retention = Retention(self, self.directory, days=retention_days)
+        self.witnesses = Witnesses(self.directory, vault)
         self.checking = Checking(self, self.directory)
 
     @property
@@ -149,6 +155,40 @@ class NodeAudit:
             AuditUnavailable: there is no appender.
         """
         return await self._recorder.checkpoint()
+
+    async def accepted_witnesses(self) -> dict[VerifierKey, int]:
+        """Each witness of this log, and the largest size that it co-signed. Raises as `Witnesses.accepted`."""
+        return await asyncio.to_thread(self.witnesses.accepted)
+
+    async def keep_cosignature(
+        self, request: bytes, reply: bytes, witness: VerifierKey, *, anew: bool = False
+    ) -> tuple[Checkpoint, dict[str, int], dict[str, str]]:
+        """Check a witness's reply, keep it, and accept who gave it. Whoever calls this records it.
+
+        Args:
+            anew: as `Witnesses.accept` has it.
+
+        Returns:
+            What was co-signed; the counts and the details of the event `audit.witnessed`.
+
+        Raises:
+            As `take_reply` and `Witnesses.accept`.
+        """
+        return await asyncio.to_thread(self._keep_cosignature, request, reply, witness, anew)
+
+    def _keep_cosignature(
+        self, request: bytes, reply: bytes, witness: VerifierKey, anew: bool
+    ) -> tuple[Checkpoint, dict[str, int], dict[str, str]]:
+        # What can be in the way first: a reply that is kept of a witness that is not accepted is a stranger's line.
+        if self._vault.sealed:
+            raise VaultSealed
+        if not anew:
+            self.witnesses.accepted()
+        seen = take_reply(self.directory, request, reply, public_key(self.directory), witness)
+        begun_anew = self.witnesses.accept(witness, seen.size, anew=anew)
+        version = self.witnesses.version
+        counts = {} if version is None else {WITNESSES: version}
+        return seen, counts, {"size": str(seen.size), **({"begun_anew": begun_anew} if begun_anew else {})}
 
     async def stop(self) -> None:
         """Record what was counted, publish a last checkpoint, and end the appender."""

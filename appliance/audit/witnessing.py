@@ -11,6 +11,7 @@ Rules:
 import contextlib
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +24,7 @@ from appliance.audit.notes import (
     cosignatures,
     decode_note,
     open_checkpoint,
+    signers,
     size_of_note,
 )
 from appliance.audit.reading import LogReader, NoSuchEntry
@@ -84,16 +86,16 @@ def last_seen(directory: Path, witness: VerifierKey) -> int:
     return max(sizes)
 
 
-def largest_witnessed(directory: Path) -> int:
-    """The largest size that anybody co-signed, by the lines in the folder alone; 0: none."""
-    folder = directory / WITNESSED
-    sizes = [0]
-    for path in folder.iterdir() if folder.is_dir() else ():
-        with contextlib.suppress(NoteInvalid, ValueError, OSError):
-            _, _, signatures = decode_note(read_file(path)).partition("\n\n")
-            if signatures.count("\n") > 1:
-                sizes.append(int(path.name))
-    return max(sizes)
+def largest_witnessed(directory: Path, log_key: VerifierKey, witnesses: Iterable[VerifierKey]) -> int:
+    """The largest size that one of these witnesses co-signed, by the checkpoints in the folder that hold; 0: none."""
+    folder, keys = directory / WITNESSED, list(witnesses)
+    names = [path.name for path in folder.iterdir()] if keys and folder.is_dir() else []
+    for size in sorted((int(name) for name in names if name.isdecimal()), reverse=True):
+        with contextlib.suppress(NoteInvalid, OSError):
+            note = decode_note(read_file(folder / str(size)))
+            if open_checkpoint(note, log_key).size == size and any(_is_by(note, witness) for witness in keys):
+                return size
+    return 0
 
 
 def cosigned_note(directory: Path, sequence: int, witness: VerifierKey) -> str:
@@ -115,6 +117,10 @@ def cosigned_note(directory: Path, sequence: int, witness: VerifierKey) -> str:
         cause=f"none of those in {folder} names it",
         remedy="Have a checkpoint co-signed: `holdfast audit witness export`; without --witness the newest proves it",
     )
+
+
+def _is_by(note: str, witness: VerifierKey) -> bool:
+    return witness.signer in signers(note) and bool(cosignatures(note, witness))
 
 
 def _kept(directory: Path, size: int) -> str:

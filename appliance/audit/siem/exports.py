@@ -30,7 +30,7 @@ from typing import ClassVar, Final
 
 from appliance.audit import protocol
 from appliance.audit.entry import AuditKeys
-from appliance.audit.marks import version_of_destinations
+from appliance.audit.marks import DESTINATIONS, last_said
 from appliance.audit.reading import LogReader
 from appliance.audit.siem import link
 from appliance.audit.siem.cursor import Cursor, Position
@@ -311,7 +311,7 @@ class Exports:
         path = self._folder / _SAVED
         found = self._load()
         try:
-            last = version_of_destinations(LogReader(self._directory), self._keys)
+            last = last_said(LogReader(self._directory), self._keys, DESTINATIONS) or 0
         except HoldfastError as error:
             if not found.version:
                 return None, []

@@ -101,9 +101,25 @@ def test_a_witness_sees_the_log_grow_and_the_log_is_held_to_it(served: Served, t
     assert _json(served, "audit", "status")["witnessed_size"] == seen
     found = _json(served, "audit", "verify", "--key", key, "--witness", witness)
     assert found["witnessed"]["holdfast-witness"]["size"] == seen
-    assert _json(served, "audit", "search", "--action", "audit.witnessed")["entries"][0]["record"]["details"][
-        "size"
-    ] == str(seen)
+    told = _json(served, "audit", "search", "--action", "audit.witnessed")["entries"][0]["record"]
+    assert (told["target"]["id"], told["details"]["size"], told["counts"]) == (witness, str(seen), {"witnesses": 2})
+
+
+def test_a_witness_that_is_not_named_is_told_and_counted_where_it_may_pass(served: Served, tmp_path: Path) -> None:
+    request, reply = tmp_path / "request", tmp_path / "reply"
+    key = _json(served, "audit", "status")["public_key"]
+    words = ("--state", str(tmp_path / "witness"), "--key", key, "--name", "named.example")
+    _json(served, "audit", "witness", "export", str(request))
+    witness = _json(served, "audit", "witness", "cosign", str(request), str(reply), *words)["witness"]
+    _json(served, "audit", "witness", "import", str(request), str(reply), "--witness", witness)
+    copy = tmp_path / "copy"
+    shutil.copytree(served.state_dir / "audit", copy)
+    refused = run_holdfast(served, "audit", "verify", "--log", str(copy), "--key", key)
+    assert (refused.returncode, "--allow-unknown-witnesses" in refused.stderr) == (6, True)
+    passed = run_holdfast(served, "audit", "verify", "--log", str(copy), "--key", key, "--allow-unknown-witnesses")
+    assert passed.returncode == 0
+    told = r"co-signatures of named\.example \(key [0-9a-f]{8}\) were NOT CHECKED$"
+    assert re.search(told, passed.stdout, re.MULTILINE)
 
 
 def test_who_may_not_read_the_log_is_told_so(served: Served) -> None:

@@ -52,6 +52,7 @@ class Audit(SimpleNamespace):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory=directory, opened=asyncio.Event(), older="", events=[], told=lambda _: None)
+        self.witnesses = SimpleNamespace(version=None, learn=lambda: None)
         self.opened.set()
 
     async def record(self, *events: Event, privileged: bool = False) -> int:
