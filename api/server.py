@@ -223,24 +223,27 @@ async def _keep_checking(services: Services) -> None:
 
 
 async def _record_engine(services: Services) -> None:
-    """What the engine begins and ceases to serve, as the watch saw it."""
+    """What the engine begins and ceases to serve, as the watch saw it, in its order."""
     while True:
         models = await services.lifecycle.engine_changes.get()
         event = Event(ENGINE_READY if models else ENGINE_LOST, SYSTEM, target=("model", ", ".join(models)))
-        with contextlib.suppress(AuditUnavailable):
-            await services.audit.record(event)
+        await _record_in_the_end(services, event)
 
 
 async def _record_quarantines(services: Services) -> None:
-    """That what came back from a tier was wrong: tried until it is recorded."""
+    """That what came back from a tier was wrong."""
     while True:
-        event = _quarantine(await services.kv.quarantines.get())
-        while True:
-            try:
-                await services.audit.record(event)
-                break
-            except HoldfastError:
-                await asyncio.sleep(_RECORD_AGAIN_S)
+        await _record_in_the_end(services, _quarantine(await services.kv.quarantines.get()))
+
+
+async def _record_in_the_end(services: Services, event: Event) -> None:
+    """Try until it is recorded, of the reserve too: it happened, whether the log can be written now or not."""
+    while True:
+        try:
+            await services.audit.record(event, privileged=True)
+            return
+        except HoldfastError:
+            await asyncio.sleep(_RECORD_AGAIN_S)
 
 
 def _quarantine(picture: KvPicture) -> Event:
