@@ -65,7 +65,7 @@ class Health:
         }
 
     def _audit_part(self) -> dict[str, object]:
-        """A SIEM that is down is told and counts for nothing: it delays its export only."""
+        """A SIEM that is down is told and counts for nothing: it delays its export only. So is what is not signed."""
         part = _part(self._services.audit.error is None, self._audit())
         exports = self._services.exports
         errors = [(view.name, view.error) for view in exports.views() if view.error is not None]
@@ -73,6 +73,9 @@ class Health:
             part["degraded"] = "; ".join(f"{name}: {error['message']}: {error['cause']}" for name, error in errors)
         if exports.unreadable is not None and self._in_full:
             part["degraded"] = f"nothing is exported: {exports.unreadable['cause']}"
+        if trouble := self._services.audit.checkpoint_trouble:
+            told = [trouble if self._in_full else "what is recorded is not signed", part.get("degraded")]
+            part["degraded"] = "; ".join(str(each) for each in told if each)
         return part
 
     def _engine_part(self) -> dict[str, object]:

@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import gc
 import logging
+import math
 import os
 import shutil
 import signal
@@ -396,6 +397,16 @@ def _observe(services: Services) -> None:
         "holdfast_audit_failing",
         "1 while the audit log cannot be written or signed.",
         lambda: float(services.audit.error is not None),
+    )
+    metrics.observe(
+        "holdfast_audit_checkpoint_age_seconds",
+        "How old the audit log's newest checkpoint is; not a number while there is none.",
+        lambda: math.nan if (age_s := services.audit.checkpoint_age_s) is None else age_s,
+    )
+    metrics.observe(
+        "holdfast_audit_alarm",
+        "1 while the audit log was found changed, older than the database, the database older, or entries missing.",
+        lambda: float(bool(services.audit.alarms)),
     )
     metrics.observe(
         "holdfast_store_waiting_writes", "Change sets that wait to be written.", lambda: services.store.waiting_writes

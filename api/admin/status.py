@@ -135,7 +135,7 @@ async def audit_status(services: Services) -> types.AuditStatus:
         oldest_kept_time_s=None if oldest is None else oldest[1] / 1e9,
         checked_age_s=None if checked is None else time.monotonic() - checked.at,
         checked_size=0 if checked is None else checked.size,
-        alarm="; ".join(filter(None, (services.audit.alarm, retention.alarm, services.audit.checking.alarm))) or None,
+        alarm=services.audit.alarms or None,
         restored=services.audit.restored or None,
         directory=str(services.audit.directory),
         error=None if error is None else types.AuditError.model_validate(error),
@@ -170,8 +170,8 @@ async def _audit(services: Services) -> types.Part:
         detail += f"; {export.name} {state}" + ("" if export.error is None else f" ({export.error['cause']})")
     if (unreadable := services.exports.unreadable) is not None:
         detail += f"; nothing is exported: {unreadable['cause']}"
-    if said.error is not None:
-        return types.Part(name="audit", state="degraded", detail=f"no checkpoint can be made: {said.error.cause}")
+    if trouble := services.audit.checkpoint_trouble:
+        return types.Part(name="audit", state="degraded", detail=f"{trouble}; {detail}")
     if said.alarm is not None:
         return types.Part(name="audit", state="degraded", detail=f"{said.alarm}; {detail}")
     return types.Part(name="audit", state="ready" if unreadable is None else "degraded", detail=detail)

@@ -11,8 +11,10 @@ Example:
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from appliance.randomness import DrawnAhead
 from appliance.vault import SYSTEM_SCOPE, Vault, VaultSealed
 
 _TELL_S = 5.0
+_LOOK_S = 10.0
+_LATE_S = 300.0  # a checkpoint is due every minute
 _LOG = logging.getLogger("holdfast.audit")
 
 
@@ -40,6 +44,7 @@ class NodeAudit:
     Args:
         versions: of what runs here, for every record.
         retention_days: how long entries are kept.
+        monotonic: seconds.
 
     Attributes:
         retention: what removes entries; whoever drives it calls its `run`.
@@ -52,7 +57,13 @@ class NodeAudit:
     """
 
     def __init__(
-        self, state_dir: Path, vault: Vault, *, versions: Mapping[str, str], retention_days: int = 400
+        self,
+        state_dir: Path,
+        vault: Vault,
+        *,
+        versions: Mapping[str, str],
+        retention_days: int = 400,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.directory = state_dir / "audit"
         self._vault = vault
@@ -65,6 +76,10 @@ class NodeAudit:
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._signing_error: ErrorRecord | None = None
+        self._monotonic = monotonic
+        self._signs_since = 0.0
+        self._said: dict[str, Any] | None = None  # by the appender, and when: so it is known while it hangs
+        self._said_at = 0.0
         self.opened = asyncio.Event()
         self.older = ""
         self.restored = ""
@@ -88,6 +103,33 @@ class NodeAudit:
         )
 
     @property
+    def alarms(self) -> str:
+        """As `alarm`, with what retention and the check of the log found; empty: nothing."""
+        return "; ".join(filter(None, (self.alarm, self.retention.alarm, self.checking.alarm)))
+
+    @property
+    def checkpoint_age_s(self) -> float | None:
+        """How old the newest checkpoint is; None: there is none, as far as is known."""
+        age_s = None if self._said is None else self._said["checkpoint_age_s"]
+        return None if age_s is None else float(age_s) + self._monotonic() - self._said_at
+
+    @property
+    def checkpoint_trouble(self) -> str:
+        """Why what is recorded is not signed, or that it should have been by now; empty: nothing is in the way."""
+        said = self._said
+        if said is None:
+            return ""
+        if said["error"] is not None:
+            return f"no checkpoint can be made: {said['error']['cause']}"
+        if not self.opened.is_set() or said["size"] <= said["checkpoint_size"]:
+            return ""
+        signs_s, age_s = self._monotonic() - self._signs_since, self.checkpoint_age_s
+        late_s = signs_s if age_s is None else min(age_s, signs_s)
+        if late_s < _LATE_S:
+            return ""
+        return f"no checkpoint was made for {late_s:.0f} s, and {said['size'] - said['checkpoint_size']} entries wait"
+
+    @property
     def pid(self) -> int | None:
         """The appender's process, while there is one."""
         return self._launcher.pid
@@ -97,6 +139,7 @@ class NodeAudit:
         self._tasks = [
             asyncio.create_task(self._recorder.run(self._launcher.connect)),
             asyncio.create_task(self._tell_what_was_counted()),
+            asyncio.create_task(self._look()),
         ]
 
     async def sign(self) -> None:
@@ -112,6 +155,8 @@ class NodeAudit:
             self._signing_error = error.record()
             raise
         self._signing_error = None
+        if not self.opened.is_set():
+            self._signs_since = self._monotonic()
         self.opened.set()
 
     async def record(self, *events: Event, privileged: bool = False) -> int:
@@ -138,7 +183,8 @@ class NodeAudit:
         Raises:
             AuditUnavailable: there is none.
         """
-        return await self._recorder.status()
+        self._said, self._said_at = await self._recorder.status(), self._monotonic()
+        return self._said
 
     async def size(self) -> int:
         """How many entries are on the disk.
@@ -197,6 +243,14 @@ class NodeAudit:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._launcher.stop()
+
+    async def _look(self) -> None:
+        while True:
+            with contextlib.suppress(
+                HoldfastError
+            ):  # of an appender that does not answer it is known what it said last
+                await self.status()
+            await asyncio.sleep(_LOOK_S)
 
     async def _tell_what_was_counted(self) -> None:
         while True:

@@ -21,7 +21,7 @@ DOWN = View("down", "tls://b", "cef", False, 2, 2, True, 7, 90.5, "", GONE)
 def services(*views: View, unreadable: ErrorRecord | None = None) -> Any:
     return SimpleNamespace(
         exports=SimpleNamespace(views=lambda: list(views), unreadable=unreadable),
-        audit=SimpleNamespace(error=None),
+        audit=SimpleNamespace(error=None, checkpoint_trouble="", checkpoint_age_s=None, alarms=""),
         metrics=Metrics(),
         lifecycle=SimpleNamespace(turns=()),
         waiting=SimpleNamespace(waiting=0),

@@ -1,5 +1,6 @@
 """The appender's loop by a clock that is set by hand: when it signs, and when it stays awake."""
 
+import errno
 import os
 import socket
 import threading
@@ -11,7 +12,7 @@ import pytest
 from appliance.audit import appender as module
 from appliance.audit import protocol
 from appliance.audit.appender import Appender
-from appliance.audit.log import CHECKPOINT, AuditLog, Publication
+from appliance.audit.log import CHECKPOINT, AuditLog, Publication, unwritable
 from appliance.audit.protocol import Message
 from appliance.audit.reading import LogReader
 from tests.unit.audit.making import KEY, Clock, drafts, open_log
@@ -64,7 +65,7 @@ class Loop:
         """How many entries the newest checkpoint names, when what is due was done."""
         self.appender._publish_when_due()
         if self.appender._writing is not None:
-            self.appender._writing.result()
+            self.appender._writing.exception()  # waits for its end, whichever that is
             self.appender._conclude_publication()
         return LogReader(self.directory).published
 
@@ -186,6 +187,39 @@ def test_while_a_checkpoint_is_written_the_loop_waits_for_it_however_old_the_nex
     assert loop.appender._wait_s() == 1.0
     written.set()
     assert [loop.signed(), loop.signed()] == [1, 2]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again_while_what_comes_is_taken(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, tries = AuditLog.write, 0
+
+    def refused(log: AuditLog, publication: Publication, note: str) -> None:
+        nonlocal tries
+        tries += 1
+        if tries <= 2:
+            raise unwritable(log._directory / "tile", errno.ENOSPC)
+        write(log, publication, note)
+
+    monkeypatch.setattr(AuditLog, "write", refused)
+    loop.ask(protocol.SIGNING_KEY, KEY.to_bytes())
+    loop.append(1000)
+    assert loop.signed() == 0
+    for number in (1, 2):
+        error = loop.appender._status()["error"]
+        assert isinstance(error, dict)
+        assert "tile: No space left on device" in error["cause"]
+        loop.append(1)
+        assert loop.appender._status()["error"] == error, "that it is taken does not say that it is signed"
+        assert (loop.signed(), tries) == (0, number), "it is not tried again at once"
+        loop.now_s += 4.9
+        assert (loop.signed(), tries) == (0, number)
+        assert loop.appender._wait_s() <= 0.1
+        loop.now_s += 0.1
+        loop.signed()
+    assert (LogReader(loop.directory).published, tries) == (1002, 3)
+    told = loop.appender._status()
+    assert (told["error"], told["checkpoint_size"], loop.log.size) == (None, 1002, 1002)
 
 
 def test_it_looks_about_only_for_who_asks_at_once_again_and_sleeps_then(loop: Loop) -> None:
