@@ -2,6 +2,7 @@
 
 import errno
 import os
+import queue
 import socket
 import threading
 from collections.abc import Iterator
@@ -220,6 +221,48 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again_while_what_
     assert (LogReader(loop.directory).published, tries) == (1002, 3)
     told = loop.appender._status()
     assert (told["error"], told["checkpoint_size"], loop.log.size) == (None, 1002, 1002)
+
+
+def test_under_load_the_next_checkpoint_is_begun_when_the_one_before_is_written_and_names_all_that_came_meanwhile(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no checkpoint names is bounded by what came while one was written, and what came while this one is."""
+    gates: queue.SimpleQueue[threading.Event] = queue.SimpleQueue()
+    write = AuditLog.write
+
+    def slowly(log: AuditLog, publication: Publication, note: str) -> None:
+        assert gates.get(timeout=60.0).wait(60.0)
+        write(log, publication, note)
+
+    monkeypatch.setattr(AuditLog, "write", slowly)
+    loop.ask(protocol.SIGNING_KEY, KEY.to_bytes())
+    loop.append(1000)
+    loop.appender._publish_when_due()
+    before = 0
+    for came in (4000, 1000, 2500):
+        assert loop.appender._publication is not None
+        named = loop.appender._publication.head.size
+        gate = threading.Event()
+        gates.put(gate)
+        for _ in range(came // 500):
+            loop.append(500)
+            loop.appender._conclude_publication()
+            loop.appender._publish_when_due()
+        assert (loop.log.published.size, loop.appender._publication.head.size) == (before, named), "one at a time"
+        gate.set()
+        loop.appender._writing.result()
+        loop.appender._conclude_publication()  # as one turn of the loop does it
+        loop.appender._publish_when_due()
+        assert loop.log.published.size == named
+        assert loop.appender._publication is not None, "no append, and no time, has to come first"
+        assert loop.appender._publication.head.size == loop.log.size == named + came
+        before = named
+    gate = threading.Event()
+    gate.set()
+    gates.put(gate)
+    loop.append(999)
+    assert loop.signed() == loop.log.size - 999
+    assert loop.appender._writing is None, "fewer than a thousand wait for a minute"
 
 
 def test_it_looks_about_only_for_who_asks_at_once_again_and_sleeps_then(loop: Loop) -> None:
