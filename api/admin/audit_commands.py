@@ -89,7 +89,8 @@ def acknowledge(console: Console) -> None:
     """End the alarm of an older copy that no restore announced; that you did is in the log."""
     told = console.admin().acknowledge_older_copy()
     which = told.acknowledged
-    console.result(told, "There is no such alarm." if which is None else f"Acknowledged: an older copy of the {which}.")
+    copy = f"an older copy of the {which}" if which != "unknown" else "that nobody can tell of an older copy"
+    console.result(told, "There is no such alarm." if which is None else f"Acknowledged: {copy}.")
 
 
 @audit.command()

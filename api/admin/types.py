@@ -712,7 +712,7 @@ class AuditStatus(Wire):
 
 
 class OlderCopyAcknowledged(Wire):
-    """Which alarm was ended: of an older copy of the `log` or the `database`; None: there was none."""
+    """Which alarm was ended: of an older copy of the `log` or the `database`, or that it was `unknown`; None: none."""
 
     acknowledged: str | None
 

@@ -69,7 +69,8 @@ STORE_MARKED: Final = EventClass(
 OLDER_COPY: Final = EventClass(
     3,
     "older_copy.found",
-    "The log or the database had been put back to an older copy, and no restore had been announced.",
+    "The log or the database had been put back to an older copy, and no restore had been announced; `unknown`: the log "
+    "has no mark within reach, so that cannot be told.",
     Scope.SYSTEM,
     (6002, 99),
 )

@@ -22,7 +22,7 @@ from appliance.audit.accepted import Witnesses
 from appliance.audit.checking import Checking
 from appliance.audit.events import Event
 from appliance.audit.launch import Launcher
-from appliance.audit.marks import WITNESSES
+from appliance.audit.marks import UNKNOWN, WITNESSES
 from appliance.audit.notes import Checkpoint, VerifierKey
 from appliance.audit.recorder import Recorder
 from appliance.audit.retention import Retention
@@ -51,8 +51,8 @@ class NodeAudit:
         checking: what verifies the log now and then; whoever drives it calls its `run`.
         witnesses: those of this log that were accepted.
         opened: set once checkpoints are signed, and records can be read.
-        older: which was found put back to an older copy, `log` or `database`, and nobody has acknowledged; empty:
-            neither.
+        older: which was found put back to an older copy, `log`, `database` or `unknown`, and nobody has acknowledged;
+            empty: neither.
         restored: what is to be shown of a restore until the next start; empty: nothing.
     """
 
@@ -97,6 +97,11 @@ class NodeAudit:
         """What an administrator has to know; empty: nothing."""
         if not self.older:
             return ""
+        if self.older == UNKNOWN:
+            return (
+                "it cannot be told whether the log or the database was put back to an older copy: the log's newest "
+                "entries have no mark; `holdfast audit acknowledge` ends this alarm once you know"
+            )
         return (
             f"the {self.older} was put back to an older copy, and no restore was announced; "
             "`holdfast audit acknowledge` ends this alarm once you know why"
