@@ -115,6 +115,28 @@ async def test_a_node_holds_its_log_to_the_witnesses_that_it_accepted(directory:
     assert {event.kind for event in trail.recorded} == {LOG_TAMPERED}
 
 
+async def test_a_witness_that_is_accepted_while_the_log_is_checked_is_no_alarm(directory: Path) -> None:
+    witness = SigningKey("witness.example", b"w" * 32, Algorithm.COSIGNATURE)
+
+    class Accepting(Trail):
+        asked = 0
+
+        async def accepted_witnesses(self) -> dict[VerifierKey, int]:
+            self.asked += 1
+            if self.asked == 1:  # the first answer is from before, the co-signature is there already
+                kept = directory / WITNESSED / "600"
+                kept.parent.mkdir()
+                note = (directory / CHECKPOINT).read_text()
+                kept.write_text(note + cosign(note, witness, 1_700_000_000))
+                return {}
+            return {witness.verifier(): 600}
+
+    trail = Accepting(600)
+    checking = Checking(trail, directory)
+    await checking.check()
+    assert (checking.alarm, trail.recorded) == ("", [])
+
+
 async def test_a_log_that_cannot_be_looked_at_is_an_alarm_and_no_event(directory: Path) -> None:
     trail = Trail(600, "no key")
     checking = Checking(trail, directory)
