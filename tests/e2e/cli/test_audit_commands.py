@@ -1,6 +1,9 @@
 """`holdfast audit` as an administrator, an auditor and a witness meet it."""
 
+import contextlib
 import json
+import os
+import pty
 import re
 import shutil
 import subprocess
@@ -12,6 +15,7 @@ import pytest
 
 from tests.e2e.api.conftest import Served, serving
 from tests.e2e.cli.conftest import HOLDFAST
+from tests.unit.audit.making import KEY, make_log
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,25 @@ def test_an_auditor_checks_a_copy_with_the_public_key(served: Served, tmp_path: 
     wrong = run_holdfast(served, "--json", "audit", "verify", "--log", str(copy), "--key", key)
     assert wrong.returncode == 6
     assert json.loads(wrong.stdout)["code"] == "audit_log_tampered"
+
+
+def test_on_a_terminal_verify_says_how_far_it_is_and_takes_that_away_at_the_end(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    make_log(log, 600)
+    words = [str(HOLDFAST), "audit", "verify", "--log", str(log), "--key", str(KEY.verifier())]
+    terminal, its_end = pty.openpty()
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=its_end, timeout=60, check=False)
+    os.close(its_end)
+    shown = bytearray()
+    with contextlib.suppress(OSError), os.fdopen(terminal, "rb", buffering=0) as screen:  # EIO: nobody writes any more
+        while part := screen.read(4096):
+            shown += part
+    assert done.returncode == 0
+    assert shown.startswith(b"\r256 of 600 entries")
+    assert shown.endswith(b"\r\x1b[K"), "the line is free again"
+    assert b"600 entries hold" in done.stdout
+    quiet = subprocess.run(words, capture_output=True, timeout=60, check=False)
+    assert quiet.stderr == b"", "a file is told nothing of that"
 
 
 def test_one_entry_is_proved_with_and_without_its_record(served: Served, tmp_path: Path) -> None:

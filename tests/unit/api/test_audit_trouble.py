@@ -1,5 +1,6 @@
 """A log that is not signed, or was found changed: in the metrics, `/readyz` and `holdfast status`."""
 
+import asyncio
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -55,3 +56,30 @@ async def test_status_says_why_no_checkpoint_can_be_made_and_how_old_the_last_on
     assert part.detail.startswith(f"{TROUBLE}; 9 entries; last checkpoint 400 s old, of 7 entries")
     part = await status._audit(services())
     assert (part.state, part.detail.startswith("9 entries; ")) == ("ready", True)
+
+
+async def test_readyz_answers_503_while_the_log_cannot_be_written_and_200_when_it_can_again() -> None:
+    its = services()
+    its.lifecycle.draining = False
+    its.watch = SimpleNamespace(ready=True, detail="", summary="")
+    its.kv.trouble = dict
+    its.store = SimpleNamespace(check=lambda: asyncio.sleep(0))
+    health = Health(its, in_full=False)
+    assert (await health.readiness())[0] == 200
+    its.audit.error = {
+        "code": "audit_log_unwritable",
+        "message": "",
+        "cause": "/state/audit/journal: full",
+        "remedy": "",
+    }
+    answered, body = await health.readiness()
+    assert (answered, body["ready"]) == (503, False)
+    assert body["parts"] == {
+        "gateway": {"ready": True},
+        "vault": {"ready": True},
+        "audit": {"ready": False, "why": "its log cannot be written or signed"},
+        "store": {"ready": True},
+        "engine": {"ready": True},
+    }
+    its.audit.error = None
+    assert (await health.readiness())[0] == 200

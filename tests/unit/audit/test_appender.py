@@ -250,6 +250,7 @@ def test_under_load_the_next_checkpoint_is_begun_when_the_one_before_is_written_
             loop.appender._publish_when_due()
         assert (loop.log.published.size, loop.appender._publication.head.size) == (before, named), "one at a time"
         gate.set()
+        assert loop.appender._writing is not None
         loop.appender._writing.result()
         loop.appender._conclude_publication()  # as one turn of the loop does it
         loop.appender._publish_when_due()
