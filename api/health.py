@@ -65,9 +65,14 @@ class Health:
         }
 
     def _audit_part(self) -> dict[str, object]:
-        """A SIEM or a witness that is down is told and counts for nothing: it delays its own part only."""
+        """A SIEM or a witness that is down is told and counts for nothing: it delays its own part only.
+
+        So is what is not signed.
+        """
         part = _part(self._services.audit.error is None, self._audit())
         if not self._in_full:
+            if self._services.audit.checkpoint_trouble:
+                part["degraded"] = "what is recorded is not signed"
             return part
         exports = self._services.exports
         views = exports.views()
@@ -78,6 +83,8 @@ class Health:
             told = [f"{name}: {each['message']}: {each['cause']}. {each['remedy']}" for name, each in errors.items()]
         now_s = self._services.now()
         told += filter(None, (view.trouble(now_s) for view in self._services.witnesses.views()))
+        if trouble := self._services.audit.checkpoint_trouble:
+            told.insert(0, trouble)
         if told:
             part["degraded"] = "; ".join(told)
         if views:

@@ -15,6 +15,7 @@ from appliance.audit.events import OLDER_COPY, STORE_MARKED, SYSTEM, Event, Outc
 from appliance.audit.marks import (
     DESTINATIONS,
     OLDER,
+    WITNESSES,
     Marks,
     found,
     is_explained,
@@ -86,6 +87,8 @@ async def mark(services: Services, last: int) -> int:
     counts = {"mark": number}
     if (version := services.exports.version) is not None:
         counts[DESTINATIONS] = version
+    if (version := services.audit.witnesses.version) is not None:
+        counts[WITNESSES] = version
     details = {OLDER: services.audit.older} if services.audit.older else {}
     await services.audit.record(Event(STORE_MARKED, SYSTEM, counts=counts, details=details))
     await remember(services.store, Marks(meant=number, made=number))
@@ -96,6 +99,7 @@ async def _compare(services: Services) -> int:
     """Tell of an older copy; the largest mark that either of them knows."""
     audit = services.audit
     await tell_restores(services)
+    await asyncio.to_thread(audit.witnesses.learn)
     marks = await services.store.read(marks_of_store)
     log = await asyncio.to_thread(lambda: remembered_by_log(LogReader(audit.directory), services.vault))
     which = found(marks, log.mark)

@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import gc
 import logging
+import math
 import os
 import shutil
 import signal
@@ -221,24 +222,27 @@ async def _keep_checking(services: Services) -> None:
 
 
 async def _record_engine(services: Services) -> None:
-    """What the engine begins and ceases to serve, as the watch saw it."""
+    """What the engine begins and ceases to serve, as the watch saw it, in its order."""
     while True:
         models = await services.lifecycle.engine_changes.get()
         event = Event(ENGINE_READY if models else ENGINE_LOST, SYSTEM, target=("model", ", ".join(models)))
-        with contextlib.suppress(AuditUnavailable):
-            await services.audit.record(event)
+        await _record_in_the_end(services, event)
 
 
 async def _record_quarantines(services: Services) -> None:
-    """That what came back from a tier was wrong: tried until it is recorded."""
+    """That what came back from a tier was wrong."""
     while True:
-        event = _quarantine(await services.kv.quarantines.get())
-        while True:
-            try:
-                await services.audit.record(event)
-                break
-            except HoldfastError:
-                await asyncio.sleep(_RECORD_AGAIN_S)
+        await _record_in_the_end(services, _quarantine(await services.kv.quarantines.get()))
+
+
+async def _record_in_the_end(services: Services, event: Event) -> None:
+    """Try until it is recorded, of the reserve too: it happened, whether the log can be written now or not."""
+    while True:
+        try:
+            await services.audit.record(event, privileged=True)
+            return
+        except HoldfastError:
+            await asyncio.sleep(_RECORD_AGAIN_S)
 
 
 def _quarantine(picture: KvPicture) -> Event:
@@ -400,6 +404,16 @@ def _observe(services: Services) -> None:
         "holdfast_audit_failing",
         "1 while the audit log cannot be written or signed.",
         lambda: float(services.audit.error is not None),
+    )
+    metrics.observe(
+        "holdfast_audit_checkpoint_age_seconds",
+        "How old the audit log's newest checkpoint is; not a number while there is none.",
+        lambda: math.nan if (age_s := services.audit.checkpoint_age_s) is None else age_s,
+    )
+    metrics.observe(
+        "holdfast_audit_alarm",
+        "1 while the audit log was found changed, older than the database, the database older, or entries missing.",
+        lambda: float(bool(services.audit.alarms)),
     )
     metrics.observe(
         "holdfast_store_waiting_writes", "Change sets that wait to be written.", lambda: services.store.waiting_writes

@@ -30,11 +30,11 @@ import uvloop
 
 from appliance.audit.events import TURN_ADMITTED, Actor, Event
 from appliance.audit.launch import Launcher
+from appliance.audit.log import PUBLIC_KEY
 from appliance.audit.notes import SigningKey
 from appliance.audit.recorder import Recorder
 from appliance.audit.siem.destinations import Destination
 from appliance.audit.siem.exports import Exports
-from appliance.audit.signing import PUBLIC_KEY
 from appliance.vault import Vault
 from benchmarks.audit import open_vault
 from benchmarks.load import percentile

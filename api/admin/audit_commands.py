@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from appliance.audit.digests import prompt_hash
+from appliance.audit.log import PUBLIC_KEY
 from appliance.audit.notes import VerifierKey, decode_note
 from appliance.audit.proof import prove as make_proof
 from appliance.audit.proof import verify_proof
@@ -29,7 +30,6 @@ from appliance.audit.siem.batches import PUBLIC_KEY as BATCHES_KEY
 from appliance.audit.siem.batches import lines_of, verify_batches
 from appliance.audit.siem.known import Known
 from appliance.audit.siem.verify_export import ExportVerified, verify_export
-from appliance.audit.signing import PUBLIC_KEY
 from appliance.audit.verify import Removed, Verified, verify_log
 from appliance.audit.witness import Witness, own_key, read_request
 from appliance.audit.witnessing import cosigned_note
@@ -94,7 +94,8 @@ def acknowledge(console: Console) -> None:
     """End the alarm of an older copy that no restore announced; that you did is in the log."""
     told = console.admin().acknowledge_older_copy()
     which = told.acknowledged
-    console.result(told, "There is no such alarm." if which is None else f"Acknowledged: an older copy of the {which}.")
+    copy = f"an older copy of the {which}" if which != "unknown" else "that nobody can tell of an older copy"
+    console.result(told, "There is no such alarm." if which is None else f"Acknowledged: {copy}.")
 
 
 @audit.command()
@@ -143,11 +144,27 @@ def show(console: Console, sequence: int) -> None:
 @audit.command()
 @_LOG_OPTION
 @_KEY_OPTION
-@click.option("--witness", "witnesses", multiple=True, metavar="VKEY", help="A witness that must have co-signed it.")
+@click.option(
+    "--witness",
+    "witnesses",
+    multiple=True,
+    metavar="VKEY",
+    help="A witness that must have co-signed it; once for each. A co-signature of another one is an error.",
+)
+@click.option(
+    "--allow-unknown-witnesses",
+    is_flag=True,
+    help="Co-signatures of witnesses that were not named, which cannot be checked, are counted and no error.",
+)
 @click.option("--at-least", type=click.IntRange(0), default=0, help="A size that the log is known to have had.")
 @pass_console
 def verify(
-    console: Console, log_dir: Path | None, key_text: str | None, witnesses: tuple[str, ...], at_least: int
+    console: Console,
+    log_dir: Path | None,
+    key_text: str | None,
+    witnesses: tuple[str, ...],
+    allow_unknown_witnesses: bool,
+    at_least: int,
 ) -> None:
     """Check every entry, tile, signature and clock of the log, and name the first that is wrong."""
     directory = _directory(console, log_dir)
@@ -165,6 +182,7 @@ def verify(
         directory,
         _log_key(directory, key_text),
         witnesses=[_vkey(text) for text in witnesses],
+        allow_unknown=allow_unknown_witnesses,
         at_least=at_least,
         progress=progress,
     )
@@ -675,6 +693,8 @@ def _siem_words(state: "types.AuditStatus") -> list[str]:
 
 
 def _witnessed_words(state: "types.AuditStatus") -> str:
+    if state.witnessed_size is None:
+        return "not known: the vault is sealed, or see alarm"
     if state.witnessed_age_s is None:
         return "never; docs/audit.md says how a witness is asked"
     return f"{in_words(state.witnessed_age_s)} ago by {state.witnessed_by}, of {state.witnessed_size} entries"
@@ -802,6 +822,7 @@ def _verified_text(found: Verified, took_s: float) -> str:
     if found.unsigned:
         lines.append(f"  {found.unsigned} more are not signed yet: whoever can write the folder can cut them off")
     lines += [f"  {name} saw {size} entries at {moment(time_s)}" for name, (size, time_s) in found.witnessed.items()]
+    lines += [f"  {count} co-signatures of {name} were NOT CHECKED" for name, count in found.unknown.items()]
     lines += [
         f"  the clock was set by {step.step_ns / 1e9:+.1f} s before entry {step.sequence}" for step in found.clock_steps
     ]

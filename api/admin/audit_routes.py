@@ -39,7 +39,7 @@ from appliance.audit.siem.excerpt import excerpt
 from appliance.audit.signing import public_key
 from appliance.audit.tree import leaf_hash
 from appliance.audit.witness import read_request
-from appliance.audit.witnessing import last_seen, make_request, take_reply
+from appliance.audit.witnessing import last_seen, make_request
 from appliance.errors import HoldfastError
 
 
@@ -150,12 +150,11 @@ def _ask_witness(directory: Path, witness: str | None, old_size: int | None) -> 
 async def _audit_witness_reply(
     came: types.AuditWitnessReply, services: ServicesOf, asker: AskerOf
 ) -> types.AuditWitnessed:
-    directory = services.audit.directory
     witness = VerifierKey.parse(came.witness)
-    seen = await asyncio.to_thread(
-        take_reply, directory, came.request.encode(), came.reply.encode(), public_key(directory), witness
+    seen, counts, details = await services.audit.keep_cosignature(
+        came.request.encode(), came.reply.encode(), witness, anew=True
     )
-    await asker.did(AUDIT_WITNESSED, ("witness", str(witness)), details={"size": str(seen.size)})
+    await asker.did(AUDIT_WITNESSED, ("witness", str(witness)), counts=counts, details=details)
     return types.AuditWitnessed(witness=witness.name, size=seen.size)
 
 

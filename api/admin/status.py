@@ -23,8 +23,9 @@ from api.roots import read_seal
 from api.services import Services
 from api.tenant_names import settings_of_nobody
 from appliance.audit import AuditUnavailable
+from appliance.audit.notes import VerifierKey
 from appliance.audit.witnesses import View
-from appliance.audit.witnessing import largest_witnessed
+from appliance.audit.witnessing import Witnessed, largest_witnessed
 from appliance.engine.launcher import EngineProcess, EngineState
 from appliance.errors import ErrorRecord, HoldfastError
 from appliance.settings import SIX_MONTHS_DAYS
@@ -119,7 +120,7 @@ async def audit_status(services: Services) -> types.AuditStatus:
             remedy="Ask again in a moment: it waits for its disk, or begins; `holdfast logs gateway` says more",
         ) from None
     audit, exports = services.audit, services.exports
-    witnessed = await asyncio.to_thread(largest_witnessed, audit.directory)
+    known, witnessed = await _witnessed(services, said["public_key"])
     error, unreadable = audit.error or said["error"], exports.unreadable
     retention = audit.retention
     oldest = retention.oldest
@@ -130,7 +131,7 @@ async def audit_status(services: Services) -> types.AuditStatus:
         checkpoint_age_s=said["checkpoint_age_s"],
         signs=said["signs"],
         public_key=said["public_key"] or None,
-        witnessed_size=0 if witnessed is None else witnessed.size,
+        witnessed_size=witnessed.size if witnessed is not None else 0 if known else None,
         witnessed_by=None if witnessed is None else witnessed.witness,
         witnessed_age_s=None if witnessed is None else services.now() - witnessed.time_s,
         retention_days=retention.days,
@@ -145,8 +146,7 @@ async def audit_status(services: Services) -> types.AuditStatus:
         exports=[] if unreadable is not None else [export_view(services, name) for name in exports.names],
         exports_error=_told(unreadable),
         witnesses=[_witness(view, services.now()) for view in services.witnesses.views()],
-        alarm="; ".join(filter(None, (audit.alarm, retention.alarm, audit.checking.alarm, services.witnesses.alarm)))
-        or None,
+        alarm="; ".join(filter(None, (audit.alarms, services.witnesses.alarm))) or None,
         restored=audit.restored or None,
         directory=str(audit.directory),
         error=_told(error),
@@ -182,6 +182,16 @@ def _told(error: ErrorRecord | None) -> types.AuditError | None:
     return None if error is None else types.AuditError.model_validate(error)
 
 
+async def _witnessed(services: Services, public_key: str) -> tuple[bool, Witnessed | None]:
+    """Whether it is known whom to believe, and what an accepted witness co-signed last."""
+    try:
+        accepted = await services.audit.accepted_witnesses()
+        log_key = VerifierKey.parse(public_key)
+    except (HoldfastError, OSError):
+        return False, None
+    return True, await asyncio.to_thread(largest_witnessed, services.audit.directory, log_key, accepted)
+
+
 async def _audit(services: Services) -> types.Part:
     error = services.audit.error
     if error is not None:
@@ -193,9 +203,14 @@ async def _audit(services: Services) -> types.Part:
         told = types.Trouble(what=f"{failure.message}: {failure.cause}", remedy=failure.remedy)
         return types.Part(name="audit", state="failed", detail=str(failure), troubles=[told])
     troubles = _audit_troubles(said)
+    if said.error is None and (late := services.audit.checkpoint_trouble):
+        remedy = "`holdfast logs gateway` says what the appender waits for"
+        troubles.insert(0, types.Trouble(what=late, remedy=remedy))
     detail = _audit_detail(said)
     if said.error is not None:
         detail = f"no checkpoint can be made: {said.error.cause}"
+    elif services.audit.checkpoint_trouble:
+        detail = f"{services.audit.checkpoint_trouble}; {detail}"
     elif said.alarm is not None:
         detail = f"{said.alarm}; {detail}"
     # Never worse than degraded: whatever is in the way of a check or of a destination, the log goes on.

@@ -730,9 +730,9 @@ class AuditStatus(Wire):
     when it has not since the start; `checked_size` how many entries were whole, 0 when some were not; `check_error`
     what is wrong, or why it could not be looked at.
 
-    `witnessed_size` entries are co-signed by `witnessed_by`, the last witness; 0, None: by nobody. How long ago that
-    was, `witnessed_age_s`, is by the witness's clock, and none of the three is verified: `audit verify --witness` does.
-    `witnesses` are those that are asked over the network: what they co-signed was verified.
+    `witnessed_size` entries are co-signed by `witnessed_by`, the last of the accepted witnesses to do so, which was
+    verified; 0: by nobody; None: it is not known which those are. How long ago that was, `witnessed_age_s`, is by the
+    witness's clock. `witnesses` are those that are asked over the network.
 
     `exports` are the destinations; `exports_error` says why it is not known which there are.
 
@@ -746,7 +746,7 @@ class AuditStatus(Wire):
     checkpoint_age_s: float | None
     signs: bool
     public_key: str | None
-    witnessed_size: int
+    witnessed_size: int | None
     witnesses: list[AuditWitness]
     witnessed_by: str | None
     witnessed_age_s: float | None
@@ -768,7 +768,7 @@ class AuditStatus(Wire):
 
 
 class OlderCopyAcknowledged(Wire):
-    """Which alarm was ended: of an older copy of the `log` or the `database`; None: there was none."""
+    """Which alarm was ended: of an older copy of the `log` or the `database`, or that it was `unknown`; None: none."""
 
     acknowledged: str | None
 

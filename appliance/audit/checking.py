@@ -1,6 +1,6 @@
 """Verifies this node's log by itself: a minute after each start, and then once a day.
 
-    python -m appliance.audit.checking DIRECTORY VKEY AT_LEAST
+    python -m appliance.audit.checking DIRECTORY VKEY AT_LEAST WITNESSES
 
 Rules:
 
@@ -9,6 +9,8 @@ Rules:
   at again soon.
 - The key is the vault's, not the folder's: whoever changes the log can change `log.vkey`, too. It is at least as long
   as its appender says that its checkpoint is.
+- The witnesses are those that were accepted, and each co-signed at least as much as its last reply said. That it is not
+  known which they are is an alarm and an event, as is a line of another one.
 - It reads in a process of its own, which gives way to everybody else: nobody's request waits for it.
 """
 
@@ -21,11 +23,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from appliance.audit.events import LOG_TAMPERED, SYSTEM, Event, Outcome
 from appliance.audit.launch import PASSED_ON
 from appliance.errors import ErrorRecord, HoldfastError
+
+if TYPE_CHECKING:
+    from appliance.audit.notes import VerifierKey
 
 _FIRST_S: Final = 60.0
 _EVERY_S: Final = 24 * 3600.0
@@ -40,6 +45,9 @@ class Trail(Protocol):
 
     async def checkpoint(self) -> dict[str, Any]:
         """Have a checkpoint made of all that there is; what its appender says of it then."""
+
+    async def accepted_witnesses(self) -> "dict[VerifierKey, int]":
+        """Its witnesses, and what each co-signed last."""
 
     async def record(self, *events: Event, privileged: bool = False) -> int:
         """Append events."""
@@ -105,7 +113,7 @@ class Checking:
             OSError: no process can be started.
         """
         said = await self._trail.checkpoint()
-        found = await self._verified(said["public_key"], said["checkpoint_size"])
+        found = await self._found(said["public_key"], said["checkpoint_size"])
         error: ErrorRecord | None = found.get("error")
         looked_at = error is None or "sequence" in found
         self.last = Checked(self._monotonic(), found.get("size", 0), error, looked_at)
@@ -119,7 +127,22 @@ class Checking:
             await self._trail.record(event, privileged=True)
             self._is_told = True
 
-    async def _verified(self, vkey: str, at_least: int) -> dict[str, Any]:
+    async def _found(self, vkey: str, at_least: int) -> dict[str, Any]:
+        from appliance.audit.accepted import WitnessesTampered
+
+        try:
+            accepted = await self._trail.accepted_witnesses()
+        except WitnessesTampered as error:
+            # Of what is there some more may be wrong, which comes first.
+            found = await self._verified(vkey, at_least, None)
+            return found if "error" in found else {"error": error.record(), "sequence": None}
+        found = await self._verified(vkey, at_least, _by_vkey(accepted))
+        if "error" in found and (now := await self._trail.accepted_witnesses()).keys() != accepted.keys():
+            # One was accepted meanwhile, whose co-signature was a stranger's to that check.
+            found = await self._verified(vkey, at_least, _by_vkey(now))
+        return found
+
+    async def _verified(self, vkey: str, at_least: int, witnesses: dict[str, int] | None) -> dict[str, Any]:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",
@@ -128,6 +151,7 @@ class Checking:
             str(self._directory),
             vkey,
             str(at_least),
+            json.dumps(witnesses),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             env={name: os.environ[name] for name in PASSED_ON if name in os.environ},
@@ -155,16 +179,30 @@ class Checking:
         return found
 
 
+def _by_vkey(accepted: "dict[VerifierKey, int]") -> dict[str, int]:
+    return {str(witness): size for witness, size in accepted.items()}
+
+
 def main() -> int:
     """Verify a log, and say as JSON what was found."""
     from appliance.audit.notes import VerifierKey
     from appliance.audit.verify import LogTampered, verify_log
 
     os.nice(_LEAST_URGENT)
-    directory, vkey, at_least = sys.argv[1:]
+    directory, vkey, at_least, witnesses = sys.argv[1:]
+    accepted: dict[str, int] | None = json.loads(witnesses)
     found: dict[str, Any]
     try:
-        found = {"size": verify_log(Path(directory), VerifierKey.parse(vkey), at_least=int(at_least)).size}
+        saw = {VerifierKey.parse(witness): size for witness, size in (accepted or {}).items()}
+        verified = verify_log(
+            Path(directory),
+            VerifierKey.parse(vkey),
+            witnesses=list(saw),
+            saw=saw,
+            allow_unknown=accepted is None,
+            at_least=int(at_least),
+        )
+        found = {"size": verified.size}
     except LogTampered as tampered:
         found = {"error": tampered.record(), "sequence": tampered.sequence}
     except HoldfastError as error:

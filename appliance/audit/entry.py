@@ -31,6 +31,7 @@ MAX_SEALED_BYTES: Final = 65_535  # what 16 bits of length before it can say
 NO_ID: Final = bytes(16)
 NO_TAG: Final = bytes(8)
 TAG_BYTES: Final = 8
+CLASS_AT: Final = 2  # where the class stands in an entry's bytes: 16 bits, big-endian
 WALL_NS_AT: Final = 12  # where the wall clock stands in an entry's bytes: a signed number of 64 bits, big-endian
 
 _ENTRY: Final = struct.Struct(">BBHQqQ16s16s16s8s8s32s32s32s")

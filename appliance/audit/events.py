@@ -87,17 +87,25 @@ LOG_RECOVERED: Final = EventClass(
 STORE_MARKED: Final = EventClass(
     2,
     "store.marked",
-    "The database and the log took note of each other; `mark` only grows, as does `destinations`, the version of the "
-    "SIEM's. `older_copy` is one that was found and nobody has acknowledged.",
+    "The database and the log took note of each other; `mark` only grows, as do `destinations`, the version of the "
+    "SIEM's, and `witnesses`, that of the accepted ones. `older_copy` is one that was found and nobody has "
+    "acknowledged.",
     Scope.SYSTEM,
     (6002, 99),
-    counts={"mark": "the mark's number", "destinations": "the version of the SIEM's destinations"},
-    details={"older_copy": "what was found to be an older copy, and nobody has acknowledged: `log` or `database`"},
+    counts={
+        "mark": "the mark's number",
+        "destinations": "the version of the SIEM's destinations",
+        "witnesses": "the version of the accepted witnesses",
+    },
+    details={
+        "older_copy": "what was found to be an older copy, and nobody has acknowledged: `log`, `database` or `unknown`"
+    },
 )
 OLDER_COPY: Final = EventClass(
     3,
     "older_copy.found",
-    "The log or the database had been put back to an older copy, and no restore had been announced.",
+    "The log or the database had been put back to an older copy, and no restore had been announced; `unknown`: the log "
+    "has no mark within reach, so that cannot be told.",
     Scope.SYSTEM,
     (6002, 99),
     counts={
@@ -485,12 +493,16 @@ AUDIT_READ: Final = EventClass(
 AUDIT_WITNESSED: Final = EventClass(
     96,
     "audit.witnessed",
-    "A witness co-signed a checkpoint: one that was carried to it, or over the network the first since a start, or "
-    "since it had refused or been silent.",
+    "A witness, by its public key, co-signed a checkpoint, and is accepted from then on: one that was carried to it; "
+    "over the network the first since a start, or since it had refused or been silent.",
     Scope.SYSTEM,
     (6003, 99),
-    counts={"size": "entries that the checkpoint names, where it was asked over the network"},
-    details={"size": "entries that the checkpoint names, where it was carried"} | _BROUGHT,
+    counts={"witnesses": "the version of the accepted ones"},
+    details={
+        "size": "entries that the checkpoint names",
+        "begun_anew": "why it was not known any more who had been accepted before",
+    }
+    | _BROUGHT,
 )
 WITNESS_REFUSED: Final = EventClass(
     97,

@@ -41,6 +41,7 @@ from appliance.errors import Fault, HoldfastError
 CHECKPOINT: Final = "checkpoint"
 JOURNAL: Final = "journal"
 WITNESSED: Final = "checkpoints"
+PUBLIC_KEY: Final = "log.vkey"
 _LOCK: Final = "lock"
 _LET_GO_AFTER: Final = 16  # bundles: the journal is written anew that seldom
 _LENGTH: Final = struct.Struct(">H")

@@ -6,7 +6,9 @@ Rules:
   database says that the log has it. However a run ends in between, the next start is not alarmed.
 - The log is older than the database when it lacks a mark that the database says it has; the database is older than the
   log when the log has a mark that the database never meant to make.
-- A mark names the version of the SIEM's destinations, too: a file of them that is put back to an older copy is found.
+- A mark names the version of the SIEM's destinations, too, and of the accepted witnesses: a file of them that is put
+  back to an older copy is found.
+- Absence of evidence is no evidence: where no mark is found within reach, it cannot be told, and that is told.
 - Putting a backup back is an administrator's right: a restore is an event of the log, and what it explains is no alarm.
 - What no restore explains is an event and an alarm. Each mark carries it on, through every start, until an
   administrator acknowledges it.
@@ -17,16 +19,20 @@ from typing import Final, NamedTuple
 
 from sqlalchemy import Connection, delete, insert, select
 
-from appliance.audit.entry import EntryKeys, open_record
-from appliance.audit.events import BACKUP_RESTORED, OLDER_COPY_ACKNOWLEDGED, STORE_MARKED
+from appliance.audit.entry import PLAINTEXT, EntryKeys, open_record
+from appliance.audit.events import AUDIT_WITNESSED, BACKUP_RESTORED, OLDER_COPY_ACKNOWLEDGED, STORE_MARKED
 from appliance.audit.reading import LogReader
 from appliance.audit.restores import Told
 from appliance.store import Store, tables
 
 DESTINATIONS: Final = "destinations"  # what a mark calls their version
+WITNESSES: Final = "witnesses"  # of the accepted witnesses
 OLDER: Final = "older_copy"  # what it calls the copy that nobody has acknowledged
 _NAME: Final = "audit-mark"
-MOST_LOOKED_AT: Final = 100_000
+UNKNOWN: Final = "unknown"  # what it calls one of which nobody can tell whether there is one
+MOST_LOOKED_AT: Final = 10_000_000  # entries; a mark is made every minute, in which 1,300,000 were written at most
+_REMEMBERED: Final = frozenset({STORE_MARKED.number, OLDER_COPY_ACKNOWLEDGED.number, BACKUP_RESTORED.number})
+_SAYING: Final = frozenset({STORE_MARKED.number, AUDIT_WITNESSED.number})  # whose counts name versions
 
 
 class Marks(NamedTuple):
@@ -63,7 +69,7 @@ class Remembered(NamedTuple):
 
     Attributes:
         mark: the last one in it; 0: there is none; None: it is too far back, or was removed.
-        older: which copy was found to be older, and nobody has acknowledged; empty: neither.
+        older: which copy was found to be older, or `UNKNOWN`, and nobody has acknowledged it; empty: neither.
         restore: the newest since that mark; None: there was none.
     """
 
@@ -80,9 +86,7 @@ def remembered_by_log(log: LogReader, keys: EntryKeys) -> Remembered:
         HoldfastError: the vault is sealed.
     """
     acknowledged, restore = False, None
-    for looked_at, (entry, sealed) in enumerate(log.backwards(log.size)):
-        if looked_at >= MOST_LOOKED_AT:
-            return Remembered(None, "", restore)
+    for entry, sealed in log.newest(_REMEMBERED, most=MOST_LOOKED_AT):
         if entry.event_class == OLDER_COPY_ACKNOWLEDGED.number:
             acknowledged = True
         elif entry.event_class == BACKUP_RESTORED.number and restore is None:
@@ -91,28 +95,35 @@ def remembered_by_log(log: LogReader, keys: EntryKeys) -> Remembered:
             record = open_record(entry, sealed, keys).record
             older = "" if acknowledged else str(record.get("details", {}).get(OLDER, ""))
             return Remembered(int(record["counts"]["mark"]), older, restore)
-    return Remembered(0 if log.oldest == 0 else None, "", restore)
+    return Remembered(0 if _is_within_reach(log) else None, "", restore)
 
 
-def version_of_destinations(log: LogReader, keys: EntryKeys) -> int:
-    """What the last mark says that knew which destinations there were; 0: none that can be found.
+def last_said(log: LogReader, keys: EntryKeys, name: str, *, sealed_only: bool = False) -> int | None:
+    """What the newest entry says that names the version called `name`; 0: none ever did. None: it cannot be told.
+
+    Args:
+        sealed_only: pass over what is in plaintext.
 
     Blocks, and raises as `remembered_by_log`.
     """
-    for looked_at, (entry, sealed) in enumerate(log.backwards(log.size)):
-        if looked_at >= MOST_LOOKED_AT:
-            break
-        if entry.event_class == STORE_MARKED.number:
-            counts = open_record(entry, sealed, keys).record["counts"]
-            if DESTINATIONS in counts:
-                return int(counts[DESTINATIONS])
-    return 0
+    for entry, sealed in log.newest(_SAYING, most=MOST_LOOKED_AT):
+        if sealed_only and entry.flags & PLAINTEXT:
+            continue
+        counts = open_record(entry, sealed, keys).record.get("counts", {})
+        if name in counts:
+            return int(counts[name])
+    return 0 if _is_within_reach(log) else None
+
+
+def _is_within_reach(log: LogReader) -> bool:
+    """Whether all that was ever in the log was looked at."""
+    return log.size <= MOST_LOOKED_AT and log.oldest == 0
 
 
 def found(marks: Marks, in_log: int | None) -> str:
-    """Which of the two was put back to an older copy: `log`, `database`, or neither."""
+    """Which of the two was put back to an older copy: `log`, `database`, or neither; `UNKNOWN`: that cannot be told."""
     if in_log is None:
-        return ""
+        return UNKNOWN
     if in_log < marks.made:
         return "log"
     if in_log > marks.meant:
@@ -123,7 +134,7 @@ def found(marks: Marks, in_log: int | None) -> str:
 def is_explained(which: str, marks: Marks, log: Remembered) -> bool:
     """Whether a restore that was announced is why one of the two is older."""
     restore = log.restore
-    if restore is None or restore.mark != marks.meant:
+    if which == UNKNOWN or restore is None or restore.mark != marks.meant:
         return False
     # A log that was carried over is as new as it was. A new one, made where the backup was put, has no mark yet.
     return which == "database" or (not restore.carried_over and log.mark == 0)

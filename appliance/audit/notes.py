@@ -60,6 +60,16 @@ class Algorithm(enum.IntEnum):
     COSIGNATURE = 0x04  # a time and a checkpoint's text: what a witness saw
 
 
+class Signer(NamedTuple):
+    """Whose a signature line says that it is."""
+
+    name: str
+    key_id: bytes
+
+    def __str__(self) -> str:
+        return f"{self.name} (key {self.key_id.hex()})"
+
+
 class Cosignature(NamedTuple):
     """A witness's signature on a checkpoint."""
 
@@ -106,6 +116,11 @@ class VerifierKey:
         """The 4 bytes that point to it from a signature."""
         material = b"%b\n%c%b" % (self.name.encode(), self.algorithm, self.public_key)
         return hashlib.sha256(material).digest()[:_KEY_ID_BYTES]
+
+    @property
+    def signer(self) -> Signer:
+        """What its signature lines say of whose they are."""
+        return Signer(self.name, self.key_id)
 
     def __str__(self) -> str:
         return f"{self.name}+{self.key_id.hex()}+{_base64(bytes([self.algorithm]) + self.public_key)}"
@@ -330,17 +345,13 @@ def cosignatures(note: str, witness: VerifierKey) -> list[Cosignature]:
     return found
 
 
-def claimed_cosigners(note: str) -> list[tuple[str, int]]:
-    """Whose co-signatures a note holds by its own word, and from when, in seconds since the epoch; none is verified.
+def signers(note: str) -> list[Signer]:
+    """Whose each signature line of a note says that it is, in their order; nothing of it is verified.
 
     Raises:
         NoteInvalid: it is no note.
     """
-    return [
-        (found.name, int.from_bytes(found.data[:_TIME_BYTES], "big"))
-        for found in _parse_note(note).signatures
-        if len(found.data) == _TIME_BYTES + _SIGNATURE_BYTES
-    ]
+    return [Signer(found.name, found.key_id) for found in _parse_note(note).signatures]
 
 
 def decode_note(data: bytes) -> str:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from appliance.audit.files import write_whole
-from appliance.audit.log import CHECKPOINT, unwritable
+from appliance.audit.log import CHECKPOINT, PUBLIC_KEY, unwritable
 from appliance.audit.notes import SigningKey, VerifierKey
 from appliance.errors import Fault, HoldfastError
 from appliance.vault import SYSTEM_SCOPE, Binding, KeyPurpose, Vault
 
 SIGNING_KEY: Final = "signing-key"
-PUBLIC_KEY: Final = "log.vkey"
 _BINDING: Final = Binding("audit", "signing_key", "log", SYSTEM_SCOPE, 1)
 
 

@@ -6,6 +6,8 @@ Rules:
 - Everything is read once, bundle by bundle: memory does not grow with the log.
 - What is checked: the checkpoint's signature; every entry's number, format and sealed record; every tile against the
   entries; the root; every co-signed checkpoint; both clocks. Nobody's key is needed, and nothing is decrypted.
+- A kept checkpoint has the log's signature once, and besides it co-signatures of the witnesses that were named, each
+  of which is checked. Any other line is tampering, unless who asks lets it pass: then it is named and counted.
 - What follows the newest checkpoint is in the journal alone. It is checked as far as it can be, and counted apart:
   whoever can write the folder can still cut it off.
 - What retention removed is missing rightfully, as far as the log's own newest removal says and no further: its hashes
@@ -18,7 +20,8 @@ Rules:
 
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -30,8 +33,16 @@ from typing import Any, ClassVar, Final
 from appliance.audit.entry import ENTRY_BYTES, FORMAT
 from appliance.audit.files import read_file
 from appliance.audit.journal import Frame, JournalContent, read_journal
-from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED, record_path
-from appliance.audit.notes import Checkpoint, NoteInvalid, VerifierKey, cosignatures, decode_note, open_checkpoint
+from appliance.audit.log import CHECKPOINT, JOURNAL, PUBLIC_KEY, WITNESSED, record_path
+from appliance.audit.notes import (
+    Checkpoint,
+    NoteInvalid,
+    VerifierKey,
+    cosignatures,
+    decode_note,
+    open_checkpoint,
+    signers,
+)
 from appliance.audit.reading import STRIDE, LogReader, prefixed_parts, read_wider
 from appliance.audit.retention import Removal, newest_removal
 from appliance.audit.tree import (
@@ -68,8 +79,10 @@ class LogTampered(HoldfastError, ValueError):
     code: ClassVar[str] = "audit_log_tampered"
     fault: ClassVar[Fault] = Fault.CONFLICT
 
-    def __init__(self, message: str, *, cause: str, sequence: int | None = None) -> None:
-        remedy = "Keep this copy as it is, and compare it with a witness's checkpoint and with what the SIEM received"
+    def __init__(self, message: str, *, cause: str, sequence: int | None = None, remedy: str = "") -> None:
+        remedy = remedy or (
+            "Keep this copy as it is, and compare it with a witness's checkpoint and with what the SIEM received"
+        )
         super().__init__(message, cause=cause, remedy=remedy)
         self.sequence = sequence
 
@@ -115,6 +128,7 @@ class Verified:
         unsigned: entries behind it, which only the journal has.
         boots: how many starts of the machine wrote them.
         witnessed: the largest size that each witness co-signed, and when, in seconds since the epoch.
+        unknown: of co-signatures that nobody checked: whose they say they are, and how many checkpoints have one.
         clock_steps: where the wall clock was set; at most 1,000 of them.
         removed: what is not there any more, rightfully; None: everything is there.
     """
@@ -127,6 +141,7 @@ class Verified:
     unsigned: int = 0
     boots: int = 0
     witnessed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    unknown: dict[str, int] = field(default_factory=dict)
     clock_steps: list[ClockStep] = field(default_factory=list)
     removed: Removed | None = None
 
@@ -141,6 +156,7 @@ class Verified:
             "first_wall_ns": self.first_wall_ns,
             "last_wall_ns": self.last_wall_ns,
             "witnessed": {name: {"size": size, "time_s": time_s} for name, (size, time_s) in self.witnessed.items()},
+            "unknown_witnesses": dict(self.unknown),
             "clock_steps": [{"sequence": step.sequence, "step_ns": step.step_ns} for step in self.clock_steps],
             "removed": None if self.removed is None else asdict(self.removed),
         }
@@ -155,6 +171,8 @@ def verify_log(
     key: VerifierKey,
     *,
     witnesses: Sequence[VerifierKey] = (),
+    saw: Mapping[VerifierKey, int] | None = None,
+    allow_unknown: bool = False,
     at_least: int = 0,
     progress: Progress | None = None,
     pause: Callable[[], None] = _pause,
@@ -164,6 +182,8 @@ def verify_log(
     Args:
         key: the log's public key. From outside of the folder: whoever changes the log can change `log.vkey`.
         witnesses: whose co-signatures are checked; each must have co-signed something.
+        saw: sizes that some of them are known to have co-signed, or larger ones.
+        allow_unknown: count co-signatures of other witnesses, which cannot be checked; else they are tampering.
         at_least: a size that the log is known to have had.
         progress: told of entries done, and of all; there may become more of them.
         pause: waits a moment for an append that is being written; called a bounded number of times.
@@ -171,7 +191,10 @@ def verify_log(
     Raises:
         LogTampered: names the first entry that is wrong, or the file.
     """
-    witnessed = _witnessed(directory, key, witnesses)
+    _check_public_key(directory, key)
+    witnessed, unknown = _witnessed(directory, key, witnesses)
+    if unknown and not allow_unknown:
+        raise next(iter(unknown.values()))[0]
     view = _view(directory, key, pause)
     checkpoint = view.checkpoint
     for seen in witnessed:
@@ -191,14 +214,21 @@ def verify_log(
     run = _Run(view, key, pause, witnessed)
     run.entries(progress)
     run.journal()
-    found = run.found
+    run.found.unknown = {name: len(told) for name, told in unknown.items()}
     for witness in witnesses:
-        if witness.name not in found.witnessed:
+        size, known = run.saw.get(witness, 0), (saw or {}).get(witness, 0)
+        if size < known:
+            raise LogTampered(
+                f"what {witness.name} co-signed last is missing",
+                cause=f"it saw {known} entries, and the largest checkpoint with its co-signature in "
+                f"{directory / WITNESSED} is of {size}",
+            )
+        if witness not in run.saw:
             raise LogTampered(
                 f"{witness.name} co-signed nothing of this log",
                 cause=f"there is no checkpoint with its co-signature in {directory / WITNESSED}",
             )
-    return found
+    return run.found
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +257,7 @@ class _Run:
         self._clocks = (0, 0)
         self._removal: Removal | None = None  # the newest, looked up once something is missing
         self._root_at_removal = b""  # of the tree that it says it knew
+        self.saw: dict[VerifierKey, int] = {}  # the largest size that each witness co-signed
         self.found = Verified(view.checkpoint.origin, view.checkpoint.size, view.checkpoint.root)
 
     @property
@@ -573,8 +604,9 @@ class _Run:
                     f"a witness saw another log of {seen.checkpoint.size} entries",
                     cause=f"{seen.path} is co-signed, and has another root: the log's history was written anew",
                 )
-            for name, time_s in seen.by.items():
-                self.found.witnessed[name] = (seen.checkpoint.size, time_s)
+            for witness, time_s in seen.by.items():
+                self.saw[witness] = seen.checkpoint.size
+                self.found.witnessed[witness.name] = (seen.checkpoint.size, time_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -583,7 +615,7 @@ class _Witnessed:
 
     path: Path
     checkpoint: Checkpoint
-    by: dict[str, int]
+    by: dict[VerifierKey, int]
 
 
 def _view(directory: Path, key: VerifierKey, pause: Callable[[], None]) -> _View:
@@ -627,16 +659,42 @@ def _journal(directory: Path, size: int, pause: Callable[[], None]) -> JournalCo
 def _newest(directory: Path, key: VerifierKey) -> Checkpoint:
     path = directory / CHECKPOINT
     try:
-        return open_checkpoint(decode_note(read_file(path)), key)
+        note = decode_note(read_file(path))
+        checkpoint, by = open_checkpoint(note, key), signers(note)
     except OSError as error:
         raise LogTampered("there is no checkpoint", cause=f"{path}: {error.strerror}") from None
     except NoteInvalid as error:
         raise LogTampered("the checkpoint does not hold", cause=f"{path}: {error.cause}") from None
+    if by != [key.signer]:
+        raise LogTampered(
+            "the checkpoint is not as it was written",
+            cause=f"{path} has other signature lines than one of {key.name}",
+        )
+    return checkpoint
 
 
-def _witnessed(directory: Path, key: VerifierKey, witnesses: Sequence[VerifierKey]) -> list[_Witnessed]:
-    """What is kept with co-signatures."""
-    found = []
+def _check_public_key(directory: Path, key: VerifierKey) -> None:
+    """The key that lies with the log is its key; a copy may lack it."""
+    path = directory / PUBLIC_KEY
+    try:
+        kept = read_file(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise LogTampered("the log's public key cannot be read", cause=f"{path}: {error.strerror}") from None
+    if kept != f"{key}\n".encode():
+        raise LogTampered(
+            "the public key that lies with the log is another one",
+            cause=f"{path} is not {key}",
+        )
+
+
+def _witnessed(
+    directory: Path, key: VerifierKey, witnesses: Sequence[VerifierKey]
+) -> tuple[list[_Witnessed], dict[str, list[LogTampered]]]:
+    """What is kept with co-signatures; and the lines of others than `witnesses`, by whose they say that they are."""
+    found, unknown = [], dict[str, list[LogTampered]]()
+    known = {key.signer, *(witness.signer for witness in witnesses)}
     folder = directory / WITNESSED
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if path.name.startswith("."):
@@ -644,18 +702,35 @@ def _witnessed(directory: Path, key: VerifierKey, witnesses: Sequence[VerifierKe
         try:
             note = decode_note(read_file(path))
             checkpoint = open_checkpoint(note, key)
+            lines = Counter(signers(note))
             by = {}
             for witness in witnesses:
-                if f"\n\N{EM DASH} {witness.name} " in note:
-                    by[witness.name] = max(each.time_s for each in cosignatures(note, witness))
+                if witness.signer in lines:
+                    by[witness] = max(each.time_s for each in cosignatures(note, witness))
         except FileNotFoundError:
             continue  # a running appliance keeps one of many (`witnessing.thin_out`)
         except OSError as error:
             raise LogTampered("a co-signed checkpoint cannot be read", cause=f"{path}: {error.strerror}") from None
         except NoteInvalid as error:
             raise LogTampered("a co-signed checkpoint does not hold", cause=f"{path}: {error.cause}") from None
+        if path.name != str(checkpoint.size) or lines[key.signer] != 1:
+            raise LogTampered(
+                "a co-signed checkpoint is not as it was written",
+                cause=f"{path} is of {checkpoint.size} entries, and {key.name} signed it {lines[key.signer]} times",
+            )
+        for signer in sorted(lines.keys() - known):
+            unknown.setdefault(str(signer), []).append(_unknown(path, str(signer)))
         found.append(_Witnessed(path, checkpoint, by))
-    return found
+    return found, unknown
+
+
+def _unknown(path: Path, signer: str) -> LogTampered:
+    return LogTampered(
+        "a co-signature cannot be checked",
+        cause=f"{path} has a line of {signer}, which is none of the witnesses that were named",
+        remedy="Name every witness of this log with --witness, and do not believe one that nobody accepted: the line "
+        "may have been changed. --allow-unknown-witnesses checks the rest, and counts such lines",
+    )
 
 
 def _another(checkpoint: Checkpoint, root: bytes) -> LogTampered:

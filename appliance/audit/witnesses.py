@@ -36,7 +36,7 @@ from appliance.audit.asking import (
 from appliance.audit.events import AUDIT_WITNESSED, SYSTEM, WITNESS_REFUSED, WITNESS_SILENT, Event, EventClass
 from appliance.audit.events import Outcome as EventOutcome
 from appliance.audit.launch import PASSED_ON
-from appliance.audit.notes import Algorithm, KeyInvalid, size_of_note
+from appliance.audit.notes import Algorithm, Checkpoint, KeyInvalid, VerifierKey, size_of_note
 from appliance.audit.signing import public_key
 from appliance.audit.witnessing import last_cosigned, take_reply, thin_out
 from appliance.errors import ErrorRecord, HoldfastError
@@ -51,6 +51,7 @@ _STOP_S: Final = 5.0
 _LAST_S: Final = 3.0
 _LOOK_EVERY_S: Final = 0.05
 _THIN_OUT_EVERY_S: Final = 3600.0
+_COSIGNED: Final = "cosigned"
 _LOG = logging.getLogger("holdfast.audit.witness")
 
 _WHY: Final[Mapping[Outcome, str]] = {
@@ -70,6 +71,11 @@ class Trail(Protocol):
 
     async def record(self, *events: Event, privileged: bool = False) -> int:
         """Append events. Raises HoldfastError."""
+
+    async def keep_cosignature(
+        self, request: bytes, reply: bytes, witness: VerifierKey
+    ) -> tuple[Checkpoint, dict[str, int], dict[str, str]]:
+        """Keep what a witness co-signed, and accept who did; with the counts and the details of the event of it."""
 
 
 class View(NamedTuple):
@@ -173,13 +179,16 @@ class Witnesses:
         view = self._views[told.name]
         if told.outcome is Outcome.COSIGNED:
             try:
-                await asyncio.to_thread(self._keep, told)
+                if self._told.get(view.name) == _COSIGNED:
+                    await asyncio.to_thread(self._keep, told)
+                else:
+                    await self._accept(view, told)
             except HoldfastError as error:
                 await self._fail(view, error.record())
             except OSError as error:
                 await self._fail(view, _cannot_be_kept(error))
             else:
-                await self._cosigned(view, told)
+                self._cosigned(view, told)
         elif told.outcome.refused:
             await self._refuse(view, told)
         elif told.error is not None:
@@ -189,7 +198,13 @@ class Witnesses:
         key = self._at[told.name].key
         take_reply(self._directory, told.request.encode(), told.reply.encode(), public_key(self._directory), key)
 
-    async def _cosigned(self, view: View, told: Told) -> None:
+    async def _accept(self, view: View, told: Told) -> None:
+        """Keep what one co-signed that is not known to co-sign: from now on this log is held to its word."""
+        request, reply, key = told.request.encode(), told.reply.encode(), self._at[told.name].key
+        _, counts, details = await self._trail.keep_cosignature(request, reply, key)
+        await self._tell_of(view.name, _COSIGNED, AUDIT_WITNESSED, counts=counts, details=details)
+
+    def _cosigned(self, view: View, told: Told) -> None:
         if told.witness_size is not None and told.witness_size < view.size:
             _LOG.error(
                 "witness %s had forgotten: it saw %d entries, and co-signed %d before: its state was lost, or put back",
@@ -200,7 +215,6 @@ class Witnesses:
         self._views[view.name] = view._replace(
             size=told.size, cosigned_s=self._wall(), silent_since_s=None, refused="", error=None
         )
-        await self._tell_of(view.name, "cosigned", AUDIT_WITNESSED, counts={"size": told.size})
 
     async def _refuse(self, view: View, told: Told) -> None:
         why = _WHY[told.outcome].format(size=told.size, witness_size=told.witness_size)
@@ -228,6 +242,7 @@ class Witnesses:
         *,
         reason: str = "",
         counts: Mapping[str, int | float] | None = None,
+        details: Mapping[str, str] | None = None,
     ) -> None:
         """Record what is new of a witness; what cannot be recorded is recorded when it is told again."""
         if self._told.get(name) == what:
@@ -235,9 +250,10 @@ class Witnesses:
         outcome = EventOutcome.FAILURE if reason else EventOutcome.SUCCESS
         target = ("witness", self._at[name].vkey)
         with contextlib.suppress(HoldfastError):
-            await self._trail.record(
-                Event(kind, SYSTEM, outcome, target=target, reason=reason, counts=counts or {}), privileged=True
+            event = Event(
+                kind, SYSTEM, outcome, target=target, reason=reason, counts=counts or {}, details=details or {}
             )
+            await self._trail.record(event, privileged=True)
             self._told[name] = what
 
     # The process

@@ -13,7 +13,7 @@ Rules:
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -24,10 +24,10 @@ from appliance.audit.notes import (
     Cosignature,
     NoteInvalid,
     VerifierKey,
-    claimed_cosigners,
     cosignatures,
     decode_note,
     open_checkpoint,
+    signers,
     size_of_note,
 )
 from appliance.audit.reading import LogReader, NoSuchEntry, hashes_of
@@ -118,13 +118,20 @@ class Witnessed(NamedTuple):
     witness: str
 
 
-def largest_witnessed(directory: Path) -> Witnessed | None:
-    """The largest size that anybody co-signed, by the lines in the folder alone, and who did last; None: nobody did."""
-    for size, path in _newest_first(directory):
+def largest_witnessed(directory: Path, log_key: VerifierKey, witnesses: Iterable[VerifierKey]) -> Witnessed | None:
+    """The largest size that one of these witnesses co-signed, by the checkpoints in the folder that hold, and who did
+    last; None: nobody did.
+    """
+    keys = list(witnesses)
+    for size, path in _newest_first(directory) if keys else ():
         with contextlib.suppress(NoteInvalid, OSError):
-            signers = claimed_cosigners(decode_note(read_file(path)))
-            if signers:
-                return max(Witnessed(size, time_s, name) for name, time_s in signers)
+            note = decode_note(read_file(path))
+            if open_checkpoint(note, log_key).size != size:
+                continue
+            by = [key for key in keys if key.signer in signers(note)]
+            found = [Witnessed(size, each.time_s, key.name) for key in by for each in cosignatures(note, key)]
+            if found:
+                return max(found)
     return None
 
 
@@ -200,10 +207,9 @@ def _signatures(note: str) -> int:
 
 
 def _cosigned_by(witness: VerifierKey, note: str) -> list[Cosignature]:
-    if f"\n\N{EM DASH} {witness.name} " not in note:
-        return []
     with contextlib.suppress(NoteInvalid):
-        return cosignatures(note, witness)
+        if witness.signer in signers(note):
+            return cosignatures(note, witness)
     return []
 
 

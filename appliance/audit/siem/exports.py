@@ -30,7 +30,7 @@ from typing import ClassVar, Final
 
 from appliance.audit import protocol
 from appliance.audit.entry import AuditKeys
-from appliance.audit.marks import version_of_destinations
+from appliance.audit.marks import DESTINATIONS, last_said
 from appliance.audit.reading import LogReader
 from appliance.audit.siem import link
 from appliance.audit.siem.cursor import Cursor, Position
@@ -85,7 +85,7 @@ class DestinationsUnreadable(HoldfastError, OSError):
 
 
 class DestinationsGone(DestinationsUnreadable):
-    """There were destinations, and nothing is left of them."""
+    """There were destinations, or may have been, and which they were is not known any more."""
 
     code: ClassVar[str] = "audit_exports_gone"
 
@@ -121,6 +121,7 @@ class Exports:
         self._destinations: dict[str, Destination] = {}
         self._version: int | None = None  # of what was saved last, once that is known
         self.changed = asyncio.Event()
+        self._nothing_tells = False  # the log does not say which was saved last
         self._unread: DestinationsUnreadable | None = None  # why it is not known which there are
         self._error: ErrorRecord | None = None  # why there is no exporter
         self._views: dict[str, View] = {}
@@ -310,8 +311,10 @@ class Exports:
         """
         path = self._folder / _SAVED
         found = self._load()
+        last = None
         try:
-            last = version_of_destinations(LogReader(self._directory), self._keys)
+            if not self._nothing_tells:
+                last = last_said(LogReader(self._directory), self._keys, DESTINATIONS)
         except HoldfastError as error:
             if not found.version:
                 return None, []
@@ -320,6 +323,13 @@ class Exports:
                 cause=f"{error.message}: {error.cause}",
                 remedy=error.remedy,
             ) from None
+        if last is None:
+            self._nothing_tells = True
+            raise DestinationsGone(
+                "it cannot be told which destinations of the audit log were saved last",
+                cause=f"version {found.version} is in {path}, and the log's newest entries have no mark that names one",
+                remedy="Add them again, each of them: `holdfast audit export add`",
+            )
         self._version = max(last, found.version)
         if last and not found.version:
             raise DestinationsGone(

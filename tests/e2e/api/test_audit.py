@@ -309,8 +309,9 @@ def test_a_log_that_cannot_be_written_stops_admission_and_says_why(own: Served) 
         refused = own.ask("hello")
     assert (refused.status, refused.code) == (503, "audit_unavailable")
     assert str(own.state_dir / "audit/journal") in refused.json["error"]["message"] + refused.json["error"]["cause"]
-    parts = own.send("GET", "/readyz").json["parts"]
-    assert parts["audit"] == {"ready": False, "why": "its log cannot be written or signed"}
+    ready = own.send("GET", "/readyz")
+    assert ready.status == 503
+    assert ready.json["parts"]["audit"] == {"ready": False, "why": "its log cannot be written or signed"}
     seen = own.engine_seen()["requests"]
     assert own.ask("hello").status == 503
     assert own.engine_seen()["requests"] == seen, "nothing reaches the engine that is not recorded"

@@ -69,6 +69,17 @@ def test_an_older_copy_is_found(appliance: tuple[Path, Path, str], tmp_path: Pat
             assert _run(state_dir, engine, api_key) == ("degraded", [which])
 
 
+def test_a_log_whose_whole_folder_was_taken_away_is_found_by_the_databases_mark(
+    appliance: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    state_dir, engine, api_key = appliance
+    with running_stub(engine):
+        assert _run(state_dir, engine, api_key) == ("ready", [])
+        (state_dir / "audit").rename(tmp_path / "taken away")
+        for _ in range(2):  # the log that begins then has nothing of it, and says that there was another one
+            assert _run(state_dir, engine, api_key) == ("degraded", ["log"])
+
+
 def test_a_gateway_killed_between_the_marks_is_not_alarmed(appliance: tuple[Path, Path, str]) -> None:
     state_dir, engine, api_key = appliance
     with running_stub(engine):

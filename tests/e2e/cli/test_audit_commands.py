@@ -1,6 +1,9 @@
 """`holdfast audit` as an administrator, an auditor and a witness meet it."""
 
+import contextlib
 import json
+import os
+import pty
 import re
 import shutil
 import subprocess
@@ -12,6 +15,7 @@ import pytest
 
 from tests.e2e.api.conftest import Served, serving
 from tests.e2e.cli.conftest import HOLDFAST
+from tests.unit.audit.making import KEY, make_log
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,25 @@ def test_an_auditor_checks_a_copy_with_the_public_key(served: Served, tmp_path: 
     assert json.loads(wrong.stdout)["code"] == "audit_log_tampered"
 
 
+def test_on_a_terminal_verify_says_how_far_it_is_and_takes_that_away_at_the_end(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    make_log(log, 600)
+    words = [str(HOLDFAST), "audit", "verify", "--log", str(log), "--key", str(KEY.verifier())]
+    terminal, its_end = pty.openpty()
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=its_end, timeout=60, check=False)
+    os.close(its_end)
+    shown = bytearray()
+    with contextlib.suppress(OSError), os.fdopen(terminal, "rb", buffering=0) as screen:  # EIO: nobody writes any more
+        while part := screen.read(4096):
+            shown += part
+    assert done.returncode == 0
+    assert shown.startswith(b"\r256 of 600 entries")
+    assert shown.endswith(b"\r\x1b[K"), "the line is free again"
+    assert b"600 entries hold" in done.stdout
+    quiet = subprocess.run(words, capture_output=True, timeout=60, check=False)
+    assert quiet.stderr == b"", "a file is told nothing of that"
+
+
 def test_one_entry_is_proved_with_and_without_its_record(served: Served, tmp_path: Path) -> None:
     _json(served, "audit", "witness", "export", str(tmp_path / "request"))
     key = _json(served, "audit", "status")["public_key"]
@@ -106,9 +129,25 @@ def test_a_witness_sees_the_log_grow_and_the_log_is_held_to_it(served: Served, t
     assert re.search(rf"; co-signed by holdfast-witness \d+ s ago, {seen} entries", detail), detail
     found = _json(served, "audit", "verify", "--key", key, "--witness", witness)
     assert found["witnessed"]["holdfast-witness"]["size"] == seen
-    assert _json(served, "audit", "search", "--action", "audit.witnessed")["entries"][0]["record"]["details"][
-        "size"
-    ] == str(seen)
+    told = _json(served, "audit", "search", "--action", "audit.witnessed")["entries"][0]["record"]
+    assert (told["target"]["id"], told["details"]["size"], told["counts"]) == (witness, str(seen), {"witnesses": 2})
+
+
+def test_a_witness_that_is_not_named_is_told_and_counted_where_it_may_pass(served: Served, tmp_path: Path) -> None:
+    request, reply = tmp_path / "request", tmp_path / "reply"
+    key = _json(served, "audit", "status")["public_key"]
+    words = ("--state", str(tmp_path / "witness"), "--key", key, "--name", "named.example")
+    _json(served, "audit", "witness", "export", str(request))
+    witness = _json(served, "audit", "witness", "cosign", str(request), str(reply), *words)["witness"]
+    _json(served, "audit", "witness", "import", str(request), str(reply), "--witness", witness)
+    copy = tmp_path / "copy"
+    shutil.copytree(served.state_dir / "audit", copy)
+    refused = run_holdfast(served, "audit", "verify", "--log", str(copy), "--key", key)
+    assert (refused.returncode, "--allow-unknown-witnesses" in refused.stderr) == (6, True)
+    passed = run_holdfast(served, "audit", "verify", "--log", str(copy), "--key", key, "--allow-unknown-witnesses")
+    assert passed.returncode == 0
+    told = r"co-signatures of named\.example \(key [0-9a-f]{8}\) were NOT CHECKED$"
+    assert re.search(told, passed.stdout, re.MULTILINE)
 
 
 def test_who_may_not_read_the_log_is_told_so(served: Served) -> None:

@@ -40,7 +40,15 @@ MAKERS: Final = {
     "_tell_of": ["name", "what", "kind"],
 }
 # The names in the dictionary of a function's variable.
-BY_HAND: Final = {("_audit_entries", "given"): {field.name for field in fields(Query)}}
+_WITNESSED: Final = ({"witnesses"}, {"size", "begun_anew"})  # `NodeAudit.keep_cosignature`
+BY_HAND: Final = {
+    ("_audit_entries", "given"): {field.name for field in fields(Query)},
+    **{
+        (function, name): names
+        for function in ("_audit_witness_reply", "_accept")
+        for name, names in zip(PLACES, _WITNESSED, strict=True)
+    },
+}
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 Names = dict[str, set[str]]

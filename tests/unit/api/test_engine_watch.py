@@ -3,11 +3,16 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from api import engine_watch
 from api.engine_watch import EngineWatch
+from api.server import _record_engine
+from appliance.audit import AuditUnavailable, Event
+from appliance.audit.events import ENGINE_LOST, ENGINE_READY, EventClass
 from appliance.engine.client import EngineUnavailable, ModelCard
 from appliance.engine.launcher import EngineState
 
@@ -134,3 +139,34 @@ async def test_an_engine_that_answers_has_not_failed_whatever_its_process_says()
     await watch.wait_ready()
     assert not watch.failed
     task.cancel()
+
+
+async def test_what_the_engine_begins_and_ceases_to_serve_is_recorded_though_the_log_is_out_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("api.server._RECORD_AGAIN_S", 0.0)
+    recorded: list[tuple[EventClass, str]] = []
+    tries, log_is_out, told = 0, True, asyncio.Event()
+
+    async def record(event: Event, *, privileged: bool = False) -> None:
+        nonlocal tries, log_is_out
+        assert privileged, "a full disk has room for it"
+        tries += 1
+        log_is_out = log_is_out and tries < 4
+        if log_is_out:
+            raise AuditUnavailable("nothing is recorded", cause="a full disk", remedy="Make room")
+        recorded.append((event.kind, event.target[1]))
+        if len(recorded) == 4:
+            told.set()
+
+    changes: asyncio.Queue[list[str]] = asyncio.Queue()
+    for models in (["m"], [], ["m", "n"], []):
+        changes.put_nowait(models)
+    services: Any = SimpleNamespace(
+        lifecycle=SimpleNamespace(engine_changes=changes), audit=SimpleNamespace(record=record)
+    )
+    recording = asyncio.create_task(_record_engine(services))
+    async with asyncio.timeout(10):
+        await told.wait()
+    recording.cancel()
+    assert recorded == [(ENGINE_READY, "m"), (ENGINE_LOST, ""), (ENGINE_READY, "m, n"), (ENGINE_LOST, "")]

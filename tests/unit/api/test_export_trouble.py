@@ -32,7 +32,7 @@ def services(*views: View, unreadable: ErrorRecord | None = None) -> Any:
             view={view.name: view for view in views}.__getitem__,
             destination=lambda _: SimpleNamespace(url="syslog+tls://siem"),
         ),
-        audit=SimpleNamespace(error=None),
+        audit=SimpleNamespace(error=None, checkpoint_trouble="", checkpoint_age_s=None, alarms=""),
         metrics=Metrics(),
         lifecycle=SimpleNamespace(turns=()),
         waiting=SimpleNamespace(waiting=0),

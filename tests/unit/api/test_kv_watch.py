@@ -186,7 +186,8 @@ async def test_a_quarantine_is_told_once_and_recorded_though_the_log_refuses_at_
     recorded: list[Event] = []
     refusals = [AuditUnavailable("full", cause="", remedy="")]
 
-    async def record(event: Event) -> None:
+    async def record(event: Event, *, privileged: bool = False) -> None:
+        assert privileged
         if refusals:
             raise refusals.pop()
         recorded.append(event)

@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 
 from api import marking
-from appliance.audit.events import STORE_MARKED, Event
+from appliance.audit import marks
+from appliance.audit.events import OLDER_COPY, STORE_MARKED, Event
 from appliance.audit.marks import Marks
+from appliance.audit.node import NodeAudit
 from appliance.store.errors import StoreFull
+from appliance.vault import Vault
 from tests.unit.api.pauses import Enough, Pauses
 from tests.unit.audit.making import Keys, make_log
+from tests.unit.vault.keystore import MemoryKeys
 
 pytestmark = pytest.mark.anyio
 EVERY_S = 60.0
@@ -52,6 +56,7 @@ class Audit(SimpleNamespace):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory=directory, opened=asyncio.Event(), older="", events=[], told=lambda _: None)
+        self.witnesses = SimpleNamespace(version=None, learn=lambda: None)
         self.opened.set()
 
     async def record(self, *events: Event, privileged: bool = False) -> int:
@@ -131,3 +136,28 @@ async def test_destinations_that_change_while_a_mark_is_made_are_marked_at_once(
     async with asyncio.timeout(30):
         assert [await marks.get(), await marks.get()] == [3, 4]
     marking_task.cancel()
+
+
+async def test_where_the_log_has_no_mark_within_reach_that_is_an_event_and_an_alarm_that_marks_carry_on(
+    services: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(marks, "MOST_LOOKED_AT", 4000)
+    services.store.marks = Marks(6, 6)
+    told = asyncio.Event()
+    services.audit.told = lambda event: told.set() if event.kind is STORE_MARKED else None
+    services.audit.alarm = "cannot be told"
+    marking_task = asyncio.create_task(marking.keep_marks(services))
+    async with asyncio.timeout(30):
+        await told.wait()
+    marking_task.cancel()
+    found, mark = services.audit.events
+    assert (found.kind, found.target) == (OLDER_COPY, ("copy", "unknown"))
+    assert (mark.counts["mark"], mark.details) == (7, {"older_copy": "unknown"})
+    assert services.audit.older == "unknown"
+
+
+def test_the_alarm_says_that_it_cannot_be_told(tmp_path: Path) -> None:
+    audit = NodeAudit(tmp_path, Vault(MemoryKeys()), versions={})
+    audit.older = "unknown"
+    assert audit.alarm.startswith("it cannot be told whether the log or the database was put back")
+    assert "`holdfast audit acknowledge`" in audit.alarm

@@ -1,6 +1,8 @@
 """The appender's loop by a clock that is set by hand: when it signs, and when it stays awake."""
 
+import errno
 import os
+import queue
 import socket
 import threading
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ import pytest
 from appliance.audit import appender as module
 from appliance.audit import protocol
 from appliance.audit.appender import Appender
-from appliance.audit.log import CHECKPOINT, AuditLog, Publication
+from appliance.audit.log import CHECKPOINT, AuditLog, Publication, unwritable
 from appliance.audit.protocol import Message
 from appliance.audit.reading import LogReader
 from tests.unit.audit.making import KEY, Clock, drafts, open_log
@@ -64,7 +66,7 @@ class Loop:
         """How many entries the newest checkpoint names, when what is due was done."""
         self.appender._publish_when_due()
         if self.appender._writing is not None:
-            self.appender._writing.result()
+            self.appender._writing.exception()  # waits for its end, whichever that is
             self.appender._conclude_publication()
         return LogReader(self.directory).published
 
@@ -186,6 +188,82 @@ def test_while_a_checkpoint_is_written_the_loop_waits_for_it_however_old_the_nex
     assert loop.appender._wait_s() == 1.0
     written.set()
     assert [loop.signed(), loop.signed()] == [1, 2]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again_while_what_comes_is_taken(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, tries = AuditLog.write, 0
+
+    def refused(log: AuditLog, publication: Publication, note: str) -> None:
+        nonlocal tries
+        tries += 1
+        if tries <= 2:
+            raise unwritable(log._directory / "tile", errno.ENOSPC)
+        write(log, publication, note)
+
+    monkeypatch.setattr(AuditLog, "write", refused)
+    loop.ask(protocol.SIGNING_KEY, KEY.to_bytes())
+    loop.append(1000)
+    assert loop.signed() == 0
+    for number in (1, 2):
+        error = loop.appender._status()["error"]
+        assert isinstance(error, dict)
+        assert "tile: No space left on device" in error["cause"]
+        loop.append(1)
+        assert loop.appender._status()["error"] == error, "that it is taken does not say that it is signed"
+        assert (loop.signed(), tries) == (0, number), "it is not tried again at once"
+        loop.now_s += 4.9
+        assert (loop.signed(), tries) == (0, number)
+        assert loop.appender._wait_s() <= 0.1
+        loop.now_s += 0.1
+        loop.signed()
+    assert (LogReader(loop.directory).published, tries) == (1002, 3)
+    told = loop.appender._status()
+    assert (told["error"], told["checkpoint_size"], loop.log.size) == (None, 1002, 1002)
+
+
+def test_under_load_the_next_checkpoint_is_begun_when_the_one_before_is_written_and_names_all_that_came_meanwhile(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no checkpoint names is bounded by what came while one was written, and what came while this one is."""
+    gates: queue.SimpleQueue[threading.Event] = queue.SimpleQueue()
+    write = AuditLog.write
+
+    def slowly(log: AuditLog, publication: Publication, note: str) -> None:
+        assert gates.get(timeout=60.0).wait(60.0)
+        write(log, publication, note)
+
+    monkeypatch.setattr(AuditLog, "write", slowly)
+    loop.ask(protocol.SIGNING_KEY, KEY.to_bytes())
+    loop.append(1000)
+    loop.appender._publish_when_due()
+    before = 0
+    for came in (4000, 1000, 2500):
+        assert loop.appender._publication is not None
+        named = loop.appender._publication.head.size
+        gate = threading.Event()
+        gates.put(gate)
+        for _ in range(came // 500):
+            loop.append(500)
+            loop.appender._conclude_publication()
+            loop.appender._publish_when_due()
+        assert (loop.log.published.size, loop.appender._publication.head.size) == (before, named), "one at a time"
+        gate.set()
+        assert loop.appender._writing is not None
+        loop.appender._writing.result()
+        loop.appender._conclude_publication()  # as one turn of the loop does it
+        loop.appender._publish_when_due()
+        assert loop.log.published.size == named
+        assert loop.appender._publication is not None, "no append, and no time, has to come first"
+        assert loop.appender._publication.head.size == loop.log.size == named + came
+        before = named
+    gate = threading.Event()
+    gate.set()
+    gates.put(gate)
+    loop.append(999)
+    assert loop.signed() == loop.log.size - 999
+    assert loop.appender._writing is None, "fewer than a thousand wait for a minute"
 
 
 def test_it_looks_about_only_for_who_asks_at_once_again_and_sleeps_then(loop: Loop) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from appliance.audit.log import PUBLIC_KEY
 from appliance.audit.notes import Algorithm, SigningKey
-from appliance.audit.signing import PUBLIC_KEY
 from appliance.audit.witness import Witness
 from appliance.audit.witnessing import make_request, take_reply
 from appliance.cli import holdfast

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from appliance.audit import checking as module
+from appliance.audit.accepted import WitnessesTampered
 from appliance.audit.checking import Checking
 from appliance.audit.events import LOG_TAMPERED, Event
-from appliance.audit.notes import SigningKey
+from appliance.audit.log import CHECKPOINT, WITNESSED
+from appliance.audit.notes import Algorithm, SigningKey, VerifierKey, cosign
 from appliance.audit.recorder import AuditUnavailable
 from tests.unit.audit.making import KEY, draft, open_log, sign
 
@@ -22,10 +24,16 @@ class Trail:
 
     def __init__(self, size: int, key: str = str(KEY.verifier())) -> None:
         self.recorded: list[Event] = []
+        self.witnesses: dict[VerifierKey, int] | WitnessesTampered = {}
         self._said = {"public_key": key, "checkpoint_size": size}
 
     async def checkpoint(self) -> dict[str, Any]:
         return self._said
+
+    async def accepted_witnesses(self) -> dict[VerifierKey, int]:
+        if isinstance(self.witnesses, WitnessesTampered):
+            raise self.witnesses
+        return self.witnesses
 
     async def record(self, *events: Event, privileged: bool = False) -> int:
         assert privileged
@@ -76,6 +84,57 @@ async def test_a_log_that_was_put_back_to_an_older_copy_or_signed_by_another_is_
         await checking.check()
         assert checking.alarm
         assert [event.kind for event in trail.recorded] == [LOG_TAMPERED]
+
+
+async def test_a_node_holds_its_log_to_the_witnesses_that_it_accepted(directory: Path) -> None:
+    witness = SigningKey("witness.example", b"w" * 32, Algorithm.COSIGNATURE)
+    kept = directory / WITNESSED / "600"
+    kept.parent.mkdir()
+    note = (directory / CHECKPOINT).read_text()
+    kept.write_text(note + cosign(note, witness, 1_700_000_000))
+    trail = Trail(600)
+    checking = Checking(trail, directory)
+
+    async def alarm() -> str:
+        await checking.check()
+        return checking.alarm
+
+    assert "witness.example (key" in await alarm(), "nobody accepted it"
+    trail.witnesses = {witness.verifier(): 600}
+    assert await alarm() == ""
+    as_written = kept.read_text()
+    kept.write_text(as_written.replace("witness.example", "witness.exemple"))
+    assert str(kept) in await alarm()
+    kept.unlink()
+    assert "what witness.example co-signed last is missing" in await alarm()
+    kept.write_text(as_written)
+    trail.witnesses = WitnessesTampered("it is not known who they are", cause="a file is gone", remedy="Put it back")
+    assert await alarm() == "it is not known who they are: a file is gone"
+    (directory / "tile/0/000").unlink()
+    assert "what holds entry 0 is missing" in await alarm()
+    assert {event.kind for event in trail.recorded} == {LOG_TAMPERED}
+
+
+async def test_a_witness_that_is_accepted_while_the_log_is_checked_is_no_alarm(directory: Path) -> None:
+    witness = SigningKey("witness.example", b"w" * 32, Algorithm.COSIGNATURE)
+
+    class Accepting(Trail):
+        asked = 0
+
+        async def accepted_witnesses(self) -> dict[VerifierKey, int]:
+            self.asked += 1
+            if self.asked == 1:  # the first answer is from before, the co-signature is there already
+                kept = directory / WITNESSED / "600"
+                kept.parent.mkdir()
+                note = (directory / CHECKPOINT).read_text()
+                kept.write_text(note + cosign(note, witness, 1_700_000_000))
+                return {}
+            return {witness.verifier(): 600}
+
+    trail = Accepting(600)
+    checking = Checking(trail, directory)
+    await checking.check()
+    assert (checking.alarm, trail.recorded) == ("", [])
 
 
 async def test_a_log_that_cannot_be_looked_at_is_an_alarm_and_no_event(directory: Path) -> None:

@@ -130,12 +130,54 @@ def test_the_journal_cut_at_every_byte_keeps_what_is_before(tmp_path: Path) -> N
         log.close()
 
 
-def test_two_processes_cannot_append(tmp_path: Path) -> None:
+def test_who_has_opened_a_log_has_it_until_it_is_closed(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     with pytest.raises(LogInUse):
         open_log(tmp_path)
     log.close()
     open_log(tmp_path).close()
+
+
+def _append_when_told(directory: Path, gate: int, told: int, end: int) -> None:
+    """Once `gate` is closed, open the log and append; say what came of it, and keep the log until `end` is closed."""
+    os.read(gate, 1)
+    try:
+        log = open_log(directory, clock=real_clock)
+        log.append(drafts(range(10)))
+        os.write(told, b"a")
+    except LogInUse:
+        os.write(told, b"r")
+    os.read(end, 1)
+
+
+def test_of_two_processes_that_try_to_append_one_does_and_the_other_is_refused(tmp_path: Path) -> None:
+    for round_ in range(1, 11):
+        (gate, opening), (said, told), (end, ending) = os.pipe(), os.pipe(), os.pipe()
+        children = []
+        for _ in range(2):
+            if (child := os.fork()) == 0:
+                try:
+                    os.close(opening)
+                    os.close(ending)
+                    _append_when_told(tmp_path, gate, told, end)
+                finally:
+                    os._exit(0)
+            children.append(child)
+        os.close(opening)  # both at once
+        answers = os.read(said, 1) + os.read(said, 1)
+        with pytest.raises(LogInUse):
+            open_log(tmp_path)
+        os.close(ending)
+        for child in children:
+            os.waitpid(child, 0)
+        for descriptor in (gate, said, told, end):
+            os.close(descriptor)
+        assert sorted(answers) == sorted(b"ar")
+        log = open_log(tmp_path, clock=real_clock)
+        assert log.size == 10 * round_
+        log.publish(sign)
+        log.close()
+    assert verify_log(tmp_path, KEY.verifier()).size == 100
 
 
 def test_a_log_shorter_than_its_checkpoint_is_not_gone_on_with(tmp_path: Path) -> None:

@@ -618,7 +618,7 @@ def test_a_log_goes_on_after_a_removal_and_an_older_copy_of_it_too(node: Node, t
     assert verify_log(node.directory, VERIFIER).removed is not None
 
 
-def test_a_mark_that_was_removed_is_too_far_back_and_no_alarm(node: Node) -> None:
+def test_of_a_mark_that_was_removed_nothing_can_be_told(node: Node) -> None:
     log = LogReader(node.directory)
     assert remembered_by_log(log, node.keys).mark == 0
     node.run()

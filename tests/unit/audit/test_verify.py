@@ -1,15 +1,18 @@
 """Whoever changes a log is found, and the first entry that is wrong is named."""
 
+import itertools
 import os
 import shutil
 import tracemalloc
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from appliance.audit.entry import ENTRY_BYTES
 from appliance.audit.journal import Journal, read_journal
-from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED, Head
+from appliance.audit.log import CHECKPOINT, JOURNAL, PUBLIC_KEY, WITNESSED, Head
 from appliance.audit.notes import Algorithm, Checkpoint, SigningKey, VerifierKey, cosign, sign_checkpoint
 from appliance.audit.tree import HASH_BYTES
 from appliance.audit.verify import LogTampered, Verified, verify_log
@@ -17,6 +20,7 @@ from tests.unit.audit.making import KEY, Clock, draft, drafts, make_log, open_lo
 
 VERIFIER = KEY.verifier()
 WITNESS = SigningKey("witness.example", b"w" * 32, Algorithm.COSIGNATURE)
+SECOND = SigningKey("second.example", b"2" * 32, Algorithm.COSIGNATURE)
 OTHER = SigningKey(KEY.name, b"o" * 32)
 
 
@@ -101,12 +105,139 @@ def _entry_at(name: str, content: bytes) -> list[int | None]:
     return found + [None] * (len(content) - len(found))
 
 
+def _co_signed(log: Path, *, larger: Sequence[int] = ()) -> None:
+    """Have two witnesses co-sign the newest checkpoint, and one of them each that is made when the log has grown."""
+    note = (log / CHECKPOINT).read_text()
+    _witness(log, note)
+    size = note.split("\n")[1]
+    path = log / WITNESSED / size
+    path.write_text(path.read_text() + cosign(note, SECOND, 1_700_000_000))
+    for first, end in pairwise([int(size), *larger]):
+        again = open_log(log)
+        again.append(drafts(range(first, end)))
+        again.publish(sign)
+        again.close()
+        _witness(log, (log / CHECKPOINT).read_text())
+
+
+BOTH = (WITNESS.verifier(), SECOND.verifier())
+
+
+@pytest.mark.parametrize("named", [BOTH, BOTH[:1], ()], ids=["both", "one", "none"])
+def test_every_flipped_bit_of_a_co_signed_checkpoint_is_found_and_its_file_named(
+    tmp_path: Path, named: tuple[VerifierKey, ...]
+) -> None:
+    """Whoever is named: an older checkpoint that the witness co-signed, too, does not stand in for the newer one."""
+    make_log(tmp_path, 3)
+    _co_signed(tmp_path, larger=[5])
+    assert verify_log(tmp_path, VERIFIER, witnesses=BOTH).unknown == {}
+    for path in sorted((tmp_path / WITNESSED).iterdir()):
+        content = path.read_bytes()
+        for at, bit in itertools.product(range(len(content)), range(8)):
+            _put(path, at, content[at] ^ (1 << bit))
+            with pytest.raises(LogTampered) as found:
+                verify_log(tmp_path, VERIFIER, witnesses=named)
+            assert str(tmp_path / WITNESSED) in found.value.cause, (path, at, bit)
+            if named == BOTH:
+                assert str(path) in found.value.cause, (path, at, bit)
+        path.write_bytes(content)
+
+
+def test_a_line_of_a_witness_that_was_not_named_is_an_error_unless_it_may_pass_and_is_counted(tmp_path: Path) -> None:
+    make_log(tmp_path, 3)
+    _co_signed(tmp_path, larger=[5])
+    second = f"second.example (key {BOTH[1].key_id.hex()})"
+    with pytest.raises(LogTampered) as found:
+        _verify(tmp_path, BOTH[0])
+    assert f"{tmp_path / WITNESSED / '3'} has a line of {second}" in found.value.cause
+    assert "--witness" in found.value.remedy
+    passed = verify_log(tmp_path, VERIFIER, witnesses=BOTH[:1], allow_unknown=True)
+    assert (passed.unknown, passed.witnessed) == ({second: 1}, {"witness.example": (5, 1_700_000_000)})
+    assert passed.record()["unknown_witnesses"] == {second: 1}
+    assert len(verify_log(tmp_path, VERIFIER, allow_unknown=True).unknown) == 2
+
+
+@pytest.mark.parametrize("wrong", ["twice", "name", "witness signed another"])
+def test_a_kept_checkpoint_is_the_logs_signature_and_co_signatures_and_nothing_else(tmp_path: Path, wrong: str) -> None:
+    make_log(tmp_path, 3)
+    _co_signed(tmp_path)
+    path = tmp_path / WITNESSED / "3"
+    note = path.read_text()
+    if wrong == "twice":
+        path.write_text(note + next(line for line in note.splitlines(keepends=True) if KEY.name + " " in line))
+    elif wrong == "name":
+        path.rename(path.with_name("4"))
+    else:
+        path.write_text(note + cosign(sign(Head(2, b"r" * 32)), WITNESS, 9))
+    with pytest.raises(LogTampered) as found:
+        _verify(tmp_path, *BOTH)
+    assert str(tmp_path / WITNESSED) in found.value.cause
+
+
+def test_the_newest_that_a_witness_co_signed_cannot_be_taken_away_from_who_knows_of_it(tmp_path: Path) -> None:
+    make_log(tmp_path, 3)
+    _co_signed(tmp_path, larger=[5])
+    saw = {BOTH[0]: 5, BOTH[1]: 3}
+    assert verify_log(tmp_path, VERIFIER, witnesses=BOTH, saw=saw).size == 5
+    (tmp_path / WITNESSED / "5").unlink()
+    with pytest.raises(LogTampered, match=r"what witness\.example co-signed last is missing"):
+        verify_log(tmp_path, VERIFIER, witnesses=BOTH, saw=saw)
+
+
+def test_two_witnesses_of_one_name_are_two(tmp_path: Path) -> None:
+    """One whose directory was lost begins anew with another key."""
+    make_log(tmp_path, 3)
+    note = (tmp_path / CHECKPOINT).read_text()
+    _witness(tmp_path, note)
+    anew = SigningKey(WITNESS.name, b"n" * 32, Algorithm.COSIGNATURE)
+    with pytest.raises(LogTampered, match="co-signed nothing"):
+        _verify(tmp_path, WITNESS.verifier(), anew.verifier())
+    path = tmp_path / WITNESSED / "3"
+    path.write_text(path.read_text() + cosign(note, anew, 1_700_000_001))
+    assert _verify(tmp_path, WITNESS.verifier(), anew.verifier()).unknown == {}
+    with pytest.raises(LogTampered, match="cannot be checked"):
+        _verify(tmp_path, WITNESS.verifier())
+
+
+def test_a_public_key_that_was_exchanged_beside_the_log_is_found(log: Path) -> None:
+    (log / PUBLIC_KEY).write_text(f"{VERIFIER}\n")
+    assert _verify(log).size == 600
+    (log / PUBLIC_KEY).write_text(f"{OTHER.verifier()}\n")
+    with pytest.raises(LogTampered, match="public key that lies with the log"):
+        _verify(log)
+
+
+@pytest.mark.timeout(600)
+def test_flipped_bytes_of_a_log_with_full_and_upper_tiles_are_found_in_every_file(tmp_path: Path) -> None:
+    """Every byte of every small file; of the large ones, which 257 entries fill, every 499th."""
+    make_log(tmp_path, 255)
+    _co_signed(tmp_path, larger=[256, 257])
+    (tmp_path / PUBLIC_KEY).write_text(f"{VERIFIER}\n")
+    journal = tmp_path / JOURNAL
+    os.truncate(journal, len(journal.read_bytes().rstrip(b"\0")) + 1)  # without the megabytes that it took ahead
+    files = {str(path.relative_to(tmp_path)): path for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"tile/0/000", "tile/1/000.p/1", "tile/0/001.p/1", "checkpoints/255", "checkpoints/257"} <= files.keys()
+    for name, path in files.items():
+        content = path.read_bytes()
+        end = len(content.rstrip(b"\0"))
+        step = 1 if end < 500 else 499
+        for at in range(0, end, step):
+            _put(path, at, content[at] ^ 0x01)
+            with pytest.raises(LogTampered):
+                verify_log(tmp_path, VERIFIER, witnesses=BOTH, pause=lambda: None)
+            _put(path, at, content[at])
+        assert path.read_bytes() == content, name
+    assert _verify(tmp_path, *BOTH).size == 257
+
+
 @pytest.mark.timeout(600)
 def test_every_flipped_byte_of_a_small_log_is_found_and_its_entry_named(tmp_path: Path) -> None:
     make_log(tmp_path, 3)
+    _co_signed(tmp_path)
+    (tmp_path / PUBLIC_KEY).write_text(f"{VERIFIER}\n")
     journal = tmp_path / JOURNAL
     os.truncate(journal, len(journal.read_bytes().rstrip(b"\0")) + 5_000)  # of the megabytes that it took ahead
-    assert _verify(tmp_path).size == 3
+    assert _verify(tmp_path, *BOTH).size == 3
     for path in sorted(path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size):
         content = path.read_bytes()
         entries = _entry_at(str(path.relative_to(tmp_path)), content)
@@ -115,10 +246,10 @@ def test_every_flipped_byte_of_a_small_log_is_found_and_its_entry_named(tmp_path
         for at in [*range(end), *range(end, len(content), 1_003)]:
             _put(path, at, content[at] ^ 0x01)
             with pytest.raises(LogTampered) as found:
-                verify_log(tmp_path, VERIFIER, pause=lambda: None)
+                verify_log(tmp_path, VERIFIER, witnesses=BOTH, pause=lambda: None)
             assert entries[at] in (None, found.value.sequence), (path, at)
             _put(path, at, content[at])
-    assert _verify(tmp_path).size == 3
+    assert _verify(tmp_path, *BOTH).size == 3
 
 
 @pytest.mark.parametrize("added", [b"\0", b"x", b"\0\0", b"\0\x05hello"])

@@ -13,7 +13,7 @@ import pytest
 from appliance.audit import witnesses as witnesses_module
 from appliance.audit.asking import Outcome, Told, WitnessAt, WitnessUnreachable
 from appliance.audit.events import Event
-from appliance.audit.notes import Algorithm, SigningKey
+from appliance.audit.notes import Algorithm, Checkpoint, SigningKey, VerifierKey
 from appliance.audit.recorder import AuditUnavailable
 from appliance.audit.signing import PUBLIC_KEY
 from appliance.audit.verify import verify_log
@@ -36,8 +36,10 @@ NOW_S = 1_700_000_000.0
 class Trail:
     """Remembers events, unless it is broken."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: Path) -> None:
+        self.log = log
         self.events: list[Event] = []
+        self.accepted: list[VerifierKey] = []
         self.broken = False
 
     async def record(self, *events: Event, privileged: bool = False) -> int:
@@ -46,6 +48,13 @@ class Trail:
             raise AuditUnavailable("nothing is recorded", cause="full", remedy="make room")
         self.events += events
         return 0
+
+    async def keep_cosignature(
+        self, request: bytes, reply: bytes, witness: VerifierKey
+    ) -> tuple[Checkpoint, dict[str, int], dict[str, str]]:
+        seen = take_reply(self.log, request, reply, KEY.verifier(), witness)
+        self.accepted.append(witness)
+        return seen, {"witnesses": len(self.accepted)}, {"size": str(seen.size)}
 
     @property
     def told(self) -> list[tuple[str, str, Mapping[str, Any]]]:
@@ -70,8 +79,8 @@ def log(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def trail() -> Trail:
-    return Trail()
+def trail(log: Path) -> Trail:
+    return Trail(log)
 
 
 @pytest.fixture
@@ -107,7 +116,8 @@ async def test_a_co_signature_is_kept_and_is_an_event_once(
     await witnesses.take(cosigned(log, tmp_path / "w", old_size=300))
     assert witnesses.views() == [View("other-node", AT.url, 400, NOW_S + 60)]
     assert verify_log(log, KEY.verifier(), witnesses=[WITNESS.verifier()]).witnessed["witness.example"][0] == 400
-    assert trail.told == [("audit.witnessed", "", {"size": 300})]
+    assert trail.told == [("audit.witnessed", "", {"witnesses": 1})]
+    assert (trail.accepted, trail.events[0].details) == ([WITNESS.verifier()], {"size": "300"})
     assert trail.events[0].target == ("witness", VKEY)
     assert witnesses.alarm == ""
 

@@ -12,7 +12,7 @@ from appliance.audit import files, verify, witnessing
 from appliance.audit.files import write_at
 from appliance.audit.following import LogFollower
 from appliance.audit.log import CHECKPOINT, JOURNAL, WITNESSED
-from appliance.audit.notes import Algorithm, NoteInvalid, SigningKey
+from appliance.audit.notes import Algorithm, NoteInvalid, SigningKey, cosign
 from appliance.audit.reading import LogUnreadable, NoSuchEntry
 from appliance.audit.verify import LogTampered, verify_log
 from appliance.audit.witness import ReplyInvalid, Witness
@@ -160,7 +160,7 @@ def test_a_request_takes_the_place_of_no_co_signed_checkpoint(tmp_path: Path) ->
     shutil.copytree(log / WITNESSED, another / WITNESSED)
     make_request(another, old_size=0)
     assert last_seen(another, WITNESS_KEY) == 300
-    assert largest_witnessed(another) == (300, 1_700_000_000, "witness.example")
+    assert largest_witnessed(another, LOG_KEY, [WITNESS_KEY]) == (300, 1_700_000_000, "witness.example")
     with pytest.raises(LogTampered):
         verify_log(another, LOG_KEY, witnesses=[WITNESS_KEY])
 
@@ -169,11 +169,32 @@ def test_the_last_co_signature_has_its_witness_and_its_time(tmp_path: Path) -> N
     log, later = tmp_path / "audit", SigningKey("later.example", b"l" * 32, Algorithm.COSIGNATURE)
     make_log(log, 300)
     request = make_request(log, old_size=0)
-    assert largest_witnessed(log) is None, "it was asked for, and nobody has answered"
+    assert largest_witnessed(log, LOG_KEY, [WITNESS_KEY]) is None, "it was asked for, and nobody has answered"
     for key, time_s in ((WITNESS, 1_700_000_000), (later, 1_700_000_007)):
         reply = Witness(tmp_path / key.name, key).cosign(request, LOG_KEY, time_s)
         take_reply(log, request, reply, LOG_KEY, key.verifier())
-    assert largest_witnessed(log) == (300, 1_700_000_007, "later.example")
+    assert largest_witnessed(log, LOG_KEY, [WITNESS_KEY, later.verifier()]) == (300, 1_700_000_007, "later.example")
+
+
+def test_witnessed_is_what_an_accepted_witness_co_signed_and_no_line_alone(tmp_path: Path) -> None:
+    log, witness = tmp_path / "audit", Witness(tmp_path / "witness", WITNESS)
+    stranger = SigningKey("stranger.example", b"x" * 32, Algorithm.COSIGNATURE)
+    make_log(log, 300)
+    request = make_request(log, old_size=0)
+    take_reply(log, request, witness.cosign(request, LOG_KEY, 1_700_000_000), LOG_KEY, WITNESS_KEY)
+    _grow(log, 300, 400)
+    note = (log / CHECKPOINT).read_text()
+    newest = log / WITNESSED / "400"
+    newest.write_text(note + cosign(note, stranger, 1_700_000_000))
+    accepted = [WITNESS_KEY, stranger.verifier()]
+    assert largest_witnessed(log, LOG_KEY, accepted) == (400, 1_700_000_000, "stranger.example")
+    assert largest_witnessed(log, LOG_KEY, [WITNESS_KEY]) == (300, 1_700_000_000, WITNESS_KEY.name)
+    assert largest_witnessed(log, LOG_KEY, []) is None
+    newest.write_text(note + cosign((log / WITNESSED / "300").read_text(), WITNESS, 1_700_000_000))  # of another
+    assert largest_witnessed(log, LOG_KEY, [WITNESS_KEY]) == (300, 1_700_000_000, WITNESS_KEY.name)
+    newest.unlink()
+    (log / WITNESSED / "300").rename(newest)
+    assert largest_witnessed(log, LOG_KEY, [WITNESS_KEY]) is None, "a name says nothing"
 
 
 def test_there_is_nothing_to_co_sign_before_the_first_checkpoint(tmp_path: Path) -> None:
@@ -188,7 +209,7 @@ def test_who_looks_at_a_running_log_does_not_wait_at_a_pipe(tmp_path: Path) -> N
     for path in (tmp_path / WITNESSED / "3", tmp_path / CHECKPOINT, tmp_path / JOURNAL):
         path.unlink(missing_ok=True)
         os.mkfifo(path)
-    assert (largest_witnessed(tmp_path), last_seen(tmp_path, KEY.verifier())) == (None, 0)
+    assert (largest_witnessed(tmp_path, LOG_KEY, [WITNESS_KEY]), last_seen(tmp_path, WITNESS_KEY)) == (None, 0)
     follower = LogFollower(tmp_path)
     for look in (follower.published, lambda: follower.frames(0, 3, most=3), lambda: follower.oldest(0)):
         with pytest.raises(LogUnreadable):
