@@ -44,7 +44,7 @@ from api.handshakes import TlsListener
 from api.health import Health
 from api.kv_metrics import KvCollector
 from api.kv_watch import KvWatch, quarantined
-from api.listener import TellRefused, bounded_by
+from api.listener import BoundedProtocol, TellRefused, bounded_by
 from api.marking import keep_marks
 from api.metrics import Metrics
 from api.openai.errors import Draining
@@ -487,7 +487,8 @@ class _Server(uvicorn.Server):
         if config.ssl is None or tell_refused is None or sockets is None:
             await super().startup(sockets)
         else:
-            create = partial(config.http_protocol_class, config, self.server_state, self.lifespan.state)
+            spoken = cast("type[BoundedProtocol]", config.http_protocol_class)
+            create = partial(spoken, config, self.server_state, self.lifespan.state)
             listeners = [
                 TlsListener(each, config.ssl, create, tell_refused, backlog=config.backlog) for each in sockets
             ]

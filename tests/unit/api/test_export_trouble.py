@@ -8,6 +8,7 @@ import pytest
 
 from api import commands, server
 from api.admin import status, types
+from api.admin.views import export_view
 from api.health import Health
 from api.metrics import Metrics
 from appliance.audit.siem.shipper import View
@@ -76,7 +77,7 @@ async def test_status_tells_how_far_behind_a_destination_is_and_why(monkeypatch:
         return SimpleNamespace(
             checkpoint_age_s=None, size=9, checkpoint_size=0, restored=None, error=None, alarm=None, whole=None,
             checked_size=0, checked_age_s=None, witnessed_age_s=None,
-            exports=[status.export_view(its, name) for name in exports.names],
+            exports=[export_view(its, name) for name in exports.names],
             exports_error=status._told(exports.unreadable),
         )  # fmt: skip
 

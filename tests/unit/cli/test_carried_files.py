@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from api import carried_files
 from api.carried_files import FileNotWritten, carried_file, write_carried
+from api.private_files import sync_folder
 from appliance.audit.witnessing import make_request
 from appliance.cli import Console, holdfast
 from tests.unit.audit.making import KEY, make_log
@@ -29,7 +30,7 @@ def test_what_was_written_is_on_the_disk_before_it_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[str] = []
-    synced, renamed, folder = os.fsync, Path.replace, carried_files.sync_folder
+    synced, renamed, folder = os.fsync, Path.replace, sync_folder
 
     def told(step: str, does: Callable[..., Any]) -> Callable[..., Any]:
         def doing(*given: Any) -> Any:
@@ -57,7 +58,10 @@ def test_wherever_it_fails_what_was_there_before_is_there_still(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(*((os, "fsync") if step == "fsync" else (Path, "replace")), full)
+    if step == "fsync":
+        monkeypatch.setattr(os, "fsync", full)
+    else:
+        monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(FileNotWritten) as refused:
         write_carried(path, b"half")
     assert refused.value.cause == "No space left on device"
@@ -127,7 +131,7 @@ def test_no_command_leaves_half_a_file_under_its_name(tmp_path: Path, monkeypatc
     answered = SimpleNamespace(request=asked.decode(), size=300, public_key=key)
     admin = SimpleNamespace(audit_witness_request=lambda **_: answered)
     monkeypatch.setattr(Console, "admin", lambda *_, **__: admin)
-    monkeypatch.setattr(carried_files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     proof, state = str(out / "proof"), str(tmp_path / "witness")
     _fails("audit", "prove", "7", "--log", str(log), "--output", proof)
     _fails("audit", "witness", "export", str(out / "request"))
