@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, cast
@@ -19,7 +19,7 @@ import uvicorn
 
 from api.answers import App
 from api.handshakes import TlsListener
-from api.listener import TellRefused
+from api.listener import BoundedProtocol, TellRefused
 from appliance.errors import Fault, HoldfastError
 
 _CLOSING_S = 2  # for connections to be closed
@@ -83,8 +83,8 @@ class Server(uvicorn.Server):
         if config.ssl is None or tell_refused is None or sockets is None:
             await super().startup(sockets)
         else:
-            protocol = cast("Callable[..., asyncio.Protocol]", config.http_protocol_class)
-            create = partial(protocol, config, self.server_state, self.lifespan.state)
+            spoken = cast("type[BoundedProtocol]", config.http_protocol_class)
+            create = partial(spoken, config, self.server_state, self.lifespan.state)
             listeners = [
                 TlsListener(each, config.ssl, create, tell_refused, backlog=config.backlog) for each in sockets
             ]

@@ -16,9 +16,9 @@ def leave_admissions_out() -> None:
     """From now on, what is to be recorded of an admission is not."""
     begin = NodeAudit.begin
 
-    def begun(self: NodeAudit, *events: Event) -> "asyncio.Future[int]":
+    def begun(self: NodeAudit, *events: Event, privileged: bool = False) -> "asyncio.Future[int]":
         if events[0].kind is not TURN_ADMITTED:
-            return begin(self, *events)
+            return begin(self, *events, privileged=privileged)
         recorded: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         recorded.set_result(0)
         return recorded

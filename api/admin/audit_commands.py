@@ -10,7 +10,6 @@ Rules:
 
 import hashlib
 import json
-import os
 import sys
 import time
 from dataclasses import replace
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from api.carried_files import carried_file, write_carried
 from appliance.audit.digests import prompt_hash
 from appliance.audit.log import PUBLIC_KEY
 from appliance.audit.notes import VerifierKey, decode_note
@@ -230,7 +230,7 @@ def prove(
     if output is None:
         click.echo(proof, nl=False)
         return
-    output.write_text(proof, encoding="utf-8")
+    write_carried(output, proof.encode())
     console.result({"sequence": sequence, "file": str(output)}, f"{output} proves entry {sequence}.")
 
 
@@ -468,24 +468,17 @@ def remove_export(console: Console, name: str) -> None:
 @pass_console
 def export_file(console: Console, path: Path, first: int, last: int | None) -> None:
     """Write events to a file, a line each, with what proves them: for `verify-export`."""
-    from api.private_files import new_private_file
-
     if path.exists():
         raise click.BadParameter("it exists, and nothing is ever written over", param_hint="PATH")
     end = None if last is None else last + 1
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     lines = 0
-    try:
-        with (
-            console.admin(deadline_s=_EXCERPT_DEADLINE_S).audit_excerpt(first=first, end=end) as pieces,
-            new_private_file(partial) as into,
-        ):
-            for piece in pieces:
-                lines += piece.count(b"\n")
-                into.write(piece)
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        console.admin(deadline_s=_EXCERPT_DEADLINE_S).audit_excerpt(first=first, end=end) as pieces,
+        carried_file(path, mode=0o600) as into,
+    ):
+        for piece in pieces:
+            lines += piece.count(b"\n")
+            into.write(piece)
     console.result({"file": path, "events": lines - 1}, f"Wrote {path}: {lines - 1} events and their checkpoint.")
 
 
@@ -507,7 +500,7 @@ def export(console: Console, file: Path, witness_key: str | None, old_size: int 
     """Write what the witness is asked, to carry to it."""
     vkey = None if witness_key is None else str(_vkey(witness_key))
     asked = console.admin(deadline_s=60).audit_witness_request(witness=vkey, old_size=old_size)
-    file.write_text(asked.request, encoding="utf-8")
+    write_carried(file, asked.request.encode())
     console.result(
         {"file": str(file), "size": asked.size},
         f"{file} asks for a co-signature of {asked.size} entries. At the witness: "
@@ -532,7 +525,7 @@ def cosign(console: Console, request: Path, reply: Path, state: Path, key_text: 
     """As the witness: check that the log goes on from what was seen before, and co-sign it."""
     key = own_key(state, name or "holdfast-witness")
     line = Witness(state, key).cosign(request.read_bytes(), _vkey(key_text), int(time.time()))
-    reply.write_bytes(line)
+    write_carried(reply, line)
     console.result(
         {"file": str(reply), "witness": str(key.verifier())},
         f"{reply} is the co-signature. Back at the appliance: "

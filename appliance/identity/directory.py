@@ -201,7 +201,8 @@ class Identity:
         """
         query = select(tables.tenants).order_by(tables.tenants.c.created_at)
         rows = await self._store.read(lambda db: db.execute(query).mappings().all())
-        found, damaged = [], {}
+        found: list[Tenant] = []
+        damaged: dict[str, HoldfastError] = {}
         for row in rows:
             try:
                 found.append(self._tenant(row))

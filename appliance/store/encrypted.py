@@ -157,7 +157,7 @@ class RowCipher:
         return layout
 
 
-def _place(layout: _Layout, row: RowMapping | Mapping[str, Any]) -> tuple[str, str, int]:
+def _place(layout: _Layout, row: RowMapping | Mapping[str, Any]) -> tuple[str, str, Any]:
     """Where a row's ciphertexts belong: its id, its tenant, its version."""
     return row[layout.row_id], row["tenant_id"] or SYSTEM_SCOPE, row["row_version"]
 

@@ -232,6 +232,7 @@ def test_a_destination_that_fails_degrades_the_audit_part_which_names_it_and_sta
 
 
 def test_a_part_of_the_log_is_written_to_a_file_that_proves_itself(served: Served, tmp_path: Path) -> None:
+    until(lambda: served.admin.audit_status().public_key is not None)
     key = served.admin.audit_status().public_key
     for part, name in ((("--from", "3", "--to", "9"), "part"), ((), "all")):
         path = tmp_path / name

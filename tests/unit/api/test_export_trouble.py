@@ -8,6 +8,7 @@ import pytest
 
 from api import commands, server
 from api.admin import status, types
+from api.admin.views import export_view
 from api.health import Health
 from api.kv_counts import EngineCounts
 from api.metrics import Metrics
@@ -80,7 +81,7 @@ async def test_status_tells_how_far_behind_a_destination_is_and_why(monkeypatch:
         return SimpleNamespace(
             checkpoint_age_s=None, size=9, checkpoint_size=0, restored=None, error=None, alarm=None, whole=None,
             checked_size=0, checked_age_s=None, witnessed_age_s=None, witnesses=[],
-            exports=[status.export_view(its, name) for name in exports.names],
+            exports=[export_view(its, name) for name in exports.names],
             exports_error=status._told(exports.unreadable),
         )  # fmt: skip
 

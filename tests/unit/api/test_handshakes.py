@@ -196,7 +196,7 @@ async def test_where_there_are_no_descriptors_the_next_connection_waits_for_some
         return await accept(bound)
 
     monkeypatch.setattr(asyncio.get_running_loop(), "sock_accept", accepting)
-    monkeypatch.setattr(handshakes.asyncio, "sleep", pause)
+    monkeypatch.setattr(asyncio, "sleep", pause)
     await listening.visit(_half)  # taken by the call that waits already
     await listening.visit(_half)
     assert len(listening.told) == 2
