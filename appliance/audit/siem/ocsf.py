@@ -55,7 +55,12 @@ class Ocsf:
 
     def entry(self, origin: str, disclosed: Disclosed) -> Message:
         """See `Format.entry`."""
-        return _message(entry_event(origin, disclosed))
+        try:
+            return _message(entry_event(origin, disclosed))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            if isinstance(error, HoldfastError):
+                raise
+            raise invalid(f"its record holds what none of ours does: {type(error).__name__}") from None
 
     def checkpoint(self, origin: str, checkpoint: CheckpointEvent, wall_ms: int) -> Message:
         """See `Format.checkpoint`."""
