@@ -348,6 +348,8 @@ def in_words(error: OSError) -> str:
         return f"its certificate does not hold: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
         return f"TLS: {(error.reason or 'it failed').replace('_', ' ').lower()}"
+    if isinstance(error, socket.gaierror):  # its number is none of the system's
+        return f"its name has no address: {error.strerror}"
     if error.filename is not None and error.strerror:
         return error.strerror
     # What the loop says of a connection has addresses in it; the number says enough.
