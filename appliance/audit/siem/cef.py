@@ -11,6 +11,7 @@ Rules:
 Implementing ArcSight Common Event Format, versions 0.1 and 1.2: header, character encoding, extension dictionary.
 """
 
+import functools
 import ipaddress
 import re
 from collections.abc import Callable
@@ -128,7 +129,7 @@ def differing_field(expected: str, found: str) -> str:
 
 def _message(facts: Facts) -> Message:
     header = "|".join(
-        shown(text, limit).translate(_HEADER)
+        _in_header(text, limit)
         for text, limit in (
             (facts.version or "unknown", _MAX_VERSION),
             (facts.action, _MAX_CLASS_ID),
@@ -146,6 +147,11 @@ def _message(facts: Facts) -> Message:
     extension.append(f"{PROOF_KEY}={proof}")
     line = f"{_BEGIN}{header}|{' '.join(extension)}"
     return Message(line.encode(), facts.wall_ms, facts.severity.value, facts.action, facts.id)
+
+
+@functools.lru_cache(1024)  # they are few: a version, an action, what it means
+def _in_header(text: str, limit: int) -> str:
+    return shown(text, limit).translate(_HEADER)
 
 
 def _escaped(value: str, limit: int) -> str:

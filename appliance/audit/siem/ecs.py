@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from appliance.audit.siem.facts import (
+    ONE_LINE,
     PRODUCT,
     Facts,
     check_same,
@@ -116,7 +117,7 @@ def categories(ocsf: tuple[int, int]) -> tuple[str, str] | None:
 
 
 def _message(facts: Facts) -> Message:
-    line = json.dumps(_document(facts), separators=(",", ":"), allow_nan=False).encode("ascii")
+    line = ONE_LINE.encode(_document(facts)).encode("ascii")
     return Message(line, facts.wall_ms, facts.severity.value, facts.action, facts.id)
 
 

@@ -230,7 +230,8 @@ def _stand_aside() -> None:
     """Run when nobody else wants to, and leave a terminal's signals to the gateway.
 
     A group of its own, and no session: to the scheduler a session is a group whose members are nice to each other only
-    (sched(7), autogroups).
+    (sched(7), autogroups). Not `SCHED_IDLE`: beside an engine on every core it would get three thousandths of one,
+    and who has no privilege cannot leave it; silent for so long, it would be taken for one that hangs.
     """
     os.setpgid(0, 0)
     os.nice(_NICE)

@@ -8,6 +8,7 @@ Rules:
 - What a reader meets here may be forged: whatever it holds, it is refused with `EventInvalid` or `EntryInvalid`.
 """
 
+import functools
 import ipaddress
 import json
 import re
@@ -42,6 +43,8 @@ CHECKPOINT_ACTION: Final = "audit.checkpoint"
 TRIAL_ACTION: Final = "audit.export.test"
 _EPOCH: Final = datetime(1970, 1, 1)  # noqa: DTZ001  (its zone is written by who uses it)
 _NO_CLASS: Final = (0, 99)  # OCSF's base event
+ONE_LINE: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False)  # printable ASCII
+_TEXT: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, check_circular=False)
 # What ends a line, moves a cursor, turns the direction of writing, or is not seen. Not `str.isprintable`: each version
 # of Python answers that by another version of Unicode, and an event must be the same one wherever it is made.
 _HIDDEN: Final = re.compile(
@@ -178,12 +181,12 @@ def facts_of_trial(origin: str, wall_ms: int, mapping: int) -> Facts:
 
 def proof_text(facts: Facts) -> str:
     """The proof as printable ASCII."""
-    return json.dumps(facts.proof, separators=(",", ":"), allow_nan=False)
+    return ONE_LINE.encode(facts.proof)
 
 
 def object_text(values: Mapping[str, Any]) -> str:
     """Some values of a record as one field; empty: there are none."""
-    return json.dumps(values, separators=(",", ":"), ensure_ascii=False) if values else ""
+    return _TEXT.encode(values) if values else ""
 
 
 def utc_moment(wall_ms: int) -> str:
@@ -213,7 +216,7 @@ def record_of(content: bytes) -> dict[str, Any]:
         EventInvalid: it is no record of ours.
     """
     try:
-        record = json.loads(content)
+        record = json.loads(content.decode())
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
@@ -344,6 +347,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
+@functools.lru_cache(1024)
 def _address(source: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
         address = ipaddress.ip_address(source)

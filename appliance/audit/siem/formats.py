@@ -32,7 +32,7 @@ class Withheld(enum.StrEnum):
 
     SHREDDED = "shredded"  # its key was destroyed
     TOO_LONG = "too long"  # the event would not fit into one message
-    DAMAGED = "damaged"  # the record on the appliance's disk is not the one of the entry
+    DAMAGED = "damaged"  # the record on the appliance's disk is not the one of the entry, or none that can be read
 
 
 class Disclosed(NamedTuple):

@@ -10,12 +10,11 @@ https://schema.ocsf.io/1.8.0
 
 import functools
 import ipaddress
-import json
 from typing import Any, Final
 
 from appliance.audit.entry import Entry, check_commitment
 from appliance.audit.events import CATALOGUE
-from appliance.audit.siem.facts import check_same, read_object, record_of
+from appliance.audit.siem.facts import ONE_LINE, check_same, read_object, record_of
 from appliance.audit.siem.formats import (
     Carried,
     CheckpointEvent,
@@ -36,7 +35,6 @@ from appliance.errors import HoldfastError
 MAPPING: Final = 1
 SCHEMA: Final = "1.8.0"
 PRODUCT: Final = "Holdfast"
-_LINE: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False)
 _OTHER: Final = 99
 _BASE_EVENT: Final = (0, _OTHER)
 _ACCOUNT_CHANGE, _AUTHENTICATION, _ENTITY_MANAGEMENT = 3001, 3002, 3004
@@ -57,7 +55,12 @@ class Ocsf:
 
     def entry(self, origin: str, disclosed: Disclosed) -> Message:
         """See `Format.entry`."""
-        return _message(entry_event(origin, disclosed))
+        try:
+            return _message(entry_event(origin, disclosed))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            if isinstance(error, HoldfastError):
+                raise
+            raise invalid(f"its record holds what none of ours does: {type(error).__name__}") from None
 
     def checkpoint(self, origin: str, checkpoint: CheckpointEvent, wall_ms: int) -> Message:
         """See `Format.checkpoint`."""
@@ -163,7 +166,7 @@ def _message(event: dict[str, Any]) -> Message:
 
 def line_of(event: dict[str, Any]) -> bytes:
     """The event as one line of printable ASCII."""
-    return _LINE.encode(event).encode("ascii")
+    return ONE_LINE.encode(event).encode("ascii")
 
 
 # At the receiver

@@ -17,7 +17,8 @@ Rules:
   has not got stays in the log. Whatever goes wrong here is told in `view`, and ends nothing. It is told until the
   receiver has all there is, or more than it failed with: not until it merely answers again.
 - Bounded: so many entries are read and opened ahead, so many may be sent and not acknowledged.
-- A tenant's record whose key was shredded is sent without content. One that waits for the vault to be opened waits,
+- A tenant's record whose key was shredded is sent without content; so is one that no format can be made of: what is
+  behind it does not wait for ever. One that waits for the vault to be opened waits,
   and all that follow it; what is in plaintext before it goes.
 """
 
@@ -36,7 +37,7 @@ from appliance.audit.entry import Entry
 from appliance.audit.following import LogFollower, Published
 from appliance.audit.journal import Frame
 from appliance.audit.siem.cursor import Cursor, Position
-from appliance.audit.siem.formats import CheckpointEvent, Disclosed, Format, Withheld
+from appliance.audit.siem.formats import CheckpointEvent, Disclosed, EventInvalid, Format, Withheld
 from appliance.audit.siem.transport import Connection, ExportUnreachable, Message, Transport
 from appliance.audit.signing import public_key
 from appliance.audit.tree import leaf_hash
@@ -379,7 +380,12 @@ class Shipper:
         self._sent(1, self._position._replace(checkpoint=published.size))
 
     def _made(self, disclosed: Disclosed) -> Message:
-        made = self._format.entry(self._origin, disclosed)
+        try:
+            made = self._format.entry(self._origin, disclosed)
+        except EventInvalid as error:
+            _LOG.warning("%s: an entry goes without its record: %s", self.name, error.cause)
+            withheld = Disclosed.without(disclosed.packed, Withheld.DAMAGED)
+            return self._format.entry(self._origin, withheld)
         if len(made.payload) > self._transport.max_payload_bytes:
             withheld = Disclosed.without(disclosed.packed, Withheld.TOO_LONG)
             made = self._format.entry(self._origin, withheld)

@@ -50,6 +50,7 @@ HEADER_BYTES: Final = 60  # beside host and MSGID
 _KEEPALIVE_IDLE_S: Final = 10
 _KEEPALIVE_EVERY_S: Final = 5
 _MOST_NOT_SENT: Final = 128 << 10  # bytes
+_MOST_SAID: Final = 64 << 10  # bytes
 # What the loop's transport under TLS holds when it has no room for more, and what TLS adds to a batch: no less.
 _HELD_BYTES: Final = 64 << 10
 _TCP_INFO_BYTES: Final = 128
@@ -172,7 +173,7 @@ class Connection:
         self._sent = self._arrived = 0  # messages
         self._on_the_way: deque[_Handed] = deque()
         self._was_all_at = -1  # so many messages were sent when nothing was on its way
-        # What is read is dropped: a receiver has nothing to say but that it goes.
+        # What is read is dropped: a receiver has nothing to say but that it goes. One that talks would have us listen.
         self._ended = asyncio.create_task(self._read_to_the_end())
 
     @property
@@ -258,8 +259,11 @@ class Connection:
 
     async def _read_to_the_end(self) -> str:
         try:
-            while await self._reader.read(4096):
-                pass
+            said = 0
+            while said <= _MOST_SAID and (heard := await self._reader.read(4096)):
+                said += len(heard)
+            if said > _MOST_SAID:
+                return "it says much, and a receiver of syslog has nothing to say"
         except OSError as error:
             return in_words(error)
         return "it closed the connection"
@@ -344,6 +348,8 @@ def in_words(error: OSError) -> str:
         return f"its certificate does not hold: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
         return f"TLS: {(error.reason or 'it failed').replace('_', ' ').lower()}"
+    if isinstance(error, socket.gaierror):  # its number is none of the system's
+        return f"its name has no address: {error.strerror}"
     if error.filename is not None and error.strerror:
         return error.strerror
     # What the loop says of a connection has addresses in it; the number says enough.

@@ -262,15 +262,15 @@ class Turning:
                 self._connections.pop().shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
-        while not self._deaf:
+        while True:
             try:
                 connection, _ = self._listening.accept()
             except OSError:
                 return
             if self._deaf:
                 connection.close()
-            else:
-                threading.Thread(target=self._take, args=(connection,), daemon=True).start()
+                return
+            threading.Thread(target=self._take, args=(connection,), daemon=True).start()
 
     def _take(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError), self._context.wrap_socket(connection, server_side=True) as taken:

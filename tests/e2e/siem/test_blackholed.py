@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 import socket
 import stat
@@ -142,6 +143,21 @@ async def test_dropped_packets_are_noticed_where_nothing_is_sent(
                 connection.check()
         finally:
             await connection.close()
+
+
+@pytest.mark.parametrize("make", [SyslogTls, RelpTls, SplunkHec], ids=["syslog", "relp", "splunk"])
+async def test_a_name_without_an_address_is_told(
+    make: Callable[..., Transport], tmp_path: Path, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*given: object, **named: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    receiver = dataclasses.replace(receiver_at(1, pki, client="client"), host="siem.example")
+    more = (secret_file(tmp_path, TOKEN),) if make is SplunkHec else ()
+    with pytest.raises(ExportUnreachable) as told:
+        await make(receiver, *more, hostname="node").connect()
+    assert told.value.cause == "its name has no address: Name or service not known"
 
 
 def _names(lines: list[str], size: int) -> bool:

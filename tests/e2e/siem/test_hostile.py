@@ -231,6 +231,7 @@ def _check_read(form: str, payload: str, put: Put) -> None:
     if len(put.text) == 4400 and put.exact:
         assert getattr(carried, "withheld", None) == "too long"
         return
+    names: tuple[str, ...]
     if form == "cef":
         fields = parse_cef(payload).extension
         names = ("reason", "suid", "spriv", "duid", "cs1", "cs2", "cs3", "cs4")

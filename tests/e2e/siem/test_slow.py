@@ -10,7 +10,7 @@ import pytest
 
 from appliance.audit.siem import syslog
 from appliance.audit.siem.transport import ExportUnreachable
-from tests.e2e.siem.receivers import receiver_at, server_context
+from tests.e2e.siem.receivers import receiver_at, rude, server_context
 from tests.e2e.siem.shipping import messages, until
 from tests.rsyslog import Pki
 
@@ -91,6 +91,18 @@ async def test_who_takes_a_little_is_waited_for_and_who_takes_nothing_is_given_u
             with pytest.raises(ExportUnreachable, match=r"took nothing for 0\.2 s"):
                 await connection.send([_LINE])
             assert looks == [0, 1, 2, 3, 4, 5, 5]
+        finally:
+            await connection.close()
+
+
+async def test_a_receiver_that_talks_is_not_listened_to_for_ever(pki: Pki) -> None:
+    async with rude(b"x" * (1 << 20), pki) as port:
+        connection = await syslog.connect(receiver_at(port, pki, client="client"), hostname="node")
+        try:
+            await connection.send(messages(1))
+            assert await connection.ended_within(5)
+            with pytest.raises(ExportUnreachable, match="it says much"):
+                connection.check()
         finally:
             await connection.close()
 

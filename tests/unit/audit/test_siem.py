@@ -20,8 +20,9 @@ from appliance.audit.events import CATALOGUE, ENGINE_READY, SYSTEM, TURN_ADMITTE
 from appliance.audit.reading import LogReader
 from appliance.audit.siem import ocsf, syslog
 from appliance.audit.siem.cursor import Cursor, Position
+from appliance.audit.siem.destinations import FORMATS
 from appliance.audit.siem.excerpt import ExcerptEmpty, excerpt
-from appliance.audit.siem.formats import CheckpointEvent, Disclosed, Withheld
+from appliance.audit.siem.formats import CheckpointEvent, Disclosed, Format, Withheld
 from appliance.audit.siem.ocsf import Ocsf
 from appliance.audit.siem.opening import KeyOpener
 from appliance.audit.siem.shipper import MOST_UNACKNOWLEDGED, SETTLE_S, Shipper
@@ -108,7 +109,7 @@ class Sink:
         return
 
     def lines(self) -> list[str]:
-        return [message.payload.decode("ascii") for message in self.messages]
+        return [message.payload.decode() for message in self.messages]
 
 
 class _Done(BaseException):
@@ -131,10 +132,10 @@ class World:
         (self.directory / "log.vkey").write_text(f"{KEY.verifier()}\n")
         self.shipper = self.new_shipper()
 
-    def new_shipper(self, *, random: Random | None = None) -> Shipper:
+    def new_shipper(self, *, random: Random | None = None, form: Format | None = None) -> Shipper:
         return Shipper(
             "to",
-            Ocsf(),
+            form or Ocsf(),
             self.sink,
             self.directory,
             self.cursor,
@@ -273,6 +274,26 @@ def _stripped(line: str, why: Withheld = Withheld.SHREDDED) -> str:
     carried = ocsf.read_event(json.loads(line))
     assert isinstance(carried, Disclosed)
     return ocsf.line_of(ocsf.entry_event(ORIGIN, Disclosed.without(carried.packed, why))).decode()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "record", [b"[]", b"{", b"\xff", b'{"actor":[]}', b'{"counts":{"duration_ms":"a"}}', b'{"details":1}']
+)
+@pytest.mark.parametrize("form", FORMATS.values(), ids=lambda each: each.name)
+async def test_a_record_that_is_none_of_ours_holds_up_nothing_behind_it(
+    form: Format, record: bytes, tmp_path: Path
+) -> None:
+    world = World(tmp_path)
+    strange = seal(40, record, keys=Keys(), scope="s", actor="", session="", random=b"r" * 32)
+    world.log.append([strange, *drafts(range(601, 611))])
+    world.log.publish(sign)
+    world.shipper = world.new_shipper(form=form)
+    lines = await world.ship()
+    assert world.shipper.view().error is None
+    found = verify_export(lines, KEY.verifier())
+    assert (found.end, found.proved_to) == (611, 611)
+    assert found.withheld_named in ({}, {600: "damaged"})
 
 
 @pytest.mark.anyio
