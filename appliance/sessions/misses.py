@@ -168,6 +168,7 @@ class Circumstances:
         template: tells one chat template from another.
         served: from where, where that is certain.
         paused_s: since the turn before was over, by a clock that nobody sets; negative: it still ran.
+        first_token_s: from when the engine was to be asked until the first token came; not of an answer in one piece.
     """
 
     block_size: int | None = None
@@ -179,6 +180,7 @@ class Circumstances:
     template: str | None = None
     served: Served | None = None
     paused_s: float | None = None
+    first_token_s: float | None = None
 
     def to_wire(self) -> list[Any]:
         """As it is written down with a turn."""
@@ -192,6 +194,7 @@ class Circumstances:
             self.template,
             None if self.served is None else list(self.served),
             self.paused_s,
+            self.first_token_s,
         ]
 
     @classmethod
@@ -282,12 +285,17 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class ExplainedTurn:
-    """One turn's account, and where its history parted from the one before, if it did."""
+    """One turn's account, where its history parted from the one before, if it did, and what it took.
+
+    Attributes:
+        first_token_s: as in its `Circumstances`.
+    """
 
     number: int
     started_at: float
     account: Account
     divergence: Divergence | None = field(default=None)
+    first_token_s: float | None = None
 
 
 def account_of(

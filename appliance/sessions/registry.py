@@ -510,6 +510,7 @@ class Registry(Archive):
                 template=template,
                 served=served,
                 paused_s=_paused_s(live, outcome),
+                first_token_s=outcome.first_token_s,
             )
             ends = live.ends
             if live.stored:

@@ -220,6 +220,16 @@ def test_what_was_found_on_the_engine_is_told(served: Served) -> None:
     assert (session.prompt_tokens, session.cached_tokens, session.completion_tokens) == (100, 50, 15)
 
 
+def test_what_a_turn_s_first_token_took_is_told_of_a_streamed_one(served: Served) -> None:
+    mine = name()
+    served.ask('@stub {"first_pause_s": 0.2}', session=mine, stream=True)
+    served.ask("at once", session=mine)
+    streamed, whole = served.admin.why(served.newest_session().session_id).turns
+    assert streamed.first_token_s is not None
+    assert streamed.first_token_s >= 0.2
+    assert whole.first_token_s is None
+
+
 def computed(served: Served, cause: str) -> float:
     """What is counted on the admin listener of prompt tokens that were computed for `cause`, for all tenants."""
     with AdminClient(served.state_dir)._answer("GET", "/metrics") as answer:

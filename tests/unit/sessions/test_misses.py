@@ -397,9 +397,12 @@ def test_what_the_turn_before_had_too_is_counted() -> None:
 
 
 def test_all_circumstances_are_read_as_they_were_written() -> None:
-    told = Circumstances(4, "one", 15.0, 3, was_over=True, template="t", served=Served(1, 2, 3, "quota"))
+    told = Circumstances(
+        4, "one", 15.0, 3, was_over=True, template="t", served=Served(1, 2, 3, "quota"), first_token_s=0.5
+    )
     assert Circumstances.from_wire(told.to_wire()) == told
     assert Circumstances.from_wire([4, "one", 15.0, 0, True, False]).served is None
+    assert Circumstances.from_wire(told.to_wire()[:-1]).first_token_s is None, "rows from before it was kept"
 
 
 # What destroys prefixes
