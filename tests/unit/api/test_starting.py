@@ -64,6 +64,7 @@ class Gateway(SimpleNamespace):
         super().__init__(
             audit=Audit(**failing),
             vault=vault,
+            sessions=SimpleNamespace(forget_texts=lambda: None),
             settings=load_settings({}, environment={}, state_dir=state_dir),
             lifecycle=SimpleNamespace(restores_told=False),
             engine_process=None,

@@ -431,6 +431,16 @@ def test_dates_counters_and_ids_are_told_from_other_changes(after: str, change: 
     assert changed_system(SYSTEM_BEFORE, after) is change
 
 
+def test_a_date_in_a_long_text_is_found_and_no_text_is_so_long_that_comparing_it_holds_up_others() -> None:
+    lines = [f"Rule {number}: be brief.\n" for number in range(100_000)]
+    was = "".join(["It is 10:31.\n", *lines, "10:31"])
+    assert changed_system(was, was.replace("10:31", "10:32")) is Change.NUMBERS
+    all_of_it = "".join(f"Rule {number + 1}: be brief.\n" for number in range(100_000))
+    assert changed_system("".join(lines), all_of_it) is Change.CONTENT
+    few, renumbered = "".join(lines[:1000]), all_of_it[: sum(map(len, lines[1:1001]))]
+    assert changed_system(few, renumbered) is Change.NUMBERS
+
+
 def test_a_harness_line_that_changes_is_known_for_one() -> None:
     line = "x-anthropic-billing-header: cc_version=2.1.37.0d9; cc_entrypoint=cli; cch={};\n"
     was, is_now = line.format("fa690") + "You help.", line.format("0b1c2") + "You help."
