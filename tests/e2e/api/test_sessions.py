@@ -271,13 +271,14 @@ def lets_go_of(served: Served, lease_label: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_last_call_of_a_session_says_so_and_the_engine_lets_go(served: Served, stream: bool) -> None:
+@pytest.mark.parametrize("goodbye", ["X-Session-End", "X-Dynamo-Session-Final"])
+def test_the_last_call_of_a_session_says_so_and_the_engine_lets_go(served: Served, goodbye: str, stream: bool) -> None:
     mine = name()
     served.ask("hello", session=mine)
     mine_label = label(served)
     assert mine_label not in served.engine_seen()["released"]
     body = [{"role": "user", "content": "goodbye"}]
-    answer = ask(served, body, {"X-Session-ID": mine, "X-Session-End": "true"}, stream=stream)
+    answer = ask(served, body, {"X-Session-ID": mine, goodbye: "true"}, stream=stream)
     assert answer.status == 200
     lets_go_of(served, mine_label)
     ended = served.admin.audit_entries(action="session.ended").entries[0]
