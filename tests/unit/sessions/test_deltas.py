@@ -20,6 +20,7 @@ from appliance.sessions.deltas import (
     token_array,
 )
 from appliance.sessions.misses import Circumstances, Ran, shared_tokens
+from appliance.sessions.turn import Message
 
 NOTHING_KNOWN = Circumstances()
 
@@ -108,7 +109,7 @@ def test_a_turn_with_token_ids_missing_is_refused() -> None:
 
 
 def test_what_was_said_is_remembered_with_a_turn_and_counts_among_the_bytes_that_are_held() -> None:
-    long = [{"role": "user", "content": "x" * 600, "name": None}, {"role": "assistant", "content": "ab"}]
+    long: list[Message] = [{"role": "user", "content": "x" * 600, "name": None}, {"role": "assistant", "content": "ab"}]
     tips = Tips(2_500)
     for session in ("one", "other"):
         ran = Ran("model", array("I"), 0, 0, 0.0, 0.0, NOTHING_KNOWN)
