@@ -114,11 +114,20 @@ def serve(settings: Settings) -> None:
         HoldfastError: it cannot start; says what is in the way.
     """
     forbid_core_dumps()
-    warning = swap_warning(settings.vault.plaintext_swap, plaintext_swap_devices())
+    warning = _swap_warning(settings)
     if warning is not None:
         _LOG.warning("%s", warning)
     with _only_gateway(settings.state_dir / "run"), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(settings))
+
+
+def _swap_warning(settings: Settings) -> str | None:
+    """What to tell an operator about swap, as it is now: it can be turned on while the gateway runs.
+
+    Raises:
+        PlaintextSwap: there is some in plaintext, and the settings refuse it.
+    """
+    return swap_warning(settings.vault.plaintext_swap, plaintext_swap_devices())
 
 
 async def _serve(settings: Settings) -> None:
@@ -328,7 +337,7 @@ async def _services(settings: Settings) -> AsyncIterator[Services]:
         )
         identity = Identity(store, vault)
         answer = key_of(sessions, partial(strict_labels, settings.sessions, identity, vault))
-        process = None if spec is None else EngineProcess(spec, engine, keys=KeyChannel(answer))
+        process = None if spec is None else _engine_process(spec, engine, KeyChannel(answer), settings)
         turn_ends = TurnEnds(engine)
         watch = EngineWatch(
             engine,
@@ -459,6 +468,10 @@ def _observe(services: Services) -> None:
         metrics.observe_count(
             "holdfast_engine_restarts_total", "How often the engine was started again.", lambda: process.restarts
         )
+
+
+def _engine_process(spec: EngineSpec, engine: EngineClient, keys: KeyChannel, settings: Settings) -> EngineProcess:
+    return EngineProcess(spec, engine, keys=keys, may_start=partial(_swap_warning, settings))
 
 
 def _engine_spec(settings: Settings) -> EngineSpec:

@@ -11,9 +11,10 @@ Rules:
 - What could not be measured is a line that says why, never one that is missing.
 - `--short` asks each benchmark for a fraction of its work, to see that it runs: its figures are for nobody.
 
-`--simulator` and `--traces` are what `retention` replays, which is not in this repository. `--readme` puts what was
-measured into README's table, and leaves what was not as it stands there. `--check` leaves with 1 when a figure misses
-its bar; when one could not be measured it is 1 in any case.
+`--simulator` and `--traces` are what `retention` replays, which is not in this repository: what is not given is looked
+for beside it, as `shared/tools/kvsim.py` and `shared/data/agent-traces`. `--readme` puts what was measured into
+README's table, and leaves what was not as it stands there. `--check` leaves with 1 when a figure misses its bar; when
+one could not be measured it is 1 in any case.
 """
 
 import argparse
@@ -35,6 +36,8 @@ README: Final = REPOSITORY / "README.md"
 TABLE_BEGINS: Final = "<!-- from here on: python -m benchmarks.results --readme -->\n"
 TABLE_ENDS: Final = "<!-- up to here -->\n"
 REPLAYED: Final = ("--simulator", "FILE", "--traces", "FOLDER")
+SIMULATOR: Final = Path("shared", "tools", "kvsim.py")  # beside the repository
+TRACES: Final = Path("shared", "data", "agent-traces")
 _HEADINGS: Final = ("| | measured | bar |", "|---|---|---|")
 _DEADLINE_S: Final = 3600.0
 
@@ -478,13 +481,33 @@ BENCHMARKS: Final = (
 # Measuring
 
 
-def measure(benchmark: Benchmark, *, short: bool, replayed: Sequence[str] = ()) -> Measured:
-    """Run a benchmark and take its figures; what it says of its progress goes to stderr."""
+def replayed_from(simulator: Path | None, traces: Path | None) -> tuple[list[str], list[str]]:
+    """What a benchmark that replays is called with, of what was given or is beside the repository; what it lacks."""
+    found: list[str] = []
+    lacking: list[str] = []
+    of_simulator, of_traces = REPLAYED[:2], REPLAYED[2:]
+    for (option, what), given, usual in ((of_simulator, simulator, SIMULATOR), (of_traces, traces, TRACES)):
+        path = REPOSITORY.absolute().parent / usual if given is None else given.absolute()
+        if given is None and not path.exists():
+            lacking += [option, what]
+        else:
+            found += [option, str(path)]
+    return found, lacking
+
+
+def measure(
+    benchmark: Benchmark, *, short: bool, replayed: Sequence[str] = (), lacking: Sequence[str] = ()
+) -> Measured:
+    """Run a benchmark and take its figures; what it says of its progress goes to stderr.
+
+    Args:
+        replayed, lacking: of what one that replays needs; see `replayed_from`.
+    """
     interpreter = REPOSITORY / benchmark.environment / "bin" / "python"
     if not interpreter.exists():
         return Measured(benchmark, failure=f"there is no {benchmark.environment}: `make test` installs it")
-    if benchmark.replays and not replayed:
-        return Measured(benchmark, failure=f"it needs {' '.join(REPLAYED)}")
+    if benchmark.replays and lacking:
+        return Measured(benchmark, failure=f"it needs {' '.join(lacking)}")
     command = [str(interpreter), "-m", f"benchmarks.{benchmark.module}", *benchmark.arguments, "--json"]
     command += replayed if benchmark.replays else ()
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -614,15 +637,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.readme and given.short:
         parser.error("README has no figures of a fraction of the work")
-    replayed: Sequence[str] = ()
-    if given.simulator and given.traces:
-        replayed = ("--simulator", str(given.simulator.absolute()), "--traces", str(given.traces.absolute()))
+    replayed, lacking = replayed_from(given.simulator, given.traces)
     measured = []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for benchmark in BENCHMARKS:
         if given.only is None or benchmark.name in given.only:
             print(f"{benchmark.name}: {benchmark.command}", file=sys.stderr, flush=True)
-            measured.append(measure(benchmark, short=given.short, replayed=replayed))
+            measured.append(measure(benchmark, short=given.short, replayed=replayed, lacking=lacking))
+            if measured[-1].failure:
+                print(f"{benchmark.name}: not measured: {measured[-1].failure}", file=sys.stderr, flush=True)
     if given.json:
         print(json.dumps(record(measured, short=given.short), indent=2))
     else:

@@ -203,6 +203,7 @@ def _last_turn(last: LastTurn) -> types.KvLastTurn:
         prompt_tokens=account.prompt_tokens,
         found_tokens={tier: tokens for tier, tokens in served_by_tier(account).items() if tokens},
         computed_tokens={cause.value: tokens for cause, tokens in account.computed.items()},
+        first_token_s=last.first_token_s,
     )
 
 

@@ -310,10 +310,14 @@ def _sessions_table(status: "types.KvStatus") -> str:
                 "-" if last is None else ago(last.ended_at, now),
                 "-" if last is None else _share(sum(last.found_tokens.values()), last.prompt_tokens),
                 "-" if last is None else _causes(last.computed_tokens, None),
+                "-" if last is None or last.first_token_s is None else round(1000 * last.first_token_s),
             )
         )
     kept = [f"{tier.tier}, tokens" for tier in status.tiers]
-    headings = ("session", "tenant", *kept, "worth, hits/s", "last turn", "found", "computed, tokens")
+    headings = (
+        *("session", "tenant", *kept, "worth, hits/s"),
+        *("last turn", "found", "computed, tokens", "first token, ms"),
+    )
     return table(headings, rows, empty="No session keeps anything.")
 
 

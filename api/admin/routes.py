@@ -403,6 +403,7 @@ async def _seal(services: ServicesOf, asker: AskerOf) -> types.VaultState:
 
 def _close(services: Services) -> None:
     services.vault.seal()
+    services.sessions.forget_texts()
     if services.engine_process is not None:
         services.engine_process.forget_keys()
 

@@ -98,7 +98,7 @@ def explain_session(console: Console, session_id: str, limit: int) -> None:
     """Say why a session's prompts had to be computed, turn by turn, and what can be done about it.
 
     Shows no word of what was said. For each turn: the prompt's tokens, those that were found on the engine, and the
-    others by why they had to be computed.
+    others by why they had to be computed; and how long the first token took, of an answer that was streamed.
     """
     explanation = console.admin(deadline_s=120).why(session_id, limit=limit)
     console.result(explanation, _explanation_text(explanation))
@@ -196,6 +196,7 @@ def _explanation_text(explanation: "types.Explanation") -> str:
             turn.served_tokens,
             _from_where(turn.served_from),
             turn.prompt_tokens - turn.served_tokens,
+            "-" if turn.first_token_s is None else round(1000 * turn.first_token_s),
             ", ".join(
                 f"{tokens} {CAUSES_IN_WORDS.get(cause, cause)}" for cause, tokens in turn.computed_tokens.items()
             ),
@@ -210,6 +211,7 @@ def _explanation_text(explanation: "types.Explanation") -> str:
         "found",
         "where",
         "computed",
+        "first token, ms",
         "because",
         "parted from the turn before",
     )

@@ -376,7 +376,9 @@ class Divergence(Wire):
 
 class ExplainedTurn(Wire):
     """What became of a prompt's tokens: `served_tokens` were found on the engine, the others were computed, by cause.
-    All of them together are the prompt's. `served_from` says in which tier they were found; None: it is not certain."""
+    All of them together are the prompt's. `served_from` says in which tier they were found; None: it is not certain.
+    `first_token_s`: how long the first token took, a wait for the engine too; None: the answer was not streamed, none
+    came, or the turn was written down before this was kept."""
 
     number: int
     started_at: float
@@ -384,6 +386,7 @@ class ExplainedTurn(Wire):
     served_tokens: int
     computed_tokens: dict[str, int]
     served_from: dict[str, int] | None
+    first_token_s: float | None
     divergence: Divergence | None
 
 
@@ -553,12 +556,13 @@ class KvTenant(Wire):
 
 
 class KvLastTurn(Wire):
-    """What became of the prompt of a session's newest turn."""
+    """What became of the prompt of a session's newest turn; `first_token_s` as in `ExplainedTurn`."""
 
     ended_at: float
     prompt_tokens: int
     found_tokens: dict[str, int]
     computed_tokens: dict[str, int]
+    first_token_s: float | None
 
 
 class KvSession(Wire):

@@ -128,6 +128,7 @@ def explanation_view(explanation: Explanation, kept: SessionPicture | None) -> t
                 served_tokens=turn.account.served_tokens,
                 computed_tokens={cause.value: tokens for cause, tokens in turn.account.computed.items()},
                 served_from=None if (served := turn.account.served) is None else served.by_tier(),
+                first_token_s=turn.first_token_s,
                 divergence=None
                 if (where := turn.divergence) is None
                 else types.Divergence(token=where.token, message=where.message, role=where.role, change=where.change),

@@ -60,10 +60,17 @@ class Usage:
     completion_tokens: int
 
     def public(self, account: Account | None) -> dict[str, Any]:
-        """As OpenAI writes it, and why the rest of the prompt was computed."""
+        """As OpenAI writes it, why the rest of the prompt was computed, and where it parted from the turn before."""
         details: dict[str, Any] = {"cached_tokens": self.cached_tokens or 0}
         if account is not None:
             details["computed_tokens"] = account.computed
+            if (parted := account.divergence) is not None:
+                details["divergence"] = {
+                    "token": parted.token,
+                    "message": parted.message,
+                    "role": parted.role,
+                    "change": parted.change,
+                }
             if account.served is not None:
                 details |= {f"{tier}_tokens": tokens for tier, tokens in account.served.by_tier().items()}
         return {

@@ -420,6 +420,7 @@ class Turns:
             started_at=running.started_at,
             ended_at=services.now(),
             ran_s=(running.began_s, services.monotonic()),
+            first_token_s=running.first_token_s,
         )
         running.settled = True
         told = self._tell_engine(running)

@@ -11,6 +11,7 @@ Rules:
   system refuses a start (a descriptor, a process, memory, room on the disk) may be had later: it is a start that can
   heal. For memory it waits first: an engine that has ended gives back what it had for a while.
 - An engine that was ready once is never given up, whatever it says of a start: the same settings did serve.
+- Whether the machine may run an engine at all (`may_start`) is asked before each start, for that can change meanwhile.
 - What the engine writes is kept in its log: all of it until it serves, then what `log` says of it. Whatever becomes of
   the log, the engine's pipe is read: an engine that nobody reads stands still.
 - Clock and sleep are passed in. What starts here ends here: `stop` and the gateway's own death take every process of
@@ -114,6 +115,7 @@ class EngineProcess:
         sleep: waits for so many seconds.
         on_change: called after each change of state, in the event loop; it must not block.
         keys: answers the engine when it asks for the keys of its tiers.
+        may_start: raises `HoldfastError` where this machine must not run an engine now.
 
     Attributes:
         state: where the engine stands.
@@ -136,6 +138,7 @@ class EngineProcess:
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
         on_change: Callable[["EngineProcess"], None] | None = None,
         keys: KeyChannel | None = None,
+        may_start: Callable[[], object] = lambda: None,
     ) -> None:
         # What stands in the environment must be what the cage keeps visible: no links on the way.
         self.spec = replace(spec, model=spec.model.resolve(), run_dir=spec.run_dir.resolve())
@@ -153,6 +156,7 @@ class EngineProcess:
         self._sleep = sleep
         self._on_change = on_change
         self._keys = keys
+        self._may_start = may_start
         self._changed = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -256,6 +260,7 @@ class EngineProcess:
         """One life of the engine, from its start to its end; also one that the system refuses."""
         mark = secrets.token_hex(16)
         try:
+            self._may_start()
             if lacking := await self._lacking_memory():
                 return _Death(lacking, remedy="Lower tiers.dram_bytes, or stop something else")
             _need_descriptors(_DESCRIPTORS)
@@ -267,6 +272,8 @@ class EngineProcess:
                 f"the system refused what a start needs: {error}",
                 remedy="Mend that, and start again; `holdfast doctor` checks this machine",
             )
+        except HoldfastError as error:
+            return _Death(error.cause, remedy=error.remedy)
         finally:
             if self._keys is not None:
                 self._keys.close()

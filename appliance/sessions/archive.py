@@ -383,7 +383,11 @@ class Archive:
                     same_messages=read.shared,
                     token_ids=(before[0].token_ids, read.prompt_token_ids),
                 )
-            explaining.turns.append(ExplainedTurn(number, stored["started_at"], account, divergence))
+            explaining.turns.append(
+                ExplainedTurn(
+                    number, stored["started_at"], account, divergence, first_token_s=read.circumstances.first_token_s
+                )
+            )
 
     def _summary(self, row: RowMapping) -> SessionSummary:
         return SessionSummary(

@@ -46,6 +46,7 @@ class Tip:
     chain: Sequence[bytes]  # `message_chain` of the request's messages and the answer
     parameters: bytes
     ran: Ran
+    said: Sequence[bytes] = ()  # `said_messages` of them
 
     @property
     def token_ids(self) -> "array[int]":
@@ -54,7 +55,12 @@ class Tip:
 
     def size(self) -> int:
         """Bytes held, roughly."""
-        return 64 * len(self.chain) + len(self.parameters) + 4 * len(self.token_ids) + 256
+        messages = 64 * len(self.chain) + sum(map(len, self.said)) + 48 * len(self.said)
+        return messages + len(self.parameters) + 4 * len(self.token_ids) + 256
+
+    def messages(self) -> list[Message]:
+        """The request's messages and the answer."""
+        return [dict(from_json(said)) for said in self.said]
 
 
 class Tips:
@@ -83,13 +89,23 @@ class Tips:
         if tip is not None:
             self._held -= tip.size()
 
+    def clear(self) -> None:
+        self._tips.clear()
+        self._held = 0
 
-def message_chain(messages: Sequence[Message]) -> list[bytes]:
-    """A hash of 32 bytes after each message: of it and all before it, as they go to the engine. None is absence."""
+
+def said_messages(messages: Sequence[Message]) -> list[bytes]:
+    """Each message as JSON, its fields in order, as they go to the engine. None is absence."""
+    return [
+        to_json(sorted((name, value) for name, value in message.items() if value is not None)) for message in messages
+    ]
+
+
+def message_chain(said: Sequence[bytes]) -> list[bytes]:
+    """A hash of 32 bytes after each message: of it and all before it."""
     link, chain = b"", []
-    for message in messages:
-        said = sorted((name, value) for name, value in message.items() if value is not None)
-        link = sha256(link + to_json(said)).digest()
+    for each in said:
+        link = sha256(link + each).digest()
         chain.append(link)
     return chain
 

@@ -34,11 +34,12 @@ class TurnOf(NamedTuple):
 
 
 class LastTurn(NamedTuple):
-    """The newest turn of a session. Times in epoch seconds."""
+    """The newest turn of a session: when it ended, epoch seconds; how long its first token took, if it was streamed."""
 
     of: TurnOf
     ended_at: float
     account: Account
+    first_token_s: float | None
 
 
 class FirstToken(NamedTuple):
@@ -96,7 +97,7 @@ class Ledger:
     def note(self, of: TurnOf, account: Account, *, ended_at: float, first_token_s: float | None) -> None:
         """Enter a turn; `first_token_s` None: it was not streamed."""
         self.forget(of.session_id)
-        self._last[of.session_id] = LastTurn(of, ended_at, account)
+        self._last[of.session_id] = LastTurn(of, ended_at, account, first_token_s)
         self._by_label[of.tenant_label, of.session_label] = of.session_id
         if len(self._last) > self._max_sessions:
             self.forget(next(iter(self._last)))

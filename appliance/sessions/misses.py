@@ -36,10 +36,10 @@ _CHANGEABLE: Final = re.compile(
     r"|\b(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)\b|\b[ap]m\b",
     re.IGNORECASE,
 )
-_SPACE: Final = re.compile(r"\s+")
 _ENOUGH_TO_KNOW: Final = 3  # messages that come again in the same order
 _FAR: Final = 256  # how many messages are looked through for one that moved
 _ENOUGH_TOKENS: Final = 8  # that come again in the same order
+_MOST_COMPARED: Final = 65_536  # characters of lines that differ, of one message: a turn is not held up by more
 _OFTEN: Final = 2  # turns of a session in which the same thing destroyed its prefix
 
 
@@ -172,6 +172,7 @@ class Circumstances:
         served: from where, where that is certain.
         paused_s: since the turn before was over, by a clock that nobody sets; negative: it still ran.
         replica: tells the replica whose engine it was from others that share the database.
+        first_token_s: from when the engine was to be asked until the first token came; not of an answer in one piece.
     """
 
     block_size: int | None = None
@@ -184,6 +185,7 @@ class Circumstances:
     served: Served | None = None
     paused_s: float | None = None
     replica: str | None = None
+    first_token_s: float | None = None
 
     def to_wire(self) -> list[Any]:
         """As it is written down with a turn."""
@@ -198,6 +200,7 @@ class Circumstances:
             None if self.served is None else list(self.served),
             self.paused_s,
             self.replica,
+            self.first_token_s,
         ]
 
     @classmethod
@@ -234,25 +237,6 @@ class Ran:
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
-    """What became of a prompt's tokens.
-
-    Attributes:
-        served_tokens: 0 also where it is not known how many.
-        diverged_at: the first token that is not that of the turn before; None: all of that was continued.
-        served: from where; None: that is not certain.
-        repeated_tokens: of the prompt's beginning, those that the turn before had as well; 0 also where none is known.
-    """
-
-    prompt_tokens: int
-    served_tokens: int
-    computed: Mapping[Cause, int]
-    diverged_at: int | None = None
-    served: Served | None = None
-    repeated_tokens: int = field(default=0, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
 class Divergence:
     """Where a history parted from the one before.
 
@@ -266,6 +250,27 @@ class Divergence:
     message: int | None
     role: str | None
     change: Change
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What became of a prompt's tokens.
+
+    Attributes:
+        served_tokens: 0 also where it is not known how many.
+        diverged_at: the first token that is not that of the turn before; None: all of that was continued.
+        served: from where; None: that is not certain.
+        repeated_tokens: of the prompt's beginning, those that the turn before had as well; 0 also where none is known.
+        divergence: what is at `diverged_at`; None also where nobody looked.
+    """
+
+    prompt_tokens: int
+    served_tokens: int
+    computed: Mapping[Cause, int]
+    diverged_at: int | None = None
+    served: Served | None = None
+    repeated_tokens: int = field(default=0, compare=False)
+    divergence: Divergence | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,12 +293,17 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class ExplainedTurn:
-    """One turn's account, and where its history parted from the one before, if it did."""
+    """One turn's account, where its history parted from the one before, if it did, and what it took.
+
+    Attributes:
+        first_token_s: as in its `Circumstances`.
+    """
 
     number: int
     started_at: float
     account: Account
     divergence: Divergence | None = field(default=None)
+    first_token_s: float | None = None
 
 
 def account_of(
@@ -627,10 +637,23 @@ def _text(content: Any) -> str:
 
 
 def _text_change(before: str, after: str) -> Change:
-    if _SPACE.sub("", before) == _SPACE.sub("", after):
+    if "".join(before.split()) == "".join(after.split()):
         return Change.WHITESPACE
     if without_harness_lines(before)[0] == without_harness_lines(after)[0]:
         return Change.HARNESS_LINE
-    if _CHANGEABLE.sub("0", before) == _CHANGEABLE.sub("0", after):
-        return Change.NUMBERS
-    return Change.CONTENT
+    return Change.NUMBERS if _same_but_for_numbers(before, after) else Change.CONTENT
+
+
+def _same_but_for_numbers(before: str, after: str) -> bool:
+    """Whether only what may change differs. Nothing of that has a line end in it, so lines are compared one by one."""
+    lines, others = before.split("\n"), after.split("\n")
+    if len(lines) != len(others):
+        return False
+    left = _MOST_COMPARED
+    for line, other in zip(lines, others, strict=True):
+        if line == other:
+            continue
+        left -= max(len(line), len(other))
+        if left < 0 or _CHANGEABLE.sub("0", line) != _CHANGEABLE.sub("0", other):
+            return False
+    return True

@@ -27,6 +27,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -43,13 +44,13 @@ from appliance.sessions.labels import Label, Labels, lease_label
 from appliance.sessions.live import Continuation, Live, Session, is_over, own_tree
 from appliance.sessions.misses import Account, Circumstances, Served
 from appliance.sessions.turn import Message, Origin, Outcome, SessionHints, Turn, TurnKind, TurnState
-from appliance.sessions.writing import first_changes, next_changes, write_turn
+from appliance.sessions.writing import divergence_between, first_changes, next_changes, write_turn
 from appliance.settings import SessionSettings
 from appliance.store import Change, Store, tables
 from appliance.vault import KeyMissing, KeyPurpose, Vault
 
 _LIVE_SESSIONS = 4096
-_TIP_BYTES = 32 << 20
+_TIP_BYTES = 64 << 20
 _KNOWN_LINKS = 32_768
 _OWN_ID = re.compile(r"ses_[0-9a-f]{32}")
 _LOOKUP_LINKS = 512  # how far back from its end a history is searched for an answer of ours
@@ -513,6 +514,7 @@ class Registry(Archive):
                 served=served,
                 paused_s=_paused_s(live, outcome),
                 replica=replica,
+                first_token_s=outcome.first_token_s,
             )
             ends = live.ends
             if live.stored:
@@ -546,10 +548,15 @@ class Registry(Archive):
             if live.ends == ends:  # else: what was said meanwhile stands
                 live.is_over = last
             live.ends += last
-            self._tips.put(live.session_id, written.tip)
+            if not self._vault.sealed:  # what it was sealed for is over otherwise
+                self._tips.put(live.session_id, written.tip)
             if link is not None:
                 _keep(self._by_link, link, (live.session_id, number), _KNOWN_LINKS)
-            return written.account
+            account = written.account
+            if tip is not None and account.diverged_at is not None:
+                parted = await asyncio.to_thread(divergence_between, tip, written.tip, account)
+                account = replace(account, divergence=parted)
+            return account
 
     async def _make_sure(self, live: Live) -> None:
         """Where it is not known what was written of a session, ask the store. Under the session's lock.
@@ -565,6 +572,10 @@ class Registry(Archive):
         elif live.stored:
             live.forgotten = True
         live.unsure = False
+
+    def forget_texts(self) -> None:
+        """Remember nothing of what was said: the vault is sealed. The next turn of each session is written whole."""
+        self._tips.clear()
 
     def turn_over(self, session: Session) -> None:
         """A turn has ended. Where it was not written down its client may ask again, and goes on with the session."""

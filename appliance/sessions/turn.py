@@ -66,6 +66,8 @@ class Outcome:
 
     `cached_tokens` is None where the engine did not get to say how much of the prompt it found. `ran_s` is from when to
     when it ran by a clock that nobody sets, which no other process's can be compared with; None: not known.
+    `first_token_s` is how long after the engine was to be asked the first token came, a wait for its place included;
+    None: the answer was not streamed, or none came.
     """
 
     response_id: str
@@ -80,3 +82,4 @@ class Outcome:
     started_at: float
     ended_at: float
     ran_s: tuple[float, float] | None = None
+    first_token_s: float | None = None

@@ -8,13 +8,13 @@ Rules:
 
 from typing import Any, NamedTuple
 
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 from sqlalchemy import Text, bindparam, delete, exists, insert, literal, select, update
 
-from appliance.sessions.deltas import Tip, encode_request, encode_token_ids, message_chain, token_array
+from appliance.sessions.deltas import Tip, encode_request, encode_token_ids, message_chain, said_messages, token_array
 from appliance.sessions.history import shared_length
 from appliance.sessions.live import Live
-from appliance.sessions.misses import Account, Circumstances, Ran, account_of, shared_tokens
+from appliance.sessions.misses import Account, Circumstances, Divergence, Ran, account_of, divergence_of, shared_tokens
 from appliance.sessions.turn import Outcome, Turn
 from appliance.store import Change, RowCipher, key_changes, tables
 from appliance.vault import KeyPurpose, KeyRecord
@@ -109,7 +109,8 @@ def write_turn(
         outcome.ended_at,
         circumstances,
     )
-    chain = message_chain([*turn.messages, outcome.answer])
+    said = said_messages([*turn.messages, outcome.answer])
+    chain = message_chain(said)
     shared = min(shared_length(tip.chain, chain), len(turn.messages)) if tip is not None else 0
     account = account_of(
         None if tip is None else tip.ran,
@@ -142,7 +143,19 @@ def write_turn(
         at = {"tenant_id": live.tenant_id, "link": link}
         changes.append(Change(_DELETE_LINK, {f"b_{name}": value for name, value in at.items()}))
         changes.append(Change(_INSERT_LINK, {**at, "session_id": live.session_id, "turn_number": number}))
-    return WrittenTurn(changes, Tip(number, chain, parameters, ran), account)
+    return WrittenTurn(changes, Tip(number, chain, parameters, ran, said), account)
+
+
+def divergence_between(before: Tip, now: Tip, account: Account) -> Divergence | None:
+    """What is at the place where a turn parted from the one before; None: it did not. Long messages take their time."""
+    *messages, _ = now.messages()
+    return divergence_of(
+        account,
+        (before.messages(), from_json(before.parameters), before.ran.prompt_tokens),
+        (messages, from_json(now.parameters)),
+        same_messages=min(shared_length(before.chain, now.chain), len(messages)),
+        token_ids=(before.token_ids, now.token_ids[: now.ran.prompt_tokens]),
+    )
 
 
 _INSERT_TREE = insert(tables.trees).from_select(

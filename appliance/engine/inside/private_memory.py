@@ -3,8 +3,8 @@
 Rules:
 
 - Pages are locked as they come to be used: to lock memory takes no time, and none that would not be used.
-- What may not be locked is left as it is, and said: whether swap in plaintext is borne is decided before an engine
-  starts (`vault.plaintext_swap`), not here.
+- What may not be locked is left as it is, and said: whether swap in plaintext is borne is decided before each start of
+  an engine (`vault.plaintext_swap`, `api/server.py`), not here.
 """
 
 import ctypes

@@ -295,7 +295,10 @@ def test_sealed_it_answers_503_by_name_and_unsealed_it_goes_on(fragile: Served) 
     ready = fragile.send("GET", "/readyz")
     assert (ready.status, ready.json["parts"]["vault"]["ready"]) == (503, False)
     fragile.admin.unseal(b"")
-    assert fragile.ask(session="kept").status == 200
+    again = fragile.ask(session="kept")
+    assert again.status == 200
+    computed = again.json["usage"]["prompt_tokens_details"]["computed_tokens"]
+    assert computed.keys() == {"unknown"}, "what was said before was forgotten"
     assert fragile.newest_session().turns == 2
 
 

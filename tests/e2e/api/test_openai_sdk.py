@@ -1,5 +1,8 @@
 """The openai SDK as the client: what its users get, and which exceptions they catch."""
 
+import uuid
+from typing import Any
+
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
@@ -53,6 +56,42 @@ def test_usage_comes_last_in_a_stream_that_asked_for_it(served: Served) -> None:
     assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (100, 15)
     assert last.usage.prompt_tokens_details is not None
     assert last.usage.prompt_tokens_details.cached_tokens == 50
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_turn_that_parted_from_the_one_before_says_where_and_no_other_does(served: Served, stream: bool) -> None:
+    question: ChatCompletionMessageParam = {"role": "user", "content": "x" * 400}
+    reworded: ChatCompletionMessageParam = {"role": "assistant", "content": SAID.replace("word3", "marzipan")}
+    with served.sdk(**{"X-Session-ID": uuid.uuid4().hex}) as client:
+        first = details(client, [question], stream=stream)
+        parted = details(client, [question, reworded, question], stream=stream)
+    assert "divergence" not in first
+    assert parted["divergence"] == {"token": 100, "message": 2, "role": "assistant", "change": "content"}
+    assert parted["computed_tokens"]["diverged"] > 0
+
+
+def details(client: openai.OpenAI, messages: list[ChatCompletionMessageParam], *, stream: bool) -> dict[str, Any]:
+    """What the usage says of a prompt beyond what OpenAI's does, whichever way it is asked for."""
+    if stream:
+        *_, last = client.chat.completions.create(
+            model=MODEL, messages=messages, stream=True, stream_options={"include_usage": True}
+        )
+        usage = last.usage
+    else:
+        usage = client.chat.completions.create(model=MODEL, messages=messages).usage
+    assert usage is not None
+    assert usage.prompt_tokens_details is not None
+    return usage.prompt_tokens_details.model_extra or {}
+
+
+def test_a_completion_s_prompt_that_parted_says_at_which_token(served: Served) -> None:
+    with served.sdk(**{"X-Session-ID": uuid.uuid4().hex}) as client:
+        client.completions.create(model=MODEL, prompt=list(range(40)))
+        usage = client.completions.create(model=MODEL, prompt=[*range(30), *range(100, 110)]).usage
+    assert usage is not None
+    assert usage.prompt_tokens_details is not None
+    extra = usage.prompt_tokens_details.model_extra or {}
+    assert extra["divergence"] == {"token": 30, "message": None, "role": None, "change": "prompt"}
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -220,6 +220,16 @@ def test_what_was_found_on_the_engine_is_told(served: Served) -> None:
     assert (session.prompt_tokens, session.cached_tokens, session.completion_tokens) == (100, 50, 15)
 
 
+def test_what_a_turn_s_first_token_took_is_told_of_a_streamed_one(served: Served) -> None:
+    mine = name()
+    served.ask('@stub {"first_pause_s": 0.2}', session=mine, stream=True)
+    served.ask("at once", session=mine)
+    streamed, whole = served.admin.why(served.newest_session().session_id).turns
+    assert streamed.first_token_s is not None
+    assert streamed.first_token_s >= 0.2
+    assert whole.first_token_s is None
+
+
 def computed(served: Served, cause: str) -> float:
     """What is counted on the admin listener of prompt tokens that were computed for `cause`, for all tenants."""
     with AdminClient(served.state_dir)._answer("GET", "/metrics") as answer:
@@ -261,13 +271,14 @@ def lets_go_of(served: Served, lease_label: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_last_call_of_a_session_says_so_and_the_engine_lets_go(served: Served, stream: bool) -> None:
+@pytest.mark.parametrize("goodbye", ["X-Session-End", "X-Dynamo-Session-Final"])
+def test_the_last_call_of_a_session_says_so_and_the_engine_lets_go(served: Served, goodbye: str, stream: bool) -> None:
     mine = name()
     served.ask("hello", session=mine)
     mine_label = label(served)
     assert mine_label not in served.engine_seen()["released"]
     body = [{"role": "user", "content": "goodbye"}]
-    answer = ask(served, body, {"X-Session-ID": mine, "X-Session-End": "true"}, stream=stream)
+    answer = ask(served, body, {"X-Session-ID": mine, goodbye: "true"}, stream=stream)
     assert answer.status == 200
     lets_go_of(served, mine_label)
     ended = served.admin.audit_entries(action="session.ended").entries[0]

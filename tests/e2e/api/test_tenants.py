@@ -137,6 +137,21 @@ def test_what_is_kept_of_a_tenants_sessions_is_shown(place: Path) -> None:
             served.admin.tenant("nobody")
 
 
+def test_what_is_set_for_a_tenant_goes_to_the_engine_with_each_of_its_turns_and_with_no_other(place: Path) -> None:
+    (place / "state" / "holdfast.toml").write_text(TOML)
+    with _started(place) as served:
+        leases = []
+        for key, stream in (
+            (served.api_key, False),
+            (served.api_key, True),
+            (served.new_key(tenant="a").secret, False),
+        ):
+            assert served.ask(api_key=key, stream=stream).status == 200
+            leases.append(served.engine_seen()["bodies"][-1]["kv_transfer_params"]["holdfast"])
+        told = [(each["strict"], each["idle_timeout_s"], each["tenant_share"], each["tenant_cap"]) for each in leases]
+        assert told == [(True, 7.0, 0.25, 0.5), (True, 7.0, 0.25, 0.5), (False, 15.0, 0.0, 1.0)]
+
+
 def test_a_choice_of_isolation_is_recorded_with_who_chose_it_and_what_it_was_before(place: Path) -> None:
     with _started(place) as served:
         _told(served, "tenant", "isolation", "tenant", "tenant-prefix")

@@ -260,6 +260,7 @@ def test_what_was_computed_is_told_by_why_it_had_to_be() -> None:
     account = Account(3, 0, {Cause.NEW: 2, Cause.BLOCK_TAIL: 1})
     details = json.loads(it.whole(account))["usage"]["prompt_tokens_details"]
     assert details["computed_tokens"] == {"new": 2, "block_tail": 1}
+    assert "divergence" not in details
 
 
 def test_a_completion_keeps_its_text_and_the_ids_of_its_prompt() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from api import marking, starting
+from api import marking, server, starting
 from api.admin import routes
 from api.admin.asking import Asker
 from appliance.audit import AuditUnavailable, Event
@@ -15,6 +15,7 @@ from appliance.audit.events import BACKUP_RESTORED, GATEWAY_STARTED, VAULT_OPENE
 from appliance.audit.restores import ANNOUNCED, Restore
 from appliance.settings import load_settings
 from appliance.vault import RootKey, Vault
+from appliance.vault.errors import PlaintextSwap
 from tests.unit.vault.keystore import MemoryKeys
 
 pytestmark = pytest.mark.anyio
@@ -64,6 +65,7 @@ class Gateway(SimpleNamespace):
         super().__init__(
             audit=Audit(**failing),
             vault=vault,
+            sessions=SimpleNamespace(forget_texts=lambda: None),
             settings=load_settings({}, environment={}, state_dir=state_dir),
             lifecycle=SimpleNamespace(restores_told=False),
             engine_process=None,
@@ -90,6 +92,25 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 async def start(gateway: Gateway) -> None:
     async with asyncio.timeout(DEADLINE_S):
         await starting.record_start(gateway, [])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", ["warn", "refuse"])
+def test_each_start_of_the_engine_asks_how_swap_is_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    devices: list[str] = []
+    monkeypatch.setattr(server, "plaintext_swap_devices", lambda: devices)
+    settings = load_settings({"vault": {"plaintext_swap": policy}}, environment={}, state_dir=tmp_path)
+    nobody: Any = None
+    process = server._engine_process(server._engine_spec(settings), nobody, nobody, settings)
+    process._may_start()
+    devices.append("/dev/sdz9")  # turned on while the gateway runs
+    if policy == "warn":
+        process._may_start()
+    else:
+        with pytest.raises(PlaintextSwap, match="plaintext swap") as refused:
+            process._may_start()
+        assert "/dev/sdz9" in refused.value.cause
 
 
 async def test_a_start_that_could_not_be_recorded_is_recorded_later_and_the_log_signed(

@@ -129,9 +129,35 @@ def test_a_page_without_a_place_for_the_table_is_left_alone() -> None:
         results.with_results("Before.\nAfter.", [])
 
 
-def test_what_is_replayed_has_to_be_given() -> None:
-    needy = dataclasses.replace(MADE_UP, replays=True)
-    assert results.measure(needy, short=True).failure == "it needs --simulator FILE --traces FOLDER"
+def test_what_is_replayed_is_found_beside_the_repository_or_where_it_is_said_to_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(results, "REPOSITORY", tmp_path / "repository")
+    simulator, traces = tmp_path / results.SIMULATOR, tmp_path / results.TRACES
+    assert results.replayed_from(None, None) == ([], list(results.REPLAYED))
+    simulator.parent.mkdir(parents=True)
+    simulator.touch()
+    assert results.replayed_from(None, None) == (["--simulator", str(simulator)], ["--traces", "FOLDER"])
+    traces.mkdir(parents=True)
+    assert results.replayed_from(None, None) == (["--simulator", str(simulator), "--traces", str(traces)], [])
+    said = results.replayed_from(Path("/there/simulator.py"), None)
+    assert said == (["--simulator", "/there/simulator.py", "--traces", str(traces)], [])
+
+
+def test_without_what_is_replayed_the_option_is_named_and_all_the_rest_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "repository" / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / "repository" / ".venv" / "bin" / "python").symlink_to("/bin/false")
+    monkeypatch.setattr(results, "REPOSITORY", tmp_path / "repository")
+    needy, other = dataclasses.replace(MADE_UP, name="needy", replays=True), MADE_UP
+    monkeypatch.setattr(results, "BENCHMARKS", (needy, other))
+    assert results.main(["--json", "--traces", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    first, second = json.loads(said.out)["benchmarks"]
+    assert first["failure"] == "it needs --simulator FILE"
+    assert second["failure"].startswith("it ended with 1"), "it was run"
+    assert "needy: not measured: it needs --simulator FILE\n" in said.err
 
 
 def test_readme_has_every_benchmark_and_each_of_its_figures_beside_its_bar() -> None:

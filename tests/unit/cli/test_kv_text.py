@@ -33,6 +33,7 @@ SESSION = types.KvSession(
         prompt_tokens=1000,
         found_tokens={"device": 800},
         computed_tokens={"new": 45, "evicted": 155},
+        first_token_s=0.456,
     ),
 )
 TENANT = types.KvTenant(
@@ -117,6 +118,7 @@ def test_a_picture_says_what_is_kept_why_and_until_when() -> None:
     assert "0.0234" in session
     assert "960 (lease, 12 s)" in session
     assert "2 s ago" in session
+    assert session.endswith(" 456")
 
 
 def test_without_the_engine_what_was_counted_stands_and_nothing_is_made_up() -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from api.admin import types
-from api.admin.session_commands import _kept_text, _transcript_text
+from api.admin.session_commands import _explanation_text, _kept_text, _transcript_text
 
 SESSION = types.Session(
     session_id="ses_1",
@@ -86,3 +86,27 @@ def test_what_is_kept_of_a_session_is_said_with_where_why_and_how_long() -> None
     assert _kept_text(types.Explanation.model_construct(kept=[], worth_hits_per_s=None)) == "nothing"
     nobody = types.Explanation.model_construct(kept=None, worth_hits_per_s=None)
     assert _kept_text(nobody) == "the engine could not be asked"
+
+
+def test_what_a_miss_cost_is_told_with_its_unit_and_not_made_up_where_nothing_was_streamed() -> None:
+    def explained(number: int, first_token_s: float | None) -> types.ExplainedTurn:
+        return types.ExplainedTurn(
+            number=number,
+            started_at=1_800_000_000.0,
+            prompt_tokens=100,
+            served_tokens=0,
+            computed_tokens={"evicted": 100},
+            served_from=None,
+            first_token_s=first_token_s,
+            divergence=None,
+        )
+
+    turns = [explained(1, 1.234), explained(2, 0.087), explained(3, None)]
+    explanation = types.Explanation(
+        session=SESSION, kept=[], worth_hits_per_s=None, turns=turns, findings=[], truncated=False
+    )
+    lines = _explanation_text(explanation).splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("TURN "))
+    where = lines[at].index("FIRST TOKEN, MS")
+    shown = [line[where:].split("  ")[0] for line in lines[at + 1 :]]
+    assert shown == ["1234", "87", "-"]

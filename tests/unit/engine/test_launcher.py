@@ -23,6 +23,7 @@ from appliance.engine.client import EngineClient, EngineLost, EngineUnavailable
 from appliance.engine.command_line import EngineSpec
 from appliance.engine.launcher import FRUITLESS_STARTS, EngineFailed, EngineProcess, EngineState, Patience
 from appliance.engine.log import Sieve
+from appliance.vault.errors import PlaintextSwap
 from tests.unit.engine.conftest import left_behind
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
@@ -356,6 +357,50 @@ async def test_a_killed_engine_is_started_again_and_serves(make: Start, mark: st
         EngineState.STARTING,
         EngineState.READY,
     ]
+
+
+async def test_an_engine_that_ended_is_not_started_again_while_the_machine_must_not_run_one(
+    make: Start, mark: str
+) -> None:
+    engine = make(restart_backoff_s=7.0)
+    forbidden: list[bool] = []
+    seen: list[tuple[str, list[str]]] = []
+
+    def may_start() -> None:
+        if any(forbidden):
+            raise PlaintextSwap("no", cause="swap on /dev/sdz9 is not encrypted", remedy="Run `swapoff -a`")
+
+    async def sleep(seconds: float) -> None:
+        if seconds >= 7:
+            seen.append((engine.process.detail, left_behind(mark)))
+            if len(seen) == FRUITLESS_STARTS + 2:
+                forbidden.clear()
+        await asyncio.sleep(0.005)
+
+    engine.process._sleep, engine.process._may_start = sleep, may_start
+    await engine.process.start()
+    await engine.process.wait_ready(30)
+    forbidden.append(True)
+    await engine.die()
+    await engine.until(EngineState.RESTARTING)
+    await engine.process.wait_ready(30)
+    assert len(seen) == FRUITLESS_STARTS + 2, "an engine that served is not given up"
+    assert all(detail.startswith("swap on /dev/sdz9 is not encrypted; it is started again") for detail, _ in seen[1:])
+    assert not any(left for _, left in seen[1:])
+
+
+async def test_a_machine_that_must_not_run_an_engine_never_does_and_what_to_do_is_said(make: Start, mark: str) -> None:
+    engine = make()
+
+    def may_start() -> None:
+        raise PlaintextSwap("no", cause="swap on /dev/sdz9 is not encrypted", remedy="Run `swapoff -a`")
+
+    engine.process._may_start = may_start
+    await engine.process.start()
+    with pytest.raises(EngineFailed, match="swap on /dev/sdz9") as failed:
+        await engine.process.wait_ready(30)
+    assert failed.value.remedy == "Run `swapoff -a`"
+    assert left_behind(mark) == []
 
 
 async def test_a_start_that_may_heal_is_tried_three_times(make: Start) -> None:

@@ -12,12 +12,15 @@ from appliance.sessions.deltas import (
     Reader,
     ReadTurn,
     Tip,
+    Tips,
     TranscriptBroken,
     encode_request,
     encode_token_ids,
+    said_messages,
     token_array,
 )
 from appliance.sessions.misses import Circumstances, Ran, shared_tokens
+from appliance.sessions.turn import Message
 
 NOTHING_KNOWN = Circumstances()
 
@@ -103,3 +106,17 @@ def test_a_turn_with_token_ids_missing_is_refused() -> None:
     blob = encode_token_ids(None, 0, array("I", [1, 2, 3]), 2)
     with pytest.raises(TranscriptBroken, match="2 token ids"):
         Reader().add(1, encode_request(None, 0, [], b"{}", NOTHING_KNOWN), {"role": "assistant"}, blob[:-4])
+
+
+def test_what_was_said_is_remembered_with_a_turn_and_counts_among_the_bytes_that_are_held() -> None:
+    long: list[Message] = [{"role": "user", "content": "x" * 600, "name": None}, {"role": "assistant", "content": "ab"}]
+    tips = Tips(2_500)
+    for session in ("one", "other"):
+        ran = Ran("model", array("I"), 0, 0, 0.0, 0.0, NOTHING_KNOWN)
+        tips.put(session, Tip(1, (), b"{}", ran, said_messages(long)))
+        held = tips.get(session)
+        assert held is not None
+        assert held.messages() == [{"role": "user", "content": "x" * 600}, long[1]]
+    assert tips.get("one") is not None
+    tips.put("third", Tip(1, (), b"{}", ran, said_messages(long)))
+    assert (tips.get("one"), tips.get("third") is None) == (None, False)

@@ -31,10 +31,10 @@ def test_what_was_found_without_knowing_where_is_not_laid_to_a_tier() -> None:
 def test_the_newest_turn_of_a_session_is_found_by_what_the_engine_calls_it() -> None:
     ledger = Ledger()
     ledger.note(of(1), COLD, ended_at=1.0, first_token_s=None)
-    ledger.note(of(1), WARM, ended_at=2.0, first_token_s=None)
+    ledger.note(of(1), WARM, ended_at=2.0, first_token_s=0.25)
     last = ledger.of_labels("tenant-0", "session-1")
     assert last is not None
-    assert (last.of.session_id, last.account) == ("ses_1", WARM)
+    assert (last.of.session_id, last.account, last.first_token_s) == ("ses_1", WARM, 0.25)
     assert ledger.of_labels("tenant-1", "session-1") is None  # a label reaches nothing of another tenant's
     ledger.forget("ses_1")
     assert ledger.of_labels("tenant-0", "session-1") is None

@@ -415,9 +415,12 @@ def test_what_the_turn_before_had_too_is_counted() -> None:
 
 
 def test_all_circumstances_are_read_as_they_were_written() -> None:
-    told = Circumstances(4, "one", 15.0, 3, was_over=True, template="t", served=Served(1, 2, 3, "quota"))
+    told = Circumstances(
+        4, "one", 15.0, 3, was_over=True, template="t", served=Served(1, 2, 3, "quota"), first_token_s=0.5
+    )
     assert Circumstances.from_wire(told.to_wire()) == told
     assert Circumstances.from_wire([4, "one", 15.0, 0, True, False]).served is None
+    assert Circumstances.from_wire(told.to_wire()[:-1]).first_token_s is None, "rows from before it was kept"
 
 
 # What destroys prefixes
@@ -444,6 +447,16 @@ SYSTEM_BEFORE = f"You help.\nIt is {THAT_DAY}. Call 17. Run {THAT_RUN}.\nBe brie
 )
 def test_dates_counters_and_ids_are_told_from_other_changes(after: str, change: Change) -> None:
     assert changed_system(SYSTEM_BEFORE, after) is change
+
+
+def test_a_date_in_a_long_text_is_found_and_no_text_is_so_long_that_comparing_it_holds_up_others() -> None:
+    lines = [f"Rule {number}: be brief.\n" for number in range(100_000)]
+    was = "".join(["It is 10:31.\n", *lines, "10:31"])
+    assert changed_system(was, was.replace("10:31", "10:32")) is Change.NUMBERS
+    all_of_it = "".join(f"Rule {number + 1}: be brief.\n" for number in range(100_000))
+    assert changed_system("".join(lines), all_of_it) is Change.CONTENT
+    few, renumbered = "".join(lines[:1000]), all_of_it[: sum(map(len, lines[1:1001]))]
+    assert changed_system(few, renumbered) is Change.NUMBERS
 
 
 def test_a_harness_line_that_changes_is_known_for_one() -> None:

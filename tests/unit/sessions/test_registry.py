@@ -501,6 +501,49 @@ async def test_what_changed_in_a_session_is_told_without_a_word_of_it(world: Wor
     assert "Secretly" not in repr(explanation)
 
 
+async def test_where_a_turn_parted_is_told_with_it_as_it_is_told_from_the_transcript(world: World) -> None:
+    sessions = explaining(world)
+    system, answer = {"role": "system", "content": "Secretly 10:31."}, {"role": "assistant", "content": "Hello."}
+    later, reworded = {**system, "content": "Secretly 10:32."}, {**answer, "content": "Well."}
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    begun, went_on = [system, HELLO], [system, HELLO, answer, HELLO]
+    asked: list[tuple[list[dict[str, Any]], list[int], dict[str, Any]]] = [
+        (begun, [*range(20)], {}),
+        (went_on, [*range(20), 0, 21], {}),  # an extension
+        ([later, *went_on[1:], answer, HELLO], [*range(5), 99, *range(6, 30)], {}),
+        ([later, HELLO, reworded, HELLO], [*range(5), 99, *range(6, 18), 77, 78], {}),
+        ([later, HELLO, reworded, HELLO, answer, HELLO], [55, *range(1, 30)], {"tools": tools}),
+    ]
+    told = []
+    for messages, prompt, parameters in asked:
+        turn = dataclasses.replace(chat(*messages, client_id="job"), parameters=parameters)
+        session = await sessions.resolve(caller(), turn)
+        said = outcome("Hello.", ids=(prompt, [0]))
+        told.append((await sessions.record(session, turn, said, engine="one")).divergence)
+    explanation = await world.sessions.explanation(caller(), session.session_id)
+    assert [turn.divergence for turn in explanation.turns] == told
+    assert told == [
+        None,
+        None,
+        Divergence(5, 1, "system", misses.Change.NUMBERS),
+        Divergence(18, 3, "assistant", misses.Change.REPLACED),
+        Divergence(0, None, None, misses.Change.TOOLS_CHANGED),
+    ]
+    assert "Secretly" not in repr(told)
+
+
+async def test_nothing_of_what_was_said_stays_in_memory_when_the_vault_is_sealed(world: World) -> None:
+    sessions, turn = explaining(world), chat(HELLO, client_id="job")
+    session, _ = await ask(sessions, turn, tokens=16)
+    world.vault.seal()
+    sessions.forget_texts()
+    assert sessions._tips.get(session.session_id) is None
+    world.vault.open(RootKey(b"r" * 32))
+    _, told = await ask(sessions, turn, tokens=24, at=2)
+    assert told.computed == {Cause.UNKNOWN: 24}
+    assert len((await sessions.transcript(caller(), session.session_id)).turns) == 2
+
+
 async def test_of_a_long_session_the_newest_turns_are_explained(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive, "_TURNS_AT_A_TIME", 2)
     sessions, turn = explaining(world), chat(HELLO, client_id="job")
