@@ -13,7 +13,7 @@ Rules:
 - What was read is used when it opened as the very chunk that was asked for. A file that does not open is removed.
 - A tenant's chunk is given to no other tenant, whatever key it is asked by.
 - What was dropped is not found from that moment on; its files go as soon as a thread is free, before anything else is
-  written.
+  written. While a file cannot be removed nothing is written: the files would take more than they may.
 - The gateway is asked of everybody whose chunks a start finds, until it answers: who was forgotten is dropped.
 - A folder that cannot be used is tried again, so that a fault that passes costs no engine its tier.
 """
@@ -94,7 +94,8 @@ class DiskStatus:
         last_error_age_s: how long ago.
         on: whether the folder could be used when it was tried last.
         paused: nothing is written for a while after an error.
-        answers: whether the disk does what is asked of it; see `DiskStore.answers`.
+        answers: whether the disk does what is asked of it: it reads in time (`DiskStore.answers`), and some thread
+            that writes is not held up.
     """
 
     on: bool
@@ -203,6 +204,7 @@ class DiskStore:
         self._finished: deque[Done] = deque()
         self._open_jobs = self._pieces_over = 0
         self._reading: dict[int, float] = {}  # since when each thread does
+        self._writing: dict[int, float] = {}  # the same, of those that write and remove
         self._reads_due_at = now()
         self._stopping = False
         self._stored = self._loaded = self._evicted = self._expired = 0
@@ -321,11 +323,11 @@ class DiskStore:
     def status(self) -> DiskStatus:
         """How the tier stands."""
         with self._lock:
-            answers = self._answers()
+            answers = self._answers() and not self._is_held_up()
             error, error_at = (self._error, self._error_at) if answers else (_NO_ANSWER, self._now())
             return DiskStatus(
                 on=self._files is not None,
-                paused=self._now() < self._paused_until,
+                paused=self._is_paused(),
                 chunks=len(self._index),
                 sessions=self._index.sessions,
                 chunk_bytes=self._file_bytes,
@@ -350,6 +352,7 @@ class DiskStore:
         job = _Job(number, self._now(), len(pieces), len(pieces) * self._chunk_bytes)
         with self._lock:
             self._open_jobs += 1
+            self._let_go_of_stale()
             refused = self._refusal(len(pieces))
             held = None if refused else self._index.used(owner, self._now())
             coming = []
@@ -409,6 +412,7 @@ class DiskStore:
     def finished(self) -> list[Done]:
         """The jobs that are over since this was asked last."""
         with self._lock:
+            self._let_go_of_stale()
             done = list(self._finished)
             self._finished.clear()
             return done
@@ -556,30 +560,32 @@ class DiskStore:
         return index, removals
 
     def _write_on(self, files: ChunkFiles) -> None:
-        buffer = files.buffer()
+        buffer, thread = files.buffer(), threading.get_ident()
         while True:
             foreign = shares = quarantine = False
             task, removal = None, None
             with self._lock:
+                self._writing.pop(thread, None)
                 self._to_write.wait_for(
                     lambda: (
                         self._stopping
                         or self._quarantine_due_at <= self._now()
                         or self._shares_due_at <= self._now()
                         or self._writes
-                        or self._removals
+                        or self._may_remove()
                         or self._foreign
                     ),
                     self._next_chore_in_s(),
                 )
                 if self._stopping:
                     return
+                self._writing[thread] = self._now()
                 self._expire()
                 if self._quarantine_due_at <= self._now():
                     quarantine, self._quarantine_due_at = True, inf
                 elif self._shares_due_at <= self._now():
                     shares, self._shares_due_at = True, inf
-                elif self._removals:
+                elif self._may_remove():
                     removal = self._removals.popleft()
                 elif self._writes:
                     task = self._writes.popleft()
@@ -590,14 +596,23 @@ class DiskStore:
             elif shares:
                 self._write_shares(files)
             elif removal is not None:
-                files.remove(removal)
-                if not self._note_use(files, removal.owner):
-                    files.remove_folder(removal.owner)
+                self._remove(files, removal)
             elif task is not None:
                 self._write(files, buffer, task)
             elif foreign:
                 with contextlib.suppress(OSError):
                     files.remove_foreign()
+
+    def _remove(self, files: ChunkFiles, name: ChunkName) -> None:
+        try:
+            files.remove(name)
+        except OSError as error:
+            with self._lock:
+                self._removals.appendleft(name)
+                self._leave_alone(error)
+            return
+        if not self._note_use(files, name.owner):
+            files.remove_folder(name.owner)
 
     def _note_use(self, files: ChunkFiles, owner: Owner) -> bool:
         """Give a session's folder the time of its last use, for the next start; whether the session has one."""
@@ -629,11 +644,10 @@ class DiskStore:
                     self._shares_due_at = self._now() + _FIRST_PAUSE_S
 
     def _write(self, files: ChunkFiles, buffer: memoryview, task: _Task) -> None:
-        now = self._now()
         cause = ""
-        if now - task.job.started >= _STALE_S:
+        if self._is_stale(task):
             cause = "slow"
-        elif now < self._paused_until:
+        elif self._is_paused():
             cause = "error"
         elif task.held.gone:
             cause = "closed"
@@ -641,13 +655,7 @@ class DiskStore:
             cipher = self._plain or self._keys.wait(task.name.owner)
             cause = "no_key" if cipher is None else self._written(files, cipher, buffer, task)
         with self._lock:
-            kept = self._index.ended(task.held, task.name, written=not cause)
-            if not cause and not kept:
-                self._removals.append(task.name)
-            if cause and cause != "closed":
-                self._not_stored[cause] += 1
-            self._stored += kept
-            self._piece_over(task.job, task.name.key, done=kept)
+            self._write_over(task, cause)
 
     def _written(self, files: ChunkFiles, cipher: ChunkCipher, buffer: memoryview, task: _Task) -> str:
         """Write one chunk; the cause if it could not be."""
@@ -657,9 +665,7 @@ class DiskStore:
             files.write(task.name, buffer)
         except OSError as error:
             with self._lock:
-                self._failed(error)
-                self._paused_until = self._now() + self._pause_s
-                self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+                self._leave_alone(error)
             return "error"
         self._pause_s = _FIRST_PAUSE_S
         return ""
@@ -743,6 +749,39 @@ class DiskStore:
             return False
         return not (self._reads or self._reading) or self._reads_due_at >= late
 
+    def _write_over(self, task: _Task, cause: str = "") -> None:
+        kept = self._index.ended(task.held, task.name, written=not cause)
+        if not cause and not kept:
+            self._removals.append(task.name)
+        if cause and cause != "closed":
+            self._not_stored[cause] += 1
+        self._stored += kept
+        self._piece_over(task.job, task.name.key, done=kept)
+
+    def _is_stale(self, task: _Task) -> bool:
+        return self._now() - task.job.started >= _STALE_S
+
+    def _let_go_of_stale(self) -> None:
+        """A thread that is held up lets go of nothing."""
+        while self._writes and self._is_stale(self._writes[0]):
+            self._write_over(self._writes.popleft(), "slow")
+
+    def _is_held_up(self) -> bool:
+        late = self._now() - _STALE_S
+        return sum(since < late for since in self._writing.values()) == _WRITERS
+
+    def _is_paused(self) -> bool:
+        return self._now() < self._paused_until
+
+    def _may_remove(self) -> bool:
+        return bool(self._removals) and not self._is_paused()
+
+    def _leave_alone(self, error: OSError) -> None:
+        """The disk takes nothing: ask nothing of it for a while."""
+        self._failed(error)
+        self._paused_until = self._now() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+
     def _expire(self) -> None:
         expired = self._index.expired(self._now())
         self._expired += len(expired)
@@ -750,16 +789,19 @@ class DiskStore:
 
     def _next_chore_in_s(self) -> float:
         due_in_s = self._index.next_expiry_in_s(self._now())
-        writing_in_s = max(0.0, min(self._quarantine_due_at, self._shares_due_at) - self._now())
+        removing_at = self._paused_until if self._removals else inf
+        writing_in_s = max(0.0, min(self._quarantine_due_at, self._shares_due_at, removing_at) - self._now())
         return min(_HOUSEKEEPING_S if due_in_s is None else due_in_s, _HOUSEKEEPING_S, writing_in_s)
 
     def _refusal(self, chunks: int) -> str:
         """Why nothing is written now; empty: it is."""
         if self._files is None or self._stopping:
             return "off"
-        if self._now() < self._paused_until:
+        if self._is_paused():
             return "error"
         waiting = len(self._writes)
+        if self._is_held_up():
+            return "slow"
         return "slow" if waiting and (waiting + chunks) * self._chunk_bytes > _MAX_WAITING_BYTES else ""
 
     def _failed(self, error: OSError) -> None:

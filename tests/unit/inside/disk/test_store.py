@@ -17,7 +17,7 @@ import pytest
 
 from appliance.engine.inside.disk.files import ChunkFiles, ChunkName, Owner
 from appliance.engine.inside.disk.index import DiskIndex
-from appliance.engine.inside.disk.store import DiskStore, Piece, Presence
+from appliance.engine.inside.disk.store import _WRITERS, DiskStore, Piece, Presence
 from appliance.engine.inside.quotas import Quota
 from appliance.engine.picture import HeldPicture
 from tests.unit.inside.disk.tier import (
@@ -726,6 +726,35 @@ def test_a_disk_that_takes_nothing_is_left_alone_for_a_while(
     assert len(tier.files()) == 1
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS])
+def test_what_a_disk_does_not_let_go_of_goes_when_it_does_and_nothing_is_written_before(
+    make: Make, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    clock = _Clock()
+    tier = make(now=clock)
+    tier.write(ANA, range(3))
+    tier.write(BEN, [1])
+    real = os.unlink
+
+    def refuse(path: Path, **_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    tier.store.drop(ANA)
+    until(lambda: tier.store.status().paused)
+    assert errno.errorcode[number] in tier.store.status().last_error
+    assert not tier.write(BEN, [2]).whole
+    assert tier.read(BEN, [1]) == [1]
+    assert tier.store.chunks_of(ANA) == 0
+    assert len(tier.files()) == 4
+    monkeypatch.setattr(os, "unlink", real)
+    clock.now += 100.0
+    tier.write(BEN, [3])  # the threads look at the clock when they have something to do
+    until(lambda: not tier.found("acme~ana"))
+    assert tier.write(BEN, [4]).whole
+    tier.settle()
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_is_full_when_the_engine_starts_is_read_and_what_is_old_goes(
     make: Make, monkeypatch: pytest.MonkeyPatch, number: int
@@ -785,6 +814,28 @@ def test_what_is_too_much_for_a_slow_disk_is_dropped_and_reading_goes_on(
     slow.go_on.set()
     assert len(tier.wait(held_up).keys) == 2  # those that were in hand; the rest had waited for too long
     assert tier.store.status().not_stored == {"slow": 1 + 4}
+
+
+def test_what_waits_behind_writes_that_hang_is_let_go_of_in_time(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = _Clock()
+    tier = make(now=clock)
+    tier.write(BEN, [1])
+    slow = _Slow(monkeypatch, "write")
+    in_hand = [tier.begin(ANA, [number]) for number in range(_WRITERS)]
+    until(lambda: slow.calls == _WRITERS)
+    waiting = tier.begin(ANA, [10, 11])
+    assert tier.store.status().answers
+    clock.now += 3.0
+    assert tier.wait(waiting).keys == ()  # its room above is wanted, and no thread is free to say so
+    assert tier.write(EVE, [1]).keys == ()  # nor is anything more taken in
+    status = tier.store.status()
+    assert (status.not_stored, status.waiting_bytes) == ({"slow": 3}, 0)
+    assert (status.answers, status.last_error) == (False, "the disk does not answer")
+    assert tier.read(BEN, [1]) == [1]
+    slow.go_on.set()
+    until(lambda: tier.store.status().stored_chunks == 1 + len(in_hand))
+    until(lambda: tier.store.status().answers)
+    assert tier.write(EVE, [2]).whole
 
 
 def test_a_store_that_is_closed_tells_what_became_of_every_job(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -979,9 +1030,11 @@ class _Slow:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
         self.reached, self.go_on = threading.Event(), threading.Event()
+        self.calls = 0
         real = getattr(os, call)
 
         def slow(*arguments: Any) -> Any:
+            self.calls += 1
             self.reached.set()
             assert self.go_on.wait(20)
             return real(*arguments)
