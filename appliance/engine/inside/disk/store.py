@@ -213,6 +213,7 @@ class DiskStore:
         self._unreadable: OrderedDict[bytes, Owner] = OrderedDict()  # chunks that are gone because they could not be
         self._error, self._error_at = "", now()
         self._pause_s, self._paused_until = _FIRST_PAUSE_S, now()
+        self._removals_due_at = -inf
         self._new_files = partial(ChunkFiles, root, fingerprint=fingerprint, chunk_bytes=chunk_bytes)
         self._files: ChunkFiles | None = None
         self._threads: list[threading.Thread] = []
@@ -610,6 +611,7 @@ class DiskStore:
             with self._lock:
                 self._removals.appendleft(name)
                 self._leave_alone(error)
+                self._removals_due_at = self._paused_until
             return
         if not self._note_use(files, name.owner):
             files.remove_folder(name.owner)
@@ -774,7 +776,7 @@ class DiskStore:
         return self._now() < self._paused_until
 
     def _may_remove(self) -> bool:
-        return bool(self._removals) and not self._is_paused()
+        return bool(self._removals) and self._removals_due_at <= self._now()
 
     def _leave_alone(self, error: OSError) -> None:
         """The disk takes nothing: ask nothing of it for a while."""
@@ -789,7 +791,7 @@ class DiskStore:
 
     def _next_chore_in_s(self) -> float:
         due_in_s = self._index.next_expiry_in_s(self._now())
-        removing_at = self._paused_until if self._removals else inf
+        removing_at = self._removals_due_at if self._removals else inf
         writing_in_s = max(0.0, min(self._quarantine_due_at, self._shares_due_at, removing_at) - self._now())
         return min(_HOUSEKEEPING_S if due_in_s is None else due_in_s, _HOUSEKEEPING_S, writing_in_s)
 
