@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from glob import glob
 from pathlib import Path
 from typing import Any, cast
@@ -48,7 +49,7 @@ def main(model: Path, folder: Path, capacity_bytes: int, room_bytes: int = 0) ->
     engine = EngineInProcess(model, dram_bytes=DRAM_BYTES, disk=disk)
     clock = [time.monotonic()]
     if small:
-        _store(engine)._now = lambda: clock[0]
+        give_clock(_store(engine), lambda: clock[0])
     _say(ready=True)
     for line in sys.stdin:
         order = json.loads(line)
@@ -91,6 +92,17 @@ def _turn(engine: EngineInProcess, order: dict[str, Any]) -> dict[str, Any]:
     account = engine.ended(TurnEnd(lease.session, lease.tenant, lease.turn, "other", 8, 60.0))
     assert account is not None
     return {"cached": answer.cached_tokens, "token_ids": answer.token_ids, "reason": account.reason}
+
+
+def give_clock(store: Any, clock: Callable[[], float]) -> None:
+    """Have a store's clock be the test's."""
+    for part in parts_of(store):
+        part._now = clock
+
+
+def parts_of(store: Any) -> tuple[Any, ...]:
+    """What of a store looks at its clock."""
+    return store, store._jobs, store._health, store._queue
 
 
 def _store(engine: EngineInProcess) -> Any:

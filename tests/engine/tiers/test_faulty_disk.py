@@ -12,6 +12,7 @@ import pytest
 
 from appliance.engine.picture import KvPicture
 from tests.engine.in_process import BLOCK, EngineInProcess, words
+from tests.engine.tiers.on_disk import give_clock
 from tests.engine.tiers.test_disk_in_process import (
     CHUNK_BYTES,
     CHUNKS,
@@ -41,7 +42,7 @@ class Clock:
 @pytest.fixture(scope="module")
 def clock(on_disk: tuple[EngineInProcess, Path]) -> Clock:
     clock = Clock()
-    store(on_disk[0])._now = clock
+    give_clock(store(on_disk[0]), clock)
     return clock
 
 
