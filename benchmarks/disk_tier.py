@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from appliance.engine.inside.disk.files import HEADER_BYTES, Owner
+from appliance.engine.inside.disk.jobs import Piece
 from appliance.engine.inside.disk.keys import TierKeys
-from appliance.engine.inside.disk.store import DiskStore, Piece
+from appliance.engine.inside.disk.store import DiskStore
 
 BAR = 0.8
 CORES_BAR = 1.0

@@ -11,3 +11,5 @@ NO_LATER: Final = 1.0  # times sooner
 MOST_SHARE: Final = 0.01  # of a decode step
 MOST_BYTES: Final = 2048  # of an idle session
 MOST_SLOWER: Final = 0.05  # of a first token
+# `demotion`
+MOST_LONGER: Final = 0.05  # of a decode step

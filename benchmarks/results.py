@@ -62,6 +62,7 @@ class Unit:
 PERCENT: Final = Unit("{:.1f} %", 100)
 PERCENT_2: Final = Unit("{:.2f} %", 100)
 TIMES: Final = Unit("{:.1f} times")
+TIMES_2: Final = Unit("{:.2f} times")
 MS: Final = Unit("{:.2f} ms")
 S_IN_MS: Final = Unit("{:.2f} ms", 1000)
 S: Final = Unit("{:.2f} s")
@@ -210,6 +211,14 @@ def _more_than_vanilla(printed: Any) -> float:
     return float(computed["leases"] - computed["vanilla"])
 
 
+_MOST_TIMES: Final = 1 + engine_bars.MOST_LONGER
+
+
+def _step(move: str, arm: str = "paced") -> Callable[[Any], float]:
+    """A decode step beside one in which nothing moves."""
+    return _at(move, arm, "step")
+
+
 def _retention() -> Iterator[Figure]:
     for part, of in (("bars", ""), ("others", f"{retention.OTHERS} made sessions, ")):
         for setting, least in retention.LEAST_DISTANCE.items():
@@ -340,6 +349,21 @@ BENCHMARKS: Final = (
                 most=engine_bars.MOST_SLOWER,
             ),
         ),
+        environment=".venv-engine",
+    ),
+    Benchmark(
+        "demotion",
+        "What a decode step takes while KV leaves the device, or is released, against one in which nothing does",
+        "demotion",
+        (
+            Figure("a session of 3,200 tokens is copied to DRAM", TIMES_2, _step("demotion"), most=_MOST_TIMES),
+            Figure("its longest step", TIMES_2, _at("demotion", "paced", "longest")),
+            Figure("the longest if it were copied at once", TIMES_2, _step("demotion", "at_once")),
+            Figure("138,000 tokens in DRAM are released and overwritten", TIMES_2, _step("release"), most=_MOST_TIMES),
+            Figure("the release's own call, of a step", TIMES_2, _at("release", "paced", "call")),
+            Figure("the call if they were overwritten at once", TIMES_2, _at("release", "at_once", "call")),
+        ),
+        short=("--model", "demo", "--rounds", "1", "--released-tokens", "16000"),
         environment=".venv-engine",
     ),
     Benchmark(

@@ -72,7 +72,7 @@ def live(engine: EngineInProcess, deeds: Sequence[Deed], seen: Seen) -> None:
     engine.start_anew()
     seen.wrong.clear()
     crowd = Crowd(engine)
-    with _watched(engine, seen), _copies_of(engine) as crowd.copies:
+    with _watched(engine, seen), _copies_of(engine, seen) as crowd.copies:
         try:
             for name, *arguments in deeds:
                 getattr(crowd, name)(*arguments)
@@ -87,6 +87,7 @@ def live(engine: EngineInProcess, deeds: Sequence[Deed], seen: Seen) -> None:
             engine.drain()
             engine.settle()
             engine.report(release=[lease.session for lease in engine.report().leases])
+            engine.settle()
     engine.assert_nothing_is_held()
 
 
@@ -233,7 +234,7 @@ class _Copies:
 
 
 @contextmanager
-def _copies_of(engine: EngineInProcess) -> Iterator[_Copies]:
+def _copies_of(engine: EngineInProcess, seen: Seen) -> Iterator[_Copies]:
     """Have copies between tiers take as long as they are told to; none where the engine has no tiers."""
     copies, worker = _Copies(), engine.copying_worker()
     if worker is None:
@@ -241,7 +242,27 @@ def _copies_of(engine: EngineInProcess) -> Iterator[_Copies]:
         return
     under_way: deque[tuple[int, Any]] = deque()
     steps, waited_for = 0, set[int]()
-    finished, wait = worker.get_finished, worker.wait
+    finished, wait, submit, copy = worker.get_finished, worker.wait, worker.submit_store, worker._copy
+    asked: dict[int, list[bytes]] = {}
+
+    def pages(sources: Any, chunk: tuple[int, int, int]) -> bytes:
+        source, _, group = chunk
+        return b"".join(sources[tensor][source, :size].tobytes() for tensor, size in worker._pages_of_group[group])
+
+    def submit_and_note(job_id: int, *specs: Any) -> bool:
+        done: bool = submit(job_id, *specs)
+        job = worker._leaving[job_id]
+        asked[id(job)] = [pages(worker._device, chunk) for chunk in job.chunks]
+        return done
+
+    def copy_and_compare(job: Any, sources: Any, targets: Any, chunks: int) -> None:
+        if id(job) in asked:
+            now = [pages(sources, chunk) for chunk in job.chunks[job.done : job.done + chunks]]
+            if now != asked[id(job)][job.done : job.done + chunks]:
+                seen.wrong.append("a block of the device was given away before it was copied")
+            if job.done + chunks == len(job.chunks):
+                del asked[id(job)]
+        copy(job, sources, targets, chunks)
 
     def finished_by_now() -> list[Any]:
         nonlocal steps
@@ -257,7 +278,12 @@ def _copies_of(engine: EngineInProcess) -> Iterator[_Copies]:
         waited_for.update(job_ids)
         wait(job_ids)
 
-    with patch.object(worker, "get_finished", finished_by_now), patch.object(worker, "wait", wait_for):
+    with (
+        patch.object(worker, "get_finished", finished_by_now),
+        patch.object(worker, "wait", wait_for),
+        patch.object(worker, "submit_store", submit_and_note),
+        patch.object(worker, "_copy", copy_and_compare),
+    ):
         yield copies
         copies.steps = 0
         engine.settle()

@@ -240,12 +240,13 @@ class EngineInProcess:
         assert sorted(free) == [block.block_id for block in self.pool.blocks if not block.ref_cnt and not block.is_null]
 
     def assert_nobody_s_rows_are_empty(self) -> None:
-        """What no chunk has of DRAM is zeros; nothing to be seen where there is no such tier."""
+        """What no chunk has of DRAM is zeros, or waits to be; nothing to be seen where there is no such tier."""
         if isinstance(self.connector, TieredStateConnector):
             tiers = self.connector._tiers
             taken = {chunk.chunk_id for chunk in tiers._chunks._chunks.values()}
             full = {row for row, anything in enumerate(tiers._rows().any(dim=1).tolist()) if anything}
-            assert full <= taken
+            assert full <= taken | tiers._chunks.waiting_rows()
+            assert not taken & tiers._chunks.waiting_rows()
 
     def close(self) -> None:
         """Shut the engine down, and what all engines of the process share: only when no test needs another one."""

@@ -13,6 +13,7 @@ import pytest
 from appliance.engine.picture import KvPicture, RecallPicture
 from appliance.engine.protocol import TurnAccount, TurnEnd
 from tests.engine.in_process import BLOCK, EngineInProcess, words
+from tests.engine.tiers.on_disk import parts_of
 from tests.engine.tiers.test_disk_in_process import (
     CHUNKS,
     DEADLINE_S,
@@ -267,7 +268,8 @@ def test_a_disk_that_was_slow_is_left_alone_for_a_while(
         late[0] += 1.0
         read(*arguments)
 
-    monkeypatch.setattr(disk, "_now", lambda: time.monotonic() + late[0])
+    for part in parts_of(disk):
+        monkeypatch.setattr(part, "_now", lambda: time.monotonic() + late[0])
     monkeypatch.setattr(disk._files, "read", slowly)
     until(engine, lambda: counts(engine)[0] == 5)
     assert recall(engine).paused_for_s > 4

@@ -5,6 +5,7 @@ The model's groups of layers differ in size: a chunk of the smallest fills half 
 """
 
 import hashlib
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from vllm.v1.kv_offload.cpu.policies.base import ChunkStatus
 from appliance.engine.inside.connector import UnsupportedEngine
 from appliance.engine.inside.connector.memory import check_layout
 from appliance.engine.inside.disk.cipher import AesGcm
+from appliance.engine.inside.pace import Pace
 from appliance.engine.protocol import Lease, disk_tier, lease_params
 from appliance.engine.tier_keys import KEY_SOCKET
 from tests.engine.in_process import BLOCK, POOL, EngineInProcess, words
@@ -229,6 +231,98 @@ def test_what_could_not_be_copied_is_overwritten(engine: EngineInProcess) -> Non
     manager.complete_store([key], context, False)
     assert not any(row_of(engine, row))
     manager.on_request_finished(context)
+
+
+@pytest.fixture
+def row_by_row(engine: EngineInProcess, monkeypatch: pytest.MonkeyPatch) -> EngineInProcess:
+    """The engine, which overwrites one row in a step and copies one chunk, however long the step took."""
+    monkeypatch.setattr(tiers(engine)._chunks, "pace", Pace(lambda: 0.0, least_bytes=ROW_BYTES))
+    monkeypatch.setattr(engine.copying_worker(), "_pace", Pace(lambda: 0.0, least_bytes=1))
+    return engine
+
+
+def test_the_rows_of_a_large_session_are_overwritten_a_few_a_step_beside_whoever_runs(
+    row_by_row: EngineInProcess,
+) -> None:
+    engine = row_by_row
+    turn(engine, 60, ("acme", "large"), blocks=12)
+    others = engine.submit(words(61, BLOCK), session="other", salt="other", max_tokens=100)
+    engine.step(3)
+    chunks = tiers(engine)._chunks
+    rows = {int(chunk.chunk_id) for chunk in chunks._chunks.values()}
+    assert len(rows) > 12
+    tiers(engine)._chunks.pace.step()
+    engine.report(release=["large"])
+    waiting = [len(chunks.waiting_rows())]
+    assert len(rows) > waiting[0] >= len(rows) - 2
+    while waiting[-1]:
+        assert engine.answers[others].finish_reason is None
+        engine.step()
+        waiting.append(len(chunks.waiting_rows()))
+        engine.assert_nobody_s_rows_are_empty()
+    assert all(before - after == 1 for before, after in itertools.pairwise(waiting))
+    run(engine)
+    assert not any(rows_of_nobody(engine).values())
+
+
+def test_an_engine_that_has_nothing_else_to_do_goes_on_until_no_row_waits(row_by_row: EngineInProcess) -> None:
+    engine = row_by_row
+    turn(engine, 62, ("acme", "large"), blocks=12)
+    tiers(engine)._chunks.pace.step()
+    engine.report(release=["large"])
+    assert any(rows_of_nobody(engine).values())
+    assert engine.scheduler.has_requests()  # what vLLM's loop asks
+    engine.core.step_fn()
+    assert not any(rows_of_nobody(engine).values())  # many in a step where nobody runs
+    assert not engine.scheduler.has_requests()
+
+
+def test_a_row_that_waits_is_overwritten_before_anybody_gets_it(row_by_row: EngineInProcess) -> None:
+    engine = row_by_row
+    turn(engine, 63, ("acme", "large"), blocks=12)
+    chunks = tiers(engine)._chunks
+    fills, half = (
+        next(key for key in chunks._chunks if (get_offload_group_idx(key) in chunks.filling) is filling)
+        for filling in (True, False)
+    )
+    tiers(engine)._chunks.pace.step()
+    engine.report(release=["large"])
+    for key in (fills, half):
+        row = next(row for row in chunks.waiting_rows() if any(row_of(engine, row)))
+        chunks.insert(key, ChunkStatus(row))
+        assert not any(row_of(engine, row))
+        assert row not in chunks.waiting_rows()
+        chunks.remove(key)
+    reset(engine)
+    assert not any(everything_in_dram(engine))
+
+
+def test_a_reset_overwrites_what_waits_too(row_by_row: EngineInProcess) -> None:
+    engine = row_by_row
+    turn(engine, 64, ("acme", "large"), blocks=12)
+    tiers(engine)._chunks.pace.step()
+    engine.report(release=["large"])
+    assert tiers(engine)._chunks.waiting_rows()
+    tiers(engine)._chunks.clear()
+    assert not any(everything_in_dram(engine))
+
+
+def test_what_is_not_copied_yet_is_copied_before_its_block_is_given_away(row_by_row: EngineInProcess) -> None:
+    engine, worker = row_by_row, row_by_row.copying_worker()
+    prompt = words(65, 10 * BLOCK + 5)
+    cold = engine.turn(prompt, salt="cold", max_tokens=4)
+    reset(engine)
+    engine.turn(prompt, session="ana", tenant="acme", salt="ana", max_tokens=4)
+    assert worker._leaving, "copies lag behind the request"
+    engine.connector.release_all()
+    names = [engine.submit(words(70 + number, 25 * BLOCK), salt=f"cold-{number}") for number in range(4)]
+    engine.drain()  # they have every block of the device
+    assert all(engine.answers[name].finish_reason for name in names)
+    run(engine)
+    assert not worker._leaving
+    warm = engine.turn(prompt, session="ana", tenant="acme", salt="ana", max_tokens=4)
+    assert warm.cached_tokens == 10 * BLOCK
+    assert warm.token_ids == cold.token_ids
 
 
 def test_where_vllm_would_copy_what_others_left_in_a_block_it_is_refused(engine: EngineInProcess) -> None:

@@ -17,7 +17,8 @@ from appliance.engine.inside.connector.sessions import Ahead, is_stored, lease_o
 from appliance.engine.inside.disk.channel import KeyAsker
 from appliance.engine.inside.disk.files import Owner as DiskOwner
 from appliance.engine.inside.disk.fingerprint import fingerprint
-from appliance.engine.inside.disk.store import DiskStore, Piece, Presence
+from appliance.engine.inside.disk.jobs import Piece
+from appliance.engine.inside.disk.store import DiskStore, Presence
 from appliance.engine.inside.quotas import Quota
 from appliance.engine.tier_keys import inherited_socket
 

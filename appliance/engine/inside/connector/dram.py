@@ -4,15 +4,19 @@ Rules:
 
 - A row that is nobody's holds zeros, and so does what a chunk does not fill of its row: what a session had goes with
   its chunk, by whichever way that leaves.
-- A chunk leaves when nothing reads or writes it any more, and its row is overwritten in the same call. One exception: a
-  row that the same call gives to a chunk that fills it is overwritten by that, when it comes; if it does not, by us.
+- A chunk leaves when nothing reads or writes it any more, and its row is overwritten in the same call, as far as the
+  step goes: a large session's rows would hold up whoever runs. The others wait, and are overwritten in the steps that
+  follow, which go on until none waits; nobody gets one before.
+- One exception: a row that the same call gives to a chunk that fills it is overwritten by that, when it comes; if it
+  does not, by us.
 - vLLM's reset of its caches waits for no copy: what is copied at that moment is overwritten when its row is taken over.
 """
 
 import contextlib
 import itertools
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from vllm.v1.kv_offload.base import (
@@ -41,9 +45,12 @@ from appliance.engine.inside.connector.sessions import (
 )
 from appliance.engine.inside.disk.files import Owner as DiskOwner
 from appliance.engine.inside.disk.store import DiskStatus, DiskStore
+from appliance.engine.inside.pace import Pace
 from appliance.engine.inside.pictures import Holder
 from appliance.engine.inside.quotas import Owner, Quota, Quotas
 from appliance.engine.picture import TierPicture
+
+_NOBODY_RUNS: Final = 64  # times as much is overwritten in a step then
 
 
 class SessionChunks(CachePolicy):  # type: ignore[misc]
@@ -59,7 +66,10 @@ class SessionChunks(CachePolicy):  # type: ignore[misc]
         self._below: float | None = None  # only what is worth less leaves
         self.filling: frozenset[int] = frozenset()  # the groups of layers whose chunks fill their rows
         self.wipe: Callable[[int], None]  # overwrites a row
-        self._left: set[int] = set()  # rows whose chunk left, and which are not overwritten yet
+        self.row_bytes = 0
+        self.pace: Pace
+        self._left: set[int] = set()  # rows whose chunk left in this call, and which are not overwritten yet
+        self._waiting: dict[int, None] = {}  # rows whose chunk left before, and which are not
         self._copied: set[int] = set()  # rows that were copied from or to at a reset, and which nobody took over since
 
     @contextlib.contextmanager
@@ -72,16 +82,26 @@ class SessionChunks(CachePolicy):  # type: ignore[misc]
             self._below = None
 
     def wipe_left(self) -> None:
-        """Overwrite the rows of what left, except those that were taken over."""
-        for row in self._left:
-            self.wipe(row)
+        """Overwrite the rows of what left, except those that were taken over, as far as the step goes."""
+        self._waiting.update(dict.fromkeys(self._left))
         self._left.clear()
+        while self._waiting and self.pace.goes_on(self.row_bytes):
+            row = next(iter(self._waiting))
+            self.wipe(row)
+            del self._waiting[row]
+
+    def waiting_rows(self) -> frozenset[int]:
+        """The rows that are nobody's, and are not overwritten yet."""
+        return frozenset(self._waiting)
 
     def get(self, key: bytes) -> ChunkStatus | None:
         return self._chunks.get(key)
 
     def insert(self, key: bytes, chunk: ChunkStatus) -> None:
-        if chunk.chunk_id in self._left or chunk.chunk_id in self._copied:
+        if chunk.chunk_id in self._waiting:
+            self.wipe(chunk.chunk_id)
+            del self._waiting[chunk.chunk_id]
+        elif chunk.chunk_id in self._left or chunk.chunk_id in self._copied:
             self._left.discard(chunk.chunk_id)
             self._copied.discard(chunk.chunk_id)
             if get_offload_group_idx(key) not in self.filling:
@@ -133,7 +153,10 @@ class SessionChunks(CachePolicy):  # type: ignore[misc]
             self._leave(key)
         self._left -= self._copied
         self.order.clear()
-        self.wipe_left()
+        for row in (*self._left, *self._waiting):
+            self.wipe(row)
+        self._left.clear()
+        self._waiting.clear()
 
     def mark_evictable(self, key: bytes) -> None:
         self.order.freed(key)
@@ -159,6 +182,8 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         self._chunks: SessionChunks = primary_tier._policy
         self._chunks.wipe = lambda row: self._rows()[row].zero_()
         self._chunks.on_used = self._reached
+        self._chunks.row_bytes = primary_tier._mmap_region.base_tensor.nbytes // primary_tier._num_chunks
+        self._chunks.pace = Pace(time.perf_counter)
         self._doomed: set[bytes] = set()  # released, and still copied
         self.on_stored: Callable[[ReqContext], None] = lambda _: None
         # Nothing is restored any more: an engine before may have said so, and what it found is still on the disk.
@@ -274,10 +299,9 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
         """The tiers behind the device."""
         primary, disk = self.primary_tier, self.disk()
         restoring = "quarantined" if self.quarantined else "ok"
-        chunk_bytes = primary._mmap_region.base_tensor.nbytes // primary._num_chunks
         used = primary._num_chunks - primary._get_num_free_chunks()
         sessions = self._chunks.order.owners
-        yield TierPicture("dram", restoring, chunk_bytes, primary._num_chunks, used, 0, sessions)
+        yield TierPicture("dram", restoring, self._chunks.row_bytes, primary._num_chunks, used, 0, sessions)
         if disk is not None:
             state = restoring if disk.on and disk.answers and not disk.paused else "failed"
             capacity = disk.capacity_bytes // disk.chunk_bytes
@@ -323,7 +347,12 @@ class TieredManager(TieringOffloadingManager):  # type: ignore[misc]
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         super().on_schedule_end(context)
+        self._chunks.pace.step(times=1 if self._req_state else _NOBODY_RUNS)
         self._drop_doomed()
+        self._chunks.wipe_left()
+
+    def has_pending_work(self) -> bool:
+        return bool(self._chunks.waiting_rows()) or super().has_pending_work()
 
     def reset_cache(self) -> None:
         super().reset_cache()

@@ -1,8 +1,18 @@
-"""Where KV lies in the machine's memory, and who copies it: memory without a name, locked, and in no core dump."""
+"""Where KV lies in the machine's memory, and who copies it: memory without a name, locked, and in no core dump.
+
+Rules:
+
+- What leaves a device that is a CPU is copied at a pace, for nobody waits for it: what a step has no time for is copied
+  in the next ones. vLLM keeps a block as it is until its copy is over, or waits for it.
+- What comes back is copied at once: a request waits for it.
+"""
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +26,7 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from appliance.engine.inside.connector.recalling import RecallingManager
 from appliance.engine.inside.connector.version import UnsupportedEngine
+from appliance.engine.inside.pace import Pace
 from appliance.engine.inside.private_memory import keep_private
 
 logger = init_logger(f"vllm.{__name__}")
@@ -64,35 +75,68 @@ class TierSpec(TieringOffloadingSpec):  # type: ignore[misc]
         return worker
 
 
+@dataclass(slots=True)
+class _Copying:
+    """Attributes: chunks: from where to where, and of which group of layers; done: how many of them are there."""
+
+    chunks: Sequence[tuple[int, int, int]]
+    done: int = 0
+    copied_bytes: int = 0
+    seconds: float = 0.0
+
+
 class CopyingWorker(OffloadingWorker):  # type: ignore[misc]
-    """Moves chunks where the device is a CPU: a copy in memory, done when it was asked for."""
+    """Moves chunks where the device is a CPU: a copy in memory."""
+
+    clock: Callable[[], float] = staticmethod(time.perf_counter)
 
     def __init__(self, kv_caches: CanonicalKVCaches, region: SharedOffloadRegion, blocks_per_chunk: int) -> None:
         if blocks_per_chunk != 1:
             raise UnsupportedEngine("on a CPU a chunk is one block: leave block_size out of the connector's options")
         self._region: SharedOffloadRegion | None = region
-        self._device = [tensor.tensor for tensor in kv_caches.tensors]
-        self._dram = [region.create_next_worker_view(tensor.page_size_bytes) for tensor in kv_caches.tensors]
+        self._device = [tensor.tensor.numpy() for tensor in kv_caches.tensors]
+        self._dram = [region.create_next_worker_view(tensor.page_size_bytes).numpy() for tensor in kv_caches.tensors]
         # As much of each tensor's page as the group fills: behind it lies what another group's block left there.
         self._pages_of_group = [
             sorted({(ref.tensor_idx, ref.page_size_bytes) for ref in refs}) for refs in kv_caches.group_data_refs
         ]
+        self._bytes_of_group = [sum(page_bytes for _, page_bytes in pages) for pages in self._pages_of_group]
+        self._leaving: OrderedDict[int, _Copying] = OrderedDict()  # the oldest first
+        self._pace = Pace(self.clock)
         self._finished: list[TransferResult] = []
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: CPULoadStoreSpec) -> bool:
-        return self._copy(job_id, self._device, src_spec.block_ids, self._dram, dst_spec.chunk_ids, src_spec)
+        self._leaving[job_id] = _Copying(_chunks(src_spec.block_ids, dst_spec.chunk_ids, src_spec))
+        return True
 
     def submit_load(self, job_id: int, src_spec: CPULoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
-        return self._copy(job_id, self._dram, src_spec.chunk_ids, self._device, dst_spec.block_ids, dst_spec)
+        job = _Copying(_chunks(src_spec.chunk_ids, dst_spec.block_ids, dst_spec))
+        self._copy(job, self._dram, self._device, len(job.chunks))
+        self._is_over(job_id, job)
+        return True
 
     def get_finished(self) -> list[TransferResult]:
+        """The copies that are over; vLLM asks once a step, and what has time in it is copied first."""
+        self._pace.step()
+        while self._leaving:
+            job_id, job = next(iter(self._leaving.items()))
+            while job.done < len(job.chunks) and self._pace.goes_on(self._bytes_of_group[job.chunks[job.done][2]]):
+                self._copy(job, self._device, self._dram, 1)
+            if job.done < len(job.chunks):
+                break
+            self._is_over(job_id, self._leaving.pop(job_id))
         finished, self._finished = self._finished, []
         return finished
 
     def wait(self, job_ids: set[int]) -> None:
-        """Every copy is over when it was submitted."""
+        """Copy what is left of these at once: their blocks are wanted."""
+        for job_id in job_ids:
+            if (job := self._leaving.pop(job_id, None)) is not None:
+                self._copy(job, self._device, self._dram, len(job.chunks) - job.done)
+                self._is_over(job_id, job)
 
     def shutdown(self) -> None:
+        self._leaving.clear()
         self._device.clear()
         self._dram.clear()
         if self._region is not None:
@@ -101,25 +145,28 @@ class CopyingWorker(OffloadingWorker):  # type: ignore[misc]
 
     def _copy(
         self,
-        job_id: int,
-        sources: list[torch.Tensor],
-        source_ids: Any,
-        targets: list[torch.Tensor],
-        target_ids: Any,
-        groups: GPULoadStoreSpec,
-    ) -> bool:
+        job: _Copying,
+        sources: Sequence[Any],
+        targets: Sequence[Any],
+        n: int,
+    ) -> None:
+        """Copy so many chunks more."""
         started = time.perf_counter()
-        copied_bytes = first = 0
-        for pages, blocks in zip(self._pages_of_group, groups.group_sizes, strict=True):
-            source = torch.from_numpy(source_ids[first : first + blocks].astype("int64"))
-            target = torch.from_numpy(target_ids[first : first + blocks].astype("int64"))
-            first += blocks
-            for tensor, page_bytes in pages:
-                copied = sources[tensor][:, :page_bytes].index_select(0, source)
-                targets[tensor][:, :page_bytes].index_copy_(0, target, copied)
-                copied_bytes += copied.nbytes
-        self._finished.append(TransferResult(job_id, True, copied_bytes, time.perf_counter() - started))
-        return True
+        for source, target, group in job.chunks[job.done : job.done + n]:
+            for tensor, page_bytes in self._pages_of_group[group]:
+                targets[tensor][target, :page_bytes] = sources[tensor][source, :page_bytes]
+            job.copied_bytes += self._bytes_of_group[group]
+        job.done += n
+        job.seconds += time.perf_counter() - started
+
+    def _is_over(self, job_id: int, job: _Copying) -> None:
+        self._finished.append(TransferResult(job_id, True, job.copied_bytes, job.seconds))
+
+
+def _chunks(source_ids: Any, target_ids: Any, groups: GPULoadStoreSpec) -> list[tuple[int, int, int]]:
+    """From where each chunk is copied, to where, and of which group of layers it is."""
+    of_groups = (number for group, size in enumerate(groups.group_sizes) for number in repeat(group, size))
+    return list(zip(map(int, source_ids), map(int, target_ids), of_groups, strict=True))
 
 
 def check_layout(layout: str | None, groups: int) -> None:

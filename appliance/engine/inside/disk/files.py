@@ -47,6 +47,7 @@ _PART = re.compile(_NAME.pattern + re.escape(_PART_SUFFIX))
 _LAYOUT = re.compile(r"[0-9a-f]{32}")
 _NOT_DIRECT: Final = (errno.EINVAL, errno.EOPNOTSUPP)
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+_NO_FILE: Final = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 _QUARANTINED: Final = "quarantined"
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MOST_SHARES_BYTES: Final = 1 << 20
@@ -191,9 +192,16 @@ class ChunkFiles:
         cipher.open(nonce, header, tag, buffer[HEADER_BYTES:], chunk)
 
     def remove(self, name: ChunkName) -> None:
-        """Remove a file; nothing is said where there is none. Blocks."""
-        with contextlib.suppress(OSError):
+        """Remove a file; nothing is said where there is none. Blocks.
+
+        Raises:
+            OSError: it is still there.
+        """
+        try:
             self._path(name).unlink()
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
 
     # One session
 

@@ -4,16 +4,14 @@ Rules:
 
 - Nothing here fails a request. What cannot be written is not written, what cannot be read is not there, and either is
   counted with its cause, and named in `status`.
-- The engine's thread never waits for a disk or for the gateway. What waits to be written is bounded in bytes and in
-  time, because it holds room in the tier above: what is too much is dropped.
-- A disk that does not answer has nothing: while a read takes too long, nothing is found. What it reads to stays in use
-  until it returns.
+- The engine's thread never waits for a disk or for the gateway. What waits for too long to be written is dropped.
+- While the disk does not answer nothing is found (`health`). What it reads to stays in use until it returns.
 - Reading never waits behind writing: each has its own threads. One thread at a time encrypts or decrypts, so that the
   tier takes no more than one core.
 - What was read is used when it opened as the very chunk that was asked for. A file that does not open is removed.
 - A tenant's chunk is given to no other tenant, whatever key it is asked by.
 - What was dropped is not found from that moment on; its files go as soon as a thread is free, before anything else is
-  written.
+  written (`write_queue`). While one cannot be removed nothing is written: the files would take more than they may.
 - The gateway is asked of everybody whose chunks a start finds, until it answers: who was forgotten is dropped.
 - A folder that cannot be used is tried again, so that a fault that passes costs no engine its tier.
 """
@@ -24,31 +22,29 @@ import os
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from math import inf
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from appliance.engine.inside.disk.cipher import NONCE_BYTES, TAG_BYTES, ChunkCipher, Tampered
-from appliance.engine.inside.disk.files import HEADER_BYTES, ChunkFiles, ChunkName, FolderRefused, Found, Owner
-from appliance.engine.inside.disk.index import DiskIndex, Held
+from appliance.engine.inside.disk.files import HEADER_BYTES, ChunkFiles, ChunkName, Owner
+from appliance.engine.inside.disk.health import NO_ANSWER, DiskHealth
+from appliance.engine.inside.disk.index import DiskIndex
+from appliance.engine.inside.disk.jobs import Done, Jobs, Piece, Task
 from appliance.engine.inside.disk.keys import NoKey, TierKeys
+from appliance.engine.inside.disk.opening import open_folder, take_up
+from appliance.engine.inside.disk.write_queue import Chore, WriteQueue
 from appliance.engine.inside.quotas import NO_QUOTA, Quota
 from appliance.engine.picture import HeldPicture
 
 _WRITERS: Final = 3  # one encrypts while the others wait for the disk
 _READERS: Final = 3
-_MAX_WAITING_BYTES: Final = 256 << 20
-_STALE_S: Final = 2.0  # a chunk that waited for so long to be written holds its room above for too long
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0  # in which nothing is written after an error
 _HOUSEKEEPING_S: Final = 60.0
+_AGAIN_S: Final = 1.0  # what was not written down beside chunks is a while later
 _STOP_S: Final = 5.0
-_ANSWER_S: Final = 2.0  # a disk that takes longer for one read does not answer
-_SLOWEST_READ_BYTES_S: Final = 64 << 20  # computing again is no slower
-_NO_ANSWER: Final = "the disk does not answer"
 _ASKED_TOGETHER: Final = 128  # half of what the gateway takes at a time: who is in use asks, too
 _ASK_AGAIN_S, _ASK_AGAIN_AT_LEAST_EVERY_S = 10.0, 60.0  # of whom the gateway could not tell
 _MOST_LOOKED_THROUGH: Final = 10_000  # sessions, for those that have most
@@ -64,24 +60,6 @@ class Presence(Enum):
     WITHHELD = "withheld"  # it is there, or was, and could not be read
 
 
-class Piece(NamedTuple):
-    """A chunk in memory: to be written, or where it is to be read to."""
-
-    key: bytes
-    position: int  # the token that it ends at
-    data: memoryview
-
-
-class Done(NamedTuple):
-    """A job that is over. `keys` are those of the chunks that were written or read, or were there already."""
-
-    job: int
-    keys: tuple[bytes, ...]
-    whole: bool
-    moved_bytes: int
-    seconds: float
-
-
 @dataclass(frozen=True, slots=True)
 class DiskStatus:
     """How the tier stands.
@@ -94,7 +72,8 @@ class DiskStatus:
         last_error_age_s: how long ago.
         on: whether the folder could be used when it was tried last.
         paused: nothing is written for a while after an error.
-        answers: whether the disk does what is asked of it; see `DiskStore.answers`.
+        answers: whether the disk does what is asked of it: it reads in time (`DiskStore.answers`), and some thread
+            that writes is not held up.
     """
 
     on: bool
@@ -114,24 +93,6 @@ class DiskStatus:
     last_error: str
     last_error_age_s: float | None
     answers: bool
-
-
-@dataclass(slots=True)
-class _Job:
-    number: int
-    started: float
-    left: int
-    moved_bytes: int
-    keys: list[bytes] = field(default_factory=list)
-    whole: bool = True
-
-
-class _Task(NamedTuple):
-    job: _Job
-    held: Held
-    name: ChunkName
-    data: memoryview
-    ahead: bool = False  # nobody asked for it: its session is not in use
 
 
 class _Plain:
@@ -189,28 +150,20 @@ class DiskStore:
         self._capacity_bytes = capacity_bytes
         self._lock = threading.Lock()
         self._to_write, self._to_read = threading.Condition(self._lock), threading.Condition(self._lock)
-        self._idle = threading.Condition(self._lock)
         self._stopped = threading.Condition(self._lock)
         self._encrypting = threading.Lock()
         self._sharing = threading.Lock()  # who writes down the shares
         self._noting = threading.Lock()  # who writes down when a session was used
-        self._writes: deque[_Task] = deque()
-        self._reads: deque[_Task] = deque()
-        self._removals: deque[ChunkName] = deque()
-        self._foreign = True
-        self._shares_due_at = self._quarantine_due_at = inf  # when they are to be written down
+        self._jobs = Jobs(self._lock, chunk_bytes, now)
+        self._health = DiskHealth(_WRITERS, now)
+        self._queue = WriteQueue(chunk_bytes, now)
+        self._reads: deque[Task] = deque()
         self.quarantined = False  # an engine before found what came back to be wrong
-        self._finished: deque[Done] = deque()
-        self._open_jobs = self._pieces_over = 0
-        self._reading: dict[int, float] = {}  # since when each thread does
-        self._reads_due_at = now()
         self._stopping = False
         self._stored = self._loaded = self._evicted = self._expired = 0
         self._not_stored: Counter[str] = Counter()
         self._faults: Counter[str] = Counter()
         self._unreadable: OrderedDict[bytes, Owner] = OrderedDict()  # chunks that are gone because they could not be
-        self._error, self._error_at = "", now()
-        self._pause_s, self._paused_until = _FIRST_PAUSE_S, now()
         self._new_files = partial(ChunkFiles, root, fingerprint=fingerprint, chunk_bytes=chunk_bytes)
         self._files: ChunkFiles | None = None
         self._threads: list[threading.Thread] = []
@@ -283,7 +236,7 @@ class DiskStore:
     def is_moving(self) -> bool:
         """Whether something is read, or waits to be read or written."""
         with self._lock:
-            return bool(self._reads or self._reading or self._writes)
+            return bool(self._reads) or self._health.is_reading() or self._queue.waits()
 
     def expect(self, owner: Owner) -> Presence:
         """A session is about to be used: have its key at hand. Whether its chunks could be read now."""
@@ -326,17 +279,17 @@ class DiskStore:
     def status(self) -> DiskStatus:
         """How the tier stands."""
         with self._lock:
-            answers = self._answers()
-            error, error_at = (self._error, self._error_at) if answers else (_NO_ANSWER, self._now())
+            answers = self._answers() and not self._health.is_held_up()
+            error, error_age_s = self._health.last_error(answers=answers)
             return DiskStatus(
                 on=self._files is not None,
-                paused=self._now() < self._paused_until,
+                paused=self._health.is_paused(),
                 chunks=len(self._index),
                 sessions=self._index.sessions,
                 chunk_bytes=self._file_bytes,
                 bytes=len(self._index) * self._file_bytes,
                 capacity_bytes=self._capacity_bytes,
-                waiting_bytes=len(self._writes) * self._chunk_bytes,
+                waiting_bytes=self._queue.waiting_bytes(),
                 stored_chunks=self._stored,
                 loaded_chunks=self._loaded,
                 evicted_chunks=self._evicted,
@@ -344,7 +297,7 @@ class DiskStore:
                 not_stored=dict(self._not_stored),
                 faults=dict(self._faults),
                 last_error=error,
-                last_error_age_s=self._now() - error_at if error else None,
+                last_error_age_s=error_age_s,
                 answers=answers,
             )
 
@@ -352,38 +305,36 @@ class DiskStore:
 
     def store(self, number: int, owner: Owner, pieces: Sequence[Piece], quota: Quota = NO_QUOTA) -> None:
         """Write a session's chunks. `finished` tells when their memory is not read any more."""
-        job = _Job(number, self._now(), len(pieces), len(pieces) * self._chunk_bytes)
         with self._lock:
-            self._open_jobs += 1
+            job = self._jobs.begin(number, pieces)
+            self._let_go_of_stale()
             refused = self._refusal(len(pieces))
             held = None if refused else self._index.used(owner, self._now())
             coming = []
             for piece in sorted(pieces, key=lambda piece: piece.position):
                 if self._index.holder(piece.key) is not None or self._index.is_writing(piece.key):
-                    self._piece_over(job, piece.key, done=True)
+                    self._jobs.piece_over(job, piece.key, done=True)
                 else:
                     coming.append(piece)
             fits = 0
             if held is not None:
                 if self._index.quotas.in_force(owner.tenant, quota):
-                    self._shares_due_at = -inf
+                    self._queue.do(Chore.SHARES)
                 ends = [piece.position for piece in coming]
                 fits, evicted = self._index.make_way(held, ends, quota, self._worth)
                 self._evicted += len(evicted)
-                self._removals.extend(evicted)
+                self._queue.remove(evicted)
                 refused = "quota" if self._index.quotas.is_lost(owner, ends[-1] if ends else 0) else "too_large"
             for place, piece in enumerate(coming):
                 if held is None or place >= fits:
                     self._not_stored[refused] += 1
-                    self._piece_over(job, piece.key, done=False)
+                    self._jobs.piece_over(job, piece.key, done=False)
                 else:
                     name = ChunkName(owner, piece.key, piece.position, self._random_bytes(4))
                     self._index.begin(held, piece.key)
-                    self._writes.append(_Task(job, held, name, piece.data))
+                    self._queue.write(Task(job, held, name, piece.data))
             if held is not None:
                 self._index.tidy(held)
-            if not pieces:
-                self._job_over(job)
             self._to_write.notify_all()
 
     def load(self, number: int, tenant: str, pieces: Sequence[Piece], *, ahead: bool = False) -> None:
@@ -392,13 +343,13 @@ class DiskStore:
         Args:
             ahead: nobody asked for them yet: that they are read does not keep their session from expiring.
         """
-        job = _Job(number, self._now(), len(pieces), len(pieces) * self._chunk_bytes)
         with self._lock:
-            self._open_jobs += 1
+            job = self._jobs.begin(number, pieces)
+            self._health.reads_asked(job.started, job.moved_bytes)
             for piece in pieces:
                 held = self._index.holder(piece.key)
                 if held is None or held.owner.tenant != tenant:
-                    self._piece_over(job, piece.key, done=False)
+                    self._jobs.piece_over(job, piece.key, done=False)
                     continue
                 place = held.place(piece.key)
                 held.loading += 1
@@ -407,18 +358,14 @@ class DiskStore:
                 if piece.key in held.left:
                     self._index.back(held, piece.key)
                 name = ChunkName(held.owner, piece.key, place.position, place.copy)
-                self._reads.append(_Task(job, held, name, piece.data, ahead))
-            self._reads_due_at = max(self._reads_due_at, job.started) + job.moved_bytes / _SLOWEST_READ_BYTES_S
-            if not pieces:
-                self._job_over(job)
+                self._reads.append(Task(job, held, name, piece.data, ahead))
             self._to_read.notify_all()
 
     def finished(self) -> list[Done]:
         """The jobs that are over since this was asked last."""
         with self._lock:
-            done = list(self._finished)
-            self._finished.clear()
-            return done
+            self._let_go_of_stale()
+            return self._jobs.finished()
 
     def computed(self, keys: Iterable[bytes]) -> None:
         """These chunks were computed: whether one before could not be read says nothing of them."""
@@ -435,7 +382,7 @@ class DiskStore:
 
     def _forget(self, owner: Owner) -> None:
         with self._lock:
-            self._removals.extend(self._index.drop(owner))
+            self._queue.remove(self._index.drop(owner))
             for key in [key for key, whose in self._unreadable.items() if whose == owner]:
                 del self._unreadable[key]
             self._to_write.notify_all()
@@ -452,7 +399,7 @@ class DiskStore:
         """What came back was wrong: have every later start know, until somebody empties the folder."""
         with self._lock:
             self.quarantined = True
-            self._quarantine_due_at = -inf
+            self._queue.do(Chore.QUARANTINE)
             self._to_write.notify_all()
 
     def drain(self) -> None:
@@ -462,10 +409,8 @@ class DiskStore:
             TimeoutError: a disk does not answer; see `close`.
         """
         with self._lock:
-            while self._open_jobs:
-                over = self._pieces_over
-                if not self._idle.wait_for(lambda: not self._open_jobs, _STOP_S) and over == self._pieces_over:
-                    raise TimeoutError(_NO_ANSWER)
+            if not self._jobs.wait_for_all(_STOP_S):
+                raise TimeoutError(NO_ANSWER)
 
     def close(self) -> None:
         """Stop. What waits is not done, what runs is finished. Blocks, at most some seconds.
@@ -475,9 +420,8 @@ class DiskStore:
         """
         with self._lock:
             self._stopping = True
-            for task in (*self._writes, *self._reads):
-                self._piece_over(task.job, task.name.key, done=False)
-            self._writes.clear()
+            for task in (*self._queue.take_all(), *self._reads):
+                self._jobs.piece_over(task.job, task.name.key, done=False)
             self._reads.clear()
             self._to_write.notify_all()
             self._to_read.notify_all()
@@ -486,7 +430,7 @@ class DiskStore:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         if any(thread.is_alive() for thread in self._threads):
-            raise TimeoutError(_NO_ANSWER)
+            raise TimeoutError(NO_ANSWER)
         self._keys.drop_all()
         if self._files is not None:
             self._files.close()
@@ -516,33 +460,25 @@ class DiskStore:
             again: the engine serves by now: what a quarantine says is in doubt is left alone.
         """
         try:
-            files = self._new_files()
-            try:
-                if not again:
-                    self.quarantined = files.is_quarantined()
-                elif files.is_quarantined() and not self.quarantined:
-                    raise FolderRefused(errno.EPERM, "the folder is in quarantine")
-                left, shares = sorted(files.scan(), key=lambda found: found.used_at), files.read_shares()
-                for found in left:
-                    if not found.names:
-                        files.remove_folder(found.owner)
-            except BaseException:
-                files.close()
-                raise
+            opened = open_folder(self._new_files, may_be_in_quarantine=not again or self.quarantined)
         except OSError as error:
             with self._lock:
-                self._failed(error)
+                self._health.failed(error)
             return False
+        files = opened.files
+        if not again:
+            self.quarantined = opened.quarantined
         # Beside the index that the engine's thread looks at: with many files this takes a while.
-        index, removals = self._take_up(left, shares)
+        index = self._new_index()
+        removals = take_up(opened, index, now=self._now(), wall=self._wall())
         with self._lock:
             if self._stopping:
                 files.close()
                 return True
             self._files, self._index = files, index
-            self._removals.extend(removals)
+            self._queue.remove(removals)
             self._expire()
-            self._removals.extend(index.make_room(lambda _: 0.0))  # nothing is known yet of what sessions are worth
+            self._queue.remove(index.make_room(lambda _: 0.0))  # nothing is known yet of what sessions are worth
             for number in range(_WRITERS):
                 self._start(self._write_on, f"holdfast-disk-write-{number}", files)
             for number in range(_READERS):
@@ -550,61 +486,38 @@ class DiskStore:
             self._start(self._ask_on, "holdfast-disk-ask")
         return True
 
-    def _take_up(self, left: Iterable[Found], shares: Mapping[str, float]) -> tuple[DiskIndex, list[ChunkName]]:
-        """What an engine before left, the oldest first; and what of it has no place here."""
-        index, now, wall = self._new_index(), self._now(), self._wall()
-        removals: list[ChunkName] = []
-        for found in left:
-            used_at = now - max(0.0, wall - found.used_at)
-            removals.extend(name for name in found.names if not index.found(name, used_at))
-        for tenant, share in shares.items():
-            if index.chunks_of_tenant(tenant):
-                index.quotas.in_force(tenant, Quota(share))
-        return index, removals
-
     def _write_on(self, files: ChunkFiles) -> None:
-        buffer = files.buffer()
+        buffer, thread = files.buffer(), threading.get_ident()
         while True:
-            foreign = shares = quarantine = False
-            task, removal = None, None
             with self._lock:
-                self._to_write.wait_for(
-                    lambda: (
-                        self._stopping
-                        or self._quarantine_due_at <= self._now()
-                        or self._shares_due_at <= self._now()
-                        or self._writes
-                        or self._removals
-                        or self._foreign
-                    ),
-                    self._next_chore_in_s(),
-                )
+                self._health.write_ended(thread)
+                self._to_write.wait_for(lambda: self._stopping or self._queue.is_due(), self._next_chore_in_s())
                 if self._stopping:
                     return
+                self._health.write_began(thread)
                 self._expire()
-                if self._quarantine_due_at <= self._now():
-                    quarantine, self._quarantine_due_at = True, inf
-                elif self._shares_due_at <= self._now():
-                    shares, self._shares_due_at = True, inf
-                elif self._removals:
-                    removal = self._removals.popleft()
-                elif self._writes:
-                    task = self._writes.popleft()
-                else:
-                    foreign, self._foreign = self._foreign, False
-            if quarantine:
+                taken = self._queue.take()
+            if isinstance(taken, Task):
+                self._write(files, buffer, taken)
+            elif isinstance(taken, ChunkName):
+                self._remove(files, taken)
+            elif taken is Chore.QUARANTINE:
                 self._write_quarantine(files)
-            elif shares:
+            elif taken is Chore.SHARES:
                 self._write_shares(files)
-            elif removal is not None:
-                files.remove(removal)
-                if not self._note_use(files, removal.owner):
-                    files.remove_folder(removal.owner)
-            elif task is not None:
-                self._write(files, buffer, task)
-            elif foreign:
+            elif taken is Chore.FOREIGN:
                 with contextlib.suppress(OSError):
                     files.remove_foreign()
+
+    def _remove(self, files: ChunkFiles, name: ChunkName) -> None:
+        try:
+            files.remove(name)
+        except OSError as error:
+            with self._lock:
+                self._queue.remove_again(name, self._health.leave_alone(error))
+            return
+        if not self._note_use(files, name.owner):
+            files.remove_folder(name.owner)
 
     def _note_use(self, files: ChunkFiles, owner: Owner) -> bool:
         """Give a session's folder the time of its last use, for the next start; whether the session has one."""
@@ -621,8 +534,8 @@ class DiskStore:
             files.write_quarantine()
         except OSError as error:
             with self._lock:
-                self._failed(error)
-                self._quarantine_due_at = self._now() + _FIRST_PAUSE_S
+                self._health.failed(error)
+                self._queue.do(Chore.QUARANTINE, _AGAIN_S)
 
     def _write_shares(self, files: ChunkFiles) -> None:
         with self._sharing:
@@ -632,15 +545,14 @@ class DiskStore:
                 files.write_shares(shares)
             except OSError as error:
                 with self._lock:
-                    self._failed(error)
-                    self._shares_due_at = self._now() + _FIRST_PAUSE_S
+                    self._health.failed(error)
+                    self._queue.do(Chore.SHARES, _AGAIN_S)
 
-    def _write(self, files: ChunkFiles, buffer: memoryview, task: _Task) -> None:
-        now = self._now()
+    def _write(self, files: ChunkFiles, buffer: memoryview, task: Task) -> None:
         cause = ""
-        if now - task.job.started >= _STALE_S:
+        if self._queue.is_stale(task):
             cause = "slow"
-        elif now < self._paused_until:
+        elif self._health.is_paused():
             cause = "error"
         elif task.held.gone:
             cause = "closed"
@@ -648,15 +560,9 @@ class DiskStore:
             cipher = self._plain or self._keys.wait(task.name.owner)
             cause = "no_key" if cipher is None else self._written(files, cipher, buffer, task)
         with self._lock:
-            kept = self._index.ended(task.held, task.name, written=not cause)
-            if not cause and not kept:
-                self._removals.append(task.name)
-            if cause and cause != "closed":
-                self._not_stored[cause] += 1
-            self._stored += kept
-            self._piece_over(task.job, task.name.key, done=kept)
+            self._write_over(task, cause)
 
-    def _written(self, files: ChunkFiles, cipher: ChunkCipher, buffer: memoryview, task: _Task) -> str:
+    def _written(self, files: ChunkFiles, cipher: ChunkCipher, buffer: memoryview, task: Task) -> str:
         """Write one chunk; the cause if it could not be."""
         with self._encrypting:
             files.seal(task.name, cipher, self._random_bytes(NONCE_BYTES), task.data, buffer)
@@ -664,11 +570,9 @@ class DiskStore:
             files.write(task.name, buffer)
         except OSError as error:
             with self._lock:
-                self._failed(error)
-                self._paused_until = self._now() + self._pause_s
-                self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+                self._health.leave_alone(error)
             return "error"
-        self._pause_s = _FIRST_PAUSE_S
+        self._health.wrote()
         return ""
 
     def _read_on(self, files: ChunkFiles) -> None:
@@ -688,36 +592,36 @@ class DiskStore:
                     self._unreadable[task.name.key] = task.name.owner
                     if len(self._unreadable) > _MOST_UNREADABLE:
                         self._unreadable.popitem(last=False)
-                    self._removals.append(task.name)
+                    self._queue.remove([task.name])
                     self._to_write.notify_all()
                 self._loaded += not cause
-                self._piece_over(task.job, task.name.key, done=not cause)
+                self._jobs.piece_over(task.job, task.name.key, done=not cause)
             if not cause and not task.ahead:
                 self._note_use(files, task.name.owner)
 
-    def _read(self, files: ChunkFiles, buffer: memoryview, task: _Task) -> str:
+    def _read(self, files: ChunkFiles, buffer: memoryview, task: Task) -> str:
         """Read one chunk; the cause if it could not be."""
         cipher = self._plain or self._keys.wait(task.name.owner)
         if cipher is None:
             return "no_key"
         thread = threading.get_ident()
         with self._lock:
-            self._reading[thread] = self._now()
+            self._health.read_began(thread)
         try:
             files.read(task.name, buffer)
             with self._encrypting:
                 files.open(task.name, cipher, buffer, task.data)
         except Tampered:
             with self._lock:
-                self._error, self._error_at = "a file was damaged, or changed from outside", self._now()
+                self._health.went_wrong("a file was damaged, or changed from outside")
             return "damaged"
         except OSError as error:
             with self._lock:
-                self._failed(error)
+                self._health.failed(error)
             return "lost" if error.errno == errno.ENOENT else "error"
         finally:
             with self._lock:
-                del self._reading[thread]
+                self._health.read_ended(thread)
         return ""
 
     def _ask_on(self) -> None:
@@ -745,47 +649,35 @@ class DiskStore:
         return owner is not None and owner.tenant == tenant
 
     def _answers(self) -> bool:
-        late = self._now() - _ANSWER_S
-        if any(since < late for since in self._reading.values()):
-            return False
-        return not (self._reads or self._reading) or self._reads_due_at >= late
+        return self._health.answers(reads_wait=bool(self._reads))
+
+    def _write_over(self, task: Task, cause: str = "") -> None:
+        kept = self._index.ended(task.held, task.name, written=not cause)
+        if not cause and not kept:
+            self._queue.remove([task.name])
+        if cause and cause != "closed":
+            self._not_stored[cause] += 1
+        self._stored += kept
+        self._jobs.piece_over(task.job, task.name.key, done=kept)
+
+    def _let_go_of_stale(self) -> None:
+        """A thread that is held up lets go of nothing."""
+        for task in self._queue.take_stale():
+            self._write_over(task, "slow")
 
     def _expire(self) -> None:
         expired = self._index.expired(self._now())
         self._expired += len(expired)
-        self._removals.extend(expired)
+        self._queue.remove(expired)
 
     def _next_chore_in_s(self) -> float:
         due_in_s = self._index.next_expiry_in_s(self._now())
-        writing_in_s = max(0.0, min(self._quarantine_due_at, self._shares_due_at) - self._now())
-        return min(_HOUSEKEEPING_S if due_in_s is None else due_in_s, _HOUSEKEEPING_S, writing_in_s)
+        return min(_HOUSEKEEPING_S if due_in_s is None else due_in_s, _HOUSEKEEPING_S, self._queue.due_in_s())
 
     def _refusal(self, chunks: int) -> str:
         """Why nothing is written now; empty: it is."""
         if self._files is None or self._stopping:
             return "off"
-        if self._now() < self._paused_until:
+        if self._health.is_paused():
             return "error"
-        waiting = len(self._writes)
-        return "slow" if waiting and (waiting + chunks) * self._chunk_bytes > _MAX_WAITING_BYTES else ""
-
-    def _failed(self, error: OSError) -> None:
-        self._error = f"{error.strerror or type(error).__name__} ({errno.errorcode.get(error.errno or 0, 'unknown')})"
-        self._error_at = self._now()
-
-    def _piece_over(self, job: _Job, key: bytes, *, done: bool) -> None:
-        job.left -= 1
-        self._pieces_over += 1
-        if done:
-            job.keys.append(key)
-        else:
-            job.whole = False
-            job.moved_bytes -= self._chunk_bytes
-        if not job.left:
-            self._job_over(job)
-
-    def _job_over(self, job: _Job) -> None:
-        done = Done(job.number, tuple(job.keys), job.whole, job.moved_bytes, self._now() - job.started)
-        self._finished.append(done)
-        self._open_jobs -= 1
-        self._idle.notify_all()
+        return "slow" if self._health.is_held_up() or not self._queue.has_room(chunks) else ""

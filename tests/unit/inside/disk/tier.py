@@ -2,15 +2,20 @@
 
 import hashlib
 import itertools
+import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from appliance.engine.inside.disk.files import Owner
+from appliance.engine.inside.disk.jobs import Done, Piece
 from appliance.engine.inside.disk.keys import TierKeys
-from appliance.engine.inside.disk.store import _WRITERS, DiskStore, Done, Piece
+from appliance.engine.inside.disk.store import _WRITERS, DiskStore
 from appliance.engine.inside.quotas import Quota
 
 CHUNK_BYTES = 64 << 10
@@ -119,9 +124,48 @@ class Tier:
         until(lambda: len(self.files()) == self.store.status().chunks)
 
 
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Slow:
+    """A disk that does not answer until it may go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+        self.reached, self.go_on = threading.Event(), threading.Event()
+        self.calls = 0
+        real = getattr(os, call)
+
+        def slow(*arguments: Any) -> Any:
+            self.calls += 1
+            self.reached.set()
+            assert self.go_on.wait(20)
+            return real(*arguments)
+
+        monkeypatch.setattr(f"appliance.engine.inside.disk.files.os.{call}", slow)
+
+
+def flip(file: Path, at: int) -> None:
+    """Change a bit of a file."""
+    with file.open("r+b") as opened:
+        opened.seek(at)
+        byte = opened.read(1)
+        opened.seek(at)
+        opened.write(bytes([byte[0] ^ 0x10]))
+
+
 def until(condition: Callable[[], bool]) -> None:
     """Return when `condition` holds; other threads see to that."""
     deadline = time.monotonic() + DEADLINE_S
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.001)  # lets the tier's threads go on
+
+
+Make = Callable[..., Tier]
