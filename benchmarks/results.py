@@ -472,16 +472,22 @@ BENCHMARKS: Final = (
                 _at("figures", "admission_added_ms"),
                 most=audit.ADMISSION_MS,
             ),
+            Figure("entries of a log that is verified", COUNT, _at("figures", "verified_entries")),
+            Figure("verified, by the processor's time", PER_S, _at("figures", "verified_per_s")),
             Figure(
-                f"verified, of {audit.VERIFIED_PER_S:,.0f} entries/s or {audit.SHARE_OF_HASHING:.0%} of hashing alone",
+                "the same, of what hashing the same bytes alone reaches", PERCENT, _at("figures", "share_of_hashing")
+            ),
+            Figure(
+                f"whichever is nearer to its bar, {audit.VERIFIED_PER_S:,.0f}/s or {audit.SHARE_OF_HASHING:.0%}",
                 TIMES,
                 _verified,
                 least=1,
             ),
-            Figure("memory more for ten times the entries", MORE_MB, _more_memory_mb, most=audit.MORE_MEMORY_MB),
+            Figure("memory more than for a tenth of them", MORE_MB, _more_memory_mb, most=audit.MORE_MEMORY_MB),
             Figure("a proof in 80 million entries", BYTES, _at("figures", "proof_bytes"), most=audit.PROOF_BYTES),
             Figure("checking it", MS, _at("figures", "proof_check_ms"), most=audit.PROOF_CHECK_MS),
         ),
+        arguments=("--entries", "10000000"),
         short=("--seconds", "0.5", "--entries", "20000"),
     ),
     Benchmark(
