@@ -15,7 +15,7 @@ import struct
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, ClassVar
 
@@ -46,7 +46,7 @@ class Tip:
     chain: Sequence[bytes]  # `message_chain` of the request's messages and the answer
     parameters: bytes
     ran: Ran
-    said: Sequence[bytes] = ()  # `said_messages` of them
+    said: Sequence[bytes] = ()  # `said_messages` of them; empty where there was no room for it
 
     @property
     def token_ids(self) -> "array[int]":
@@ -55,8 +55,11 @@ class Tip:
 
     def size(self) -> int:
         """Bytes held, roughly."""
-        messages = 64 * len(self.chain) + sum(map(len, self.said)) + 48 * len(self.said)
-        return messages + len(self.parameters) + 4 * len(self.token_ids) + 256
+        return 64 * len(self.chain) + self.text_size() + len(self.parameters) + 4 * len(self.token_ids) + 256
+
+    def text_size(self) -> int:
+        """Bytes of that which are what was said."""
+        return sum(map(len, self.said)) + 48 * len(self.said)
 
     def messages(self) -> list[Message]:
         """The request's messages and the answer."""
@@ -64,34 +67,51 @@ class Tip:
 
 
 class Tips:
-    """The latest turn of sessions in use, the least recently used dropped first; bounded in bytes."""
+    """The latest turn of sessions in use, the least recently used dropped first; bounded in bytes.
+
+    What was said goes first, down to a quarter of the bytes: without it a turn's account can still be told, and only
+    not what is at the place where it parted from the one before.
+    """
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity = capacity_bytes
         self._held = 0
+        self._held_texts = 0
         self._tips: OrderedDict[str, Tip] = OrderedDict()
+        self._with_text: OrderedDict[str, None] = OrderedDict()
 
     def get(self, session_id: str) -> Tip | None:
         return self._tips.get(session_id)
 
     def put(self, session_id: str, tip: Tip) -> None:
         self.drop(session_id)
-        if tip.size() > self._capacity:
-            return
         self._tips[session_id] = tip
         self._held += tip.size()
+        if tip.said:
+            self._with_text[session_id] = None
+            self._held_texts += tip.text_size()
         while self._held > self._capacity:
-            _, oldest = self._tips.popitem(last=False)
-            self._held -= oldest.size()
+            if self._held_texts > self._capacity // 4:
+                self._drop_text(next(iter(self._with_text)))
+            else:
+                self.drop(next(iter(self._tips)))
 
     def drop(self, session_id: str) -> None:
-        tip = self._tips.pop(session_id, None)
-        if tip is not None:
-            self._held -= tip.size()
+        if session_id in self._tips:
+            self._drop_text(session_id)
+            self._held -= self._tips.pop(session_id).size()
 
     def clear(self) -> None:
         self._tips.clear()
-        self._held = 0
+        self._with_text.clear()
+        self._held = self._held_texts = 0
+
+    def _drop_text(self, session_id: str) -> None:
+        tip = self._tips[session_id]
+        self._held -= tip.text_size()
+        self._held_texts -= tip.text_size()
+        self._with_text.pop(session_id, None)
+        self._tips[session_id] = replace(tip, said=())
 
 
 def said_messages(messages: Sequence[Message]) -> list[bytes]:

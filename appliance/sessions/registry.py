@@ -50,7 +50,7 @@ from appliance.store import Change, Store, tables
 from appliance.vault import KeyMissing, KeyPurpose, Vault
 
 _LIVE_SESSIONS = 4096
-_TIP_BYTES = 64 << 20
+_TIP_BYTES = 32 << 20
 _KNOWN_LINKS = 32_768
 _OWN_ID = re.compile(r"ses_[0-9a-f]{32}")
 _LOOKUP_LINKS = 512  # how far back from its end a history is searched for an answer of ours
@@ -553,7 +553,7 @@ class Registry(Archive):
             if link is not None:
                 _keep(self._by_link, link, (live.session_id, number), _KNOWN_LINKS)
             account = written.account
-            if tip is not None and account.diverged_at is not None:
+            if tip is not None and tip.said and account.diverged_at is not None:
                 parted = await asyncio.to_thread(divergence_between, tip, written.tip, account)
                 account = replace(account, divergence=parted)
             return account

@@ -1,6 +1,7 @@
 """A turn written as a difference reads back whole."""
 
 import copy
+import random
 from array import array
 
 import pytest
@@ -108,15 +109,39 @@ def test_a_turn_with_token_ids_missing_is_refused() -> None:
         Reader().add(1, encode_request(None, 0, [], b"{}", NOTHING_KNOWN), {"role": "assistant"}, blob[:-4])
 
 
-def test_what_was_said_is_remembered_with_a_turn_and_counts_among_the_bytes_that_are_held() -> None:
-    long: list[Message] = [{"role": "user", "content": "x" * 600, "name": None}, {"role": "assistant", "content": "ab"}]
-    tips = Tips(2_500)
-    for session in ("one", "other"):
-        ran = Ran("model", array("I"), 0, 0, 0.0, 0.0, NOTHING_KNOWN)
-        tips.put(session, Tip(1, (), b"{}", ran, said_messages(long)))
-        held = tips.get(session)
-        assert held is not None
-        assert held.messages() == [{"role": "user", "content": "x" * 600}, long[1]]
-    assert tips.get("one") is not None
-    tips.put("third", Tip(1, (), b"{}", ran, said_messages(long)))
-    assert (tips.get("one"), tips.get("third") is None) == (None, False)
+def test_what_was_said_is_remembered_with_a_turn_and_goes_before_what_a_turn_s_account_is_told_by() -> None:
+    said: list[Message] = [{"role": "user", "content": "x" * 600, "name": None}, {"role": "assistant", "content": "ab"}]
+    ran = Ran("model", array("I", range(100)), 100, 0, 0.0, 0.0, NOTHING_KNOWN)
+    with_text = Tip(1, (), b"{}", ran, said_messages(said))
+    assert with_text.messages() == [{"role": "user", "content": "x" * 600}, said[1]]
+    without, text = with_text.size() - with_text.text_size(), with_text.text_size()
+    tips = Tips(3 * without + text)
+    for session in ("one", "two", "three"):
+        tips.put(session, with_text)
+    kept = [tips.get(session) for session in ("one", "two", "three")]
+    assert [tip.said == with_text.said for tip in kept if tip is not None] == [False, False, True]
+    tips = Tips(8 * text)  # of which a quarter is for texts, whatever goes for it
+    for session in map(str, range(20)):
+        tips.put(session, with_text)
+    left = [tip for session in map(str, range(20)) if (tip := tips.get(session)) is not None]
+    assert [bool(tip.said) for tip in left] == [False] * (6 * text // without - 2) + [True, True]
+    tips.clear()
+    assert tips.get("19") is None
+
+
+def test_what_is_remembered_of_turns_is_bounded_whatever_comes_and_goes() -> None:
+    rng = random.Random(1)  # noqa: S311 (the same every time)
+    tips, put = Tips(20_000), dict[str, Tip]()
+    for _ in range(2000):
+        session = str(rng.randrange(40))
+        if rng.random() < 0.2:
+            tips.drop(session)
+            assert tips.get(session) is None
+            continue
+        ids = array("I", range(rng.randrange(600)))
+        said = said_messages([{"role": "user", "content": "x" * rng.randrange(4000)}])
+        put[session] = Tip(1, (), b"{}", Ran("model", ids, len(ids), 0, 0.0, 0.0, NOTHING_KNOWN), said)
+        tips.put(session, put[session])
+        held = [tip for each in map(str, range(40)) if (tip := tips.get(each)) is not None]
+        assert sum(tip.size() for tip in held) == tips._held <= 20_000
+        assert sum(tip.text_size() for tip in held) == tips._held_texts
