@@ -532,6 +532,18 @@ async def test_where_a_turn_parted_is_told_with_it_as_it_is_told_from_the_transc
     assert "Secretly" not in repr(told)
 
 
+async def test_without_the_text_of_the_turn_before_it_is_told_why_and_not_where(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_TIP_BYTES", 2000)
+    sessions = explaining(world)
+    turn = chat({"role": "user", "content": "x" * 4000}, client_id="job")
+    for prompt in ([*range(20)], [*range(5), 99, *range(6, 20)]):
+        session = await sessions.resolve(caller(), turn)
+        account = await sessions.record(session, turn, outcome("Hello.", ids=(prompt, [0])), engine="one")
+    assert (account.diverged_at, account.computed[Cause.DIVERGED], account.divergence) == (5, 15, None)
+
+
 async def test_nothing_of_what_was_said_stays_in_memory_when_the_vault_is_sealed(world: World) -> None:
     sessions, turn = explaining(world), chat(HELLO, client_id="job")
     session, _ = await ask(sessions, turn, tokens=16)
