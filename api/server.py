@@ -421,8 +421,9 @@ def _observe(services: Services) -> None:
     )
     metrics.observe(
         "holdfast_audit_alarm",
-        "1 while the audit log was found changed, older than the database, the database older, or entries missing.",
-        lambda: float(bool(services.audit.alarms)),
+        "1 while the audit log was found changed, older than the database, the database older, or entries missing; or a "
+        "witness refuses it.",
+        lambda: float(bool(services.audit.alarms or services.witnesses.alarm)),
     )
     metrics.observe(
         "holdfast_store_waiting_writes", "Change sets that wait to be written.", lambda: services.store.waiting_writes

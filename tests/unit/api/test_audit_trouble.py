@@ -26,7 +26,8 @@ def test_readyz_is_degraded_while_what_is_recorded_is_not_signed() -> None:
     its = services(trouble=TROUBLE)
     assert Health(its, in_full=True)._audit_part() == {
         "ready": True,
-        "degraded": f"{TROUBLE}; down: cannot send: refused",
+        "degraded": f"{TROUBLE}; down: cannot send: refused. look",
+        "exports": {"down": {"lag_entries": 7, "lag_s": 90.5, "error": "audit_export_unreachable"}},
     }
     assert Health(its, in_full=False)._audit_part() == {"ready": True, "degraded": "what is recorded is not signed"}
     assert Health(services(), in_full=False)._audit_part() == {"ready": True}
@@ -48,14 +49,19 @@ async def test_status_says_why_no_checkpoint_can_be_made_and_how_old_the_last_on
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def audit_status(_: object) -> Any:
-        return SimpleNamespace(checkpoint_age_s=400.0, size=9, checkpoint_size=7, restored=None, error=None, alarm=None)
+        return SimpleNamespace(
+            checkpoint_age_s=400.0, size=9, checkpoint_size=7, restored=None, error=None, alarm=None, whole=None,
+            checked_size=0, checked_age_s=None, witnessed_age_s=None, witnesses=[], exports=[], exports_error=None,
+        )  # fmt: skip
 
     monkeypatch.setattr(status, "audit_status", audit_status)
     part = await status._audit(services(trouble=TROUBLE))
     assert part.state == "degraded"
-    assert part.detail.startswith(f"{TROUBLE}; 9 entries; last checkpoint 400 s old, of 7 entries")
+    assert part.detail.startswith(f"{TROUBLE}; 9 entries, not known whether whole")
+    assert "last checkpoint 7 min old, of 7 entries" in part.detail
+    assert [trouble.what for trouble in part.troubles] == [TROUBLE]
     part = await status._audit(services())
-    assert (part.state, part.detail.startswith("9 entries; ")) == ("ready", True)
+    assert (part.state, part.detail.startswith("9 entries, ")) == ("ready", True)
 
 
 async def test_readyz_answers_503_while_the_log_cannot_be_written_and_200_when_it_can_again() -> None:

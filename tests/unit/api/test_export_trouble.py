@@ -24,7 +24,7 @@ DOWN = View("down", "tls://b", "cef", False, 2, 2, True, 7, 90.5, "", GONE)
 
 def services(*views: View, unreadable: ErrorRecord | None = None) -> Any:
     return SimpleNamespace(
-        witnesses=SimpleNamespace(views=list),
+        witnesses=SimpleNamespace(views=list, alarm=""),
         now=lambda: 0.0,
         exports=SimpleNamespace(
             views=lambda: list(views),

@@ -52,7 +52,8 @@ class Node:
     def tell(self, kind: EventClass, version: int | None, *, plain: bool = False) -> None:
         """Append a mark, or that a witness co-signed."""
         self._events += 1
-        counts = {"mark": self._events, **({} if version is None else {"witnesses": version})}
+        counts = {"mark": self._events} if kind is STORE_MARKED else {}
+        counts |= {} if version is None else {"witnesses": version}
         sealed = seal(
             kind.number,
             AuditEvent(kind, SYSTEM, counts=counts).record({"holdfast": "0"}),

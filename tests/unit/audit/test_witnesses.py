@@ -13,9 +13,9 @@ import pytest
 from appliance.audit import witnesses as witnesses_module
 from appliance.audit.asking import Outcome, Told, WitnessAt, WitnessUnreachable
 from appliance.audit.events import Event
+from appliance.audit.log import PUBLIC_KEY
 from appliance.audit.notes import Algorithm, Checkpoint, SigningKey, VerifierKey
 from appliance.audit.recorder import AuditUnavailable
-from appliance.audit.signing import PUBLIC_KEY
 from appliance.audit.verify import verify_log
 from appliance.audit.witness import Witness
 from appliance.audit.witnesses import SILENT_S, View, Witnesses, witnesses_of

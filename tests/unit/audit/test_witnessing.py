@@ -254,7 +254,7 @@ def test_what_was_carried_to_somebody_else_or_not_co_signed_yet_stays(tmp_path: 
     make_request(log, old_size=0)
     thin_out(log, [WITNESS_KEY])
     assert _sizes(log) == [1, 6, 7]
-    assert largest_witnessed(log) == (6, 1_699_999_205, "witness.example")
+    assert largest_witnessed(log, LOG_KEY, [WITNESS_KEY, other.verifier()]) == (6, 1_699_999_205, "witness.example")
     thin_out(log, [other.verifier()])
     assert _sizes(log) == [1, 6, 7]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,7 +116,7 @@ def test_a_chunk_that_could_not_be_read_is_forgotten_wherever_it_stands() -> Non
 def make(tmp_path: Path) -> Iterator[Callable[..., Tier]]:
     made: list[Tier] = []
 
-    def tier(**arguments: object) -> Tier:
+    def tier(**arguments: Any) -> Tier:
         for earlier in made:
             earlier.store.close()
         made.clear()
