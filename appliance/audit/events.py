@@ -49,6 +49,7 @@ class EventClass:
         scope: whose key seals it.
         ocsf: class and activity of OCSF 1.8.0.
         counts, details: those that it may have: name and meaning.
+        is_grave: somebody should look, however it ended; see `siem.severity`.
     """
 
     number: int
@@ -58,6 +59,7 @@ class EventClass:
     ocsf: tuple[int, int]
     counts: Mapping[str, str] = field(default_factory=dict, hash=False)
     details: Mapping[str, str] = field(default_factory=dict, hash=False)
+    is_grave: bool = False
 
 
 _COUNT: Final = {"count": "how many, since the last such event"}
@@ -83,6 +85,7 @@ LOG_RECOVERED: Final = EventClass(
     Scope.SYSTEM,
     (6002, 99),
     counts={"bytes": "how many were cut off"},
+    is_grave=True,
 )
 STORE_MARKED: Final = EventClass(
     2,
@@ -112,6 +115,7 @@ OLDER_COPY: Final = EventClass(
         "mark_of_log": "the newest mark that the log knows",
         "mark_of_database": "the newest mark that the database knows",
     },
+    is_grave=True,
 )
 ENTRIES_REMOVED: Final = EventClass(
     4,
@@ -145,6 +149,7 @@ ENTRIES_MISSING: Final = EventClass(
     Scope.SYSTEM,
     (6002, 99),
     counts={"first": "the first entry that is gone", "last": "the last of them", "count": "from the first to the last"},
+    is_grave=True,
 )
 OLDER_COPY_ACKNOWLEDGED: Final = EventClass(
     7,
@@ -161,6 +166,7 @@ LOG_TAMPERED: Final = EventClass(
     Scope.SYSTEM,
     (6002, 99),
     counts={"first": "the first entry that does not hold; none where no entry shows it"},
+    is_grave=True,
 )
 GATEWAY_STARTED: Final = EventClass(
     10,
@@ -172,7 +178,14 @@ GATEWAY_STARTED: Final = EventClass(
 )
 GATEWAY_STOPPED: Final = EventClass(11, "gateway.stopped", "A gateway ended in good order.", Scope.SYSTEM, (6002, 4))
 ENGINE_READY: Final = EventClass(12, "engine.ready", "An engine began to serve a model.", Scope.SYSTEM, (6002, 3))
-ENGINE_LOST: Final = EventClass(13, "engine.lost", "An engine stopped answering.", Scope.SYSTEM, (6002, 4))
+ENGINE_LOST: Final = EventClass(
+    13,
+    "engine.lost",
+    "An engine stopped answering.",
+    Scope.SYSTEM,
+    (6002, 4),
+    is_grave=True,
+)
 CONFIG_RECORDED: Final = EventClass(
     14,
     "config.recorded",
@@ -219,6 +232,7 @@ KV_QUARANTINED: Final = EventClass(
     (6002, 99),
     counts={"compared_blocks": "blocks that were compared until then"},
     details={"worst_error": "the largest difference that was found; `no number` where it was none"},
+    is_grave=True,
 )
 VAULT_OPENED: Final = EventClass(
     20,
@@ -235,6 +249,7 @@ VAULT_REFUSED: Final = EventClass(
     Scope.SYSTEM,
     (3002, 1),
     details=_BROUGHT,
+    is_grave=True,
 )
 VAULT_SEALED: Final = EventClass(
     22,
@@ -269,6 +284,7 @@ NOT_AUTHENTICATED: Final = EventClass(
     Scope.SYSTEM,
     (3002, 1),
     counts=_COUNT,
+    is_grave=True,
 )
 MALFORMED: Final = EventClass(
     32,
@@ -322,7 +338,12 @@ REQUEST_REFUSED: Final = EventClass(
 MODELS_READ: Final = EventClass(44, "models.read", "A caller asked which models there are.", Scope.TENANT, (6003, 2))
 SESSION_ENDED: Final = EventClass(46, "session.ended", "A client said that a session is over.", Scope.TENANT, (6003, 4))
 TURN_NOT_KEPT: Final = EventClass(
-    45, "turn.not_kept", "A turn ended and could not be stored: its client was told so.", Scope.TENANT, (6003, 1)
+    45,
+    "turn.not_kept",
+    "A turn ended and could not be stored: its client was told so.",
+    Scope.TENANT,
+    (6003, 1),
+    is_grave=True,
 )
 TENANT_CREATED: Final = EventClass(
     50,
@@ -451,6 +472,7 @@ BACKUP_RESTORED: Final = EventClass(
         "log_key": "the former log's public key",
         "restored_at": "when it was put back, UTC",
     },
+    is_grave=True,
 )
 ADMIN_ACTED: Final = EventClass(
     90,
@@ -468,6 +490,7 @@ ADMIN_REFUSED: Final = EventClass(
     (6003, 99),
     counts=_COUNT,
     details=_ROUTE | _BROUGHT,
+    is_grave=True,
 )
 AUDIT_READ: Final = EventClass(
     95,
@@ -512,6 +535,7 @@ WITNESS_REFUSED: Final = EventClass(
     Scope.SYSTEM,
     (6002, 99),
     counts={"size": "entries of this log", "witness_size": "entries that the witness saw"},
+    is_grave=True,
 )
 WITNESS_SILENT: Final = EventClass(
     98,
@@ -519,6 +543,7 @@ WITNESS_SILENT: Final = EventClass(
     "A witness that is asked over the network has co-signed nothing for five minutes, for `reason`.",
     Scope.SYSTEM,
     (6002, 99),
+    is_grave=True,
 )
 EXPORT_ADDED: Final = EventClass(
     110,

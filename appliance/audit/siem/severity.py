@@ -4,42 +4,8 @@ Rule: it follows from the class and the outcome alone, so that whoever has the r
 """
 
 import enum
-from typing import Final
 
-from appliance.audit.events import (
-    ADMIN_REFUSED,
-    BACKUP_RESTORED,
-    ENGINE_LOST,
-    ENTRIES_MISSING,
-    KV_QUARANTINED,
-    LOG_RECOVERED,
-    LOG_TAMPERED,
-    NOT_AUTHENTICATED,
-    OLDER_COPY,
-    TURN_NOT_KEPT,
-    VAULT_REFUSED,
-    WITNESS_REFUSED,
-    WITNESS_SILENT,
-)
-
-_MEDIUM: Final = frozenset(
-    kind.number
-    for kind in (
-        ADMIN_REFUSED,
-        BACKUP_RESTORED,
-        ENGINE_LOST,
-        ENTRIES_MISSING,
-        KV_QUARANTINED,
-        LOG_RECOVERED,
-        LOG_TAMPERED,
-        NOT_AUTHENTICATED,
-        OLDER_COPY,
-        TURN_NOT_KEPT,
-        VAULT_REFUSED,
-        WITNESS_REFUSED,
-        WITNESS_SILENT,
-    )
-)
+from appliance.audit.events import CATALOGUE
 
 
 class Severity(enum.IntEnum):
@@ -57,6 +23,7 @@ class Severity(enum.IntEnum):
 
 def severity_of(event_class: int, outcome: object) -> Severity:
     """Of a class, and of how it ended; `outcome` None: the record is withheld."""
-    if event_class in _MEDIUM:
+    known = CATALOGUE.get(event_class)
+    if known is not None and known.is_grave:
         return Severity.MEDIUM
     return Severity.INFORMATIONAL if outcome in ("success", None) else Severity.LOW
