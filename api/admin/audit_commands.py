@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _PROGRESS_EVERY_S = 0.5
 _EXCERPT_DEADLINE_S = 6 * 3600.0
 _FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
+_EXPORT_HEADINGS = ("name", "to", "format", "delivered", "behind by", "error", "last error")
 _LOG_OPTION = click.option(
     "--log",
     "log_dir",
@@ -432,11 +433,12 @@ def list_exports(console: Console) -> None:
             f"{each.delivered}",
             f"{each.lag_entries} entries, {in_words(each.lag_s)}" if each.lag_entries else "nothing",
             each.error.cause if each.error is not None else each.waits_for or "none",
+            _last_error_words(each),
         )
         for each in exports.destinations
     ]
     empty = "The log goes nowhere: `holdfast audit export add` sends it to a SIEM."
-    console.result(exports, table(("name", "to", "format", "delivered", "behind by", "error"), rows, empty=empty))
+    console.result(exports, table(_EXPORT_HEADINGS, rows, empty=empty))
 
 
 @exporting.command("test")
@@ -683,6 +685,12 @@ def _siem_words(state: "types.AuditStatus") -> list[str]:
             lines[-1] += f"; FAILS: {each.error.message}: {each.error.cause}"
             lines.append(f"  Next: {each.error.remedy}")
     return lines or ["none; `holdfast audit export add` sends the log to one"]
+
+
+def _last_error_words(export: "types.AuditExport") -> str:
+    if export.last_error is None or export.last_error_s is None:
+        return "none"
+    return f"{in_words(max(0.0, time.time() - export.last_error_s))} ago: {export.last_error.cause}"
 
 
 def _witnessed_words(state: "types.AuditStatus") -> str:

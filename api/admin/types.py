@@ -664,7 +664,8 @@ class AuditExport(Wire):
 
     `sent` entries went over the connection there is; `delivered` ones are never sent again, and are seen to be
     `of_this_log`: else none of them counts for retention. `lag_entries` are not sent, `lag_s` is the age of the oldest
-    of them. `waits_for` says what it waits for where that is no error.
+    of them. `waits_for` says what it waits for where that is no error; `last_error` what was in the way last, at
+    `last_error_s`, epoch seconds, though it may be so no longer.
     """
 
     name: str
@@ -679,6 +680,8 @@ class AuditExport(Wire):
     lag_s: float
     waits_for: str
     error: AuditError | None
+    last_error: AuditError | None = None
+    last_error_s: float | None = None
 
 
 class AuditExports(Wire):

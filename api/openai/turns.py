@@ -518,6 +518,7 @@ class Turns:
                 "prompt_tokens": usage.prompt_tokens,
                 "cached_tokens": usage.cached_tokens or 0,
                 "completion_tokens": usage.completion_tokens,
+                "answer_bytes": sum(len(text.encode(errors="surrogatepass")) for text in running.answer.texts()),
                 "duration_ms": round(1000 * (self._services.monotonic() - running.began_s)),
             },
             answer_digest=self._answer_digest(request, running.answer),

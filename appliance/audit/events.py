@@ -71,6 +71,7 @@ _TURN: Final = {
     "prompt_tokens": "tokens of the prompt",
     "cached_tokens": "those of them that did not have to be computed",
     "completion_tokens": "tokens that were generated",
+    "answer_bytes": "length of what it said, without reasoning and tool calls",
     "duration_ms": "from the request to its end, milliseconds",
 }
 _ANSWER: Final = {"answer_digest": "keyed digest of the answer, where the tenant chose to have it"}

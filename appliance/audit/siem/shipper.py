@@ -91,6 +91,8 @@ class View:
         lag_entries: those that are not sent.
         lag_s: how old the oldest of them is.
         waits_for: what it waits for, when it is no error: the vault.
+        error: what is in the way.
+        last_error: what was in the way last, since the exporter began, and when, epoch seconds; None: nothing was.
     """
 
     name: str
@@ -104,6 +106,8 @@ class View:
     lag_s: float
     waits_for: str
     error: ErrorRecord | None
+    last_error: ErrorRecord | None = None
+    last_error_s: float | None = None
 
 
 class _Mark(NamedTuple):
@@ -177,6 +181,8 @@ class Shipper:
         self._failures = 0
         self._waits_for = ""
         self._error: ErrorRecord | None = None
+        self._last_error: ErrorRecord | None = None
+        self._last_error_s: float | None = None
         self._unsaved: ErrorRecord | None = None  # why the cursor is behind
 
     def view(self, size: int = 0) -> View:
@@ -199,6 +205,8 @@ class Shipper:
             lag_s=0.0 if oldest_s is None else max(0.0, self._wall_s() - oldest_s),
             waits_for=self._waits_for,
             error=self._error or self._unsaved,
+            last_error=self._last_error,
+            last_error_s=self._last_error_s,
         )
 
     async def run(self) -> None:
@@ -396,7 +404,8 @@ class Shipper:
     def _failed(self, error: HoldfastError, begun_s: float) -> None:
         if self._error is None or self._error["cause"] != error.cause:
             _LOG.warning("%s: %s: %s", self.name, error.message, error.cause)
-        self._error = error.record()
+        self._error = self._last_error = error.record()
+        self._last_error_s = self._wall_s()
         self._furthest = max(self._furthest, self._position.next)
         self._position = self._delivered
         self._failures = 1 if self._monotonic() >= begun_s + _LIVED_S else self._failures + 1

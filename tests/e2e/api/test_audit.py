@@ -16,6 +16,7 @@ import pytest
 
 from api.admin import types
 from api.admin.client import AdminClient, Refused
+from appliance.audit.events import TURN_COMPLETED
 from appliance.audit.notes import VerifierKey
 from appliance.audit.reading import LogReader
 from appliance.audit.verify import verify_log
@@ -63,9 +64,15 @@ def test_the_way_of_a_turn_is_recorded(served: Served) -> None:
     assert [entry.action for entry in entries] == ["turn.admitted", "turn.completed"]
     admitted, completed = map(_record, entries)
     assert admitted["request_id"] == completed["request_id"] == answer.headers["x-request-id"]
-    assert completed["counts"]["completion_tokens"] == 15
+    assert admitted["counts"]["prompt_bytes"] >= len("hello")
+    counts = completed["counts"]
+    assert counts.keys() == TURN_COMPLETED.counts.keys()
+    assert counts["completion_tokens"] == 15
+    said = [event["choices"][0]["delta"].get("content", "") for event in answer.events[:-1] if event["choices"]]
+    assert counts["answer_bytes"] == len("".join(said))
+    assert all(number > 0 for name, number in counts.items() if name != "cached_tokens")
     assert completed["source"] == "127.0.0.1"
-    assert completed["versions"]["holdfast"]
+    assert completed["versions"].keys() >= {"holdfast", "python"}
     assert completed["actor"]["role"] == "client"
     assert admitted["details"]["key_id"].startswith("ak_")
     listed = served.send("GET", "/v1/models").headers["x-request-id"]

@@ -1,7 +1,6 @@
 """What cannot be asked in time is unknown, and says why."""
 
 import asyncio
-import base64
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +12,14 @@ from api.admin import status
 from appliance.audit import AuditUnavailable, witnesses
 from appliance.audit.checking import Checked
 from appliance.audit.log import WITNESSED
+from appliance.audit.notes import Algorithm, Checkpoint, SigningKey, VerifierKey, cosign, sign_checkpoint
 from appliance.audit.siem.shipper import View
 from appliance.errors import ErrorRecord
 
 pytestmark = pytest.mark.anyio
+
+LOG = SigningKey("holdfast.test", b"l" * 32)
+WITNESS = SigningKey("witness.example", b"w" * 32, Algorithm.COSIGNATURE)
 
 
 async def test_an_appender_that_does_not_answer_in_time_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,8 +49,12 @@ def node(
 
     async def said() -> dict[str, Any]:
         return {
-            "size": 20, "checkpoint_size": 15, "checkpoint_age_s": 42.0, "signs": True, "public_key": "", "error": None
+            "size": 20, "checkpoint_size": 15, "checkpoint_age_s": 42.0, "signs": True,
+            "public_key": f"{LOG.verifier()}", "error": None
         }  # fmt: skip
+
+    async def accepted() -> dict[VerifierKey, int]:
+        return {WITNESS.verifier(): 12}
 
     failure: ErrorRecord | None = {**WRONG, "cause": error} if error else None
     view = View("soc", "tls://a", "ocsf", not error, 9, 9, True, 11, 200.0, "", failure)
@@ -56,7 +63,8 @@ def node(
         now=lambda: 1_000_100.0,
         witnesses=SimpleNamespace(views=lambda: [witness], alarm=refused),
         audit=SimpleNamespace(
-            status=said, error=None, alarm=older, older=older, restored="", directory=directory,
+            status=said, accepted_witnesses=accepted, error=None, alarms=older, checkpoint_trouble="", older=older,
+            restored="", directory=directory,
             retention=SimpleNamespace(days=400, held="", oldest=None, alarm=retention),
             checking=SimpleNamespace(last=checked, alarm=""),
         ),
@@ -70,10 +78,9 @@ def node(
 async def test_one_view_has_the_check_the_checkpoint_the_siems_and_the_witness(tmp_path: Path) -> None:
     folder = tmp_path / WITNESSED
     folder.mkdir()
-    log_line = f"\u2014 holdfast {base64.b64encode(bytes(68)).decode()}\n"
-    witness = base64.b64encode(bytes(4) + (1_000_000).to_bytes(8, "big") + bytes(64)).decode()
-    (folder / "12").write_text(f"origin\n12\nroot\n\n{log_line}\u2014 witness.example {witness}\n")
-    (folder / "15").write_text(f"origin\n15\nroot\n\n{log_line}")
+    older, newer = (sign_checkpoint(Checkpoint(LOG.name, size, bytes(32)), LOG) for size in (12, 15))
+    (folder / "12").write_text(older + cosign(older, WITNESS, 1_000_000))
+    (folder / "15").write_text(newer)
     seen = await status.audit_status(node(tmp_path, Checked(time.monotonic() - 60.0, 14, None, True)))
     assert (seen.whole, seen.checked_size, seen.check_error) == (True, 14, None)
     assert (seen.checkpoint_size, seen.checkpoint_age_s) == (15, 42.0)

@@ -479,6 +479,10 @@ async def test_an_error_is_told_until_the_receiver_takes_more_than_it_failed_wit
     await world.ship()
     assert told == [[False] * 5, [True] * 5, [True] * 8 + [False] * 3]
     assert world.shipper.view().error is None
+    last = world.shipper.view().last_error
+    assert last is not None
+    assert last["cause"] == "it took nothing for 20 s"
+    assert world.shipper.view().last_error_s is not None
 
 
 @pytest.mark.anyio
