@@ -22,7 +22,7 @@ REFUSES = View("refuses", "https://d", 9, 70.0, 75.0, "this log was cut off", No
 
 def with_witnesses(*views: View) -> Any:
     its = services()
-    its.witnesses = SimpleNamespace(views=lambda: list(views))
+    its.witnesses = SimpleNamespace(views=lambda: list(views), alarm="; ".join(view.refused for view in views))
     its.now = lambda: 100.0
     return its
 
@@ -38,6 +38,7 @@ def test_metrics_say_of_each_witness_how_old_its_co_signature_is_and_whether_it_
         'holdfast_audit_witness_refusing{witness="never"} 0.0',
         'holdfast_audit_witness_refusing{witness="refuses"} 1.0',
     ]
+    assert "holdfast_audit_alarm 1.0" in page
 
 
 def test_readyz_stays_ready_and_tells_administrators_which_witness_is_silent_or_refuses() -> None:
