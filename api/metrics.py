@@ -2,8 +2,9 @@
 
 Rules:
 
-- A label is one of a few words that we chose, the name of a destination or of a model, which an administrator chose, or
-  a tenant's id, which says nothing of whose it is: never a token, a salt, a text, another name or another id.
+- A label is one of a few words that we chose, an error's code among them; the name of a destination, of a witness or of
+  a model, which an administrator chose; or a tenant's id, which says nothing of whose it is. It is never a token, a
+  salt, a text, another name or another id.
 - The first `MAX_TENANTS` tenants that have turns have series of their own; the others share those of `other`. A tenant
   that is removed takes its series with it, and another has room.
 - Units are in the names (https://prometheus.io/docs/practices/naming/). docs/kv.md has every name beside vLLM's.

@@ -421,8 +421,8 @@ def _observe(services: Services) -> None:
     )
     metrics.observe(
         "holdfast_audit_alarm",
-        "1 while the audit log was found changed, older than the database, the database older, or entries missing, or "
-        "a witness refuses it.",
+        "1 while the audit log was found changed, it or the database is an older copy or that cannot be told, entries "
+        "are missing, its last check came to nothing, or a witness refuses it.",
         lambda: float(bool(services.audit.alarms or services.witnesses.alarm)),
     )
     metrics.observe(

@@ -306,7 +306,7 @@ def _whole_words(state: "types.AuditStatus") -> str:
         when = "" if state.checked_age_s is None else f"; last checked {in_words(state.checked_age_s)} ago"
         return f"NO, see alarm{when}"
     if state.checked_age_s is None:
-        return "not known: it was not checked since the start; `holdfast audit verify` does it now"
+        return "not known: it was not checked since the start; `holdfast audit verify`, with its witnesses, does it now"
     when = f"checked {in_words(state.checked_age_s)} ago"
     if state.whole is None:
         return f"not known, see alarm; {when}"

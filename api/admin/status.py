@@ -195,7 +195,8 @@ async def _witnessed(services: Services, public_key: str) -> tuple[bool, Witness
 async def _audit(services: Services) -> types.Part:
     error = services.audit.error
     if error is not None:
-        told = types.Trouble(what=f"nothing is admitted: {error['cause']}", remedy=error["remedy"])
+        what = "nothing is admitted" if services.audit.is_unwritable else "what is recorded is not signed"
+        told = types.Trouble(what=f"{what}: {error['cause']}", remedy=error["remedy"])
         return types.Part(name="audit", state="failed", detail=told.what, troubles=[told])
     try:
         said = await audit_status(services)
@@ -223,7 +224,10 @@ def _audit_troubles(said: types.AuditStatus) -> list[types.Trouble]:
     if said.error is not None:
         told.append(types.Trouble(what=f"no checkpoint can be made: {said.error.cause}", remedy=said.error.remedy))
     if said.alarm is not None:
-        remedy = "`holdfast audit verify` names the first entry that is wrong; docs/audit.md says what each alarm means"
+        remedy = (
+            "`holdfast audit verify`, with --witness for each accepted one (`audit search --action audit.witnessed` "
+            "names them), says what is wrong first; docs/audit.md, *What an alarm means*"
+        )
         told.append(types.Trouble(what=said.alarm, remedy=remedy))
     if said.exports_error is not None:
         what = f"nothing is exported: {said.exports_error.cause}"

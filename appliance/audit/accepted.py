@@ -5,7 +5,7 @@ Rules:
 - Whoever takes a co-signature says here whose it is, and of how many entries. The node's own check and its status hold
   the log to that, and to nobody else's word.
 - It is sealed with a key of the vault's: whoever can write the log's folder makes no witness of this node's.
-- It has a version, which grows with each co-signature. The event of that (`audit.witnessed`) and every mark
+- It has a version, which grows with each acceptance. The event of that (`audit.witnessed`) and every mark
   (`audit.marks`) name it, so a file that was taken away, or put back to an older copy, is found. What they say counts
   only where it is sealed: an entry in plaintext can be made by whoever can write the folder.
 - What is not believed is not gone on with by itself: an administrator who imports a reply begins it anew, and the event
@@ -29,8 +29,8 @@ from appliance.vault import SYSTEM_SCOPE, Binding, KeyMissing, KeyPurpose, Tampe
 ACCEPTED: Final = "witnesses"
 _BINDING: Final = Binding("audit", "witnesses", "log", SYSTEM_SCOPE, 1)
 _REMEDY: Final = (
-    f"Put audit/{ACCEPTED} back from the newest copy; or take every witness's last reply again, which begins it anew: "
-    "`holdfast audit witness import`"
+    f"Put audit/{ACCEPTED} back from the newest copy; or take every carried witness's last reply again, which begins "
+    "it anew: `holdfast audit witness import`; docs/audit.md, *Being witnessed*"
 )
 
 

@@ -9,8 +9,8 @@ Rules:
   at again soon.
 - The key is the vault's, not the folder's: whoever changes the log can change `log.vkey`, too. It is at least as long
   as its appender says that its checkpoint is.
-- The witnesses are those that were accepted, and each co-signed at least as much as its last reply said. That it is not
-  known which they are is an alarm and an event, as is a line of another one.
+- The witnesses are those that were accepted, and each co-signed at least as much as when it was accepted last. That it
+  is not known which they are is an alarm and an event, as is a line of another one.
 - It reads in a process of its own, which gives way to everybody else: nobody's request waits for it.
 """
 
@@ -173,7 +173,7 @@ class Checking:
                 code="audit_not_checked",
                 message="the audit log could not be checked",
                 cause=f"the process that reads it ended with {process.returncode} and said nothing",
-                remedy="`holdfast audit verify` checks it; `holdfast logs gateway` has what the process said",
+                remedy="`holdfast audit verify --witness …` checks it; `holdfast logs gateway` has what was said",
             )
             return {"error": error}
         return found

@@ -163,7 +163,8 @@ OLDER_COPY_ACKNOWLEDGED: Final = EventClass(
 LOG_TAMPERED: Final = EventClass(
     8,
     "log.tampered",
-    "A check found that the log on the disk is not what was written, from `first` on.",
+    "A check found that the log on the disk is not what was written, from `first` on; that the list of accepted "
+    "witnesses is not; or that somebody else's co-signature is there.",
     Scope.SYSTEM,
     (6002, 99),
     counts={"first": "the first entry that does not hold; none where no entry shows it"},

@@ -93,6 +93,11 @@ class NodeAudit:
         return self._recorder.error or self._signing_error
 
     @property
+    def is_unwritable(self) -> bool:
+        """Whether nothing can be recorded now, so that nothing is admitted."""
+        return self._recorder.error is not None
+
+    @property
     def alarm(self) -> str:
         """What an administrator has to know; empty: nothing."""
         if not self.older:

@@ -77,6 +77,9 @@ class Trail(Protocol):
     ) -> tuple[Checkpoint, dict[str, int], dict[str, str]]:
         """Keep what a witness co-signed, and accept who did; with the counts and the details of the event of it."""
 
+    async def accepted_witnesses(self) -> Mapping[VerifierKey, int]:
+        """Each accepted witness, and the largest size that it co-signed when it was accepted last."""
+
 
 class View(NamedTuple):
     """How a witness is.
@@ -179,7 +182,7 @@ class Witnesses:
         view = self._views[told.name]
         if told.outcome is Outcome.COSIGNED:
             try:
-                if self._told.get(view.name) == _COSIGNED:
+                if await self._is_accepted(view.name):
                     await asyncio.to_thread(self._keep, told)
                 else:
                     await self._accept(view, told)
@@ -198,8 +201,14 @@ class Witnesses:
         key = self._at[told.name].key
         take_reply(self._directory, told.request.encode(), told.reply.encode(), public_key(self._directory), key)
 
+    async def _is_accepted(self, name: str) -> bool:
+        """Whether it was heard to co-sign in this run, and nobody has begun the list of those accepted anew since."""
+        told = self._told.get(name) == _COSIGNED
+        return told and self._at[name].key in await self._trail.accepted_witnesses()
+
     async def _accept(self, view: View, told: Told) -> None:
         """Keep what one co-signed that is not known to co-sign: from now on this log is held to its word."""
+        self._told.pop(view.name, None)
         request, reply, key = told.request.encode(), told.reply.encode(), self._at[told.name].key
         _, counts, details = await self._trail.keep_cosignature(request, reply, key)
         await self._tell_of(view.name, _COSIGNED, AUDIT_WITNESSED, counts=counts, details=details)

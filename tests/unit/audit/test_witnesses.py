@@ -56,6 +56,9 @@ class Trail:
         self.accepted.append(witness)
         return seen, {"witnesses": len(self.accepted)}, {"size": str(seen.size)}
 
+    async def accepted_witnesses(self) -> dict[VerifierKey, int]:
+        return dict.fromkeys(self.accepted, 0)
+
     @property
     def told(self) -> list[tuple[str, str, Mapping[str, Any]]]:
         return [(event.kind.action, event.reason, event.counts) for event in self.events]
@@ -120,6 +123,17 @@ async def test_a_co_signature_is_kept_and_is_an_event_once(
     assert (trail.accepted, trail.events[0].details) == ([WITNESS.verifier()], {"size": "300"})
     assert trail.events[0].target == ("witness", VKEY)
     assert witnesses.alarm == ""
+
+
+async def test_one_that_co_signs_all_along_is_accepted_again_where_the_list_was_begun_anew(
+    witnesses: Witnesses, log: Path, trail: Trail, tmp_path: Path
+) -> None:
+    await witnesses.take(cosigned(log, tmp_path / "w"))
+    trail.accepted.clear()
+    grow(log, 300, 400)
+    await witnesses.take(cosigned(log, tmp_path / "w", old_size=300))
+    assert trail.accepted == [WITNESS.verifier()]
+    assert [kind for kind, _, _ in trail.told] == ["audit.witnessed", "audit.witnessed"]
 
 
 async def test_what_the_process_hands_over_is_believed_only_when_it_is_verified(
