@@ -6,7 +6,8 @@ Rules:
   knows of it. So connections are accepted here, and `connect_accepted_socket`, which says what failed, does it.
 - What failed is told to `tell_refused`, with the address: anybody can cause it, so whoever is told counts. Who goes
   again before saying a word, as what looks whether the port is open does, has begun no handshake.
-- A handshake has a deadline. Where there are no descriptors for another connection those that come wait for some.
+- A handshake has a deadline, and there are `_MOST_SHAKING` at most: who comes then waits in the kernel's queue. Where
+  there are no descriptors for another connection those that come wait for some.
 """
 
 import asyncio
@@ -24,6 +25,7 @@ from api.openai.errors import HandshakeFailed
 
 _DEADLINE_S: Final = 15.0
 _AGAIN_S: Final = 1.0
+_MOST_SHAKING: Final = 256  # connections that have said nothing yet, or whose handshake is not over
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _LOG: Final = logging.getLogger("holdfast.gateway")
 
@@ -68,6 +70,8 @@ class TlsListener:
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            if len(self._shaking) >= _MOST_SHAKING:
+                await asyncio.wait(self._shaking, return_when=asyncio.FIRST_COMPLETED)
             try:
                 connection, address = await loop.sock_accept(self._listener)
             except OSError as error:
@@ -78,6 +82,7 @@ class TlsListener:
             task = loop.create_task(self._shake_hands(connection, str(address[0])))
             self._shaking.add(task)
             task.add_done_callback(partial(self._shaken, connection))
+            await asyncio.sleep(0)  # however many wait to be accepted, whoever is connected goes on
 
     def _shaken(self, connection: socket.socket, task: asyncio.Task[None]) -> None:
         self._shaking.discard(task)

@@ -10,8 +10,8 @@ Rules:
 - The state is `witness.Witness`'s: on the disk before a co-signature leaves, under the lock that `cosign` takes too.
   Requests are worked at one after the other. Where another process is at work, that is 503: ask again.
 - A log that was rolled back or forked is refused, and said in one line with its name and both sizes; so is, once, one
-  that has not come for `SILENT_S`: whoever has root there can keep its appliance from saying so. Only who has a log's
-  key can cause such a line: a stranger fills no journal.
+  that has not grown for `SILENT_S`: whoever has root there can keep its appliance from saying so, and show again what
+  it signed before. Only who has what a log's key signed can cause such a line: a stranger fills no journal.
 - A request has a size, and a deadline until its last byte; connections have a number. It holds one key, the witness's.
 
 Source: https://c2sp.org/tlog-witness, "add-checkpoint".
@@ -105,6 +105,7 @@ class WitnessService:
         self._monotonic = monotonic
         self._heard_s = dict.fromkeys(self._logs, monotonic())
         self._silent: set[str] = set()
+        self._seen: dict[str, int] = {}  # the largest size of each log since the start
         self._body_deadline_s = body_deadline_s
         self._one_by_one = ThreadPoolExecutor(1, thread_name_prefix="witness")
 
@@ -153,9 +154,8 @@ class WitnessService:
             checkpoint = open_checkpoint(note, log)
         except NoteInvalid as error:
             return _told(403, error.cause)
-        self._heard(origin)
         try:
-            return Answer(200, self._witness.cosign(request, log, int(self._now())))
+            line = self._witness.cosign(request, log, int(self._now()))
         except RequestInvalid as error:
             return _told(400, _in_words(error))
         except CosignatureRefused as error:
@@ -165,9 +165,13 @@ class WitnessService:
         except WitnessStateUnusable as error:
             _LOG.error("nothing is co-signed: %s", error)
             return _told(500, "the witness's state cannot be used")
+        if checkpoint.size > self._seen.get(origin, -1):
+            self._seen[origin] = checkpoint.size
+            self._heard(origin)
+        return Answer(200, line)
 
     def tell_silent(self) -> None:
-        """Say which logs have not come for long; of each once, until it comes again."""
+        """Say which logs have not grown for long, of each once; one that lives has a mark every minute."""
         now_s = self._monotonic()
         for origin, heard_s in self._heard_s.items():
             if origin not in self._silent and now_s >= heard_s + SILENT_S:

@@ -12,6 +12,7 @@ Rules:
   says so.
 """
 
+import contextlib
 import errno
 import json
 import threading
@@ -113,6 +114,8 @@ class AcceptedWitnesses:
                 if not anew:
                     raise
                 begun_anew = error.cause
+                with contextlib.suppress(HoldfastError):  # whatever is put back later is older
+                    self._said = max(self._said or 0, self._load(self._directory / ACCEPTED).version)
             if saw.get(witness, 0) < size or begun_anew:
                 version = (self._said or 0) + 1
                 self._seen = self._save(_Saved(version, {**saw, witness: size}))

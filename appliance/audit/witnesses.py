@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -24,6 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
+from appliance.audit.accepted import WitnessesTampered
 from appliance.audit.asking import (
     HEARTBEAT_S,
     MAX_TOLD_BYTES,
@@ -51,6 +53,7 @@ _STOP_S: Final = 5.0
 _LAST_S: Final = 3.0
 _LOOK_EVERY_S: Final = 0.05
 _THIN_OUT_EVERY_S: Final = 3600.0
+_ACCEPT_EVERY_S: Final = 3600.0
 _COSIGNED: Final = "cosigned"
 _LOG = logging.getLogger("holdfast.audit.witness")
 
@@ -138,6 +141,7 @@ class Witnesses:
         self._longest_silence_s = longest_silence_s
         self._views = {each.name: View(each.name, each.url) for each in at}
         self._told: dict[str, object] = {}  # of each witness, which event was the last
+        self._accepted_s: dict[str, float] = {}
         self._process: Process | None = None
 
     @property
@@ -182,10 +186,7 @@ class Witnesses:
         view = self._views[told.name]
         if told.outcome is Outcome.COSIGNED:
             try:
-                if await self._is_accepted(view.name):
-                    await asyncio.to_thread(self._keep, told)
-                else:
-                    await self._accept(view, told)
+                await self._take_up(view, told)
             except HoldfastError as error:
                 await self._fail(view, error.record())
             except OSError as error:
@@ -201,16 +202,23 @@ class Witnesses:
         key = self._at[told.name].key
         take_reply(self._directory, told.request.encode(), told.reply.encode(), public_key(self._directory), key)
 
-    async def _is_accepted(self, name: str) -> bool:
-        """Whether it was heard to co-sign in this run, and nobody has begun the list of those accepted anew since."""
-        told = self._told.get(name) == _COSIGNED
-        return told and self._at[name].key in await self._trail.accepted_witnesses()
-
-    async def _accept(self, view: View, told: Told) -> None:
-        """Keep what one co-signed that is not known to co-sign: from now on this log is held to its word."""
-        self._told.pop(view.name, None)
-        request, reply, key = told.request.encode(), told.reply.encode(), self._at[told.name].key
-        _, counts, details = await self._trail.keep_cosignature(request, reply, key)
+    async def _take_up(self, view: View, told: Told) -> None:
+        """Keep what one co-signed. The first of a run or since trouble, and one an hour, says what it is held to."""
+        request, reply, key = told.request.encode(), told.reply.encode(), self._at[view.name].key
+        is_fresh = self._wall() < self._accepted_s.get(view.name, -math.inf) + _ACCEPT_EVERY_S
+        try:
+            is_known = key in await self._trail.accepted_witnesses()
+            if is_known and is_fresh and self._told.get(view.name) == _COSIGNED:
+                await asyncio.to_thread(self._keep, told)
+                return
+            _, counts, details = await self._trail.keep_cosignature(request, reply, key)
+        except WitnessesTampered:
+            # The check of the log alarms for that; what is co-signed meanwhile is kept all the same.
+            await asyncio.to_thread(self._keep, told)
+            return
+        self._accepted_s[view.name] = self._wall()
+        if not is_known:
+            self._told.pop(view.name, None)
         await self._tell_of(view.name, _COSIGNED, AUDIT_WITNESSED, counts=counts, details=details)
 
     def _cosigned(self, view: View, told: Told) -> None:

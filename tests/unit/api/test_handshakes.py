@@ -185,8 +185,12 @@ async def test_where_there_are_no_descriptors_the_next_connection_waits_for_some
     pauses: list[float] = []
 
     async def pause(seconds: float) -> None:
-        pauses.append(seconds)
+        if seconds:
+            pauses.append(seconds)
+        else:
+            await at_once(0)
 
+    at_once = asyncio.sleep
     refused = iter([OSError(24, "Too many open files"), ConnectionAbortedError(103, "gone")])
     accept = asyncio.get_running_loop().sock_accept
 
@@ -201,3 +205,20 @@ async def test_where_there_are_no_descriptors_the_next_connection_waits_for_some
     await listening.visit(_half)
     assert len(listening.told) == 2
     assert pauses == [1.0]
+
+
+async def test_who_comes_while_many_have_said_nothing_yet_waits_for_one_of_them_to_end(
+    listening: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handshakes, "_MOST_SHAKING", 2)
+    silent = [listening.connected() for _ in range(3)]
+    for _ in range(2):
+        await listening.tls.begun.acquire()
+    third = asyncio.create_task(listening.tls.begun.acquire())
+    for _ in range(20):  # the loop goes round, and nobody is let in
+        await asyncio.sleep(0)
+    assert not third.done()
+    silent[0].close()
+    await third
+    for connection in silent[1:]:
+        connection.close()

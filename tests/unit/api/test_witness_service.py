@@ -265,14 +265,24 @@ async def test_a_log_that_does_not_come_any_more_is_told_once(
     now_s = 0.0
     service = new_service(tmp_path, monotonic=lambda: now_s)
     lines = []
+    again = make_request(log, old_size=0)
+    assert await call(service, again)
+    again = make_request(log, old_size=300)
     for then_s, comes in ((SILENT_S - 1, True), (2 * SILENT_S - 2, False), (2 * SILENT_S, False), (2 * SILENT_S, True)):
         now_s = then_s
         if comes:
-            await call(service, make_request(log, old_size=0))
+            size = 300 + int(now_s)
+            grow(log, size - int(SILENT_S) + 1 if size > 1000 else 300, size)
+            answer = await call(service, make_request(log, old_size=300 if size < 1000 else 300 + int(SILENT_S) - 1))
+            assert answer is not None
+            assert answer.status == 200
         else:
             await call(service, b"anybody else")
+            await call(service, again)  # what it signed before, which anybody may have kept
         service.tell_silent()
-        lines.append(len(caplog.records))
+        lines.append(
+            len([record for record in caplog.records if "log=" in record.message and "REFUSED" not in record.message])
+        )
     assert lines == [0, 0, 1, 2]
     assert f"SILENT: log={ORIGIN} for_s=601" in caplog.text
     assert f"came again: log={ORIGIN} after_s=601" in caplog.text

@@ -153,6 +153,15 @@ def test_where_nothing_within_reach_tells_it_is_not_known(node: Node, monkeypatc
         node.start().accepted()
     monkeypatch.setattr(marks, "MOST_LOOKED_AT", 51)
     assert len(node.start().accepted()) == 1
+    monkeypatch.setattr(marks, "MOST_LOOKED_AT", 50)
+    node.witnesses.accept(ONE.verifier(), 301)
+    assert node.witnesses.version == 2
+    before = node.file.read_bytes()
+    node.start().accept(TWO.verifier(), 300, anew=True)
+    assert node.witnesses.version == 3, "what is there is older than what is begun, whatever the log can tell"
+    node.file.write_bytes(before)
+    with pytest.raises(WitnessesTampered):
+        node.witnesses.accepted()
 
 
 def test_while_the_vault_is_sealed_what_was_known_before_holds_and_nobody_is_accepted(node: Node) -> None:

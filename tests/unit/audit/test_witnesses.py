@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from appliance.audit import witnesses as witnesses_module
+from appliance.audit.accepted import WitnessesTampered
 from appliance.audit.asking import Outcome, Told, WitnessAt, WitnessUnreachable
 from appliance.audit.events import Event
 from appliance.audit.log import PUBLIC_KEY
@@ -134,6 +135,30 @@ async def test_one_that_co_signs_all_along_is_accepted_again_where_the_list_was_
     await witnesses.take(cosigned(log, tmp_path / "w", old_size=300))
     assert trail.accepted == [WITNESS.verifier()]
     assert [kind for kind, _, _ in trail.told] == ["audit.witnessed", "audit.witnessed"]
+
+
+async def test_what_a_log_is_held_to_grows_by_the_hour(
+    witnesses: Witnesses, log: Path, trail: Trail, tmp_path: Path, clock: Clock
+) -> None:
+    await witnesses.take(cosigned(log, tmp_path / "w"))
+    for size, passes_s in ((400, 3599.0), (500, 1.0)):
+        grow(log, size - 100, size)
+        clock.now_s += passes_s
+        await witnesses.take(cosigned(log, tmp_path / "w", old_size=size - 100))
+    assert len(trail.accepted) == 2
+    assert [kind for kind, _, _ in trail.told] == ["audit.witnessed"]
+
+
+async def test_while_it_is_not_known_who_was_accepted_what_is_co_signed_is_kept(
+    witnesses: Witnesses, log: Path, trail: Trail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def tampered() -> dict[VerifierKey, int]:
+        raise WitnessesTampered("it is not known", cause="it was changed", remedy="look")
+
+    monkeypatch.setattr(trail, "accepted_witnesses", tampered)
+    await witnesses.take(cosigned(log, tmp_path / "w"))
+    assert last_seen(log, WITNESS.verifier()) == 300
+    assert [(view.error, view.silent_since_s) for view in witnesses.views()] == [(None, None)]
 
 
 async def test_what_the_process_hands_over_is_believed_only_when_it_is_verified(

@@ -309,7 +309,7 @@ class DiskIndex:
         if wanted <= 0:
             return names
         if only is None:  # it counts for no tenant, so that its going helps none that is at its cap
-            names += self._forget_left(wanted)
+            names += self._forget_left(wanted, spared)
         if len(names) >= wanted:
             return names
         for held in self._worst(worth, spared, wanted_by, only):
@@ -327,14 +327,19 @@ class DiskIndex:
                 break
         return names
 
-    def _forget_left(self, wanted: int) -> list[ChunkName]:
-        """Forget so many of the chunks that sessions diverged from, or as many as there are."""
+    def _forget_left(self, wanted: int, bringing: Held | None) -> list[ChunkName]:
+        """Forget so many of the chunks that sessions diverged from, or as many as there are.
+
+        Args:
+            bringing: the session that they leave for, which stays though nothing of it is left.
+        """
         left = (name for held in self._diverged.values() if not held.loading for name in held.names_left())
         names = list(itertools.islice(left, wanted))
         for name in names:
             held = self._by_key[name.key]
             self._remove(held, name.key)
-            self.tidy(held)
+            if held is not bringing:
+                self.tidy(held)
         return names
 
     def _is_withheld(self, spared: Held) -> bool:

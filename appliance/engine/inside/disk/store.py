@@ -312,7 +312,10 @@ class DiskStore:
             held = None if refused else self._index.used(owner, self._now())
             coming = []
             for piece in sorted(pieces, key=lambda piece: piece.position):
-                if self._index.holder(piece.key) is not None or self._index.is_writing(piece.key):
+                holder = self._index.holder(piece.key)
+                if holder is not None and piece.key in holder.left:
+                    self._index.back(holder, piece.key)
+                if holder is not None or self._index.is_writing(piece.key):
                     self._jobs.piece_over(job, piece.key, done=True)
                 else:
                     coming.append(piece)

@@ -8,9 +8,10 @@ import pytest
 
 from appliance.engine.inside.disk.files import ChunkName, Owner
 from appliance.engine.inside.disk.index import DiskIndex
+from appliance.engine.inside.disk.jobs import Piece
 from appliance.engine.inside.disk.store import Presence
 from appliance.engine.inside.quotas import Quota
-from tests.unit.inside.disk.tier import ANA, BEN, EVE, Tier, chunk_key
+from tests.unit.inside.disk.tier import ANA, BEN, EVE, Tier, chunk_key, content
 
 TOKENS = 32  # of a chunk
 
@@ -97,6 +98,19 @@ def test_while_something_of_the_session_is_read_nothing_of_it_goes() -> None:
     assert set(make_way(index, EVE, 1)) < set(IDLE)
 
 
+def test_a_session_that_brings_in_what_its_own_branch_leaves_for_is_known_all_along() -> None:
+    index = index_of(3, ana=OLD)
+    index.reached(ANA, HEAD | NEW)
+    held, fresh = index.used(ANA, 1.0), branch(ANA, "fresh", range(3))
+    fits, gone = index.make_way(held, list(fresh.values()), Quota(), lambda _: 0.0)
+    assert (fits, {name.key for name in gone}) == (3, set(OLD))
+    for name, end in fresh.items():
+        index.begin(held, name)
+        assert index.ended(held, ChunkName(ANA, name, end, b"copy"), written=True)
+    assert positions(index, ANA) == set(fresh)
+    assert {name.key for name in index.drop(ANA)} == set(fresh)
+
+
 def test_a_session_that_is_dropped_takes_with_it_what_it_diverged_from() -> None:
     index = index_of(9, ana=HEAD | OLD)
     index.reached(ANA, HEAD | NEW)
@@ -145,6 +159,18 @@ def test_the_tier_reads_ahead_nothing_that_was_diverged_from_and_gives_it_to_who
     assert tier.read(BEN, range(4)) == [0, 1, 2, 3]
     assert tier.read(ANA, range(6)) == [0, 1, 2]
     tier.settle()
+
+
+def test_what_another_session_of_the_tenant_computes_again_is_not_the_first_to_leave(
+    make: Callable[..., Tier],
+) -> None:
+    tier = make()
+    tier.write(ANA, range(4))
+    tier.store.reached(ANA, {chunk_key(ANA, 0): 0, b"another branch": 3})
+    shared = chunk_key(ANA, 1)
+    tier.store.store(99, BEN, [Piece(shared, 1, memoryview(content(shared)))])
+    assert tier.wait(99).whole
+    assert list(tier.store.positions_of(ANA).values()) == [0, 1]
 
 
 def test_a_start_does_not_know_and_the_sessions_next_request_tells(make: Callable[..., Tier]) -> None:
