@@ -172,9 +172,9 @@ def _unchunked(body: bytes) -> bytes:
     return whole
 
 
-def until(condition: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool], within_s: float = DEADLINE_S) -> None:
     """Wait for what another process is about to do; fails at the deadline."""
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
