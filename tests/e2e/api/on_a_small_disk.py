@@ -54,6 +54,7 @@ def _full(served: Served, administrators_key: str) -> dict[str, Any]:
         "audit_status": _ran(served, "audit", "status"),
         "tail": _ran(served, "audit", "tail"),
         "with_a_key": _ran(served, "audit", "tail", "--api-key-fd", "0", secret=administrators_key),
+        "tail_again": _ran(served, "audit", "tail"),
         "looked_again": [_ran(served, "audit", "tail")["returncode"] for _ in range(20)],
         "made": _ran(served, "tenant", "create", "made on a full disk"),
     }
