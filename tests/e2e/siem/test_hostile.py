@@ -151,7 +151,8 @@ def _drafts() -> Iterator[tuple[Put, Draft]]:
         for kind in KINDS:
             event = Event(
                 kind, Actor(text, text, text), Outcome.REFUSED, tenant_id=text, source=text, target=(text, text),
-                reason=text, request_id=text, session_id=text, counts={"count": 3}, details={"name": text},
+                reason=text, request_id=text, session_id=text,
+                counts=dict.fromkeys(kind.counts, 3), details={next(iter(kind.details)): text},
             )  # fmt: skip
             raw = {
                 "action": text, "outcome": text, "actor": {"kind": text, "id": text, "role": text},
@@ -224,6 +225,11 @@ def _lines(path: Path) -> list[bytes]:
     return path.read_bytes().split(b"\n") if path.exists() else []
 
 
+def _only(details: dict[str, str]) -> str:
+    (text,) = details.values()
+    return text
+
+
 def _check_read(form: str, payload: str, put: Put) -> None:
     """That a reader who knows the specification alone finds the text in the fields that it was put into."""
     carried = FORMATS[form].read(payload).content
@@ -243,14 +249,14 @@ def _check_read(form: str, payload: str, put: Put) -> None:
         fields = {
             "reason": event["event"]["reason"], "user": event["user"]["id"], "tenant": event["organization"]["id"],
             "request": event["http"]["request"]["id"], "source": event["source"]["address"],
-            "session": event["holdfast"]["session_id"], "detail": event["holdfast"]["details"]["name"],
+            "session": event["holdfast"]["session_id"], "detail": _only(event["holdfast"]["details"]),
         }  # fmt: skip
         names = tuple(fields)
     else:
         event = json.loads(payload)
         fields = {
             "reason": event["status_detail"], "tenant": event["metadata"]["tenant_uid"],
-            "request": event["metadata"]["correlation_uid"], "detail": event["unmapped"]["details"]["name"],
+            "request": event["metadata"]["correlation_uid"], "detail": _only(event["unmapped"]["details"]),
         }  # fmt: skip
         names = tuple(fields)
     for name in names:
