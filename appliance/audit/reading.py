@@ -270,10 +270,10 @@ def read_bundle(directory: Path, index: int) -> list[Frame]:
 
 def prefixed_parts(data: bytes) -> Iterator[bytes]:
     """The parts of a file, each with 16 bits of length before it; one that is cut off is none."""
-    at = 0
-    while at + 2 <= len(data):
-        end = at + 2 + int.from_bytes(data[at : at + 2], "big")
-        if end > len(data):
+    at, size = 0, len(data)
+    while at + 2 <= size:
+        end = at + 2 + (data[at] << 8 | data[at + 1])
+        if end > size:
             return
         yield data[at + 2 : end]
         at = end

@@ -269,7 +269,7 @@ class _Run:
         while self._edge.size < self._size:
             first = self._edge.size
             bundle, width = first // TILE_WIDTH, min(TILE_WIDTH, self._size - first)
-            frames: list[Frame] = []
+            frames = _Frames([], [])
             found = self._frames(bundle, width)
             if found is None:
                 hashes = self._hashes_of_missing(bundle, width)
@@ -325,10 +325,10 @@ class _Run:
                 cause=f"{self._directory / JOURNAL} has {content.rest_bytes} bytes there that are no entry",
                 sequence=end,
             )
-        self._checked(content.frames[self._size - content.base :], self._size, None)
+        self._checked(_Frames.of(content.frames[self._size - content.base :]), self._size, None)
         self.found.unsigned = end - self._size
 
-    def _check_journal(self, first: int, hashes: list[bytes], frames: Sequence[Frame]) -> None:
+    def _check_journal(self, first: int, hashes: list[bytes], frames: "_Frames") -> None:
         """What the journal has once more of a bundle; `frames` are none where it was removed."""
         content = self._view.journal
         if content is None:
@@ -336,7 +336,8 @@ class _Run:
         begin, end = max(first, content.base), min(first + len(hashes), content.base + len(content.frames))
         for sequence in range(begin, end):
             again = content.frames[sequence - content.base]
-            differ = again != frames[sequence - first] if frames else leaf_hash(again.entry) != hashes[sequence - first]
+            at = sequence - first
+            differ = again != frames.at(at) if len(frames) else leaf_hash(again.entry) != hashes[at]
             if differ:
                 raise LogTampered(
                     f"entry {sequence} is two",
@@ -392,13 +393,13 @@ class _Run:
         except HoldfastError:
             return None  # the log is damaged there, too: what is missing here comes first
 
-    def _check_removal(self, first: int, hashes: list[bytes], frames: Sequence[Frame]) -> None:
+    def _check_removal(self, first: int, hashes: list[bytes], frames: "_Frames") -> None:
         """What was believed of the removal stands in the tree; the root of the tree that it says it knew."""
         removal = self._removal
         if removal is None:
             return
         place = removal.sequence - first
-        if 0 <= place < len(frames) and frames[place] != removal.frame:
+        if 0 <= place < len(frames) and frames.at(place) != removal.frame:
             raise LogTampered(
                 f"entry {removal.sequence} is two", cause="it changed while it was read", sequence=removal.sequence
             )
@@ -420,7 +421,7 @@ class _Run:
             edge.append(each)
         return edge.root()
 
-    def _frames(self, bundle: int, width: int) -> tuple[list[Frame], LogTampered | None] | None:
+    def _frames(self, bundle: int, width: int) -> tuple["_Frames", LogTampered | None] | None:
         """A bundle's entries with their sealed records, and what is behind them that is none; None: it is not there."""
         first = bundle * TILE_WIDTH
         entries_path = self._directory / tile_path("entries", bundle, width)
@@ -432,9 +433,12 @@ class _Run:
             return None
         records = list(islice(prefixed_parts(held), width))
         starts = range(0, min(len(data) // STRIDE, width) * STRIDE, STRIDE)
-        wrong = next((place for place, at in enumerate(starts) if data[at : at + 2] != _ENTRY_LENGTH), len(starts))
+        lengths = [data[at : at + 2] for at in starts]
+        wrong = len(starts)
+        if lengths.count(_ENTRY_LENGTH) != wrong:
+            wrong = next(place for place, length in enumerate(lengths) if length != _ENTRY_LENGTH)
         place = min(wrong, len(records))
-        frames = list(map(Frame, [data[at + 2 : at + STRIDE] for at in starts[:place]], records))
+        frames = _Frames([data[at + 2 : at + STRIDE] for at in starts[:place]], records[:place])
         if place < width:
             return frames, LogTampered(
                 f"entry {first + place} is damaged",
@@ -480,14 +484,14 @@ class _Run:
                 f"what holds entry {sequence} cannot be read", cause=f"{path}: {error.strerror}", sequence=sequence
             ) from None
 
-    def _checked(self, frames: Sequence[Frame], first: int, tile: bytes | None) -> list[bytes]:
+    def _checked(self, frames: "_Frames", first: int, tile: bytes | None) -> list[bytes]:
         """The leaf hashes of frames that are what they have to be, up to the first that the tile does not have, if any.
 
         An entry that was changed blames the clock of the next one only once the tile has it.
         """
-        if not frames:
+        if not len(frames):
             return []
-        entries, records = zip(*frames, strict=True)
+        entries, records = frames.entries, frames.records
         hashes = leaf_hashes(entries)
         formats, sequences, walls, monotonics, boots, sealed_hashes = zip(
             *_FIELDS.iter_unpack(b"".join(entries)), strict=True
@@ -512,11 +516,12 @@ class _Run:
         self._boot, self._clocks = boots[-1], (walls[-1], monotonics[-1])
         return hashes
 
-    def _check_each(self, frames: Sequence[Frame], first: int, hashes: list[bytes], tile: bytes | None) -> None:
+    def _check_each(self, frames: "_Frames", first: int, hashes: list[bytes], tile: bytes | None) -> None:
         """Name the first frame that is not what it has to be, or the steps of the clock that there are."""
         boot = self._boot
         wall, monotonic = self._clocks
-        for expected, ((entry, sealed), leaf) in enumerate(zip(frames, hashes, strict=True), first):
+        each = zip(frames.entries, frames.records, hashes, strict=True)
+        for expected, (entry, sealed, leaf) in enumerate(each, first):
             known, sequence, now_wall, now_monotonic, now_boot, sealed_hash = _FIELDS.unpack(entry)
             if known != FORMAT or sequence != expected:
                 raise LogTampered(
@@ -607,6 +612,24 @@ class _Run:
             for witness, time_s in seen.by.items():
                 self.saw[witness] = seen.checkpoint.size
                 self.found.witnessed[witness.name] = (seen.checkpoint.size, time_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Frames:
+    """Entries that follow one another, and beside them their sealed records: no object for each."""
+
+    entries: list[bytes]
+    records: list[bytes]
+
+    @classmethod
+    def of(cls, frames: Sequence[Frame]) -> "_Frames":
+        return cls([frame.entry for frame in frames], [frame.sealed for frame in frames])
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def at(self, place: int) -> Frame:
+        return Frame(self.entries[place], self.records[place])
 
 
 @dataclass(frozen=True, slots=True)
