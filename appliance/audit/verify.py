@@ -433,10 +433,9 @@ class _Run:
             return None
         records = list(islice(prefixed_parts(held), width))
         starts = range(0, min(len(data) // STRIDE, width) * STRIDE, STRIDE)
-        lengths = [data[at : at + 2] for at in starts]
         wrong = len(starts)
-        if lengths.count(_ENTRY_LENGTH) != wrong:
-            wrong = next(place for place, length in enumerate(lengths) if length != _ENTRY_LENGTH)
+        if any(data[byte : starts.stop : STRIDE].count(_ENTRY_LENGTH[byte]) != wrong for byte in (0, 1)):
+            wrong = next(place for place, at in enumerate(starts) if data[at : at + 2] != _ENTRY_LENGTH)
         place = min(wrong, len(records))
         frames = _Frames([data[at + 2 : at + STRIDE] for at in starts[:place]], records[:place])
         if place < width:
