@@ -45,7 +45,7 @@ BY_HAND: Final = {
     ("_audit_entries", "given"): {field.name for field in fields(Query)},
     **{
         (function, name): names
-        for function in ("_audit_witness_reply", "_accept")
+        for function in ("_audit_witness_reply", "_take_up")
         for name, names in zip(PLACES, _WITNESSED, strict=True)
     },
 }

@@ -86,7 +86,10 @@ def test_a_log_that_is_not_whole_is_told_from_one_of_which_it_is_not_known(monke
     assert rows(monkeypatch, whole=None, **wrong)["whole"] == "not known, see alarm; checked 2 h ago"
     assert rows(monkeypatch, whole=False, checked_age_s=None, checked_size=0)["whole"] == "NO, see alarm"
     never = rows(monkeypatch, whole=None, checked_age_s=None, checked_size=0)["whole"]
-    assert never == "not known: it was not checked since the start; `holdfast audit verify` does it now"
+    assert (
+        never
+        == "not known: it was not checked since the start; `holdfast audit verify`, with its witnesses, does it now"
+    )
 
 
 def test_that_there_is_no_siem_or_that_it_is_not_known_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
