@@ -178,7 +178,8 @@ def test_a_gateway_killed_while_it_removes_goes_on(old: _Old) -> None:
     assert old.verified().removed is not None
     with old.served() as served:
         until(lambda: _oldest(served) == DUE)
-        assert served.admin.audit_status().alarm is None
+        alarm = served.admin.audit_status().alarm
+        assert alarm is None or "have no mark" in alarm  # it may have been killed before this log's first one
     assert old.verified().removed is not None
 
 
