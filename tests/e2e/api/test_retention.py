@@ -180,6 +180,7 @@ def test_a_gateway_killed_while_it_removes_goes_on(old: _Old) -> None:
         until(lambda: _oldest(served) == DUE)
         alarm = served.admin.audit_status().alarm
         assert alarm is None or "have no mark" in alarm  # it may have been killed before this log's first one
+        assert not served.admin.audit_entries(action="log.entries_missing").entries
     assert old.verified().removed is not None
 
 
