@@ -43,6 +43,7 @@ async def keep_marks(services: Services) -> None:
         try:
             if last == 0:
                 last = await _compare(services)
+                services.audit.compared.set()
             last = await mark(services, last)
         except (HoldfastError, OSError) as error:
             _LOG.warning("log and database are not marked: %s", error)

@@ -1,4 +1,4 @@
-"""Has old entries of the audit log removed, once the vault is open.
+"""Has old entries of the audit log removed, once log and database were compared: old ones may tell of an older copy.
 
 Rules:
 
@@ -22,7 +22,7 @@ _LOG = logging.getLogger("holdfast.audit")
 
 async def keep_retention(services: Services) -> None:
     """Remove what is old enough, every hour. Runs until cancelled."""
-    await services.audit.opened.wait()
+    await services.audit.compared.wait()
     settings, retention = services.settings.audit, services.audit.retention
     told = settings.retention_days >= SIX_MONTHS_DAYS
     while True:

@@ -169,8 +169,11 @@ class Journal:
         """Make sure of space for `size` bytes, and of `reserve` behind them."""
         if self._end + size + reserve <= self._taken:
             return
+        free = os.fstatvfs(self._descriptor)
         for ahead in (_AHEAD_BYTES, RESERVE_BYTES):
             wanted = size + ahead
+            if ahead == _AHEAD_BYTES and free.f_bavail * free.f_frsize < 2 * wanted:
+                continue  # an attempt that fails holds what is left for a moment, and others write there, too
             try:
                 os.posix_fallocate(self._descriptor, self._end, wanted)
             except OSError as error:

@@ -81,6 +81,7 @@ class NodeAudit:
         self._said: dict[str, Any] | None = None  # by the appender, and when: so it is known while it hangs
         self._said_at = 0.0
         self.opened = asyncio.Event()
+        self.compared = asyncio.Event()  # with the database; until then nothing that tells of it is removed
         self.older = ""
         self.restored = ""
         self.retention = Retention(self, self.directory, days=retention_days)

@@ -57,6 +57,7 @@ class Audit(SimpleNamespace):
     def __init__(self, directory: Path) -> None:
         super().__init__(directory=directory, opened=asyncio.Event(), older="", events=[], told=lambda _: None)
         self.witnesses = SimpleNamespace(version=None, learn=lambda: None)
+        self.compared = asyncio.Event()
         self.opened.set()
 
     async def record(self, *events: Event, privileged: bool = False) -> int:
