@@ -17,7 +17,9 @@ def test_what_may_tell_of_an_older_copy_is_not_removed_before_it_was_looked_for(
             ran.set()
 
         audit = SimpleNamespace(compared=asyncio.Event(), opened=asyncio.Event(), retention=SimpleNamespace(run=run))
-        services = cast("Any", SimpleNamespace(audit=audit, settings=SimpleNamespace(audit=AuditSettings())))
+        services = cast(
+            "Any", SimpleNamespace(audit=audit, settings=SimpleNamespace(audit=AuditSettings(retention_days=400)))
+        )
         keeping = asyncio.create_task(keep_retention(services))
         audit.opened.set()
         for _ in range(10):
