@@ -95,6 +95,7 @@ class AcceptedWitnesses:
         """Say that a witness co-signed so many entries, as its checked reply shows; durable when this returns.
 
         Args:
+            size: 0: its word is taken from now on, and the log is not held to any yet.
             anew: begin anew where what there is is not believed: for an administrator, who is asked each time.
 
         Returns:
@@ -116,7 +117,7 @@ class AcceptedWitnesses:
                 begun_anew = error.cause
                 with contextlib.suppress(HoldfastError):  # whatever is put back later is older
                     self._said = max(self._said or 0, self._load(self._directory / ACCEPTED).version)
-            if saw.get(witness, 0) < size or begun_anew:
+            if saw.get(witness, -1) < size or begun_anew:
                 version = (self._said or 0) + 1
                 self._seen = self._save(_Saved(version, {**saw, witness: size}))
                 self._said = version

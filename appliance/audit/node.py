@@ -27,10 +27,10 @@ from appliance.audit.notes import Checkpoint, VerifierKey
 from appliance.audit.recorder import Recorder
 from appliance.audit.retention import Retention
 from appliance.audit.signing import public_key, signing_key
-from appliance.audit.witnessing import take_reply
+from appliance.audit.witnessing import check_reply, take_reply
 from appliance.errors import ErrorRecord, HoldfastError
 from appliance.randomness import DrawnAhead
-from appliance.vault import SYSTEM_SCOPE, Vault, VaultSealed
+from appliance.vault import SYSTEM_SCOPE, Vault
 
 _TELL_S = 5.0
 _LOOK_S = 10.0
@@ -236,13 +236,12 @@ class NodeAudit:
     def _keep_cosignature(
         self, request: bytes, reply: bytes, witness: VerifierKey, anew: bool
     ) -> tuple[Checkpoint, dict[str, int], dict[str, str]]:
-        # What can be in the way first: a reply that is kept of a witness that is not accepted is a stranger's line.
-        if self._vault.sealed:
-            raise VaultSealed
-        if not anew:
-            self.witnesses.accepted()
-        seen = take_reply(self.directory, request, reply, public_key(self.directory), witness)
-        begun_anew = self.witnesses.accept(witness, seen.size, anew=anew)
+        log_key = public_key(self.directory)
+        check_reply(request, reply, log_key, witness)
+        # Wherever this run ends between these, no line is a stranger's: a witness is accepted before its line is kept.
+        begun_anew = self.witnesses.accept(witness, 0, anew=anew)
+        seen = take_reply(self.directory, request, reply, log_key, witness)
+        self.witnesses.accept(witness, seen.size)
         version = self.witnesses.version
         counts = {} if version is None else {WITNESSES: version}
         return seen, counts, {"size": str(seen.size), **({"begun_anew": begun_anew} if begun_anew else {})}

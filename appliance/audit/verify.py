@@ -182,7 +182,7 @@ def verify_log(
     Args:
         key: the log's public key. From outside of the folder: whoever changes the log can change `log.vkey`.
         witnesses: whose co-signatures are checked; each must have co-signed something.
-        saw: sizes that some of them are known to have co-signed, or larger ones.
+        saw: sizes that some of them are known to have co-signed, or larger ones; 0: it need not have co-signed any.
         allow_unknown: count co-signatures of other witnesses, which cannot be checked; else they are tampering.
         at_least: a size that the log is known to have had.
         progress: told of entries done, and of all; there may become more of them.
@@ -216,14 +216,14 @@ def verify_log(
     run.journal()
     run.found.unknown = {name: len(told) for name, told in unknown.items()}
     for witness in witnesses:
-        size, known = run.saw.get(witness, 0), (saw or {}).get(witness, 0)
-        if size < known:
+        size, known = run.saw.get(witness, 0), (saw or {}).get(witness)
+        if size < (known or 0):
             raise LogTampered(
                 f"what {witness.name} co-signed last is missing",
                 cause=f"it saw {known} entries, and the largest checkpoint with its co-signature in "
                 f"{directory / WITNESSED} is of {size}",
             )
-        if witness not in run.saw:
+        if witness not in run.saw and known != 0:
             raise LogTampered(
                 f"{witness.name} co-signed nothing of this log",
                 cause=f"there is no checkpoint with its co-signature in {directory / WITNESSED}",

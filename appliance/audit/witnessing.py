@@ -78,9 +78,7 @@ def take_reply(directory: Path, request: bytes, reply: bytes, log_key: VerifierK
     Raises:
         RequestInvalid, ReplyInvalid, NoteInvalid: they do not go together, or are not of this log.
     """
-    asked: Request = read_request(request)
-    checkpoint = open_checkpoint(asked.note, log_key)
-    cosignature = verify_reply(reply, asked.note, witness)
+    asked, checkpoint, cosignature = _checked(request, reply, log_key, witness)
     with _KEEPING:
         note = _kept(directory, checkpoint.size) or asked.note
         if open_checkpoint(note, log_key).root != checkpoint.root:
@@ -88,6 +86,18 @@ def take_reply(directory: Path, request: bytes, reply: bytes, log_key: VerifierK
         if cosignature.line not in note:
             _keep(directory, checkpoint.size, note + cosignature.line)
     return checkpoint
+
+
+def check_reply(request: bytes, reply: bytes, log_key: VerifierKey, witness: VerifierKey) -> Checkpoint:
+    """The checkpoint that a witness's reply co-signs, of which nothing is kept. Raises as `take_reply`."""
+    return _checked(request, reply, log_key, witness)[1]
+
+
+def _checked(
+    request: bytes, reply: bytes, log_key: VerifierKey, witness: VerifierKey
+) -> tuple[Request, Checkpoint, Cosignature]:
+    asked = read_request(request)
+    return asked, open_checkpoint(asked.note, log_key), verify_reply(reply, asked.note, witness)
 
 
 def last_seen(directory: Path, witness: VerifierKey) -> int:

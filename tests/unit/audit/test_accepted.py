@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
-from appliance.audit import marks
+from appliance.audit import accepted, marks, witnessing
 from appliance.audit.accepted import ACCEPTED, AcceptedWitnesses, WitnessesTampered
 from appliance.audit.entry import seal
 from appliance.audit.events import AUDIT_WITNESSED, STORE_MARKED, SYSTEM, EventClass
 from appliance.audit.events import Event as AuditEvent
+from appliance.audit.files import write_whole
 from appliance.audit.log import PUBLIC_KEY, WITNESSED, AuditLog
 from appliance.audit.node import NodeAudit
 from appliance.audit.notes import Algorithm, SigningKey
+from appliance.audit.verify import verify_log
 from appliance.audit.witness import Witness
 from appliance.audit.witnessing import make_request
 from appliance.vault import RootKey, Vault, VaultSealed
@@ -193,7 +195,7 @@ def test_a_reply_is_kept_with_who_gave_it_or_not_at_all(tmp_path: Path) -> None:
         return asyncio.run(audit.keep_cosignature(request, reply, witness.verifier(), **named))
 
     seen, counts, details = keep(ONE)
-    assert (seen.size, counts, details) == (30, {"witnesses": 1}, {"size": "30"})
+    assert (seen.size, counts, details) == (30, {"witnesses": 2}, {"size": "30"})
     assert asyncio.run(audit.accepted_witnesses()) == {ONE.verifier(): 30}
     (directory / ACCEPTED).write_bytes(b"something else")
     as_it_was = kept.read_text()
@@ -201,9 +203,50 @@ def test_a_reply_is_kept_with_who_gave_it_or_not_at_all(tmp_path: Path) -> None:
         keep(TWO)
     assert kept.read_text() == as_it_was != asked
     _, counts, details = keep(TWO, anew=True)
-    assert (counts, "was changed" in details["begun_anew"]) == ({"witnesses": 2}, True)
+    assert (counts, "was changed" in details["begun_anew"]) == ({"witnesses": 4}, True)
     vault.seal()
     with pytest.raises(VaultSealed):
         keep(SigningKey("three.example", b"3" * 32, Algorithm.COSIGNATURE), anew=True)
     assert "three" not in kept.read_text()
+    log.close()
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("before", [True, False])
+def test_wherever_a_run_ends_while_a_new_witness_is_taken_its_line_is_no_strangers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, before: bool
+) -> None:
+    directory = tmp_path / "audit"
+    log = open_log(directory)
+    log.append([draft(number) for number in range(30)])
+    log.publish(sign)
+    (directory / PUBLIC_KEY).write_text(f"{KEY.verifier()}\n")
+    vault = opened_vault()
+    request = make_request(directory, old_size=0)
+    reply = Witness(tmp_path / "state", ONE).cosign(request, KEY.verifier(), 1_700_000_000)
+    steps = itertools.count(1)
+
+    class Ended(BaseException):
+        """The process is gone."""
+
+    def ending(write: Any) -> Any:
+        def ends(*given: Any) -> None:
+            ends_now = next(steps) == step
+            if ends_now and before:
+                raise Ended
+            write(*given)
+            if ends_now:
+                raise Ended
+
+        return ends
+
+    with monkeypatch.context() as ends:
+        ends.setattr(accepted, "write_whole", ending(write_whole))
+        ends.setattr(witnessing, "_keep", ending(witnessing._keep))
+        with pytest.raises(Ended):
+            NodeAudit(tmp_path, vault, versions={})._keep_cosignature(request, reply, ONE.verifier(), False)
+    known = AcceptedWitnesses(directory, vault).accepted()
+    assert known == ({} if step == 1 and before else {ONE.verifier(): 30 if step == 3 and not before else 0})
+    assert verify_log(directory, KEY.verifier(), witnesses=list(known), saw=known).size == 30
+    assert next(steps) == step + 1
     log.close()

@@ -4,7 +4,7 @@ import itertools
 import os
 import shutil
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -72,19 +72,24 @@ def test_a_file_longer_than_any_can_be_is_not_read(log: Path, name: str) -> None
 def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
     log, one = open_log(tmp_path), draft()
     peaks = []
-    for size in (8_192, 65_536):
+    for size in (8_192, 32_768):
         while log.size < size:
             log.append([one] * 4096)
             log.publish(sign)
-        tracemalloc.start()
-        try:
-            assert _verify(tmp_path).size == size
-            peaks.append(tracemalloc.get_traced_memory()[1])
-        finally:
-            tracemalloc.stop()
+        # Twice: the interpreter's table of names is made anew now and then, and is counted then.
+        peaks.append(min(_peak_bytes(lambda: _verify(tmp_path)) for _ in range(2)))
     log.close()
-    # One byte kept of each entry more would be 57,344.
-    assert peaks[1] - peaks[0] < 50_000, peaks
+    # One byte kept of each entry more would be 24,576.
+    assert peaks[1] - peaks[0] < 20_000, peaks
+
+
+def _peak_bytes(work: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def _put(path: Path, at: int, byte: int) -> None:
