@@ -582,7 +582,7 @@ def test_a_start_that_could_not_say_what_it_cut_leaves_it_to_the_next(
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("published", "more", "let_go_after"), [(600, 0, 16), (600, 200, 16), (500, 300, 2)])
+@pytest.mark.parametrize(("published", "more", "let_go_after"), [(300, 0, 16), (300, 60, 16), (250, 30, 2)])
 def test_killed_at_any_step_of_a_start_the_folder_verifies_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: int, more: int, let_go_after: int
 ) -> None:
