@@ -130,9 +130,9 @@ def _recall(recall: RecallPicture) -> types.KvRecall:
 
 
 async def _quotas(services: Services) -> dict[str, Keeping]:
-    """What is in force for each tenant, by its id; empty where their names cannot be read now."""
+    """What is in force for each tenant whose row opens, by its id; empty where none can be read now."""
     try:
-        tenants = await services.identity.tenants()
+        tenants, _ = await services.identity.survey()
     except HoldfastError:
         return {}
     return {tenant.tenant_id: keeping(services.settings.sessions, tenant, "") for tenant in tenants}
