@@ -113,12 +113,12 @@ async def keep_up(node: Node, receiver: Rsyslog, *, seconds: float) -> dict[str,
     """Append at the promised rate while it goes out."""
     await node.until_sent(await node.size())
     before, began = await node.size(), time.perf_counter()
-    appended, lags, writing = 0, [0.0], set()
+    appended, lags, writing = 0, [0.0], set[asyncio.Future[int]]()
     while (now := time.perf_counter()) < began + seconds:
         due = int((now - began) * EVENTS_PER_S) - appended
         if due:
-            writing.add(task := asyncio.create_task(node.recorder.record(*[_EVENT] * due)))
-            task.add_done_callback(writing.discard)
+            writing.add(recorded := node.recorder.record(*[_EVENT] * due))
+            recorded.add_done_callback(writing.discard)
             appended += due
         lags.append(node.exports.view("to").lag_s)
         await asyncio.sleep(_EVERY_S)

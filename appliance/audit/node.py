@@ -182,7 +182,7 @@ class NodeAudit:
         """As `record`, for who has something else to do meanwhile: the future is done when they are on the disk, and
         raises what `record` would.
         """
-        return self._recorder.begin(*events, privileged=privileged)
+        return self._recorder.record(*events, privileged=privileged)
 
     def count(self, event: Event) -> None:
         """Note what is not to be an entry each time; recorded once a minute, with how often it was."""

@@ -2,7 +2,7 @@
 
 Rules:
 
-- What `record` returned for is in the log. When it raises, whatever the event was to allow does not happen.
+- What `record` ended well for is in the log. When it raises, whatever the event was to allow does not happen.
 - An appender that was lost is started again; what it had not answered for is handed over once more, and not repeated in
   the log if it was there already. That takes at most `_WAIT_S`: then the caller is told.
 - What waits is bounded: by how far back a new appender looks for it.
@@ -233,23 +233,18 @@ class Recorder:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    async def record(self, *events: Event, privileged: bool = False) -> int:
-        """Append events together; the sequence of the last one. All are on the disk when this returns.
+    def record(self, *events: Event, privileged: bool = False) -> "asyncio.Future[int]":
+        """Append events together. They are on their way when this returns, and on the disk when the future is done.
+
+        Its result is the sequence of the last one. Cancelled, what was sent already is written all the same.
 
         Args:
             privileged: an administrator's doing, which a full disk does not stop.
 
         Raises:
+            Nothing by itself; the future raises:
             AuditUnavailable: says which file and why.
             VaultSealed: an event of a tenant's, and there is no key to seal it with.
-        """
-        return await self.begin(*events, privileged=privileged)
-
-    def begin(self, *events: Event, privileged: bool = False) -> "asyncio.Future[int]":
-        """As `record`, for who has something else to do meanwhile: the events are on their way when this returns.
-
-        The future is done when they are on the disk, and its result is the last one's sequence; what `record`
-        raises is the future's. Cancelled, what was sent already is written all the same.
         """
         kind = protocol.APPEND_PRIVILEGED if privileged else protocol.APPEND
         try:
@@ -289,7 +284,7 @@ class Recorder:
         self._counted, self._counts = {}, {}
         self._told_at = self._monotonic()
         telling = {
-            alike: self.begin(replace(event, counts={**event.counts, "count": counts[alike]}))
+            alike: self.record(replace(event, counts={**event.counts, "count": counts[alike]}))
             for alike, event in counted.items()
         }
         failure: HoldfastError | None = None

@@ -172,7 +172,7 @@ async def test_whoever_is_sent_in_one_frame_gets_the_sequence_of_its_own_last_en
 async def test_one_that_gave_up_leaves_the_others_of_its_frame_their_answers(tmp_path: Path) -> None:
     async with recording(tmp_path) as it:
         await it.recorder.record(event(0))
-        begun = [it.recorder.begin(event(number)) for number in range(1, 41)]
+        begun = [it.recorder.record(event(number)) for number in range(1, 41)]
         for answer in begun[::3]:
             answer.cancel()
         sequences = [await answer for answer in begun if not answer.cancelled()]
@@ -183,7 +183,7 @@ async def test_one_that_gave_up_leaves_the_others_of_its_frame_their_answers(tmp
 async def test_what_waits_is_bounded_and_what_was_answered_does_not_count(tmp_path: Path) -> None:
     async with recording(tmp_path) as it:
         for _ in range(3):
-            begun = [it.recorder.begin(event(1)) for _ in range(4096)]
+            begun = [it.recorder.record(event(1)) for _ in range(4096)]
             with pytest.raises(AuditUnavailable, match="nothing is served") as refused:
                 await it.recorder.record(event(1))
             assert "4096 events wait already" in refused.value.cause
@@ -195,7 +195,7 @@ async def test_an_append_that_fits_into_no_frame_is_refused_and_harms_no_other(t
         await it.recorder.record(event(1))
         long = [event(1)] * 1500
         longest = [event(1)] * 10_000
-        waiting = [it.recorder.begin(event(1)), it.recorder.begin(*long), it.recorder.begin(event(1))]
+        waiting = [it.recorder.record(event(1)), it.recorder.record(*long), it.recorder.record(event(1))]
         with pytest.raises(ValueError, match=r"10000 events of \d+ bytes do not fit into a frame"):
             await it.recorder.record(*longest)
         assert [await each for each in waiting] == [1, 1501, 1502]
@@ -257,7 +257,7 @@ async def test_an_appender_that_is_killed_is_started_again_and_repeats_nothing(
         for _ in range(8):
             pid = it.launcher.pid
             assert pid is not None
-            waiting = [it.recorder.begin(event(number), privileged=privileged) for number in range(200)]
+            waiting = [it.recorder.record(event(number), privileged=privileged) for number in range(200)]
             await asyncio.sleep(0)
             os.kill(pid, signal.SIGKILL)
             done += len(await asyncio.gather(*waiting))
@@ -320,13 +320,13 @@ async def test_what_lay_answered_and_unread_while_the_journal_let_it_go_is_not_r
             await it.recorder.record(*(event(number) for number in range(1000)))
         await it.recorder.checkpoint()
         await it.recorder.record(*(event(number) for number in range(800)))
-        begun = [it.recorder.begin(event(number)) for number in range(300)]
+        begun = [it.recorder.record(event(number)) for number in range(300)]
         assert it.launcher.pid is not None
         # The last few may not be sent yet: they are gathered until the loop comes round.
         _kill_once_the_journal_has_let_go(it.log / JOURNAL, it.launcher.pid, 5080)
         assert not any(answer.done() for answer in begun)
         # Who writes to a socket that is closed is told so before anything is read from it.
-        begun += [it.recorder.begin(event(number)) for number in range(16)]
+        begun += [it.recorder.record(event(number)) for number in range(16)]
         assert await asyncio.gather(*begun) == list(range(4800, 5116))
         assert (await it.recorder.status())["size"] == 5116
 
@@ -334,18 +334,18 @@ async def test_what_lay_answered_and_unread_while_the_journal_let_it_go_is_not_r
 async def test_who_joins_appends_that_everybody_gave_up_is_answered(tmp_path: Path) -> None:
     async with recording(tmp_path) as it:
         await it.recorder.record(event(0))
-        busy = it.recorder.begin(event(1))  # the appender has something to do: what follows is gathered
-        given_up = it.recorder.begin(event(2))
+        busy = it.recorder.record(event(1))  # the appender has something to do: what follows is gathered
+        given_up = it.recorder.record(event(2))
         given_up.cancel()
         it.recorder._sweep()
-        joined = it.recorder.begin(event(3))
+        joined = it.recorder.record(event(3))
         async with asyncio.timeout(5):
             assert (await busy, await joined) == (1, 3)
 
 
 async def test_many_events_of_one_append_count_as_many_that_wait(tmp_path: Path) -> None:
     async with recording(tmp_path) as it:
-        long = [it.recorder.begin(*(event(1),) * 1000) for _ in range(4)]
+        long = [it.recorder.record(*(event(1),) * 1000) for _ in range(4)]
         with pytest.raises(AuditUnavailable) as refused:
             await it.recorder.record(*(event(1),) * 97)
         assert "4000 events wait already" in refused.value.cause
