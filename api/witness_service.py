@@ -11,7 +11,8 @@ Rules:
   Requests are worked at one after the other. Where another process is at work, that is 503: ask again.
 - A log that was rolled back or forked is refused, and said in one line with its name and both sizes; so is, once, one
   that has not grown for `SILENT_S`: whoever has root there can keep its appliance from saying so, and show again what
-  it signed before. Only who has what a log's key signed can cause such a line: a stranger fills no journal.
+  it signed before. Only who has what a log's key signed can cause such a line, and of each log there are `_MOST_SAID` a
+  minute: whoever sends old checkpoints again and again fills no journal.
 - A request has a size, and a deadline until its last byte; connections have a number. It holds one key, the witness's.
 
 Source: https://c2sp.org/tlog-witness, "add-checkpoint".
@@ -23,6 +24,7 @@ import os
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,6 +67,8 @@ _UNREAD_S: Final = 10.0
 _MOST_CONNECTIONS: Final = 64
 SILENT_S: Final = 600.0  # an appliance that runs has a checkpoint a minute
 _LOOK_EVERY_S: Final = 30.0
+_MOST_SAID: Final = 10  # refusals of one log in `_SAID_S`
+_SAID_S: Final = 60.0
 _LOG = logging.getLogger("holdfast.witness")
 
 
@@ -106,6 +110,8 @@ class WitnessService:
         self._heard_s = dict.fromkeys(self._logs, monotonic())
         self._silent: set[str] = set()
         self._seen: dict[str, int] = {}  # the largest size of each log since the start
+        self._said: dict[str, list[float]] = {origin: [] for origin in self._logs}  # when its last refusals were
+        self._not_said: Counter[str] = Counter()
         self._body_deadline_s = body_deadline_s
         self._one_by_one = ThreadPoolExecutor(1, thread_name_prefix="witness")
 
@@ -159,7 +165,9 @@ class WitnessService:
         except RequestInvalid as error:
             return _told(400, _in_words(error))
         except CosignatureRefused as error:
-            return _refusal(checkpoint, error)
+            if not isinstance(error, OldSizeDiffers):
+                self._say_refused(checkpoint, error)
+            return _refusal(error)
         except WitnessBusy as error:
             return _told(503, _in_words(error), (b"retry-after", b"1"))
         except WitnessStateUnusable as error:
@@ -177,6 +185,24 @@ class WitnessService:
             if origin not in self._silent and now_s >= heard_s + SILENT_S:
                 self._silent.add(origin)
                 _LOG.warning("SILENT: log=%s for_s=%.0f", origin, now_s - heard_s)
+
+    def _say_refused(self, checkpoint: Checkpoint, error: CosignatureRefused) -> None:
+        origin, now_s = checkpoint.origin, self._monotonic()
+        said = self._said[origin] = [at_s for at_s in self._said[origin] if at_s > now_s - _SAID_S]
+        if len(said) >= _MOST_SAID:
+            self._not_said[origin] += 1
+            return
+        said.append(now_s)
+        if kept_back := self._not_said.pop(origin, 0):
+            _LOG.error("REFUSED: log=%s %d times more than is said in a minute", origin, kept_back)
+        _LOG.error(
+            "REFUSED %s: log=%s witness_size=%d size=%d root=%s",
+            "rollback" if isinstance(error, LogShrunk) else "fork",
+            origin,
+            error.witness_size,
+            checkpoint.size,
+            checkpoint.root.hex(),
+        )
 
     def _heard(self, origin: str) -> None:
         now_s = self._monotonic()
@@ -274,17 +300,8 @@ async def _keep_looking(service: WitnessService) -> None:
 # Answers
 
 
-def _refusal(checkpoint: Checkpoint, error: CosignatureRefused) -> Answer:
+def _refusal(error: CosignatureRefused) -> Answer:
     """What a log's own checkpoint is answered that does not go on from what the witness saw."""
-    if not isinstance(error, OldSizeDiffers):
-        _LOG.error(
-            "REFUSED %s: log=%s witness_size=%d size=%d root=%s",
-            "rollback" if isinstance(error, LogShrunk) else "fork",
-            checkpoint.origin,
-            error.witness_size,
-            checkpoint.size,
-            checkpoint.root.hex(),
-        )
     if isinstance(error, LogForked) and error.size != error.witness_size:
         return _told(422, "the consistency proof does not hold")
     return Answer(409, b"%d\n" % error.witness_size, SIZE_TYPE)

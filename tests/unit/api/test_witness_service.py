@@ -293,3 +293,23 @@ def test_a_log_has_one_key_and_it_is_a_logs(tmp_path: Path) -> None:
     for keys in ([KEY.verifier(), SigningKey(ORIGIN, b"o" * 32).verifier()], [WITNESS.verifier()]):
         with pytest.raises(KeyInvalid):
             WitnessService(witness, keys)
+
+
+async def test_old_checkpoints_that_are_sent_again_and_again_fill_no_journal(
+    tmp_path: Path, log: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    now_s = 0.0
+    service = new_service(tmp_path, monotonic=lambda: now_s)
+    old = make_request(log, old_size=0)
+    grow(log, 300, 400)
+    assert await call(service, make_request(log, old_size=0))
+    again = old.replace(b"old 0\n", b"old 300\n", 1)
+    for _ in range(100):
+        answer = await call(service, again)
+        assert answer is not None
+        assert answer.status == 409
+    assert caplog.text.count("REFUSED rollback") == 10
+    now_s = 61.0
+    await call(service, again)
+    assert caplog.text.count("REFUSED rollback") == 11
+    assert f"REFUSED: log={ORIGIN} 90 times more than is said in a minute" in caplog.text
