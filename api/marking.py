@@ -26,6 +26,7 @@ from appliance.audit.marks import (
 from appliance.audit.reading import LogReader
 from appliance.audit.restores import announced, recorded
 from appliance.errors import HoldfastError
+from appliance.vault import VaultSealed
 
 _EVERY_S = 60.0
 _LOG = logging.getLogger("holdfast.audit")
@@ -45,8 +46,12 @@ async def keep_marks(services: Services) -> None:
                 last = await _compare(services)
                 services.audit.compared.set()
             last = await mark(services, last)
+        except VaultSealed:
+            pass  # that it is sealed is told elsewhere
         except (HoldfastError, OSError) as error:
             _LOG.warning("log and database are not marked: %s", error)
+            if not services.audit.compared.is_set():
+                services.audit.retention.held = f"log and database could not be compared: {error}"
             await asyncio.sleep(_EVERY_S)  # whatever changes meanwhile: what is full is full for a while
             continue
         with contextlib.suppress(TimeoutError):
@@ -91,9 +96,17 @@ async def mark(services: Services, last: int) -> int:
     if (version := services.audit.witnesses.version) is not None:
         counts[WITNESSES] = version
     details = {OLDER: services.audit.older} if services.audit.older else {}
+    _refuse_sealed(services)
     await services.audit.record(Event(STORE_MARKED, SYSTEM, counts=counts, details=details))
+    _refuse_sealed(services)  # if it was sealed before it was written: whether the log has the mark is left open
     await remember(services.store, Marks(meant=number, made=number))
     return number
+
+
+def _refuse_sealed(services: Services) -> None:
+    """A mark in plaintext counts for nothing: whoever can write the log's folder can make one."""
+    if services.vault.sealed:
+        raise VaultSealed
 
 
 async def _compare(services: Services) -> int:

@@ -11,8 +11,9 @@ Rules:
   Requests are worked at one after the other. Where another process is at work, that is 503: ask again.
 - A log that was rolled back or forked is refused, and said in one line with its name and both sizes; so is, once, one
   that has not grown for `SILENT_S`: whoever has root there can keep its appliance from saying so, and show again what
-  it signed before. Only who has what a log's key signed can cause such a line, and of each log there are `_MOST_SAID` a
-  minute: whoever sends old checkpoints again and again fills no journal.
+  it signed before. Only who has what a log's key signed can cause such a line, and of each log and kind there are
+  `_MOST_SAID` a minute, and then how many more: whoever sends old checkpoints again and again fills no journal, and
+  hides no fork.
 - A request has a size, and a deadline until its last byte; connections have a number. It holds one key, the witness's.
 
 Source: https://c2sp.org/tlog-witness, "add-checkpoint".
@@ -23,8 +24,8 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -67,7 +68,7 @@ _UNREAD_S: Final = 10.0
 _MOST_CONNECTIONS: Final = 64
 SILENT_S: Final = 600.0  # an appliance that runs has a checkpoint a minute
 _LOOK_EVERY_S: Final = 30.0
-_MOST_SAID: Final = 10  # refusals of one log in `_SAID_S`
+_MOST_SAID: Final = 10  # refusals of one log, of one kind, in `_SAID_S`
 _SAID_S: Final = 60.0
 _LOG = logging.getLogger("holdfast.witness")
 
@@ -79,6 +80,20 @@ class Answer(NamedTuple):
     body: bytes
     kind: bytes = _TEXT
     headers: tuple[tuple[bytes, bytes], ...] = ()
+
+
+class _Refused:
+    """How often a log was refused for one reason, since when."""
+
+    __slots__ = ("since_s", "times")
+
+    def __init__(self, since_s: float) -> None:
+        self.since_s = since_s
+        self.times = 0
+
+    @property
+    def unsaid(self) -> int:
+        return max(0, self.times - _MOST_SAID)
 
 
 class WitnessService:
@@ -110,8 +125,8 @@ class WitnessService:
         self._heard_s = dict.fromkeys(self._logs, monotonic())
         self._silent: set[str] = set()
         self._seen: dict[str, int] = {}  # the largest size of each log since the start
-        self._said: dict[str, list[float]] = {origin: [] for origin in self._logs}  # when its last refusals were
-        self._not_said: Counter[str] = Counter()
+        self._refused: dict[tuple[str, type[CosignatureRefused]], _Refused] = {}
+        self._refusing = threading.Lock()
         self._body_deadline_s = body_deadline_s
         self._one_by_one = ThreadPoolExecutor(1, thread_name_prefix="witness")
 
@@ -186,15 +201,24 @@ class WitnessService:
                 self._silent.add(origin)
                 _LOG.warning("SILENT: log=%s for_s=%.0f", origin, now_s - heard_s)
 
+    def tell_unsaid(self, *, at_once: bool = False) -> None:
+        """Say how many refusals were not said, of each log and kind whose minute is over, or `at_once`."""
+        with self._refusing:
+            now_s = self._monotonic()
+            for key, refused in list(self._refused.items()):
+                if at_once or now_s >= refused.since_s + _SAID_S:
+                    del self._refused[key]
+                    if refused.unsaid:
+                        _LOG.error("REFUSED %d times more: log=%s, of the kind said before", refused.unsaid, key[0])
+
     def _say_refused(self, checkpoint: Checkpoint, error: CosignatureRefused) -> None:
-        origin, now_s = checkpoint.origin, self._monotonic()
-        said = self._said[origin] = [at_s for at_s in self._said[origin] if at_s > now_s - _SAID_S]
-        if len(said) >= _MOST_SAID:
-            self._not_said[origin] += 1
-            return
-        said.append(now_s)
-        if kept_back := self._not_said.pop(origin, 0):
-            _LOG.error("REFUSED: log=%s %d times more than is said in a minute", origin, kept_back)
+        self.tell_unsaid()
+        origin = checkpoint.origin
+        with self._refusing:
+            refused = self._refused.setdefault((origin, type(error)), _Refused(self._monotonic()))
+            refused.times += 1
+            if refused.unsaid:
+                return
         _LOG.error(
             "REFUSED %s: log=%s witness_size=%d size=%d root=%s",
             "rollback" if isinstance(error, LogShrunk) else "fork",
@@ -285,6 +309,7 @@ async def _serve(
     looking = asyncio.create_task(_keep_looking(service))
     await serving
     looking.cancel()
+    service.tell_unsaid(at_once=True)
 
 
 def _tell_nobody(source: str, error: HoldfastError) -> None:
@@ -295,6 +320,7 @@ async def _keep_looking(service: WitnessService) -> None:
     while True:
         await asyncio.sleep(_LOOK_EVERY_S)
         service.tell_silent()
+        service.tell_unsaid()
 
 
 # Answers

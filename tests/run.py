@@ -42,7 +42,7 @@ _COUNTS = ("tests", "failures", "errors", "skipped")
 
 
 def main() -> int:
-    """0 when all tests passed; 1 when some did not; 130 when broken off."""
+    """0 when all tests passed; 1 when some did not, or there were none; 130 when broken off."""
     started = time.monotonic()
     totals = dict.fromkeys(_COUNTS, 0)
     sound = True
@@ -60,10 +60,11 @@ def main() -> int:
                     totals[name] += count
     bad = totals["failures"] + totals["errors"]
     passed = totals["tests"] - bad - totals["skipped"]
-    verdict = "All tests passed" if sound and not bad else "NOT all tests passed"
+    good = sound and passed > 0 and not bad
+    verdict = "All tests passed" if good else "NOT all tests passed"
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(f"== {verdict}: {passed} passed, {bad} failed, {totals['skipped']} skipped in {minutes} min {seconds} s")
-    return 0 if sound and not bad else 1
+    return 0 if good else 1
 
 
 def _run(parts: Sequence[Part], reports: Sequence[Path]) -> list[int]:
@@ -71,23 +72,26 @@ def _run(parts: Sequence[Part], reports: Sequence[Path]) -> list[int]:
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for part, report in zip(parts, reports, strict=True):
-            command = [str(ROOT / part.environment / "bin" / "python"), "-m", "pytest", f"--junitxml={report}"]
-            with report.with_suffix(".log").open("wb") as told:
-                beside = told if processes else None
-                print(f"== {part}{', beside it' if beside else ''}", flush=True)
-                processes.append(
-                    subprocess.Popen([*command, *part.what, *sys.argv[1:]], cwd=ROOT, stdout=beside, stderr=beside)
-                )
-        codes = [process.wait() for process in processes]
-    except KeyboardInterrupt:
-        # pytest was told too, and ends what its tests started before it leaves.
+            print(f"== {part}{', beside it' if processes else ''}", flush=True)
+            processes.append(_started(part, report, seen=not processes))
+        return [process.wait() for process in processes]
+    finally:
+        # Where this is broken off, pytest was told too, and ends what its tests started before it leaves.
         for process in processes:
             process.wait()
-        raise
-    for part, report in zip(parts[1:], reports[1:], strict=True):
-        print(f"== {part}", flush=True)
-        sys.stdout.write(report.with_suffix(".log").read_text(errors="replace"))
-    return codes
+        for part, report in zip(parts[1 : len(processes)], reports[1:], strict=False):
+            print(f"== {part}", flush=True)
+            sys.stdout.write(report.with_suffix(".log").read_text(errors="replace"))
+
+
+def _started(part: Part, report: Path, *, seen: bool) -> "subprocess.Popen[bytes]":
+    command = [str(ROOT / part.environment / "bin" / "python"), "-m", "pytest", f"--junitxml={report}"]
+    command += [*part.what, *sys.argv[1:]]
+    if seen:
+        return subprocess.Popen(command, cwd=ROOT)
+    with report.with_suffix(".log").open("wb") as told:
+        # What it might ask, nobody would see.
+        return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=told, stderr=told)
 
 
 def _counted(report: Path) -> dict[str, int]:

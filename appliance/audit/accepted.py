@@ -74,7 +74,7 @@ class AcceptedWitnesses:
         """
         with self._changing:
             if not self._is_learnt:
-                self._said = last_said(LogReader(self._directory), self._vault, WITNESSES, sealed_only=True)
+                self._said = last_said(LogReader(self._directory), self._vault, WITNESSES)
                 self._is_learnt = True
 
     def accepted(self) -> dict[VerifierKey, int]:

@@ -177,7 +177,7 @@ class Journal:
             try:
                 os.posix_fallocate(self._descriptor, self._end, wanted)
             except OSError as error:
-                if error.errno != errno.ENOSPC:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
             else:
                 # The length is metadata: once synced here, it need not be with every append.

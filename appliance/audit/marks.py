@@ -8,6 +8,8 @@ Rules:
   log when the log has a mark that the database never meant to make.
 - A mark names the version of the SIEM's destinations, too, and of the accepted witnesses: a file of them that is put
   back to an older copy is found.
+- What the log says in plaintext counts for nothing here, but a restore, which is told while the vault is sealed, too:
+  whoever can write the log's folder can append it. No mark is made while the vault is sealed.
 - Absence of evidence is no evidence: where no mark is found within reach, it cannot be told, and that is told.
 - Putting a backup back is an administrator's right: a restore is an event of the log, and what it explains is no alarm.
 - What no restore explains is an event and an alarm. Each mark carries it on, through every start, until an
@@ -87,6 +89,8 @@ def remembered_by_log(log: LogReader, keys: EntryKeys) -> Remembered:
     """
     acknowledged, restore = False, None
     for entry, sealed in log.newest(_REMEMBERED, most=MOST_LOOKED_AT):
+        if entry.flags & PLAINTEXT and entry.event_class != BACKUP_RESTORED.number:
+            continue
         if entry.event_class == OLDER_COPY_ACKNOWLEDGED.number:
             acknowledged = True
         elif entry.event_class == BACKUP_RESTORED.number and restore is None:
@@ -98,16 +102,13 @@ def remembered_by_log(log: LogReader, keys: EntryKeys) -> Remembered:
     return Remembered(0 if _is_within_reach(log) else None, "", restore)
 
 
-def last_said(log: LogReader, keys: EntryKeys, name: str, *, sealed_only: bool = False) -> int | None:
+def last_said(log: LogReader, keys: EntryKeys, name: str) -> int | None:
     """What the newest entry says that names the version called `name`; 0: none ever did. None: it cannot be told.
-
-    Args:
-        sealed_only: pass over what is in plaintext.
 
     Blocks, and raises as `remembered_by_log`.
     """
     for entry, sealed in log.newest(_SAYING, most=MOST_LOOKED_AT):
-        if sealed_only and entry.flags & PLAINTEXT:
+        if entry.flags & PLAINTEXT:
             continue
         counts = open_record(entry, sealed, keys).record.get("counts", {})
         if name in counts:

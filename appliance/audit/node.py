@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from appliance.audit.accepted import AcceptedWitnesses
+from appliance.audit.accepted import AcceptedWitnesses, WitnessesTampered
 from appliance.audit.checking import Checking
 from appliance.audit.events import Event
 from appliance.audit.launch import Launcher
@@ -239,9 +239,13 @@ class NodeAudit:
         log_key = public_key(self.directory)
         check_reply(request, reply, log_key, witness)
         # Wherever this run ends between these, no line is a stranger's: a witness is accepted before its line is kept.
-        begun_anew = self.witnesses.accept(witness, 0, anew=anew)
+        try:
+            self.witnesses.accept(witness, 0)
+        except WitnessesTampered:
+            if not anew:  # else nobody's line is a stranger's, until it is begun anew, and that is told
+                raise
         seen = take_reply(self.directory, request, reply, log_key, witness)
-        self.witnesses.accept(witness, seen.size)
+        begun_anew = self.witnesses.accept(witness, seen.size, anew=anew)
         version = self.witnesses.version
         counts = {} if version is None else {WITNESSES: version}
         return seen, counts, {"size": str(seen.size), **({"begun_anew": begun_anew} if begun_anew else {})}

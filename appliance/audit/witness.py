@@ -99,6 +99,10 @@ class LogForked(CosignatureRefused):
     code: ClassVar[str] = "audit_log_forked"
 
 
+class ProofDoesNotHold(LogForked):
+    """What the request proves does not lead from what the witness saw to its checkpoint: that, or it was damaged."""
+
+
 class WitnessBusy(HoldfastError):
     """The witness is at work on another request."""
 
@@ -322,7 +326,7 @@ def _must_go_on(last: Checkpoint | None, asked: Request, checkpoint: Checkpoint)
             size=checkpoint.size,
         )
     if checkpoint.size == size and checkpoint.root != root:
-        raise _forked(checkpoint, size, f"it signed two trees of {size} entries")
+        raise _forked(LogForked, checkpoint, size, f"it signed two trees of {size} entries")
     if asked.old_size != size:
         raise OldSizeDiffers(
             f"the request does not go on from what the witness saw of {checkpoint.origin}",
@@ -336,7 +340,10 @@ def _must_go_on(last: Checkpoint | None, asked: Request, checkpoint: Checkpoint)
         verify_consistency(size, root, checkpoint.size, checkpoint.root, asked.proof)
     except ProofInvalid as error:
         raise _forked(
-            checkpoint, size, f"the proof from {size} to {checkpoint.size} entries does not hold: {error.cause}"
+            ProofDoesNotHold,
+            checkpoint,
+            size,
+            f"the proof from {size} to {checkpoint.size} entries does not hold: {error.cause}",
         ) from None
 
 
@@ -350,8 +357,8 @@ def _hash(line: str) -> bytes:
     return data
 
 
-def _forked(checkpoint: Checkpoint, witness_size: int, cause: str) -> LogForked:
-    return LogForked(
+def _forked(kind: type[LogForked], checkpoint: Checkpoint, witness_size: int, cause: str) -> LogForked:
+    return kind(
         f"the log {checkpoint.origin} does not go on from what the witness saw",
         cause=cause,
         remedy="Export the request again, in case the medium is damaged; if it is refused again, history was "

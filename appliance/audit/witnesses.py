@@ -208,6 +208,8 @@ class Witnesses:
         is_fresh = self._wall() < self._accepted_s.get(view.name, -math.inf) + _ACCEPT_EVERY_S
         try:
             is_known = key in await self._trail.accepted_witnesses()
+            if not is_known:
+                self._told.pop(view.name, None)  # whatever comes of it now: it is accepted, and told, the next time
             if is_known and is_fresh and self._told.get(view.name) == _COSIGNED:
                 await asyncio.to_thread(self._keep, told)
                 return
@@ -217,8 +219,6 @@ class Witnesses:
             await asyncio.to_thread(self._keep, told)
             return
         self._accepted_s[view.name] = self._wall()
-        if not is_known:
-            self._told.pop(view.name, None)
         await self._tell_of(view.name, _COSIGNED, AUDIT_WITNESSED, counts=counts, details=details)
 
     def _cosigned(self, view: View, told: Told) -> None:

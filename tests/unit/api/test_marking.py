@@ -17,7 +17,7 @@ from appliance.audit.events import OLDER_COPY, STORE_MARKED, Event
 from appliance.audit.marks import Marks
 from appliance.audit.node import NodeAudit
 from appliance.store.errors import StoreFull
-from appliance.vault import Vault
+from appliance.vault import Vault, VaultSealed
 from tests.unit.api.pauses import Enough, Pauses
 from tests.unit.audit.making import Keys, make_log
 from tests.unit.vault.keystore import MemoryKeys
@@ -25,6 +25,12 @@ from tests.unit.vault.keystore import MemoryKeys
 pytestmark = pytest.mark.anyio
 EVERY_S = 60.0
 MOST_TRIES = 10
+
+
+class OpenKeys(Keys):
+    """A vault that can be sealed."""
+
+    sealed = False
 
 
 class Store:
@@ -58,6 +64,7 @@ class Audit(SimpleNamespace):
         super().__init__(directory=directory, opened=asyncio.Event(), older="", events=[], told=lambda _: None)
         self.witnesses = SimpleNamespace(version=None, learn=lambda: None)
         self.compared = asyncio.Event()
+        self.retention = SimpleNamespace(held="")
         self.opened.set()
 
     async def record(self, *events: Event, privileged: bool = False) -> int:
@@ -73,7 +80,7 @@ def services(tmp_path: Path) -> Any:
     return SimpleNamespace(
         audit=Audit(tmp_path / "audit"),
         store=Store(),
-        vault=Keys(),
+        vault=OpenKeys(),
         settings=SimpleNamespace(state_dir=tmp_path),
         lifecycle=SimpleNamespace(restores_told=False),
         exports=SimpleNamespace(changed=asyncio.Event(), version=3),
@@ -97,6 +104,10 @@ async def test_a_folder_that_cannot_be_looked_into_ends_nothing_and_is_tried_aga
     assert pauses.slept_s == [EVERY_S] * 2
     assert services.audit.events == []
     assert "Input/output error" in caplog.text
+    assert not services.audit.compared.is_set()
+    assert services.audit.retention.held.startswith(
+        "log and database could not be compared: [Errno 5] Input/output error"
+    )
 
 
 async def test_any_error_of_the_system_is_tried_again(services: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,3 +173,20 @@ def test_the_alarm_says_that_it_cannot_be_told(tmp_path: Path) -> None:
     audit.older = "unknown"
     assert audit.alarm.startswith("it cannot be told whether the log or the database was put back")
     assert "`holdfast audit acknowledge`" in audit.alarm
+
+
+async def test_while_the_vault_is_sealed_no_mark_is_made_and_none_is_said_to_be_there(services: Any) -> None:
+    assert await marking.mark(services, 0) == 1
+    services.vault.sealed = True
+    with pytest.raises(VaultSealed):
+        await marking.mark(services, 1)
+    assert (len(services.audit.events), services.store.marks) == (1, Marks(meant=2, made=1))
+    services.vault.sealed = False
+
+    def seal(_: Event) -> None:
+        services.vault.sealed = True
+
+    services.audit.told = seal
+    with pytest.raises(VaultSealed):
+        await marking.mark(services, 1)
+    assert services.store.marks == Marks(meant=2, made=1)

@@ -295,21 +295,33 @@ def test_a_log_has_one_key_and_it_is_a_logs(tmp_path: Path) -> None:
             WitnessService(witness, keys)
 
 
-async def test_old_checkpoints_that_are_sent_again_and_again_fill_no_journal(
+async def test_old_checkpoints_that_are_sent_again_and_again_fill_no_journal_and_hide_no_fork(
     tmp_path: Path, log: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     now_s = 0.0
     service = new_service(tmp_path, monotonic=lambda: now_s)
     old = make_request(log, old_size=0)
     grow(log, 300, 400)
-    assert await call(service, make_request(log, old_size=0))
-    again = old.replace(b"old 0\n", b"old 300\n", 1)
-    for _ in range(100):
-        answer = await call(service, again)
-        assert answer is not None
-        assert answer.status == 409
-    assert caplog.text.count("REFUSED rollback") == 10
+    newest = make_request(log, old_size=0)
+    assert await call(service, newest)
+    damaged = write_request(400, [b"h" * 32], note_of(newest))
+    for again, status in ((old.replace(b"old 0\n", b"old 300\n", 1), 409), (damaged, 422)):
+        for _ in range(100):
+            answer = await call(service, again)
+            assert answer is not None
+            assert answer.status in (status, 409)
+    assert caplog.text.count("REFUSED rollback") == caplog.text.count("REFUSED fork") == 10
+    await call(service, write_request(400, [], with_another_root(400)))
+    assert f"REFUSED fork: log={ORIGIN} witness_size=400 size=400 root={b'r'.hex() * 32}" in caplog.text
+    service.tell_unsaid()
+    assert "times more" not in caplog.text
     now_s = 61.0
-    await call(service, again)
-    assert caplog.text.count("REFUSED rollback") == 11
-    assert f"REFUSED: log={ORIGIN} 90 times more than is said in a minute" in caplog.text
+    service.tell_unsaid()
+    assert caplog.text.count(f"REFUSED 90 times more: log={ORIGIN}") == 2
+    caplog.clear()
+    for _ in range(11):
+        await call(service, old)
+    service.tell_unsaid(at_once=True)
+    assert f"REFUSED 1 times more: log={ORIGIN}" in caplog.text
+    service.tell_unsaid(at_once=True)
+    assert caplog.text.count("times more") == 1

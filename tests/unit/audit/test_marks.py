@@ -19,9 +19,11 @@ from appliance.audit.siem.saved import save
 from tests.unit.audit.making import Keys, draft, drafts, open_log, sign
 
 
-def event(kind: EventClass, counts: Mapping[str, int] | None = None, **details: str) -> Draft:
+def event(kind: EventClass, counts: Mapping[str, int] | None = None, plain: bool = False, /, **details: str) -> Draft:
     told = Event(kind, SYSTEM, counts=counts or {}, details=details).record({"holdfast": "0"})
-    return seal(kind.number, told, keys=Keys(), scope="system", actor="", session="", random=bytes(32))
+    return seal(
+        kind.number, told, keys=None if plain else Keys(), scope="system", actor="", session="", random=bytes(32)
+    )
 
 
 def mark(number: int, *, destinations: int | None = None, **details: str) -> Draft:
@@ -118,3 +120,14 @@ async def test_destinations_of_which_the_log_says_nothing_within_reach_are_not_b
     known = Exports(tmp_path, directory, size=size, keys=Keys())
     with pytest.raises(DestinationsUnreadable, match="an older copy" if is_saved else "are gone"):
         known._read()
+
+
+def test_what_whoever_writes_the_folder_can_append_counts_for_nothing(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    log.append([mark(7, destinations=3, older_copy="log")])
+    log.append([event(STORE_MARKED, {"mark": 9, DESTINATIONS: 2}, True)])
+    log.append([event(STORE_MARKED, None, True), event(OLDER_COPY_ACKNOWLEDGED, None, True)])
+    log.close()
+    reader = LogReader(tmp_path)
+    assert remembered(reader, Keys()) == Remembered(7, "log")
+    assert last_said(reader, Keys(), DESTINATIONS) == 3
