@@ -105,9 +105,8 @@ async def test_a_folder_that_cannot_be_looked_into_ends_nothing_and_is_tried_aga
     assert services.audit.events == []
     assert "Input/output error" in caplog.text
     assert not services.audit.compared.is_set()
-    assert services.audit.retention.held.startswith(
-        "log and database could not be compared: [Errno 5] Input/output error"
-    )
+    held = services.audit.retention.held
+    assert held.startswith("log and database could not be compared: the audit log cannot be read")
 
 
 async def test_any_error_of_the_system_is_tried_again(services: Any, monkeypatch: pytest.MonkeyPatch) -> None:
