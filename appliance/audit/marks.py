@@ -16,6 +16,7 @@ Rules:
   administrator acknowledges it.
 """
 
+import contextlib
 import json
 from typing import Final, NamedTuple
 
@@ -94,7 +95,8 @@ def remembered_by_log(log: LogReader, keys: EntryKeys) -> Remembered:
         if entry.event_class == OLDER_COPY_ACKNOWLEDGED.number:
             acknowledged = True
         elif entry.event_class == BACKUP_RESTORED.number and restore is None:
-            restore = Told.of(entry.sequence, open_record(entry, sealed, keys).record)
+            with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):  # in plaintext: anybody's
+                restore = Told.of(entry.sequence, open_record(entry, sealed, keys).record)
         elif entry.event_class == STORE_MARKED.number:
             record = open_record(entry, sealed, keys).record
             older = "" if acknowledged else str(record.get("details", {}).get(OLDER, ""))

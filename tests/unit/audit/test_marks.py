@@ -8,7 +8,7 @@ import pytest
 
 from appliance.audit import marks
 from appliance.audit.entry import Draft, seal
-from appliance.audit.events import OLDER_COPY_ACKNOWLEDGED, STORE_MARKED, SYSTEM, Event, EventClass
+from appliance.audit.events import BACKUP_RESTORED, OLDER_COPY_ACKNOWLEDGED, STORE_MARKED, SYSTEM, Event, EventClass
 from appliance.audit.marks import DESTINATIONS, UNKNOWN, Marks, Remembered, found, is_explained, last_said
 from appliance.audit.marks import remembered_by_log as remembered
 from appliance.audit.reading import LogReader
@@ -126,6 +126,8 @@ def test_what_whoever_writes_the_folder_can_append_counts_for_nothing(tmp_path: 
     log = open_log(tmp_path)
     log.append([mark(7, destinations=3, older_copy="log")])
     log.append([event(STORE_MARKED, {"mark": 9, DESTINATIONS: 2}, True)])
+    for content in (b"no JSON", b"\xff", b"[]"):
+        log.append([seal(BACKUP_RESTORED.number, content, keys=None, scope="", actor="", session="", random=bytes(32))])
     log.append([event(STORE_MARKED, None, True), event(OLDER_COPY_ACKNOWLEDGED, None, True)])
     log.close()
     reader = LogReader(tmp_path)
