@@ -19,7 +19,7 @@ import fcntl
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
 
@@ -44,6 +44,7 @@ WITNESSED: Final = "checkpoints"
 PUBLIC_KEY: Final = "log.vkey"
 _LOCK: Final = "lock"
 _LET_GO_AFTER: Final = 16  # bundles: the journal is written anew that seldom
+_SYNCED_TOGETHER: Final = 64  # files, which are open meanwhile
 _LENGTH: Final = struct.Struct(">H")
 
 
@@ -228,13 +229,14 @@ class AuditLog:
             LogUnwritable: it can be written again, or a later one in its place.
         """
         try:
-            for name, content in publication.kept.items():
-                self._put(name, content)
+            kept = list(publication.kept.items())
+            for first in range(0, len(kept), _SYNCED_TOGETHER):
+                self._put_durably(dict(kept[first : first + _SYNCED_TOGETHER]))
             for directory in sorted(self._folders(publication.kept), reverse=True):
                 sync_directory(directory)
             for name, content in publication.parts.items():
-                self._put(name, content, durable=False)
-            self._put(CHECKPOINT, note.encode())
+                self._put(name, content)
+            self._put_durably({CHECKPOINT: note.encode()})
             sync_directory(self._directory)
             self._drop_replaced(publication)
         except OSError as error:
@@ -334,19 +336,37 @@ class AuditLog:
                 parts[record_path(index, len(row))] = _bundle([frame.sealed for frame in frames])
         return parts
 
-    def _put(self, name: str, content: bytes, *, durable: bool = True) -> None:
+    def _put(self, name: str, content: bytes) -> None:
         """Put a file in its place, whole: nobody sees a part of it, whatever ends this process."""
+        os.close(self._staged(name, content))
+        self._unstage(name)
+
+    def _put_durably(self, files: Mapping[str, bytes]) -> None:
+        """As `_put`, and what is in them is on the disk. They are written first, then synced: they share what that is."""
+        with contextlib.ExitStack() as opened:
+            descriptors = []
+            for name, content in files.items():
+                descriptors.append(self._staged(name, content))
+                opened.callback(os.close, descriptors[-1])
+            for descriptor in descriptors:
+                os.fsync(descriptor)
+        for name in files:
+            self._unstage(name)
+
+    def _staged(self, name: str, content: bytes) -> int:
         path = self._directory / name
         _make_private(path.parent)
-        staged = path.with_name(f"{path.name}.new")
-        descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             write_at(descriptor, content, 0)
-            if durable:
-                os.fsync(descriptor)
-        finally:
+        except OSError:
             os.close(descriptor)
-        staged.replace(path)
+            raise
+        return descriptor
+
+    def _unstage(self, name: str) -> None:
+        path = self._directory / name
+        os.replace(f"{path}.new", path)
 
     def _folders(self, names: Iterable[str]) -> set[Path]:
         """Those that files are in, up to the log's own."""
