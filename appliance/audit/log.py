@@ -342,7 +342,7 @@ class AuditLog:
         self._unstage(name)
 
     def _put_durably(self, files: Mapping[str, bytes]) -> None:
-        """As `_put`, and what is in them is on the disk. They are written first, then synced: they share what that is."""
+        """As `_put`, and they are on the disk. All are written before the first is synced: they share what that takes."""
         with contextlib.ExitStack() as opened:
             descriptors = []
             for name, content in files.items():
@@ -366,7 +366,7 @@ class AuditLog:
 
     def _unstage(self, name: str) -> None:
         path = self._directory / name
-        os.replace(f"{path}.new", path)
+        path.with_name(f"{path.name}.new").replace(path)
 
     def _folders(self, names: Iterable[str]) -> set[Path]:
         """Those that files are in, up to the log's own."""
