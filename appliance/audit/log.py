@@ -342,7 +342,7 @@ class AuditLog:
         self._unstage(name)
 
     def _put_durably(self, files: Mapping[str, bytes]) -> None:
-        """As `_put`, and they are on the disk. All are written before the first is synced: they share what that takes."""
+        """As `_put`, and they are on the disk. All are written before the first is synced, so that they share syncs."""
         with contextlib.ExitStack() as opened:
             descriptors = []
             for name, content in files.items():
