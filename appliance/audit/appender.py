@@ -277,6 +277,7 @@ class Appender:
         self._append(together, privileged=False)
         for producer in {producer for producer, _ in messages}:
             self._send(producer)
+        self._log.hash_appended()  # while producers work at what they were answered, not all at a checkpoint
         if messages:
             self._answered_at = self._monotonic()
 

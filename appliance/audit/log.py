@@ -206,6 +206,11 @@ class AuditLog:
         self._tail += frames
         return first
 
+    def hash_appended(self) -> None:
+        """Hash what was appended since: whoever has a moment for it need not find that for a publication."""
+        hashed = self._next_bundle * TILE_WIDTH + len(self._rows[0])
+        self._rows[0] += [leaf_hash(frame.entry) for frame in self._tail[hashed - self._journal.base :]]
+
     def publish(self, sign: Callable[[Head], str]) -> Head:
         """Write tiles for everything that was appended, and the checkpoint that `sign` makes of it.
 
@@ -300,9 +305,8 @@ class AuditLog:
     # Publishing
 
     def _fill_tiles(self) -> None:
-        """Hash what was appended, and move what fills tiles from the rows to what is owed to the disk."""
-        hashed = self._next_bundle * TILE_WIDTH + len(self._rows[0])
-        self._rows[0] += [leaf_hash(frame.entry) for frame in self._tail[hashed - self._journal.base :]]
+        """Move what fills tiles from the rows to what is owed to the disk."""
+        self.hash_appended()
         while len(self._rows[0]) >= TILE_WIDTH:
             index = self._next_bundle
             first = index * TILE_WIDTH - self._journal.base
