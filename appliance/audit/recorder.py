@@ -242,7 +242,8 @@ class Recorder:
             privileged: an administrator's doing, which a full disk does not stop.
 
         Raises:
-            Nothing by itself; the future raises:
+            ValueError: together they are longer than a frame.
+            What the future raises:
             AuditUnavailable: says which file and why.
             VaultSealed: an event of a tenant's, and there is no key to seal it with.
         """

@@ -88,9 +88,9 @@ def take_reply(directory: Path, request: bytes, reply: bytes, log_key: VerifierK
     return checkpoint
 
 
-def check_reply(request: bytes, reply: bytes, log_key: VerifierKey, witness: VerifierKey) -> Checkpoint:
-    """The checkpoint that a witness's reply co-signs, of which nothing is kept. Raises as `take_reply`."""
-    return _checked(request, reply, log_key, witness)[1]
+def check_reply(request: bytes, reply: bytes, log_key: VerifierKey, witness: VerifierKey) -> None:
+    """Check a witness's reply, and keep nothing of it. Raises as `take_reply`."""
+    _checked(request, reply, log_key, witness)
 
 
 def _checked(

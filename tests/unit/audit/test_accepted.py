@@ -177,12 +177,18 @@ def test_while_the_vault_is_sealed_what_was_known_before_holds_and_nobody_is_acc
         fresh.accepted()
 
 
-def test_a_reply_is_kept_with_who_gave_it_or_not_at_all(tmp_path: Path) -> None:
-    directory = tmp_path / "audit"
+def published(place: Path) -> tuple[Path, AuditLog]:
+    """A log of 30 entries under a checkpoint, and its folder."""
+    directory = place / "audit"
     log = open_log(directory)
     log.append([draft(number) for number in range(30)])
     log.publish(sign)
     (directory / PUBLIC_KEY).write_text(f"{KEY.verifier()}\n")
+    return directory, log
+
+
+def test_a_reply_is_kept_with_who_gave_it_or_not_at_all(tmp_path: Path) -> None:
+    directory, log = published(tmp_path)
     vault = opened_vault()
     audit = NodeAudit(tmp_path, vault, versions={})
     request = make_request(directory, old_size=0)
@@ -216,11 +222,7 @@ def test_a_reply_is_kept_with_who_gave_it_or_not_at_all(tmp_path: Path) -> None:
 def test_wherever_a_run_ends_while_a_new_witness_is_taken_its_line_is_no_strangers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, before: bool
 ) -> None:
-    directory = tmp_path / "audit"
-    log = open_log(directory)
-    log.append([draft(number) for number in range(30)])
-    log.publish(sign)
-    (directory / PUBLIC_KEY).write_text(f"{KEY.verifier()}\n")
+    directory, log = published(tmp_path)
     vault = opened_vault()
     request = make_request(directory, old_size=0)
     reply = Witness(tmp_path / "state", ONE).cosign(request, KEY.verifier(), 1_700_000_000)
