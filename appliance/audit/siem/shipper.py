@@ -89,7 +89,7 @@ class View:
         delivered: entries that need not be sent again.
         of_this_log: whether those are seen to be this log's: another may have taken its place.
         lag_entries: those that are not sent.
-        lag_s: how old the oldest of them is.
+        lag_s: how old the oldest of them is, or how long ago it was seen that there was none.
         waits_for: what it waits for, when it is no error: the vault.
         error: what is in the way.
         last_error: what was in the way last, since the exporter began, and when, epoch seconds; None: nothing was.
@@ -166,7 +166,7 @@ class Shipper:
         self._origin = ""
         self._size = 0
         self._size_asked_s = 0.0
-        self._oldest_ns: int | None = None
+        self._oldest_ns: int | None = None  # no entry that is not sent is older; None: it was never looked
         self._position = self._delivered = self._saved = Position()
         self._saved_at_s = 0.0
         self._is_same_log = False  # that what is delivered is in it, looked at since the last connection
@@ -247,10 +247,12 @@ class Shipper:
         self._messages = self._arrived = 0
         self._checkpoint = None
         self._is_same_log = False
+        if self._oldest_ns is None:  # it may take a while until there is a connection, and people look at the lag
+            await self._look()
 
     async def _look(self) -> list[Frame]:
         """What there is to send next, at most `_READ_AHEAD` entries."""
-        now_s = self._monotonic()
+        now_s, now_ns = self._monotonic(), int(self._wall_s() * 1e9)
         if self._position.next >= self._size or now_s >= self._size_asked_s + _POLL_S:
             # An appender that is being started again is no reason to part with the receiver.
             with contextlib.suppress(HoldfastError):
@@ -262,7 +264,8 @@ class Shipper:
             await self._refuse_another_history()
         await self._skip_what_was_removed()
         frames = await asyncio.to_thread(self._read, self._position, self._size)
-        self._oldest_ns = Entry.unpack(frames[0].entry).wall_ns if frames else None
+        # With none, what comes until the next look, which a receiver that stands still puts off, is younger than now.
+        self._oldest_ns = Entry.unpack(frames[0].entry).wall_ns if frames else now_ns
         return frames
 
     async def _refuse_another_history(self) -> None:

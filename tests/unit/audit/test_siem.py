@@ -5,7 +5,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -125,6 +126,7 @@ class World:
         self.keys = NoKeys()
         self.sink = Sink(max_payload_bytes)
         self.now_s = 0.0
+        self.wall_s: Callable[[], float] = time.time
         self.pauses: list[float] = []
         self.ends_with_an_error = False
         self.log.append(drafts(range(600)))
@@ -142,6 +144,7 @@ class World:
             size=self._size,
             opener=KeyOpener(self.keys),
             monotonic=lambda: self.now_s,
+            wall_s=lambda: self.wall_s(),
             random=random,
             pause=self._pause,
         )
@@ -499,6 +502,35 @@ async def test_what_is_acknowledged_is_delivered_at_once_and_not_sent_again(tmp_
 
 
 @pytest.mark.anyio
+async def test_what_comes_while_nothing_is_looked_at_is_as_old_as_the_last_look_at_most(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.sink.acknowledged = 0
+    await world.ship()
+    world.wall_s = lambda: 5e9
+    await world.shipper._look()  # and no other one: the receiver stands still
+    world.log.append(drafts(range(1)))
+    world.wall_s = lambda: 5e9 + 20
+    behind = world.shipper.view(world.log.size)
+    assert (behind.lag_entries, behind.lag_s) == (1, 20)
+    assert world.shipper.view().lag_s == 0, "there is nothing that it knows of"
+
+
+async def test_a_destination_that_was_never_reached_says_how_far_it_is_behind(tmp_path: Path) -> None:
+    class Blackholed(Sink):
+        async def connect(self) -> Sink:
+            raise _Done
+
+    world = World(tmp_path)
+    world.sink = Blackholed(8000)
+    world.shipper = world.new_shipper()
+    await world.ship()
+    oldest_s = LogReader(world.directory).entry(0).wall_ns / 1e9
+    world.wall_s = lambda: oldest_s + 90
+    behind = world.shipper.view()
+    assert behind.lag_entries == 600
+    assert behind.lag_s == pytest.approx(90)
+
+
 async def test_a_cursor_that_cannot_be_saved_ends_no_connection_and_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
