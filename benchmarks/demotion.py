@@ -1,7 +1,8 @@
 """How long a decode step takes while KV goes down, or goes. `.venv-engine/bin/python -m benchmarks.demotion [--json]
 [--check] [--model demo|random-140m] [--rounds 5] [--released-tokens 138000]`.
 
-Requests decode. In turns with steps in which nothing moves, so that what else the machine does falls on both:
+Requests decode, and something moves, in turns with steps in which it stands still: three steps of the one, three of the
+other. So what else the machine does falls on both, and so does that contexts grow and each step takes longer.
 
 - `demotion`: a session of 3,200 tokens, wholly on the device, is copied to DRAM: the steps until its last block is
   there;
@@ -9,8 +10,9 @@ Requests decode. In turns with steps in which nothing moves, so that what else t
   the call itself, in which no step can be.
 
 Each once at the engine's pace, and once with all that is due done at once (`at_once`), to see what the pace is for:
-then the one step that it falls on counts. A ratio is the middle step's to the middle one of the plain steps just
-before, and of all rounds' the middle one. `--check` leaves with 1 when a step at the engine's pace misses the bar.
+then the one step that it falls on counts. A step's ratio is that to the mean of the six around it in which nothing
+moved; the middle one counts, and of all rounds' the middle one. `--check` leaves with 1 when a step at the engine's
+pace misses the bar.
 """
 
 import argparse
@@ -48,12 +50,26 @@ BLOCK: Final = 32  # tokens
 RUNNING: Final = 4
 DEMOTED_TOKENS: Final = 3200
 RELEASED_TOKENS: Final = 138_000
-PLAIN_STEPS: Final = 48
 POOL: Final = 1000  # blocks
+_IN_TURNS: Final = 3  # steps
 _ANSWER_TOKENS: Final = 4000
 _MOST_STEPS: Final = 20_000
 _ARMS: Final = ("paced", "at_once")
 _MOVES: Final = ("demotion", "release")
+
+
+class Held:
+    """A pace at which nothing is done while it `stands` still; it earns meanwhile as it would."""
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        self.stands = False
+
+    def step(self, *, times: int = 1) -> None:
+        self._pace.step(times=times)
+
+    def goes_on(self, size_bytes: int) -> bool:
+        return not self.stands and self._pace.goes_on(size_bytes)
 
 
 class Engine:
@@ -78,6 +94,7 @@ class Engine:
         self.worker = connector.connector_worker.worker
         self._names = itertools.count()
         self._decoding: set[str] = set()
+        self._paces: list[Held] = []
 
     def submit(self, tokens: int, *, salt: str, session: str = "", max_tokens: int = 1) -> str:
         """Queue a request; its name."""
@@ -119,7 +136,34 @@ class Engine:
     def at_pace(self, arm: str) -> None:
         """From now on what can wait is done as the arm says."""
         given = {} if arm == "paced" else {"least_bytes": 1 << 60}
-        self.tiers._chunks.pace, self.worker._pace = (Pace(time.perf_counter, **given) for _ in range(2))
+        self._paces = [Held(Pace(time.perf_counter, **given)) for _ in range(2)]
+        self.tiers._chunks.pace, self.worker._pace = self._paces
+
+    def steps_still(self) -> list[float]:
+        """A few steps in which nothing moves; how long each took. Then it may move."""
+        for pace in self._paces:
+            pace.stands = True
+        steps = [self.step() for _ in range(_IN_TURNS)]
+        for pace in self._paces:
+            pace.stands = False
+        return steps
+
+    def compare(self, before: list[float], busy: Callable[[], object]) -> list[float]:
+        """How many times as long as those around it each step takes in which something moves, until nothing is left.
+
+        Args:
+            before: steps in which nothing moved.
+        """
+        ratios: list[float] = []
+        while True:
+            moving = [self.step()]
+            while busy() and len(moving) < _IN_TURNS:
+                moving.append(self.step())
+            after = self.steps_still()
+            ratios += [took_s / statistics.mean(before + after) for took_s in moving]
+            if not busy():
+                return ratios
+            before = after
 
     def fill_dram(self, session: str, tokens: int) -> None:
         """Have DRAM hold so much of a session, without computing it."""
@@ -139,21 +183,16 @@ class Engine:
 def measure(engine: Engine, rounds: int, released_tokens: int) -> dict[str, Any]:
     """All rounds. Of each move and arm: a step's ratio, the longest one's, how many there were, and the call's."""
     seen: dict[tuple[str, str], list[dict[str, float]]] = {}
-    plain_s = []
+    still_s: list[float] = []
     names = itertools.count()
 
-    def plain() -> float:
-        plain_s.append(statistics.median(engine.step() for _ in range(PLAIN_STEPS)))
-        return plain_s[-1]
-
-    def note(move: str, arm: str, step_s: float, steps: list[float], call_s: float = 0.0) -> None:
-        of_steps = max(steps) if arm == "at_once" else statistics.median(steps)
+    def note(move: str, arm: str, ratios: list[float], call: float = 0.0) -> None:
         seen.setdefault((move, arm), []).append(
             {
-                "step": of_steps / step_s,
-                "longest": max(steps) / step_s,
-                "steps": len(steps),
-                "call": call_s / step_s,
+                "step": max(ratios) if arm == "at_once" else statistics.median(ratios),
+                "longest": max(ratios),
+                "steps": len(ratios),
+                "call": call,
             }
         )
 
@@ -164,22 +203,21 @@ def measure(engine: Engine, rounds: int, released_tokens: int) -> dict[str, Any]
             engine.tiers.release({"first", *(f"demoted-{number}" for number in range(2 * turn + 2))})
             engine.steps_while(engine.tiers._chunks.waiting_rows)
             engine.at_pace(arm)
-            step_s = plain()
             engine.submit(DEMOTED_TOKENS, salt="demoted", session=f"demoted-{next(names)}")
-            engine.step()  # it is found on the device, and its last token computed
-            steps = engine.steps_while(lambda: engine.worker._leaving)
-            note("demotion", arm, step_s, steps)
+            engine.steps_still()  # it is found on the device, and its last token computed
+            still_s += (before := engine.steps_still())
+            note("demotion", arm, engine.compare(before, lambda: engine.worker._leaving))
 
             engine.at_pace("at_once")
             engine.fill_dram(f"released-{turn}-{arm}", released_tokens)
             engine.step()
             engine.at_pace(arm)
-            step_s = plain()
+            still_s += (before := engine.steps_still())
             began = time.perf_counter()
             engine.core.holdfast_lease_report([f"released-{turn}-{arm}"], [], False)
-            call_s = time.perf_counter() - began
-            note("release", arm, step_s, engine.steps_while(engine.tiers._chunks.waiting_rows), call_s)
-    figures: dict[str, Any] = {"step_ms": round(1e3 * statistics.median(plain_s), 3)}
+            call = (time.perf_counter() - began) / statistics.mean(before)
+            note("release", arm, engine.compare(before, engine.tiers._chunks.waiting_rows), call)
+    figures: dict[str, Any] = {"step_ms": round(1e3 * statistics.median(still_s), 3)}
     for move in _MOVES:
         figures[move] = {
             arm: {

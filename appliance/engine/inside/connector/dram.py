@@ -15,7 +15,7 @@ Rules:
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, KeysView, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -90,9 +90,9 @@ class SessionChunks(CachePolicy):  # type: ignore[misc]
             self.wipe(row)
             del self._waiting[row]
 
-    def waiting_rows(self) -> frozenset[int]:
-        """The rows that are nobody's, and are not overwritten yet."""
-        return frozenset(self._waiting)
+    def waiting_rows(self) -> KeysView[int]:
+        """The rows that are nobody's, and are not overwritten yet; a view."""
+        return self._waiting.keys()
 
     def get(self, key: bytes) -> ChunkStatus | None:
         return self._chunks.get(key)
