@@ -46,6 +46,7 @@ DEEDS: st.SearchStrategy[list[Deed]] = st.lists(
         st.tuples(st.just("close"), _session),
         st.tuples(st.just("told"), _session, st.sampled_from(["tool_use", "end_turn", "other"])),
         st.tuples(st.just("copies_take"), st.integers(0, 12)),
+        st.tuples(st.just("yields_ahead"), st.integers(0, 4)),
     ),
     min_size=10,
     max_size=40,
@@ -83,6 +84,7 @@ def live(engine: EngineInProcess, deeds: Sequence[Deed], seen: Seen) -> None:
             engine.drain()
             assert not seen.wrong, seen.wrong[0]
         finally:
+            engine.connector.most_ahead = 0
             engine.cancel_all()
             engine.drain()
             engine.settle()
@@ -143,6 +145,9 @@ class Crowd:
 
     def copies_take(self, steps: int) -> None:
         self.copies.steps = steps
+
+    def yields_ahead(self, blocks: int) -> None:
+        self._engine.connector.most_ahead = blocks
 
     def _ask(self, session: str, prompt: list[int], answer: int, priority: int) -> None:
         prompt = prompt[: MAX_MODEL_LEN - _LONGEST_ANSWER]

@@ -2,10 +2,12 @@
 
 import logging
 import time
+from unittest.mock import patch
 
 import pytest
 
 from appliance.engine.inside.connector import LeaseRetention
+from appliance.engine.inside.leases import LeaseTable
 from appliance.engine.protocol import LEASE_FIELD, Lease, TurnAccount, TurnEnd
 from tests.engine.in_process import BLOCK, BOUND, MAX_MODEL_LEN, POOL, EngineInProcess, words
 
@@ -125,6 +127,44 @@ def test_one_session_leases_no_more_than_the_bound_and_keeps_its_head(engine: En
     assert engine.report().leases[0].tokens == BOUND * BLOCK
     pass_cold_traffic(engine, 2 * POOL)
     assert engine.turn(words(1, 30 * BLOCK), session="session").cached_tokens == BOUND * BLOCK
+
+
+def test_room_is_made_ahead_and_stays_in_the_cache_until_it_is_used(
+    engine: EngineInProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.connector, "most_ahead", 2)
+    lease_whole_bound(engine)
+    engine.clock.advance(60)
+    engine.tick()  # no lease has rank any more
+    cold = engine.submit(words(99, (POOL - BOUND) * BLOCK), salt="cold", max_tokens=3)
+    while not engine.reclaimed_blocks():
+        engine.step()
+    assert engine.reclaimed_blocks() == 2, "one that it lacks, and one ahead, as one request runs"
+    leases = {lease.session: lease.blocks for lease in engine.report().leases}
+    (shorter,) = (number for number in range(4) if leases[f"session-{number}"] < BOUND // 4)
+    assert leases[f"session-{shorter}"] == BOUND // 4 - 2
+    engine.cancel(cold)
+    engine.drain()
+    prompt = words(shorter, BOUND // 4 * BLOCK)
+    found = engine.turn(prompt + words(7, 40), salt=f"leased-{shorter}", session=f"session-{shorter}").cached_tokens
+    assert found == (BOUND // 4 - 1) * BLOCK
+
+
+def test_each_of_those_that_run_seldom_makes_room(engine: EngineInProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reclaims(most_ahead: int) -> int:
+        engine.start_anew()
+        monkeypatch.setattr(engine.connector, "most_ahead", most_ahead)
+        lease_whole_bound(engine)
+        engine.clock.advance(60)
+        engine.tick()
+        for number in range(2):
+            engine.submit(words(90 + number, 10 * BLOCK - 2), salt=f"cold-{number}", max_tokens=4 * BLOCK)
+        with patch.object(LeaseTable, "reclaim", autospec=True, side_effect=LeaseTable.reclaim) as reclaim:
+            engine.drain()
+        assert engine.preemptions == 0
+        return len(reclaim.mock_calls)
+
+    assert (reclaims(0), reclaims(2)) == (8, 3)
 
 
 def test_a_request_that_fits_never_waits_for_leases(engine: EngineInProcess) -> None:

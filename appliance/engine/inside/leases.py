@@ -14,6 +14,7 @@ Rules:
   waits or runs will hit, last of all, because no request may wait for a lease.
 - A session yields from its tail, and no more than is wanted: a prefix without its tail is worth something, a tail
   without its prefix nothing. Blocks come back tail first, so that a pool evicts tails before heads.
+- Who has no rank may yield some blocks ahead, that the next steps will want: they stay in the cache until then.
 - A child agent's parent is worth as much as the child, and has rank while the child runs or has it.
 - A strict lease leaves nothing behind: whatever it gives up leaves the cache, and at its timeout it gives up all.
 - The order is reckoned anew so seldom that it takes one part in `ORDER_SHARE` of the time, whatever their number.
@@ -379,7 +380,9 @@ class LeaseTable:
                 break
         return left <= 0
 
-    def reclaim(self, wanted_blocks: int, busy: Callable[[int], bool], wanted_by: str = "") -> Change:
+    def reclaim(
+        self, wanted_blocks: int, busy: Callable[[int], bool], wanted_by: str = "", *, ahead: int = 0
+    ) -> Change:
         """Give up `wanted_blocks` blocks, or as many as there are.
 
         Args:
@@ -387,8 +390,9 @@ class LeaseTable:
             busy: says of a block that giving it up makes no room, because a request uses it or is about to. Whoever
                 uses a block uses all before it, or copies of them: a lease whose tail is busy gives last.
             wanted_by: the tenant whose request it is for; empty: nobody's in particular.
+            ahead: so many more at most, of leases without rank and beyond the guaranteed shares.
         """
-        taken = self._take(wanted_blocks, busy=busy, wanted_by=wanted_by)
+        taken = self._take(wanted_blocks, busy=busy, wanted_by=wanted_by, ahead=ahead)
         room = len(taken.freed)
         for key in list(self._claims) if room < wanted_blocks else ():
             made = self._yield_before_the_tail(key, wanted_blocks - room, busy, taken)
@@ -525,21 +529,27 @@ class LeaseTable:
         only: str | None = None,
         wanted_by: str = "",
         reason: str = "",
+        ahead: int = 0,
     ) -> "_Taken":
         taken = _Taken([], [], {})
         if wanted_blocks <= 0:
             return taken
         protected: list[_Key] = []
-        for key in self._victims(only):
+        for key, has_rank in self._victims(only):
             if key == spared:
                 continue
+            wanted = max(0, wanted_blocks - len(taken.freed))
             above = self._above_share(key[0], wanted_by, only)
-            if above <= 0:
-                protected.append(key)
-                continue
-            wanted = wanted_blocks - len(taken.freed)
-            self._yield(key, min(wanted, above), busy, reason, taken)
-            if len(taken.freed) >= wanted_blocks:
+            most = max(0, min(wanted, above))
+            if most == wanted and not has_rank:
+                left = wanted_blocks + ahead - len(taken.freed) - most
+                most += max(0, min(left, self._above_share(key[0], "", only) - most))
+            if most:
+                self._yield(key, most, busy, reason, taken)
+            elif not wanted:
+                return taken
+            # Where nobody without rank is left, nothing is looked for ahead.
+            if len(taken.freed) >= wanted_blocks + (ahead if self._order[False] else 0):
                 return taken
             if above < wanted and key in self._claims:
                 protected.append(key)
@@ -600,13 +610,17 @@ class LeaseTable:
         """How many blocks a tenant has above its cap."""
         return 0 if lease.tenant_cap >= 1 else self._held_by[lease.tenant] - self._part(lease.tenant_cap)
 
-    def _victims(self, only: str | None) -> Iterator[_Key]:
-        """The sessions in the order in which they yield. Whoever takes part of one finds it first the next time."""
+    def _victims(self, only: str | None) -> Iterator[tuple[_Key, bool]]:
+        """The sessions in the order in which they yield, and whether they have rank, or their child has.
+
+        Whoever takes part of one finds it first the next time.
+        """
         if self._clock() >= self._order_until or not (self._order[False] or self._order[True]):
             self._reckon_order()
         reckoned = False
         while True:
-            for order in (self._order[False], self._order[True]):
+            for has_rank in (False, True):
+                order = self._order[has_rank]
                 passed: list[_Place] = []
                 try:
                     while order:
@@ -615,7 +629,7 @@ class LeaseTable:
                             continue
                         passed.append(place)
                         if only is None or place.key[0] == only:
-                            yield place.key
+                            yield place.key, has_rank
                 finally:
                     order.extend(place for place in reversed(passed) if not self._is_dead(place))
             if reckoned:

@@ -26,8 +26,8 @@ def main(model: Path, phase: str) -> None:
     of, name = PHASES[phase]
     act = getattr(of, name)
 
-    def act_and_die(*arguments: Any) -> None:
-        act(*arguments)
+    def act_and_die(*arguments: Any, **named: Any) -> None:
+        act(*arguments, **named)
         os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(of, name, act_and_die)

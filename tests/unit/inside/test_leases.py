@@ -397,6 +397,35 @@ def test_no_request_waits_for_a_guaranteed_share() -> None:
     assert table.reclaim(6, nothing_is_busy, "big").freed == (14, 13, 12, 11, 4, 3)
 
 
+def test_who_has_no_rank_yields_ahead_tails_first_and_nobody_else_does() -> None:
+    clock = Clock()
+    table = table_of(20, clock)
+    table.finished(lease("old", 0.0), chain(1, 2, 3))
+    clock.now += 1
+    table.finished(lease("newer", 0.0), chain(4, 5))
+    table.finished(lease("leased"), chain(6, 7, 8))
+    clock.now += 1
+    table.expire()
+    assert table.reclaim(1, nothing_is_busy, ahead=1).freed == (5, 4)
+    assert table.reclaim(1, nothing_is_busy, ahead=0).freed == (3,)
+    assert table.reclaim(1, nothing_is_busy, ahead=9).freed == (2, 1), "the next one has rank"
+    assert table.reclaim(1, nothing_is_busy, ahead=9).freed == (8,)
+    assert held(table) == {"leased": 2}
+
+
+def test_a_guaranteed_share_does_not_yield_ahead_nor_what_a_request_uses() -> None:
+    clock = Clock()
+    table = table_of(20, clock)
+    table.finished(dataclasses.replace(lease("a", 0.0, tenant="small"), tenant_share=0.2), chain(1, 2, 3, 4, 5))
+    table.finished(lease("b", 0.0, tenant="other"), chain(6, 7))
+    clock.now += 1
+    table.expire()
+    assert table.reclaim(0, nothing_is_busy, "big", ahead=9).freed == (), "nothing is wanted"
+    assert table.reclaim(1, {6}.__contains__, "big", ahead=9).freed == (5, 7)
+    assert table.reclaim(1, {6}.__contains__, "big", ahead=9).freed == (4,), "the request's one, and no more"
+    assert table.reclaim(1, {6}.__contains__, "small", ahead=9).freed == (3,), "its own share, and no more of it"
+
+
 def test_a_tenant_and_a_session_keep_no_more_than_their_caps() -> None:
     table = table_of(10, Clock())
     capped = dataclasses.replace(lease("a"), tenant_cap=0.5, session_cap=0.3)
@@ -419,8 +448,9 @@ def test_a_parent_yields_after_others_while_its_child_runs_and_while_the_child_h
     assert table.reclaim(1, nothing_is_busy).freed == (4,)
     table.finished(child, chain(1, 5))
     clock.now += 5
-    assert table.reclaim(1, nothing_is_busy).freed == (3,)
+    assert table.reclaim(1, nothing_is_busy, ahead=9).freed == (3,)
     assert held(table) == {"parent": 2, "child": 2}
+    assert table.reclaim(1, nothing_is_busy, ahead=9).freed == (2,), "it has its child's rank"
 
 
 def test_in_dram_too_a_parent_yields_after_others_while_its_child_runs_and_no_longer() -> None:
@@ -552,16 +582,17 @@ class TableAgainstPool(RuleBasedStateMachine):
         self.apply(self.table.release(sessions))
         assert not sessions.intersection(held(self.table))
 
-    @rule(wanted=st.integers(0, 20), busy_below=st.integers(0, 6))
-    def reclaim(self, wanted: int, busy_below: int) -> None:
+    @rule(wanted=st.integers(0, 20), busy_below=st.integers(0, 6), ahead=st.integers(0, 4))
+    def reclaim(self, wanted: int, busy_below: int, ahead: int) -> None:
         # A request in flight uses the head of the trunk.
         def busy(block_id: int) -> bool:
             return block_id < busy_below
 
         could_yield = sum(not busy(block_id) for block_id in self.table.leased_block_ids())
-        change = self.table.reclaim(wanted, busy)
+        change = self.table.reclaim(wanted, busy, ahead=ahead)
         self.apply(change)
-        assert len(change.freed) == min(wanted, could_yield)
+        assert min(wanted, could_yield) <= len(change.freed) <= wanted + ahead
+        assert not any(map(busy, change.freed[wanted:]))
 
     @precondition(lambda self: self.references)
     @rule()

@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -57,6 +57,8 @@ from appliance.engine.wire import MalformedMessage
 
 logger = init_logger(f"vllm.{__name__}")
 
+_AHEAD_PART: Final = 100  # at most one in so many of the pool's blocks yields before a request wants it
+
 
 class LeaseRetention:
     """The hooks that keep leases. Stands before a connector class and passes every call on to it."""
@@ -83,6 +85,7 @@ class LeaseRetention:
         self._lessons = Lessons(path, self.policy, self.clock())
         self._accounts = Accounts()
         self._hit_tokens: dict[str, int] = {}  # of requests that are about to be admitted
+        self.most_ahead = 0  # blocks, that yield before a request wants them
         self._table: LeaseTable
         self._pool: BlockPool
         self._manager: KVCacheManager
@@ -185,6 +188,7 @@ class LeaseRetention:
         self._pool = kv_cache_manager.block_pool
         self._block_size = self._pool.hash_block_size
         pool_blocks = self._pool.num_gpu_blocks - 1
+        self.most_ahead = pool_blocks // _AHEAD_PART
         bound = int(self._lease_fraction * pool_blocks)
         blocks = self._pool.blocks
         self._table = LeaseTable(
@@ -319,7 +323,10 @@ class LeaseRetention:
         if not self._table.can_yield(lacking, is_busy):
             return False
         lease = self._leases_asked.get(request.request_id)
-        self._apply(self._table.reclaim(lacking, is_busy, "" if lease is None else lease.tenant))
+        tenant = "" if lease is None else lease.tenant
+        # Each of those that run wants a block every few steps, and to make room takes as long for one as for several.
+        ahead = min(len(self._requests), self.most_ahead)
+        self._apply(self._table.reclaim(lacking, is_busy, tenant, ahead=ahead))
         return True
 
     def _lacking(
