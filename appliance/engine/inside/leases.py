@@ -544,10 +544,11 @@ class LeaseTable:
             if most == wanted and not has_rank:
                 left = wanted_blocks + ahead - len(taken.freed) - most
                 most += max(0, min(left, self._above_share(key[0], "", only) - most))
+            before = len(taken.freed)
             if most:
                 self._yield(key, most, busy, reason, taken)
-            elif not wanted:
-                return taken
+            if not wanted and len(taken.freed) == before:
+                return taken  # whom nobody has to ask is not asked one after the other
             # Where nobody without rank is left, nothing is looked for ahead.
             if len(taken.freed) >= wanted_blocks + (ahead if self._order[False] else 0):
                 return taken

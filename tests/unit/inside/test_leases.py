@@ -426,6 +426,19 @@ def test_a_guaranteed_share_does_not_yield_ahead_nor_what_a_request_uses() -> No
     assert table.reclaim(1, {6}.__contains__, "small", ahead=9).freed == (3,), "its own share, and no more of it"
 
 
+def test_looking_for_blocks_ahead_ends_with_the_first_who_has_none_to_give() -> None:
+    clock = Clock()
+    table = table_of(20, clock)
+    table.finished(lease("d", 0.0), chain(3))
+    clock.now += 100_000
+    for name in ("a", "b", "c"):
+        table.finished(lease(name, 0.0), chain(1, 2))
+    clock.now += 1
+    table.expire()
+    assert table.reclaim(1, nothing_is_busy, ahead=9).freed == (3,)
+    assert len(held(table)) == 2, "one of them gave up its claim, and that made no room"
+
+
 def test_a_tenant_and_a_session_keep_no_more_than_their_caps() -> None:
     table = table_of(10, Clock())
     capped = dataclasses.replace(lease("a"), tenant_cap=0.5, session_cap=0.3)
