@@ -252,11 +252,12 @@ class Shipper:
 
     async def _look(self) -> list[Frame]:
         """What there is to send next, at most `_READ_AHEAD` entries."""
-        now_s, now_ns = self._monotonic(), int(self._wall_s() * 1e9)
+        now_s, now_ns, knows_size = self._monotonic(), int(self._wall_s() * 1e9), False
         if self._position.next >= self._size or now_s >= self._size_asked_s + _POLL_S:
             # An appender that is being started again is no reason to part with the receiver.
             with contextlib.suppress(HoldfastError):
                 self._size = await self._ask_size()
+                knows_size = True
             self._size_asked_s = now_s
         if (sent := max(self._position.next, self._position.checkpoint)) > self._size:
             raise self._put_back(f"{sent} entries were sent, and the log has {self._size}")
@@ -264,8 +265,10 @@ class Shipper:
             await self._refuse_another_history()
         await self._skip_what_was_removed()
         frames = await asyncio.to_thread(self._read, self._position, self._size)
-        # With none, what comes until the next look, which a receiver that stands still puts off, is younger than now.
-        self._oldest_ns = Entry.unpack(frames[0].entry).wall_ns if frames else now_ns
+        if frames:
+            self._oldest_ns = Entry.unpack(frames[0].entry).wall_ns
+        elif knows_size:  # what comes until the next look, which a receiver that stands still puts off, is younger
+            self._oldest_ns = now_ns
         return frames
 
     async def _refuse_another_history(self) -> None:
@@ -364,8 +367,10 @@ class Shipper:
             opened = await self._opener.open(some)
             if opened:
                 await connection.send([self._made(each) for each in opened])
-                leaf = leaf_hash(some[len(opened) - 1].entry).hex()
-                self._sent(len(opened), self._position._replace(next=self._position.next + len(opened), leaf=leaf))
+                last = some[len(opened) - 1].entry
+                next_ = self._position.next + len(opened)
+                self._sent(len(opened), self._position._replace(next=next_, leaf=leaf_hash(last).hex()))
+                self._oldest_ns = Entry.unpack(last).wall_ns
             if len(opened) < len(some):
                 self._waits_for = "the vault is sealed: what follows cannot be read until it is opened"
                 return False

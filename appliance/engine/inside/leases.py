@@ -192,9 +192,7 @@ class LeaseTable:
             self._leave_parent(key)
             parent = self._parents[key] = (lease.tenant, lease.parent)
             self._children.setdefault(parent, set()).add(key)
-            pinned = self._claims.get(parent)
-            if pinned is not None:  # from now on, not when the order is reckoned next
-                self._set_deadline(parent, pinned, pinned.deadline)
+        self._pin_parent(key)
         claim = self._claims.get(key)
         if claim is not None:
             claim.has_rank = True
@@ -215,6 +213,7 @@ class LeaseTable:
             if not claim.has_rank or claim.deadline < now + for_s:
                 claim.has_rank = True
                 self._set_deadline(key, claim, max(claim.deadline, now + 1.5 * for_s))
+                self._pin_parent(key)
 
     def admitted(self, lease: Lease, hit_tokens: int, prompt_hits: bool) -> tuple[Change, str]:
         """A request of the session was given its blocks: what it did not hit, the session has diverged from.
@@ -327,7 +326,8 @@ class LeaseTable:
                 continue
             claim.has_rank = False
             claim.version = next(self._versions)
-            insort(self._order[False], self._place(key, claim, now), key=_worst_last)
+            if not self._has_ranking_child(key):  # else it stands with those that have rank when that is reckoned next
+                insort(self._order[False], self._place(key, claim, now), key=_worst_last)
         return Change(freed=tuple(freed), forgotten=tuple(forgotten))
 
     def demote(self, session: _Key) -> Change:
@@ -547,10 +547,11 @@ class LeaseTable:
             before = len(taken.freed)
             if most:
                 self._yield(key, most, busy, reason, taken)
-            if not wanted and len(taken.freed) == before:
-                return taken  # whom nobody has to ask is not asked one after the other
-            # Where nobody without rank is left, nothing is looked for ahead.
-            if len(taken.freed) >= wanted_blocks + (ahead if self._order[False] else 0):
+            more = len(taken.freed) - wanted_blocks
+            # Ahead, nobody is asked in vain but the one, nobody who has rank, and no order is reckoned for it.
+            if more >= 0 and (
+                more >= ahead or has_rank or len(taken.freed) == before or not self._is_any_without_rank()
+            ):
                 return taken
             if above < wanted and key in self._claims:
                 protected.append(key)
@@ -639,6 +640,12 @@ class LeaseTable:
             reckoned = True
             self._reckon_order()
 
+    def _is_any_without_rank(self) -> bool:
+        order = self._order[False]
+        while order and self._is_dead(order[-1]):
+            order.pop()
+        return bool(order)
+
     def _is_dead(self, place: _Place) -> bool:
         claim = self._claims.get(place.key)
         return claim is None or claim.version != place.version
@@ -701,6 +708,19 @@ class LeaseTable:
         """Nothing of a session is left here unless a request is."""
         if key not in self._active and key not in self._claims:
             self._leave_parent(key)
+
+    def _pin_parent(self, key: _Key) -> None:
+        """A session has a request or rank now, and so has its parent: from now on, not when that is reckoned next."""
+        parent = self._parents.get(key)
+        pinned = None if parent is None else self._claims.get(parent)
+        if parent is not None and pinned is not None:
+            self._set_deadline(parent, pinned, pinned.deadline)
+
+    def _has_ranking_child(self, key: _Key) -> bool:
+        return any(
+            child in self._active or ((claim := self._claims.get(child)) is not None and claim.has_rank)
+            for child in self._children.get(key, ())
+        )
 
     def _leave_parent(self, key: _Key) -> None:
         parent = self._parents.pop(key, None)

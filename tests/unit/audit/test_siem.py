@@ -515,6 +515,43 @@ async def test_what_comes_while_nothing_is_looked_at_is_as_old_as_the_last_look_
     assert world.shipper.view().lag_s == 0, "there is nothing that it knows of"
 
 
+async def test_what_was_sent_makes_nothing_that_comes_after_it_older(tmp_path: Path) -> None:
+    class Still(Sink):
+        async def send(self, messages: Sequence[Message]) -> None:
+            if len(self.messages) >= 640:
+                raise _Done
+            await super().send(messages)
+
+    world = World(tmp_path)
+    for number in range(100):
+        world.log.append(drafts(range(number, number + 1)))
+    world.sink = Still(8000)
+    world.shipper = world.new_shipper()
+    await world.ship()
+    read = LogReader(world.directory)
+    world.wall_s = lambda: read.entry(639).wall_ns / 1e9 + 90
+    behind = world.shipper.view()
+    assert (behind.sent, behind.lag_entries) == (640, 60)
+    assert read.entry(512).wall_ns < read.entry(639).wall_ns, "of those that were read together"
+    assert behind.lag_s == pytest.approx(90)
+
+
+async def test_while_the_appender_is_gone_the_lag_grows(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.sink.acknowledged = 0
+    await world.ship()
+    world.wall_s = lambda: 5e9
+    await world.shipper._look()
+
+    async def gone() -> int:
+        raise ExportUnreachable("the appender", cause="it is gone", remedy="")
+
+    world.shipper._ask_size = gone
+    world.wall_s = lambda: 5e9 + 60
+    await world.shipper._look()
+    assert world.shipper.view(world.log.size + 1).lag_s == 60
+
+
 async def test_a_destination_that_was_never_reached_says_how_far_it_is_behind(tmp_path: Path) -> None:
     class Blackholed(Sink):
         async def connect(self) -> Sink:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import string
+from unittest.mock import patch
 
 import pytest
 from hypothesis import settings
@@ -424,6 +425,76 @@ def test_a_guaranteed_share_does_not_yield_ahead_nor_what_a_request_uses() -> No
     assert table.reclaim(1, {6}.__contains__, "big", ahead=9).freed == (5, 7)
     assert table.reclaim(1, {6}.__contains__, "big", ahead=9).freed == (4,), "the request's one, and no more"
     assert table.reclaim(1, {6}.__contains__, "small", ahead=9).freed == (3,), "its own share, and no more of it"
+
+
+class Passing(Clock):
+    """It goes on a little with each look, so that an order that was reckoned holds for a while."""
+
+    def __call__(self) -> float:
+        self.now += 0.01
+        return self.now
+
+
+@pytest.mark.parametrize("child_runs", [True, False])
+def test_a_parent_whose_time_is_over_yields_nothing_ahead_while_its_child_has_rank(child_runs: bool) -> None:
+    clock = Passing()
+    table = table_of(20, clock)
+    child = dataclasses.replace(lease("child", 600.0), parent="parent")
+    table.finished(lease("parent", 5.0), chain(1, 2, 3, 4))
+    table.finished(lease("other", 1.0), chain(11, 12))
+    table.arrived(child)
+    if not child_runs:
+        table.finished(child, chain(21))
+    clock.now += 2
+    table.expire()
+    table._reckon_order()
+    clock.now += 4
+    table.expire()
+    assert table.reclaim(1, nothing_is_busy, ahead=9).freed == (12, 11)
+
+
+def test_a_child_that_is_awaited_again_gives_its_parent_rank_at_once() -> None:
+    clock = Passing()
+    table = table_of(20, clock)
+    child = dataclasses.replace(lease("child", 1.0), parent="parent")
+    table.arrived(child)
+    table.finished(lease("parent", 1.0), chain(1, 2, 3, 4))
+    table.finished(child, chain(21))
+    table.finished(lease("other", 1.0), chain(11, 12, 13))
+    clock.now += 2
+    table.expire()
+    table._reckon_order()
+    table.awaited([("tenant", "child")], 60.0)
+    assert table.reclaim(1, nothing_is_busy, ahead=9).freed == (13, 12, 11)
+
+
+def test_no_order_is_reckoned_for_what_yields_ahead_where_a_request_uses_the_rest() -> None:
+    clock = Passing()
+    table = table_of(20, clock)
+    table.finished(lease("used", 0.0), chain(1, 2))
+    table.finished(lease("leased", 60.0), chain(3))
+    clock.now += 1
+    table.expire()
+    table._reckon_order()
+    with patch.object(table, "_reckon_order") as reckoned:
+        assert table.reclaim(1, {2}.__contains__, ahead=1).freed == (3,)
+    assert not reckoned.called
+
+
+def test_no_order_is_reckoned_for_what_yields_ahead_where_the_rest_has_a_request() -> None:
+    clock = Passing()
+    table = table_of(20, clock)
+    table.finished(lease("a", 0.0), chain(1))
+    table.finished(lease("b", 0.0), chain(2))
+    clock.now += 1
+    table.expire()
+    table._reckon_order()
+    yields_last = table._order[False][0].key[1]
+    table.arrived(lease(yields_last))
+    with patch.object(table, "_reckon_order") as reckoned:
+        assert len(table.reclaim(1, nothing_is_busy, ahead=1).freed) == 1
+    assert not reckoned.called
+    assert held(table) == {yields_last: 1}
 
 
 def test_looking_for_blocks_ahead_ends_with_the_first_who_has_none_to_give() -> None:
