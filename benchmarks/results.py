@@ -13,8 +13,8 @@ Rules:
 
 `--simulator` and `--traces` are what `retention` replays, which is not in this repository: what is not given is looked
 for beside it, as `shared/tools/kvsim.py` and `shared/data/agent-traces`. `--readme` puts what was measured into
-README's table, and leaves what was not as it stands there. `--check` leaves with 1 when a figure misses its bar; when
-one could not be measured it is 1 in any case.
+README's table, and leaves what was not as it stands there, with the machine that it was measured on. `--check` leaves
+with 1 when a figure misses its bar; when one could not be measured it is 1 in any case.
 """
 
 import argparse
@@ -38,6 +38,7 @@ TABLE_ENDS: Final = "<!-- up to here -->\n"
 REPLAYED: Final = ("--simulator", "FILE", "--traces", "FOLDER")
 SIMULATOR: Final = Path("shared", "tools", "kvsim.py")  # beside the repository
 TRACES: Final = Path("shared", "data", "agent-traces")
+ELSEWHERE: Final = "| on "
 _HEADINGS: Final = ("| | measured | bar |", "|---|---|---|")
 _DEADLINE_S: Final = 3600.0
 
@@ -607,6 +608,8 @@ def _lines(measured: Measured) -> Iterator[str]:
 def with_results(page: str, measured: Iterable[Measured]) -> str:
     """A page with what was measured in its table, and of the other benchmarks what stood there.
 
+    The machine that the table names is that of what stays; what was measured on another one says so.
+
     Raises:
         ValueError: the page has no place for the table.
     """
@@ -614,17 +617,22 @@ def with_results(page: str, measured: Iterable[Measured]) -> str:
     stood, ends, after = rest.partition(TABLE_ENDS)
     if not begins or not ends:
         raise ValueError("the page has no place for a table")
-    parts = {_head(each.benchmark): list(_lines(each)) for each in measured}
+    new = {_head(each.benchmark): list(_lines(each)) for each in measured}
+    kept: dict[str, list[str]] = {}
     old = ""
     for line in stood.splitlines():
         if line.startswith("| **"):
-            old = "" if line in parts else line
+            old = "" if line in new else line
         elif old:
-            parts.setdefault(old, []).append(line)
+            kept.setdefault(old, []).append(line)
     nothing = ["| not measured | yet | |"]
-    heads = map(_head, BENCHMARKS)
+    heads = list(map(_head, BENCHMARKS))
+    here = machine()
+    of_table = stood.partition(":\n")[0].strip() if any(kept.get(head, nothing) != nothing for head in heads) else here
+    on_another = [] if of_table == here else [f"{ELSEWHERE}{here}: | | |"]
+    parts = kept | {head: [*on_another, *lines] for head, lines in new.items()}
     rows = (row for head in heads for row in (head, *parts.get(head, nothing)))
-    return "\n".join((f"{before}{begins}{machine()}:\n", *_HEADINGS, *rows, f"{ends}{after}"))
+    return "\n".join((f"{before}{begins}{of_table}:\n", *_HEADINGS, *rows, f"{ends}{after}"))
 
 
 def record(measured: Sequence[Measured], *, short: bool) -> dict[str, Any]:

@@ -124,6 +124,26 @@ def test_what_was_measured_goes_into_the_page_and_what_was_not_stays_as_it_stand
     ]
 
 
+def test_what_was_measured_on_another_machine_than_the_rest_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = dataclasses.replace(MADE_UP, title="Another one")
+    both = [Measured(MADE_UP, (0.95, 1.0)), Measured(other, (0.96, 1.0))]
+    monkeypatch.setattr(results, "BENCHMARKS", (MADE_UP, other))
+    monkeypatch.setattr(results, "machine", lambda: "one machine")
+    first = results.with_results(page(), both)
+    assert (first.count("machine"), first.count("one machine:\n\n| | measured")) == (1, 1)
+    monkeypatch.setattr(results, "machine", lambda: "another machine")
+    second = results.with_results(first, both[:1])
+    assert "one machine:\n\n| | measured" in second
+    where = second.index("| on another machine: | | |\n| sooner | 95.0 %")
+    assert second.index("A made-up one") < where < second.index("Another one")
+    assert second.count("| on ") == 1
+    assert results.with_results(second, both[:1]) == second
+    third = results.with_results(second, both)
+    assert (third.count("machine"), third.count("another machine:\n\n| | measured")) == (1, 1)
+    monkeypatch.setattr(results, "machine", lambda: "one machine")
+    assert results.with_results(second, both[:1]) == first
+
+
 def test_a_page_without_a_place_for_the_table_is_left_alone() -> None:
     with pytest.raises(ValueError, match="no place"):
         results.with_results("Before.\nAfter.", [])
@@ -168,7 +188,7 @@ def test_readme_has_every_benchmark_and_each_of_its_figures_beside_its_bar() -> 
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("| **"):
             figures = stands.setdefault(line, [])
-        elif stands and line:
+        elif stands and line and not line.startswith(results.ELSEWHERE):
             figures.append((cells[0], cells[2]))
     assert list(stands) == [results._head(each) for each in results.BENCHMARKS], "run it with --readme"
     for each, figures in zip(results.BENCHMARKS, stands.values(), strict=True):
