@@ -8,6 +8,7 @@ Rules:
 """
 
 import re
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,7 @@ class Request:
         answer_headers: what every answer to this request carries.
         session_id: what the client knows the request's session by; None where it is not known, or there is none.
         body_read: nothing of the body is left on the connection.
+        came_s: when it came, by a clock that nobody sets.
     """
 
     request_id: str
@@ -52,6 +54,11 @@ class Request:
     session_id: bytes | None = None
     body_read: bool = False
     began: bool = False
+    came_s: float = field(default_factory=time.monotonic)
+
+    def took_ms(self) -> int:
+        """How long ago it came, milliseconds."""
+        return round(1000 * (time.monotonic() - self.came_s))
 
     def known_caller(self) -> Caller:
         """Who is asking, on a route that asked for a key."""

@@ -192,6 +192,6 @@ def _of_caller(
         reason=reason,
         request_id=request.request_id,
         session_id=session_id,
-        counts=counts or {},
+        counts={"duration_ms": request.took_ms()} if counts is None else {"duration_ms": request.took_ms(), **counts},
         details=details or {},
     )

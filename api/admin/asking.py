@@ -10,6 +10,7 @@ Rules:
 import asyncio
 import dataclasses
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -38,6 +39,7 @@ class Asker:
     Attributes:
         caller: None: the gateway's own user, nameless: while the vault is sealed, and where the store is not asked.
         request_id: of what is asked for.
+        came_s: when it was asked, by a clock that nobody sets.
         failure_told: that the request did not succeed, and why, was recorded by who knows more than its error says.
     """
 
@@ -46,6 +48,7 @@ class Asker:
     audit: NodeAudit
     request_id: str = ""
     failure_told: bool = False
+    came_s: float = dataclasses.field(default_factory=time.monotonic)
 
     async def did(
         self,
@@ -105,7 +108,7 @@ class Asker:
             reason=reason,
             request_id=self.request_id,
             session_id=target[1] if target[0] == "session" else "",
-            counts=counts or {},
+            counts={"duration_ms": round(1000 * (time.monotonic() - self.came_s)), **(counts or {})},
             details={**(details or {}), **brought},
         )
 

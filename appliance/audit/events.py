@@ -48,7 +48,7 @@ class EventClass:
         meaning: one sentence for who reads the log.
         scope: whose key seals it.
         ocsf: class and activity of OCSF 1.8.0.
-        counts, details: those that it may have: name and meaning.
+        counts, details: those that it may have: name and meaning; `duration_ms` any may.
         is_grave: somebody should look, however it ended; see `siem.severity`.
     """
 
@@ -61,7 +61,13 @@ class EventClass:
     details: Mapping[str, str] = field(default_factory=dict, hash=False)
     is_grave: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "counts", {**self.counts, **{n: m for n, m in OF_ANY_REQUEST.items() if n not in self.counts}}
+        )
 
+
+OF_ANY_REQUEST: Final = {"duration_ms": "how long ago its request had come, milliseconds"}
 _COUNT: Final = {"count": "how many, since the last such event"}
 _BROUGHT: Final = {"key_id": "the API key that was brought, where one was"}
 _MADE: Final = {"made": "`before the first start`, where it was made when there was no log"}
@@ -738,6 +744,7 @@ def documentation() -> str:
         for known in CATALOGUE.values()
         for place, declared in (("counts", known.counts), ("details", known.details))
         for name, meaning in declared.items()
+        if (name, meaning) not in OF_ANY_REQUEST.items()
     ]
     return "\n".join((_PAGE, *rows, _NAMES, *names, ""))
 
@@ -755,8 +762,9 @@ characters; `cut` names those that were, and any count or detail that is none of
 which leaves it out and says so in the gateway's log. Sequence, wall clock, monotonic clock and boot are the entry's
 own. Nobody's records are in plaintext, for who verifies the log without a key. What a person or a model said is in no
 event; where a tenant chose it, `turn.admitted` has a keyed `prompt_digest` and the end of a turn an `answer_digest`.
-What somebody did on the admin API has the id of its request, the `key_id` of a key that was brought, and the session
-that it was done to.
+What a known caller asked for, on the admin API too, has `counts.duration_ms`: how long ago the request had come when
+this was recorded, milliseconds. What somebody did on the admin API has the id of its request, the `key_id` of a key
+that was brought, and the session that it was done to.
 
 What has a `count` is told once a minute: one event for each class, actor, address, reason and key, with the target and
 the request of the first. Where there are more than 64 such kinds, of strangers or of known callers, the rest is one

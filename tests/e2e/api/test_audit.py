@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -113,7 +114,10 @@ def test_reading_a_transcript_and_the_log_itself_is_recorded(served: Served) -> 
     assert read["target"] == {"kind": "session", "id": session_id}
     served.admin.audit_entries(action="nothing.such", limit=1)
     read = _record(_entries(served, action="audit.read")[-1])
-    assert (read["details"]["action"], read["counts"]) == ("nothing.such", {"entries": 0, "records": 0})
+    assert (read["details"]["action"], read["counts"]) == (
+        "nothing.such",
+        {"entries": 0, "records": 0, "duration_ms": ANY},
+    )
 
 
 def test_how_much_of_the_log_was_read_is_recorded_before_it_is_shown(served: Served) -> None:
@@ -124,7 +128,7 @@ def test_how_much_of_the_log_was_read_is_recorded_before_it_is_shown(served: Ser
     shown = served.admin.audit_entries(action="turn.*", limit=1000).entries
     opened = [entry for entry in shown if entry.record is not None]
     read = _record(_entries(served, action="audit.read", limit=1)[0])
-    assert read["counts"] == {"entries": len(shown), "records": len(opened)}
+    assert read["counts"] == {"entries": len(shown), "records": len(opened), "duration_ms": ANY}
     assert 0 < len(opened) < len(shown)
     closed = next(entry for entry in shown if entry.record is None)
     for sequence, records in ((opened[0].sequence, 1), (closed.sequence, 0)):
@@ -203,7 +207,7 @@ def test_a_key_that_only_looks_is_told_with_how_often_it_did(own: Served) -> Non
 def test_a_backup_is_recorded_with_its_size(own: Served) -> None:
     with own.admin.backup() as pieces:
         size = sum(map(len, pieces))
-    assert _record(_entries(own, action="backup.made")[-1])["counts"] == {"bytes": size}
+    assert _record(_entries(own, action="backup.made")[-1])["counts"] == {"bytes": size, "duration_ms": ANY}
 
 
 def test_a_backup_that_is_cut_off_is_recorded_as_failed_and_a_whole_export_once(own: Served) -> None:
@@ -227,6 +231,7 @@ def test_a_refusal_of_a_known_caller_is_recorded_with_its_reason(served: Served)
     assert answer.status == 400
     refused = _record(_entries(served, action="request.refused")[-1])
     assert (refused["reason"], refused["request_id"]) == (answer.code, answer.headers["x-request-id"])
+    assert 0 <= refused["counts"]["duration_ms"] < 60_000
     assert served.ask("hello").status == 200
     admitted = _record(_entries(served, action="turn.admitted")[-1])
     assert refused["details"]["key_id"] == admitted["details"]["key_id"]
