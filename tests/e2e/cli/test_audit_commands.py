@@ -130,7 +130,8 @@ def test_a_witness_sees_the_log_grow_and_the_log_is_held_to_it(served: Served, t
     found = _json(served, "audit", "verify", "--key", key, "--witness", witness)
     assert found["witnessed"]["holdfast-witness"]["size"] == seen
     told = _json(served, "audit", "search", "--action", "audit.witnessed")["entries"][0]["record"]
-    assert (told["target"]["id"], told["details"]["size"], told["counts"]) == (witness, str(seen), {"witnesses": 3})
+    assert (told["target"]["id"], told["details"]["size"]) == (witness, str(seen))
+    assert told["counts"]["witnesses"] == 3
 
 
 def test_a_witness_that_is_not_named_is_told_and_counted_where_it_may_pass(served: Served, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from typing import Any, cast
+from unittest.mock import ANY
 
 import pytest
 
@@ -68,7 +69,11 @@ async def test_one_that_fails_in_the_middle_is_recorded_with_how_much_was_given_
         [piece async for piece in answer(log, failure)]
     (event,) = log.events
     assert (event.kind, event.outcome, event.reason) == (BACKUP_MADE, Outcome.FAILURE, reason)
-    assert (event.counts, event.target, event.request_id) == ({"bytes": 11}, ("database", ""), "req_1")
+    assert (event.counts, event.target, event.request_id) == (
+        {"bytes": 11, "duration_ms": ANY},
+        ("database", ""),
+        "req_1",
+    )
 
 
 async def test_one_whose_client_is_gone_is_recorded_at_once() -> None:
@@ -77,7 +82,7 @@ async def test_one_whose_client_is_gone_is_recorded_at_once() -> None:
     await anext(pieces)
     await anext(pieces)
     await pieces.aclose()
-    assert [(event.reason, event.counts) for event in log.events] == [("asker_gone", {"bytes": 5})]
+    assert [(event.reason, event.counts) for event in log.events] == [("asker_gone", {"bytes": 5, "duration_ms": ANY})]
 
 
 async def test_what_cannot_be_recorded_then_is_logged(caplog: pytest.LogCaptureFixture) -> None:
