@@ -192,6 +192,6 @@ def _of_caller(
         reason=reason,
         request_id=request.request_id,
         session_id=session_id,
-        counts={"duration_ms": request.took_ms()} if counts is None else {"duration_ms": request.took_ms(), **counts},
+        counts={"duration_ms": request.took_ms(), **(counts or {})},
         details=details or {},
     )

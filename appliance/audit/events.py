@@ -766,9 +766,9 @@ What a known caller asked for, on the admin API too, has `counts.duration_ms`: h
 this was recorded, milliseconds. What somebody did on the admin API has the id of its request, the `key_id` of a key
 that was brought, and the session that it was done to.
 
-What has a `count` is told once a minute: one event for each class, actor, address, reason and key, with the target and
-the request of the first. Where there are more than 64 such kinds, of strangers or of known callers, the rest is one
-event for each class, and for each tenant of known callers, with the reason `others`.
+What has a `count` is told once a minute: one event for each class, actor, address, reason and key, with the target,
+the request and the duration of the first. Where there are more than 64 such kinds, of strangers or of known callers,
+the rest is one event for each class, and for each tenant of known callers, with the reason `others`.
 
 | number | action | meaning | key | OCSF |
 |---|---|---|---|---|"""
